@@ -54,9 +54,9 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
-    """Where an optimizer's layers lie: its own layout if it has one, else what its parameters tell."""
+    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters."""
     if hasattr(optimizer, "layout"):
-        return optimizer.layout.model or optimizer.layout
+        return optimizer.layout.gradients or optimizer.layout
     return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
 
 

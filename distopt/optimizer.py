@@ -59,6 +59,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"{len(foreign)} parameters, the first of shape {tuple(foreign[0].shape)}, are not in the layout "
                     "that was bound: make the optimizer from the same model as the layout, and bind again if it changed"
                 )
+            self._bound.wait()
             return self._bound
         if self._inferred is None or not all(p in self._inferred for p in params):
             self._refuse_unknown(params)

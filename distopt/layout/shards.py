@@ -41,7 +41,8 @@ class ShardLayout:
     groups: the process groups of the mesh axes that shard, the same sequence on every rank.
     counted: for each layer, whether this rank contributes it to a norm. Of ranks that hold equal copies of a shard (a
         layer replicated along an axis that cuts others) only one does, so a sum over all axes counts each element once.
-    model: how the model's own weights and gradients lie, where that is not how the optimizer steps them. Clipping and
+    model: how the model's own weights lie, where that is not how the optimizer steps them.
+    gradients: how gradients lie once they are exchanged, where that is not how the optimizer steps them. Clipping and
         SAM, which work on those, ask it.
     wire: the device that the groups communicate from, where it is not `device` (shards offloaded to the host).
     """
@@ -52,6 +53,7 @@ class ShardLayout:
     groups: tuple[dist.ProcessGroup, ...] = ()
     counted: tuple[bool, ...] = ()
     model: ShardLayout | None = None
+    gradients: ShardLayout | None = None
     wire: torch.device | None = None
     _indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
@@ -116,8 +118,15 @@ class ShardLayout:
         """A copy of a parameter's shard in float32 that is stepped in its place, where the layout keeps one."""
         return None
 
+    def touched(self, owners: Sequence[Tensor]) -> list[Tensor]:
+        """Local tensors that change when every rank moves its `weights` and publishes them."""
+        return self.weights(owners)
+
     def publish(self, owners: Iterable[Tensor]) -> None:
-        """After a step: gives the other ranks what they hold copies of. Every rank has to call it."""
+        """After weights moved: gives the other ranks what they hold copies of. Every rank has to call it."""
+
+    def wait(self) -> None:
+        """Until what others have published is there."""
 
     @torch.no_grad()
     def norms(self, layers: Sequence[int], *shards: Sequence[Tensor]) -> list[Tensor]:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distopt.layout.rows import pack, span, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_BUCKET = 2**25  # elements of one exchange: bounds its scratch memory
+_BUCKET = 2**24  # elements of one exchange, of which two are under way: bounds their scratch memory
+_PIECE = 2**20  # where the forward pass waits for each: about a block's parameters
 
 
 @dataclass(frozen=True, eq=False)
 class Zero1Layout(ShardLayout):
-    """Every rank steps its rows of each plain parameter, and then sends them to the others.
+    """Every rank steps its rows of each plain parameter, and then sends them to the others: (N-1)/N of their bytes.
 
     The state is a DTensor `Shard(0)` of the parameter's own global shape, as FSDP2 has it, so that torch's distributed
     checkpoint moves it between engines and world sizes. Parameters of 16 bits get a float32 master, cut up alike. A 0-D
-    parameter has no rows: every rank steps it.
+    parameter has no rows: every rank steps it, and takes the first rank's.
+
+    Gradients are whole on every rank and `gradients` says so, or right in the rows of each rank only (`zero1_scattered`).
+
+    With `overlap_gather` a step returns while rows are on their way. The model's forward pass, module by module, its
+    state dict, and whoever asks the optimizer for its layout wait for them; until then they are nan, so that a read by
+    another way shows. Call `wait` before one. Scratch memory is then the model's size, else two buckets'.
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
+    overlap_gather: bool = False
+    _coming: list[_Gather] = field(default_factory=list, init=False, repr=False)
     _whole = False  # also of one rank, whose state is a DTensor
 
     def split(self, owner: Tensor, tensor: Tensor) -> list[Tensor]:
@@ -36,6 +47,9 @@ class Zero1Layout(ShardLayout):
             return [tensor.to_local().view(-1)]
         (segment,) = self.segments[owner]
         return [tensor.view(-1).narrow(0, segment.start, segment.numel)]
+
+    def touched(self, owners: Iterable[Tensor]) -> list[Tensor]:
+        return [p.detach() for p in owners]
 
     def zeros(self, owner: Tensor) -> Tensor:
         return self._sharded(owner, torch.zeros_like(self.split(owner, owner.detach())[0], dtype=_wide(owner.dtype)))
@@ -47,21 +61,35 @@ class Zero1Layout(ShardLayout):
 
     def publish(self, owners: Iterable[Tensor]) -> None:
         """Sends this rank's rows to all others and takes theirs: one all-gather for each bucket of parameters."""
-        world, rank = self.mesh.size(), self.mesh.get_local_rank()
-        if world == 1:
+        self.wait()
+        if self.mesh.size() == 1:
             return
-        for bucket in _buckets([p for p in owners if p.ndim]):
-            chunks = [-(-p.shape[0] // world) * p[0].numel() for p in bucket]
-            send = torch.zeros(sum(chunks), dtype=bucket[0].dtype, device=bucket[0].device)
-            rows = [self.split(p, p.detach())[0] for p in bucket]
-            torch._foreach_copy_([to[: row.numel()] for to, row in zip(send.split(chunks), rows)], rows)
-            received = send.new_empty(world, send.numel())
-            dist.all_gather_single(received.view(-1), send, group=self.mesh.get_group())
-            for source in range(world):
-                if source != rank:
-                    flats = [p.detach().view(-1)[source * c : (source + 1) * c] for p, c in zip(bucket, chunks)]
-                    parts = [part[: to.numel()] for part, to in zip(received[source].split(chunks), flats)]
-                    torch._foreach_copy_(flats, parts)
+        for bucket in _buckets(list(owners), _PIECE if self.overlap_gather else _BUCKET):
+            if not self.overlap_gather and len(self._coming) > 1:  # one is unpacked while the next is on its way
+                self._coming.pop(0).finish()
+            self._coming.append(_Gather(self, bucket))
+        if self.overlap_gather:
+            for gather in self._coming:
+                gather.mark()
+        else:
+            self.wait()
+
+    def wait(self, params: Collection[Tensor] | None = None) -> None:
+        """Until all rows have come that `publish` has asked for, or those of these parameters."""
+        while self._coming and (params is None or any(gather.holds(params) for gather in self._coming)):
+            self._coming.pop(0).finish()
+
+    def scattered(self, model: nn.Module, overlap_gather: bool) -> Zero1Layout:
+        """The same rows where gradients are right in them only; with the hooks of the model that wait."""
+        layout = replace(self, gradients=None, overlap_gather=overlap_gather)
+        if overlap_gather:
+            for module in model.modules():
+                own = set(module.parameters(recurse=False))
+                module.register_state_dict_pre_hook(lambda *_: layout.wait())
+                module.register_load_state_dict_pre_hook(lambda *_: layout.wait())  # or they would come after
+                if own:
+                    module.register_forward_pre_hook(lambda module, args, own=own: layout.wait(own))
+        return layout
 
     def _sharded(self, owner: Tensor, rows: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard
@@ -92,32 +120,54 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
     mesh = mesh or init_device_mesh(device.type, (dist.get_world_size(),))
     world, rank = mesh.size(), mesh.get_local_rank()
     return Zero1Layout(
-        segments={p: (_rows(i, p, world, rank),) for i, p in enumerate(params)},
+        segments={p: (Segment(i, *span(p, world, rank)),) for i, p in enumerate(params)},
         params=tuple(params),
         device=device,
         groups=(mesh.get_group(),) if world > 1 else (),
         counted=tuple(p.ndim > 0 or rank == 0 for p in params),
-        model=of(params),
+        model=(whole := of(params)),
+        gradients=whole,
         mesh=mesh,
     )
 
 
-def _rows(layer: int, param: Tensor, world: int, rank: int) -> Segment:
-    """Rows rank * ceil(n / world) and on, as DTensor's Shard(0) cuts n rows."""
-    if param.ndim == 0:
-        return Segment(layer, 0, 1)
-    row = param[0].numel() if param.shape[0] else 0
-    chunk = -(-param.shape[0] // world)
-    start = min(rank * chunk, param.shape[0])
-    return Segment(layer, start * row, (min(start + chunk, param.shape[0]) - start) * row)
+class _Gather:
+    """An all-gather of the rows of some parameters that is under way."""
+
+    def __init__(self, layout: Zero1Layout, params: list[Tensor]) -> None:
+        self._layout, self._params = layout, [p.detach() for p in params]
+        self._ids = {id(p) for p in params}
+        world, group = layout.mesh.size(), layout.mesh.get_group()
+        widths = [width(p, world) for p in params]
+        mine = params[0].new_zeros(sum(widths))
+        rows = layout.weights(params)
+        torch._foreach_copy_([to[: row.numel()] for to, row in zip(mine.split(widths), rows)], rows)
+        self._all = mine.new_empty(world, mine.numel())
+        self._work = dist.all_gather_single(self._all.view(-1), mine, group=group, async_op=True)
+
+    def holds(self, params: Collection[Tensor]) -> bool:
+        return any(id(p) in self._ids for p in params)
+
+    def mark(self) -> None:
+        """Makes nan of the other ranks' rows, which are still those of before."""
+        world, rank = self._layout.mesh.size(), self._layout.mesh.get_local_rank()
+        for p in self._params:
+            start, count = span(p, world, rank)
+            flat = p.view(-1)
+            flat[:start].fill_(math.nan)
+            flat[start + count :].fill_(math.nan)
+
+    def finish(self) -> None:
+        self._work.wait()
+        unpack(self._params, self._all)
 
 
-def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one dtype, in runs of at most _BUCKET elements."""
+def _buckets(params: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Parameters of one dtype, in runs of at most so many elements."""
     for dtype in dict.fromkeys(p.dtype for p in params):
         bucket: list[Tensor] = []
         for p in (p for p in params if p.dtype == dtype):
-            if bucket and sum(q.numel() for q in bucket) + p.numel() > _BUCKET:
+            if bucket and sum(q.numel() for q in bucket) + p.numel() > size:
                 yield bucket
                 bucket = []
             bucket.append(p)

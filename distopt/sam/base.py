@@ -138,13 +138,12 @@ class SAM(torch.optim.Optimizer):
         for radius, i in self._radii(layout, owners).items():
             scale_([moves[k] for k in i], torch.where(total > 0, radius / total, 0.0))
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
-        perturbed.copies = [(t, t.clone()) for t in (*weights, *buffers)]
+        perturbed.copies = [(t, t.clone()) for t in (*layout.touched(owners), *buffers)]
+        before = weights if self._measured else [w.clone() for w in weights]
         if weights:
             torch._foreach_add_(weights, moves)
-        if self.uses_state:
-            layout.publish(owners)
+        layout.publish(owners)
         if not self._measured:
-            before = [copy for _, copy in perturbed.copies]
             self._measured = True  # also where the warning is an error
             layers = layout.layers(owners)
             self._measured = warn_of_rounding(layout, layers, before, weights, moves, self.compute_dtype)
@@ -226,7 +225,10 @@ class SAM(torch.optim.Optimizer):
             raise ValueError("DeepSpeed owns weights and gradients: distopt.engine.DeepSpeed runs SAM there")
         if layout is None or not self.uses_state:
             layout = layout_of(self.optimizer)
-        if self.scope == "local" and layout.groups:
+        if self.scope == "local":
+            layout = layout.model or layout
+            if not layout.groups:
+                return layout
             raise ValueError("scope=local needs whole weights on every rank, as under DDP: here they are sharded")
         return layout
 
@@ -242,10 +244,9 @@ class SAM(torch.optim.Optimizer):
         done, self._perturbed = self._perturbed, None
         if done is not None and done.copies:
             with torch.no_grad():
+                done.layout.wait()
                 for tensor, copy in done.copies:
                     tensor.copy_(copy)
-                if self.uses_state:
-                    done.layout.publish(done.owners)
         return done
 
     def _shards(self, layout: ShardLayout, owners: list[Tensor], buffer: str) -> list[Tensor]:
