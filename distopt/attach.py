@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from distopt import layout
 from distopt.attach_state import check_single, keep_in_folder, refuse_files
+from distopt.attach_wire import forget, zero1_layout
 from distopt.optimizer import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -25,7 +26,10 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
     Every process has to call it, once, after `prepare` and before the first step.
 
-    One process, DDP: `zero` 0 or None keeps whole state on every process, 1 cuts it up (ZeRO-1). `save_state` writes
+    One process, DDP: `zero` 0 or None keeps whole state on every process, 1 cuts it up (ZeRO-1) and moves no byte more:
+        each process gets the gradients of the rows that it steps, and in others nan. `accelerator.clip_grad_norm_`
+        knows of that. Where it cannot be (fp16's loss scaler, sync_each_batch, a communication hook of DDP)
+        gradients are whole, and half as much again is moved. `save_state` writes
         model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with `zero` 0
         or 1. Every process has to call them, on a file system that all of them see. Schedules, random numbers and
         positions in the data stay Accelerate's.
@@ -73,13 +77,14 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             "or launch FSDP2 or DeepSpeed on GPUs, since on the CPU Accelerate silently drops them"
         )
     _check_parameters(model, optimizer)
+    forget(accelerator)
     if zero == 1:
         inner = _distopt(optimizer)
         if any(inner.state.values()):
             raise ValueError("zero=1, but the optimizer has stepped, with whole state: call attach before, or zero=0")
         if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        inner.bind(layout.zero1(model))
+        inner.bind(zero1_layout(accelerator, model, inner))
         refuse_files(inner)
     keep_in_folder(accelerator)
 

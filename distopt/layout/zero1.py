@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout.rows import pack, span, unpack, width
+from distopt.layout.rows import span, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Zero1Layout(ShardLayout):
     checkpoint moves it between engines and world sizes. Parameters of 16 bits get a float32 master, cut up alike. A 0-D
     parameter has no rows: every rank steps it, and takes the first rank's.
 
-    Gradients are whole on every rank and `gradients` says so, or right in the rows of each rank only (`zero1_scattered`).
+    Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only (`zero1_scattered`).
 
     With `overlap_gather` a step returns while rows are on their way. The model's forward pass, module by module, its
     state dict, and whoever asks the optimizer for its layout wait for them; until then they are nan, so that a read by

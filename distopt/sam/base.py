@@ -24,7 +24,9 @@ class SAM(torch.optim.Optimizer):
         restore:  p <- p, as it was          g is now the gradient at the perturbed point
         step:     one step of the optimizer with that gradient
 
-    The weights are put back from a copy, bit for bit; the copy is sharded as they are. Two ways to use it:
+    The weights are put back from a copy, bit for bit; the copy is sharded as they are. Where a rank's gradients are
+    right in its rows only (`layout.zero1_scattered`) it perturbs these and sends them: each pass then costs on the wire
+    what the exchange of whole gradients would. Two ways to use it:
 
         loss.backward(); sam.perturb(); sam.zero_grad(); second_loss.backward(); sam.restore(); sam.step()
         loss = sam.step(closure)     # the closure clears the gradients, runs forward and backward, returns the loss
@@ -225,11 +227,10 @@ class SAM(torch.optim.Optimizer):
             raise ValueError("DeepSpeed owns weights and gradients: distopt.engine.DeepSpeed runs SAM there")
         if layout is None or not self.uses_state:
             layout = layout_of(self.optimizer)
-        if self.scope == "local":
+        if self.scope == "local":  # by gradients that no rank has exchanged
             layout = layout.model or layout
-            if not layout.groups:
-                return layout
-            raise ValueError("scope=local needs whole weights on every rank, as under DDP: here they are sharded")
+            if layout.groups:
+                raise ValueError("scope=local needs whole weights on every rank, as under DDP: here they are sharded")
         return layout
 
     def _radii(self, layout: ShardLayout, owners: list[Tensor]) -> dict[float, list[int]]:

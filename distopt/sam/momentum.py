@@ -24,7 +24,7 @@ class MomentumSAM(SAM):
         sam.perturb(); loss.backward(); sam.restore(); sam.step()
 
     Before the first step, and for parameters that have had none, there is no momentum, and nothing moves. Under ZeRO-1
-    each rank moves its rows and sends them to the others, before and after.
+    each rank moves its rows and sends them to the others.
 
     Args: as `SAM`, and
         rho: 0.3 for SGD in the paper's code, 1 for AdamW.
