@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout
-from distopt.clip import clip_
+from distopt.clip import layout_of
 from distopt.layout import ShardLayout
 from distopt.optimizer import ShardedOptimizer
 
@@ -50,8 +50,12 @@ def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
         if norm_type != 2:
             raise ValueError(f"norm_type={norm_type} under zero=1, where norms over all ranks are 2-norms: use 2")
         owners = [p for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
-        with torch.no_grad():
-            norm = clip_(stepped.layout.gradients or stepped.layout, owners, max_norm)
-            return norm.to(owners[0].dtype) if owners else norm
+        if not owners:
+            return torch.zeros(())
+        shards = layout_of(stepped)
+        (norms,) = shards.norms(shards.layers(owners), shards.grads(owners))
+        norm = torch.linalg.vector_norm(norms).to(owners[0].dtype)
+        torch.nn.utils.clip_grads_with_norm_(owners, max_norm, norm)
+        return norm
 
     accelerator.__dict__["clip_grad_norm_"] = clip_grad_norm_

@@ -26,15 +26,10 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     Returns the global norm before clipping, a float64 scalar, the same on every rank.
     Raises ValueError for a max_norm that is negative or nan.
     """
-    return clip_(layout_of(optimizer), _graded(optimizer), max_norm)
-
-
-def clip_(layout: ShardLayout, owners: list[Tensor], max_norm: float) -> Tensor:
-    """`clip_grad_norm_` by the norm of these parameters, which have gradients that lie as `layout` says."""
     if not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
-    grads = layout.grads(owners)
-    (norms,) = layout.norms(layout.layers(owners), grads)
+    layout = layout_of(optimizer)
+    grads, norms = _grad_norms(optimizer, layout)
     total = torch.linalg.vector_norm(norms)
     if max_norm != math.inf:
         scale_(grads, torch.where(total <= max_norm, 1.0, max_norm / total))
@@ -48,8 +43,7 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     One all-reduce per mesh axis that shards; 0 for a layer without gradient.
     """
     layout = layout_of(optimizer)
-    owners = _graded(optimizer)
-    (norms,) = layout.norms(layout.layers(owners), layout.grads(owners))
+    _, norms = _grad_norms(optimizer, layout)
     return dict(zip(layout.params, norms))
 
 
@@ -66,5 +60,9 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
     return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
 
 
-def _graded(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
+    """The local gradient shards, and the norm of each layer over all ranks."""
+    owners = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = layout.grads(owners)
+    (norms,) = layout.norms(layout.layers(owners), grads)
+    return grads, norms

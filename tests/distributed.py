@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _SECONDS = 120.0
 # One process imports these and every rank is forked from it, which takes a second where importing takes ten.
@@ -148,16 +147,3 @@ def stop_all() -> None:
     for ranks in _pool.values():
         ranks.stop()
     _pool.clear()
-
-
-class Collectives(TorchDispatchMode):
-    """Sees every collective. CommDebugMode of torch 2.13 hooks modules too, and warns of what transformers returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))

@@ -19,13 +19,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import distopt
+from distopt.bench.collectives import Collectives
 from distopt.engine import DDP, FSDP2, Engine
 from distopt.evaluate import sample, validation_loss
 from distopt.layout import local
 from distopt.model import LanguageModel, blocks
 from distopt.optim import LAMB, SGD
 from distopt.step import backward, update
-from tests.distributed import Collectives, RankError, run
+from tests.distributed import RankError, run
 from tests.engines import (
     CONFIGS,
     CPU,
@@ -96,6 +97,7 @@ def train(kind: str, family: str, settings: Settings) -> Trained:
         assert done.applied
         result.losses.append(mean(done.loss))
         result.norms.append(done.grad_norm)
+    engine.unwrap(model)  # weights that are still on their way have come
     result.params = full(model)
     return result
 
@@ -123,13 +125,22 @@ FAMILY = {
     for i, (name, make) in enumerate(SAMS.items())
     if name != "SAM"
 }
-SETTINGS_OF_ALL = SETTINGS | FAMILY
+# ZeRO-1's own.
+OVERLAP = {
+    "gathers late": Settings(engine={"overlap_gather": True}),
+    "gathers late, SAM, LAMB, all": Settings(
+        sam="SAM", optimizer="LAMB", **ALL | {"engine": {"activation_checkpointing": True, "overlap_gather": True}}
+    ),
+    "reduce_dtype": Settings(engine={"reduce_dtype": "fp32"}),
+}
+SETTINGS_OF_ALL = SETTINGS | FAMILY | OVERLAP
 LATE = {"micro-batches, one exchange", "SAM, all, one exchange"}  # not an option of DDP
 CASES = [
     *[("ddp", world, "gpt2", name) for world in (1, 2) for name in SETTINGS if name not in LATE],
     *[(kind, 2, "gpt2", name) for kind in ("fsdp2", "zero2") for name in SETTINGS],
     *[("hsdp", 4, "gpt2", name) for name in SETTINGS],
-    *[("zero1", 2, "gpt2", name) for name in SETTINGS if name not in LATE],
+    *[("zero1", 2, "gpt2", name) for name in SETTINGS | OVERLAP if name not in LATE],
+    *[("zero1", 4, family, "gathers late, SAM, LAMB, all") for family in CONFIGS],
     *[(kind, 4, family, "SAM, LAMB, all") for kind in ("ddp", "zero1") for family in CONFIGS],
     *[
         (kind, world, family, name)

@@ -6,19 +6,18 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
+from distopt.bench.collectives import Collectives, nbytes
 from distopt.bench.ranks import spawn
 from distopt.data import Sequences, TextData
 from distopt.engine import DDP, FSDP2, Engine
-from distopt.layout import local
 from distopt.model import LanguageModel, blocks
 from distopt.step import update
 
@@ -136,7 +135,7 @@ class Side:
             before = _live()
             norm = type(sam).perturb(sam)
             copies.append(_live() - before)
-            slopes.append(_bytes(getattr(sam, "_slopes", [])))
+            slopes.append(nbytes(getattr(sam, "_slopes", [])))
             del grads
             return norm
 
@@ -145,28 +144,7 @@ class Side:
             self.step(batch)
         del sam.perturb
         own = [state[name] for state in sam.state.values() for name in sam.buffers]
-        return max(copies) + max(slopes) + _bytes(own)
-
-
-class Collectives(TorchDispatchMode):
-    """Adds up the sizes of all collectives, DDP's buckets too: of each its larger side, the whole tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.bytes += max((_bytes(_tensors(side)) for side in args), default=0)
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(value) if isinstance(value, (Tensor, list, tuple)) else []
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(local(t).numel() * t.element_size() for t in tensors)
+        return max(copies) + max(slopes) + nbytes(own)
 
 
 def _live() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ class Zero1(DDP):
 
     Args: as `DDP`, and
         reduce_dtype: in which gradients are sent: `fp32`, `bf16` at half the bytes, None for their own.
-        overlap_gather: stepped rows come beside the next forward pass, which waits for them module by module; until
-            then others' rows are nan. Read weights through `unwrap`, a state dict or the forward pass of the module
-            that owns them. Needs scratch memory of the model's size.
+        overlap_gather: stepped rows come beside the next forward pass, which waits for them block by block; until then
+            others' rows are nan: weights are read by `unwrap`, a state dict or the model's forward pass. Needs scratch
+            memory of the model's size.
 
     Raises ValueError for another reduce_dtype.
     """
@@ -42,12 +43,21 @@ class Zero1(DDP):
             raise ValueError(f"engine.reduce_dtype must be fp32, bf16 or null, got {reduce_dtype!r}")
         self.reduce_dtype = reduce_dtype
         self.overlap_gather = overlap_gather
+        self._units: Sequence[nn.Module] = ()
         self._layout: layout.ShardLayout | None = None
 
+    def build(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        fill: Callable[[nn.Module, torch.device], None],
+        device: torch.device,
+    ) -> nn.Module:
+        self._units = blocks if self.overlap_gather else ()
+        return super().build(model, blocks, fill, device)
+
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        self._layout = layout.zero1_scattered(
-            model, reduce_dtype=_DTYPES[self.reduce_dtype], overlap_gather=self.overlap_gather
-        )
+        self._layout = layout.zero1_scattered(model, reduce_dtype=_DTYPES[self.reduce_dtype], units=self._units)
         optimizer.bind(self._layout)
         return model
 

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: DDP of torch 2.13 compares the annotations of a hook with types.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ def zero1_scattered(
     model: nn.Module,
     mesh: "DeviceMesh | None" = None,
     reduce_dtype: torch.dtype | None = None,
-    overlap_gather: bool = False,
+    units: Sequence[nn.Module] = (),
 ) -> Zero1Layout:
     r"""The layout of ZeRO-1 for a DDP model whose gradients are reduce-scattered from now on, and not all-reduced.
 
@@ -40,7 +40,8 @@ def zero1_scattered(
     model: DDP, before its first backward pass. mesh: as for `zero1`; it has to be of DDP's own ranks.
     reduce_dtype: in which gradients are sent, as FSDP2's; None for their own. bfloat16 halves the bytes; on the CPU the
         sum is in float32 all the same.
-    overlap_gather: `step` returns before the stepped rows have come: see `Zero1Layout`.
+    units: blocks of the model, in the order of its forward pass, that may wait for their stepped rows by themselves
+        (see `Zero1Layout`); as under FSDP2 only a unit's own forward may use its parameters. None: `step` waits.
     Raises ValueError as `zero1`; for a model that is not DDP, has a hook already, or has other ranks than the mesh.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -52,7 +53,7 @@ def zero1_scattered(
         raise ValueError("the mesh and DDP's process_group are not the same ranks in the same order: give it DDP's")
     if layout.mesh.size() > 1:
         model.register_comm_hook(layout.mesh.get_group(), _hook(reduce_dtype))
-    return layout.scattered(model.module, overlap_gather)
+    return layout.scattered(model.module, units)
 
 
 def _hook(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _BUCKET = 2**24  # elements of one exchange, of which two are under way: bounds their scratch memory
-_PIECE = 2**20  # where the forward pass waits for each: about a block's parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +30,14 @@ class Zero1Layout(ShardLayout):
 
     Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only (`zero1_scattered`).
 
-    With `overlap_gather` a step returns while rows are on their way. The model's forward pass, module by module, its
-    state dict, and whoever asks the optimizer for its layout wait for them; until then they are nan, so that a read by
-    another way shows. Call `wait` before one. Scratch memory is then the model's size, else two buckets'.
+    With `units` a step returns while rows are on their way, beside the next forward pass: each unit's forward waits for
+    its own, the model's for all that lie outside of units. A state dict waits, and who asks the optimizer for its
+    layout; until then others' rows are nan, so that a read by another way shows. Call `wait` before one. Scratch memory
+    is then the model's size, else two buckets'.
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
-    overlap_gather: bool = False
+    units: tuple[frozenset[Tensor], ...] = ()
     _coming: list[_Gather] = field(default_factory=list, init=False, repr=False)
     _whole = False  # also of one rank, whose state is a DTensor
 
@@ -64,32 +64,36 @@ class Zero1Layout(ShardLayout):
         self.wait()
         if self.mesh.size() == 1:
             return
-        for bucket in _buckets(list(owners), _PIECE if self.overlap_gather else _BUCKET):
-            if not self.overlap_gather and len(self._coming) > 1:  # one is unpacked while the next is on its way
+        for bucket in self._buckets(list(owners)):
+            if not self.units and len(self._coming) > 1:  # one is unpacked while the next is on its way
                 self._coming.pop(0).finish()
             self._coming.append(_Gather(self, bucket))
-        if self.overlap_gather:
+        if self.units:
             for gather in self._coming:
                 gather.mark()
         else:
             self.wait()
 
-    def wait(self, params: Collection[Tensor] | None = None) -> None:
+    def wait(self, params: frozenset[Tensor] | None = None) -> None:
         """Until all rows have come that `publish` has asked for, or those of these parameters."""
         while self._coming and (params is None or any(gather.holds(params) for gather in self._coming)):
             self._coming.pop(0).finish()
 
-    def scattered(self, model: nn.Module, overlap_gather: bool) -> Zero1Layout:
-        """The same rows where gradients are right in them only; with the hooks of the model that wait."""
-        layout = replace(self, gradients=None, overlap_gather=overlap_gather)
-        if overlap_gather:
-            for module in model.modules():
-                own = set(module.parameters(recurse=False))
-                module.register_state_dict_pre_hook(lambda *_: layout.wait())
-                module.register_load_state_dict_pre_hook(lambda *_: layout.wait())  # or they would come after
-                if own:
-                    module.register_forward_pre_hook(lambda module, args, own=own: layout.wait(own))
+    def scattered(self, model: nn.Module, units: Sequence[nn.Module]) -> Zero1Layout:
+        """The same rows where gradients are right in them only; with the hooks of the model that wait for units."""
+        inside = [frozenset(unit.parameters()) for unit in units]
+        held = [frozenset(model.parameters()).difference(*inside), *inside] if units else []
+        layout = replace(self, gradients=None, units=tuple(held))
+        for unit, params in zip((model, *units), held):
+            unit.register_forward_pre_hook(lambda module, args, params=params: layout.wait(params))
+        for module in model.modules() if units else ():
+            module.register_state_dict_pre_hook(lambda *_: layout.wait())
+            module.register_load_state_dict_pre_hook(lambda *_: layout.wait())  # or they would come after
         return layout
+
+    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        for unit in self.units or [frozenset(params)]:
+            yield from _buckets([p for p in params if p in unit])
 
     def _sharded(self, owner: Tensor, rows: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard
@@ -135,8 +139,7 @@ class _Gather:
     """An all-gather of the rows of some parameters that is under way."""
 
     def __init__(self, layout: Zero1Layout, params: list[Tensor]) -> None:
-        self._layout, self._params = layout, [p.detach() for p in params]
-        self._ids = {id(p) for p in params}
+        self._layout, self._owners, self._params = layout, params, [p.detach() for p in params]
         world, group = layout.mesh.size(), layout.mesh.get_group()
         widths = [width(p, world) for p in params]
         mine = params[0].new_zeros(sum(widths))
@@ -145,8 +148,8 @@ class _Gather:
         self._all = mine.new_empty(world, mine.numel())
         self._work = dist.all_gather_single(self._all.view(-1), mine, group=group, async_op=True)
 
-    def holds(self, params: Collection[Tensor]) -> bool:
-        return any(id(p) in self._ids for p in params)
+    def holds(self, params: frozenset[Tensor]) -> bool:
+        return not params.isdisjoint(self._owners)
 
     def mark(self) -> None:
         """Makes nan of the other ranks' rows, which are still those of before."""
@@ -162,12 +165,12 @@ class _Gather:
         unpack(self._params, self._all)
 
 
-def _buckets(params: list[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Parameters of one dtype, in runs of at most so many elements."""
+def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one dtype, in runs of at most _BUCKET elements."""
     for dtype in dict.fromkeys(p.dtype for p in params):
         bucket: list[Tensor] = []
         for p in (p for p in params if p.dtype == dtype):
-            if bucket and sum(q.numel() for q in bucket) + p.numel() > size:
+            if bucket and sum(q.numel() for q in bucket) + p.numel() > _BUCKET:
                 yield bucket
                 bucket = []
             bucket.append(p)

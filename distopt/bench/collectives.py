@@ -1,0 +1,54 @@
+"""What goes over the wire: the collectives that torch starts, and the bytes that the kernel has sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distopt.layout import local
+
+
+class Collectives(TorchDispatchMode):
+    """Sees every collective, those of DDP's buckets too. CommDebugMode of torch 2.13 hooks modules, and warns.
+
+        sent = k (N-1)/N * size          k is 2 for an all-reduce, 1 for others; size is that of the whole tensor
+
+    seen: their names. bytes: the sum of their sizes. sent: what each of N ranks sends by the best algorithm (a ring),
+    whatever the backend does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.bytes = 0
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            size = max((nbytes(_tensors(side)) for side in args), default=0)
+            world = next((dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)), 1)
+            self.seen.append(str(func))
+            self.bytes += size
+            self.sent += (1 + ("allreduce" in str(func))) * (world - 1) / world * size
+        return func(*args, **(kwargs or {}))
+
+
+def written() -> int:
+    """Bytes that this process has written, to sockets too: all that gloo sends over TCP. Linux only."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["wchar"])
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """The memory of the local parts."""
+    return sum(local(t).numel() * t.element_size() for t in tensors)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(value) if isinstance(value, (Tensor, list, tuple)) else []

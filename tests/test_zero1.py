@@ -1,0 +1,270 @@
+"""ZeRO-1 over DDP: which gradients are right after a reduce-scatter, and that no read of others goes unseen."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distopt
+from distopt import layout
+from distopt.engine import Zero1
+from tests.distributed import RankError, run
+from tests.optimizers import distance
+from tests.sharded import mesh
+
+SHAPES = [(5, 3), (), (1,), (3, 7), (0, 2), (8, 2), (12,)]  # rows that divide by 2, 3, 4 or by none, and one or none
+
+
+class Seldom(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((5, 3), 0.3, dtype=dtype))
+        self.bias = nn.Parameter(torch.full((2,), 0.1, dtype=dtype))
+
+    def forward(self, seed: int) -> Tensor:
+        return sum(((seed + i / 3 + p) ** 2).sum() for i, p in enumerate(self.parameters()))
+
+
+class Mixed(nn.Module):
+    """One parameter of each shape, one frozen, and one that is used at step 0 only."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        numbers = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype) for shape in [*SHAPES, (6, 2)]]
+        self.all = nn.ParameterList(drawn)
+        self.seldom = Seldom(dtype)
+        self.all[5].requires_grad_(False)
+
+    def forward(self, seed: int, step: int = 0) -> Tensor:
+        # Sums of thirds are not the same in another order.
+        loss = sum((((i + seed) / 3 + p) ** 2).sum() for i, p in enumerate(self.all))
+        return loss + self.seldom(seed) if step == 0 else loss
+
+
+def wrapped(dtype: torch.dtype = torch.float64, view: bool = True, cap: float = 25.0) -> DistributedDataParallel:
+    model = Mixed(dtype)
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=view, bucket_cap_mb=cap, find_unused_parameters=True, forward_sync_buffers=False
+    )
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def alone(seeds: list[int], step: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """The mean gradient of these ranks, by plain autograd in one process."""
+    model = Mixed(dtype)
+    (sum(model(seed, step) for seed in seeds) / len(seeds)).backward()
+    return [p.grad for p in trained(model)]
+
+
+def rows(p: Tensor) -> Tensor:
+    """Whether each element is in rows that this rank steps: as DTensor cuts them."""
+    if p.ndim == 0:
+        return torch.ones((), dtype=torch.bool)
+    mine = torch.zeros(p.shape, dtype=torch.bool)
+    chunks = torch.arange(p.shape[0]).chunk(dist.get_world_size()) if p.shape[0] else ()
+    if dist.get_rank() < len(chunks):
+        mine[chunks[dist.get_rank()]] = True
+    return mine
+
+
+def scattered_gradients(
+    reduce_dtype: torch.dtype | None, dtype: torch.dtype, view: bool, cap: float
+) -> tuple[list[float], bool]:
+    """The largest differences of the rows that this rank steps over three steps; whether all others are nan."""
+    model = wrapped(dtype, view, cap)
+    layout.zero1_scattered(model, reduce_dtype=reduce_dtype)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    errors, others = [], True
+    for step in range(3):  # after the first one DDP orders its buckets anew
+        for p in model.parameters():
+            p.grad = None
+        with model.no_sync():
+            (model(rank, step) / 2).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())  # this rank's own
+        (model(rank + 10, step) / 2).backward()
+        exact = [alone([*range(world)], step, dtype), alone([*range(10, 10 + world)], step, dtype)]
+        for p, a, b in zip(trained(model), *exact, strict=True):
+            if a is None or b is None:
+                assert p.grad is None
+                continue
+            mine = rows(p)
+            errors.append(distance([p.grad[mine].double()], [((a + b) / 2)[mine].double()]) if mine.any() else 0.0)
+            others &= bool(p.grad[~mine].isnan().all())
+    return errors, others
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("reduce_dtype", "dtype", "tolerance"),
+    [
+        (None, torch.float64, 1e-14),
+        (torch.float32, torch.float64, 3e-7),
+        (torch.bfloat16, torch.float32, 2**-8),  # each is rounded once, and summed in float32
+        (torch.float32, torch.bfloat16, 2**-7),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("view", "cap"), [(True, 25.0), (False, 1e-4)], ids=["views", "copies, many buckets"])
+def test_a_rank_has_the_mean_of_its_rows_and_nan_elsewhere(
+    world: int, reduce_dtype: torch.dtype | None, dtype: torch.dtype, tolerance: float, view: bool, cap: float
+) -> None:
+    """Also after micro-batches without exchange, and for parameters that a step leaves out."""
+    for errors, others in run(world, scattered_gradients, reduce_dtype, dtype, view, cap):
+        assert max(errors) < tolerance
+        assert others
+
+
+def steps(make: Callable[[DistributedDataParallel], Any], sam: bool) -> tuple[list[list[Tensor]], float]:
+    """The parameters after each step, and the last norm."""
+    model = wrapped()
+    inner = distopt.LAMB(trained(model), lr=0.1)
+    inner.bind(make(model))
+    optimizer = distopt.SAM(inner, rho=0.5) if sam else inner
+    after = []
+    for step in range(4):
+        for _ in range(1 + sam):
+            optimizer.zero_grad()
+            model(dist.get_rank(), step).backward()
+            if sam and optimizer._perturbed is None:
+                optimizer.perturb()
+        if sam:
+            optimizer.restore()
+        norm = distopt.clip_grad_norm_(optimizer, 1.0).item()
+        optimizer.step()
+        assert inner.layout  # waits
+        after.append([p.detach().clone() for p in model.parameters()])
+    return after, norm
+
+
+def compared(sam: bool) -> tuple[float, float, list[Tensor]]:
+    ways = (
+        lambda model: layout.zero1(model),
+        lambda model: layout.zero1_scattered(model),
+        lambda model: layout.zero1_scattered(model, units=[model.module.seldom]),
+    )
+    (whole, norm), *others = (steps(way, sam) for way in ways)
+    differences = [distance(a, b) for after, _ in others for a, b in zip(after, whole, strict=True)]
+    return max(differences), max(abs(other / norm - 1) for _, other in others), others[0][0][-1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("sam", [False, True], ids=["", "SAM"])
+def test_training_is_that_of_whole_gradients(world: int, sam: bool) -> None:
+    """Ranks agree to the last bit, a parameter without rows too."""
+    results = run(world, compared, sam)
+    for difference, norm, params in results:
+        assert difference < 1e-12
+        assert norm < 1e-13
+        assert all(torch.equal(p, q) for p, q in zip(params, results[0][2]))
+
+
+# No read of what is not there goes unseen.
+
+
+def reads() -> dict[str, bool]:
+    """What sees nan."""
+    model = wrapped()
+    optimizer = distopt.SGD(trained(model), lr=0.1)
+    bound = layout.zero1_scattered(model, units=[model.module.seldom])
+    optimizer.bind(bound)
+    seen = {}
+
+    def bad(tensors: Any) -> bool:
+        return any(not t.isfinite().all() for t in tensors)
+
+    model(dist.get_rank()).backward()
+    seen["torch's clip"] = bad([torch.nn.utils.clip_grad_norm_(copies(model), 1.0)])
+    seen["distopt's clip"] = bad([distopt.clip_grad_norm_(optimizer, 1.0)])
+    model(dist.get_rank()).backward()  # without zero_grad
+    seen["added to"] = bad([distopt.clip_grad_norm_(optimizer)])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(dist.get_rank()).backward()
+        optimizer.step()
+
+    step()
+    seen["weights on their way"] = bad(model.parameters())
+    seen["state dict"] = bad(model.state_dict().values())
+    step()
+    saved = {name: value + 1 for name, value in copy.deepcopy(model.state_dict()).items()}
+    step()
+    model.load_state_dict(saved)
+    bound.wait()
+    seen["loaded"] = distance(list(model.state_dict().values()), list(saved.values())) > 0
+    step()
+    seen["the next step"] = bad([distopt.clip_grad_norm_(optimizer)])
+    seen["asked"] = bad(model.parameters())
+    return seen
+
+
+def copies(model: nn.Module) -> list[Tensor]:
+    """Parameters with copies of the gradients, since torch's function would spoil all of them."""
+    found = [nn.Parameter(p.detach().clone()) for p in trained(model)]
+    for mine, p in zip(found, trained(model)):
+        mine.grad = p.grad.clone()
+    return found
+
+
+def test_a_read_of_what_is_not_there_shows() -> None:
+    for seen in run(2, reads):
+        assert seen == {
+            "torch's clip": True,
+            "distopt's clip": False,
+            "added to": True,
+            "weights on their way": True,
+            "state dict": False,
+            "loaded": False,
+            "the next step": False,
+            "asked": False,
+        }
+
+
+# What is refused.
+
+
+def bare() -> None:
+    layout.zero1_scattered(nn.Linear(2, 2))
+
+
+def hooked() -> None:
+    model = wrapped()
+    layout.zero1_scattered(model)
+    layout.zero1_scattered(model)
+
+
+def on_other_ranks() -> None:
+    layout.zero1_scattered(wrapped(), mesh((1, 2), ("replicate", "shard"))["replicate"])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (bare, r"hook of DDP, got Linear: wrap it, or use zero1"),
+        (hooked, r"has a communication hook already.*use zero1"),
+        (on_other_ranks, r"not the same ranks"),
+    ],
+)
+def test_what_cannot_be_scattered_is_refused(what: Callable[[], None], message: str) -> None:
+    with pytest.raises(RankError) as error:
+        run(2, what)
+    assert error.value.kind == "ValueError"
+    assert re.search(message, error.value.message), error.value.message
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bfloat16", torch.bfloat16, 16])
+def test_unknown_reduce_dtypes_are_refused(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=rf"engine\.reduce_dtype must be fp32, bf16 or null, got {dtype!r}"):
+        Zero1(reduce_dtype=dtype)
