@@ -42,14 +42,14 @@ def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
     """Makes `accelerator.clip_grad_norm_` clip by the norm over all ranks, of which each has its rows."""
     whole, held = accelerator.clip_grad_norm_, weakref.ref(optimizer)
 
-    def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2) -> Tensor:
+    def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
         stepped = held()
         if stepped is None or not accelerator.sync_gradients:  # of no step that comes: gradients are each rank's own
             norm: Tensor = whole(parameters, max_norm, norm_type)
             return norm
         if norm_type != 2:
             raise ValueError(f"norm_type={norm_type} under zero=1, where norms over all ranks are 2-norms: use 2")
-        owners = [p for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None]
+        owners = [p for p in parameters if p.grad is not None]
         if not owners:
             return torch.zeros(())
         shards = layout_of(stepped)

@@ -44,7 +44,7 @@ def start(**kwargs: Any) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))  # as torchrun does
-    return Accelerator(gradient_accumulation_steps=ACCUMULATION, **{"cpu": True} | kwargs)
+    return Accelerator(**{"cpu": True, "gradient_accumulation_steps": ACCUMULATION} | kwargs)
 
 
 def start_fsdp(reshard: bool = True, version: int = 2) -> Any:
@@ -153,6 +153,55 @@ def test_ddp_is_the_unsharded_run(zero: int | None, world: int) -> None:
     for params, _ in results:
         assert distance(params, reference()) < TOLERANCE
     assert sum(held for _, held in results) == trained * (1 if zero == 1 else world)
+
+
+def exchanged(how: str) -> tuple[bool, list[float], str, list[Tensor]]:
+    """Whether a rank has gradients of its rows only; norms to clip by, and the parameters after steps without."""
+    from accelerate.utils import GradientAccumulationPlugin
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    each = {"gradient_accumulation_plugin": GradientAccumulationPlugin(ACCUMULATION, sync_each_batch=True)}
+    accelerator = start(**({"gradient_accumulation_steps": 1} | each if how == "sync_each_batch" else {}))
+    model = whole("replicated")
+    model, optimizer = accelerator.prepare(model, lamb(model))
+    if how == "hook":
+        model.register_comm_hook(None, allreduce_hook)
+    if how == "scaler":
+        accelerator.scaler = object()
+    distopt.attach(accelerator, model, optimizer, zero=1)
+    accelerator.scaler = None
+    norms, refused = [], ""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    for part in batch(0).chunk(ACCUMULATION):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(part.chunk(world)[rank], 0))
+    params = [p for p in model.parameters() if p.grad is not None]
+    rows = any(p.grad.isnan().any() for p in params)
+    for some in (params, params[1:3], params[2:3], [], model.parameters()):
+        norms.append(float(accelerator.clip_grad_norm_(some, 1e9)))
+    try:
+        accelerator.clip_grad_norm_(params, 1e9, norm_type=1)
+    except ValueError as error:
+        refused = str(error)
+    optimizer.step()
+    return bool(rows), norms, refused, full(model)
+
+
+@pytest.mark.parametrize("how", ["rows", "hook", "scaler", "sync_each_batch"])
+def test_gradients_are_of_rows_where_all_who_read_them_can_be_told(how: str) -> None:
+    """A script's own hook of DDP, a loss scaler, or gradients that are exchanged between micro-batches need whole ones.
+    `accelerator.clip_grad_norm_` is right in all cases, for some of the parameters too."""
+    model = whole("replicated")
+    optimizer = lamb(model)
+    model(batch(0), 0).backward()
+    params = [p for p in model.parameters() if p.grad is not None]
+    expected = [float(nn.utils.get_total_norm([p.grad for p in some])) for some in (params, params[1:3], params[2:3])]
+    optimizer.step()
+    for rows, norms, refused, after in run(2, exchanged, how):
+        assert rows == (how == "rows")
+        assert norms == pytest.approx([*expected, 0.0, expected[0]], rel=1e-12)
+        assert ("norm_type=1 under zero=1" in refused) == (how == "rows")
+        assert distance(after, [p.detach() for p in model.parameters()]) < TOLERANCE
 
 
 def train_sam() -> tuple[list[Tensor], list[Tensor]]:

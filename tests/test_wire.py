@@ -3,53 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import nn
 
 import distopt
-from distopt import layout
 from distopt.bench.collectives import Collectives, written
-from distopt.engine import DDP, Engine
+from distopt.bench.wire import SIDES
 from distopt.model import LanguageModel
 from distopt.step import update
 from tests.distributed import run
-from tests.engines import CONFIGS, ENGINES, batch, full, made
+from tests.engines import CONFIGS, batch, made
 
 SIZES = CONFIGS["gpt2"] | {"n_embd": 128}
-
-
-class WholeGradients(DDP):
-    """ZeRO-1 over a DDP that nobody has told: what `layout.zero1` is bound to by hand."""
-
-    def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        optimizer.bind(layout.zero1(self.unwrap(model)))
-        return model
-
-
-# Of what a rank sends in a step, in parts of (N-1)/N: gradients and weights, for the parameters in blocks and others.
-SENT: dict[str, tuple[Callable[..., Engine], Callable[[float, float], float]]] = {
-    "ddp": (ENGINES["ddp"], lambda inside, outside: 2 * (inside + outside)),
-    "zero1, whole gradients": (WholeGradients, lambda inside, outside: 3 * (inside + outside)),
-    "zero1": (ENGINES["zero1"], lambda inside, outside: 2 * (inside + outside)),
-    "zero1, gathers late": (
-        partial(ENGINES["zero1"], overlap_gather=True),
-        lambda inside, outside: 2 * (inside + outside),
-    ),
-    "zero1, bf16": (partial(ENGINES["zero1"], reduce_dtype="bf16"), lambda inside, outside: 1.5 * (inside + outside)),
-    "zero2": (ENGINES["zero2"], lambda inside, outside: 2 * (inside + outside)),
-    "fsdp2": (ENGINES["fsdp2"], lambda inside, outside: 3 * inside + 2 * outside),
-}
 
 
 def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str], float, int, list[int], list[int]]:
     """Of a step that is like those after it: collectives, bytes by the ring, bytes that gloo sent; the sizes of all
     parameters that lie in blocks and outside, padded to rows that divide."""
-    engine = SENT[kind][0](precision="fp32")
+    engine = SIDES[kind].engine()
     model = made(LanguageModel("gpt2", SIZES), engine)
     optimizer = distopt.LAMB(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.01)
     model = engine.attach(model, optimizer, micro_batches, 1.0)
@@ -60,9 +32,7 @@ def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str]
     with Collectives() as mode:
         before = written()
         update(engine, model, stepper, list(batch(2).chunk(micro_batches)), 1.0)
-        engine.unwrap(model)
-        if kind == "zero1, gathers late":
-            full(model)
+        engine.unwrap(model)  # what is still on its way has come
         after = written()
     dist.barrier()
     sizes: tuple[list[int], list[int]] = ([], [])
@@ -74,12 +44,12 @@ def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str]
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("kind", SENT)
+@pytest.mark.parametrize("kind", SIDES)
 def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
     """To the byte, padding included: zero1 sends what DDP sends, 2 psi (N-1)/N, and not 3. Norms are one all-reduce to
     clip by (of gradients) and one for LAMB (of weights and directions), float64 sums for all layers."""
     for seen, sent, really, inside, outside in run(world, stepped, kind):
-        parts = SENT[kind][1](sum(inside), sum(outside)) * (world - 1) / world
+        parts = (SIDES[kind].inside * sum(inside) + SIDES[kind].outside * sum(outside)) * (world - 1) / world
         clip, lamb = (2 * (world - 1) / world * 8 * columns * (len(inside) + len(outside)) for columns in (1, 2))
         norms, count = {"ddp": (0.0, 0), "zero1, whole gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
         if count < 2:  # DDP pads nothing, and reduces what it calls buckets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from distopt.bench import loop, optimizers, sam, sharpness, step
+from distopt.bench import loop, optimizers, sam, sharpness, step, wire
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     sam.add_parser(benchmarks)
     sharpness.add_parser(benchmarks)
     step.add_parser(benchmarks)
+    wire.add_parser(benchmarks)
     options = parser.parse_args()
     options.run(options)
 
