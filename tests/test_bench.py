@@ -50,6 +50,20 @@ def test_sam_counts_bytes_and_copies() -> None:
 
 
 @pytest.mark.matrix
+def test_wire_counts_what_the_formula_says() -> None:
+    """Norms and padding come on top: little, and less the larger the model."""
+    small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
+    done = bench("wire", *small, "--only", "ddp", "zero1, whole gradients", "zero1")
+    assert done.returncode == 0, done.stderr
+    rows = cells(done.stdout)
+    for name, passes in {"ddp": 2, "zero1, whole gradients": 3, "zero1": 2}.items():
+        formula, counted, sent = map(float, rows[name][3:6])
+        assert formula / float(rows["ddp"][3]) == pytest.approx(passes / 2, rel=1e-2)
+        assert counted == pytest.approx(formula, rel=0.05)
+        assert sent == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.matrix
 def test_sharpness_writes_every_run(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     file = tmp_path / "runs.json"

@@ -82,7 +82,7 @@ def _hook(
 
 def _exchange(send: Tensor, group: dist.ProcessGroup) -> Future[list[Tensor]]:
     """Starts the way of each row of [world, width] to its rank, (N-1)/N of the matrix; its future: what arrives."""
-    if dist.get_backend(group) == "gloo":
+    if group._get_backend(send.device).name() == "gloo":
         # Of torch 2.13: its reduce-scatter is an all-reduce inside, at twice the bytes, and has no future.
         received = torch.empty_like(send)
         work = dist.all_to_all_single(received, send, group=group, async_op=True)

@@ -92,8 +92,11 @@ class Zero1Layout(ShardLayout):
         return layout
 
     def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Runs of parameters that one all-gather moves; those that units share come with the first of these."""
+        left = dict.fromkeys(params)
         for unit in self.units or [frozenset(params)]:
-            yield from _buckets([p for p in params if p in unit])
+            yield from _buckets([p for p in params if p in unit and p in left])
+            left = {p: None for p in left if p not in unit}
 
     def _sharded(self, owner: Tensor, rows: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard
