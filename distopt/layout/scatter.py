@@ -34,8 +34,9 @@ def zero1_scattered(
     exchange runs beside the backward pass, bucket by bucket, and `no_sync` puts it off.
 
     After a backward pass that exchanges, `.grad` is the mean over the ranks in the rows that this rank steps, and nan
-    in all others. So clip by `distopt.clip_grad_norm_`: torch's function sees nan. Clear the gradients before the next
-    backward pass, whose sum with them would be nan too. SAM perturbs rows and sends them: 4 (N-1)/N psi a step.
+    in all others. So clip by `distopt.clip_grad_norm_`: torch's function sees nan, and so does its GradScaler (fp16),
+    which would skip every step. Clear the gradients before the next backward pass, or their sum is nan too. SAM
+    perturbs rows and sends them: 4 (N-1)/N psi a step.
 
     model: DDP, before its first backward pass. mesh: as for `zero1`; it has to be of DDP's own ranks.
     reduce_dtype: in which gradients are sent, as FSDP2's; None for their own. bfloat16 halves the bytes; on the CPU the
