@@ -57,9 +57,7 @@ def zero1_scattered(
     return layout.scattered(model.module, units)
 
 
-def _hook(
-    dtype: torch.dtype | None,
-) -> Callable[[dist.ProcessGroup, dist.GradBucket], Future[Tensor]]:
+def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradBucket], Future[Tensor]]":
     def reduce_scatter_rows(group: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[Tensor]:
         """Leaves the mean in the bucket's rows that this rank steps, and nan elsewhere."""
         world, rank = group.size(), group.rank()
@@ -81,7 +79,7 @@ def _hook(
     return reduce_scatter_rows
 
 
-def _exchange(send: Tensor, group: dist.ProcessGroup) -> Future[list[Tensor]]:
+def _exchange(send: Tensor, group: "dist.ProcessGroup") -> Future[list[Tensor]]:
     """Starts the way of each row of [world, width] to its rank, (N-1)/N of the matrix; its future: what arrives."""
     if group._get_backend(send.device).name() == "gloo":
         # Of torch 2.13: its reduce-scatter is an all-reduce inside, at twice the bytes, and has no future.
