@@ -65,9 +65,10 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
         widths = [width(g, world) for g in grads]
         send = buffer.new_zeros(world, sum(widths), dtype=dtype or buffer.dtype)
         pack(send, grads)
+        shape = send.shape  # not the tensor, which is free once it is sent
 
         def unpack_mean(future: Future[list[Tensor]]) -> Tensor:
-            rows = _sum(future.value()[0], send, buffer.dtype).div_(world).split(widths)
+            rows = _sum(future.value()[0], shape, buffer.dtype).div_(world).split(widths)
             buffer.fill_(math.nan)  # whoever reads there reads what no rank has
             spans = [span(g, world, rank) for g in grads]
             mine = [g.view(-1).narrow(0, *at) for g, at in zip(grads, spans)]
@@ -91,7 +92,7 @@ def _exchange(send: Tensor, group: "dist.ProcessGroup") -> Future[list[Tensor]]:
     return work.get_future()
 
 
-def _sum(arrived: Tensor, send: Tensor, dtype: torch.dtype) -> Tensor:
+def _sum(arrived: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The rows of all ranks, added up in float32 or wider, always in the order of the ranks; or their sum, as it is."""
     wide = torch.promote_types(dtype, torch.float32)
-    return arrived.view_as(send).sum(0, dtype=wide) if arrived.numel() == send.numel() else arrived.to(wide)
+    return arrived.sum(0, dtype=wide) if arrived.shape == shape else arrived.to(wide)
