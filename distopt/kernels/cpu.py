@@ -21,7 +21,7 @@ _ADDRESSES, _HYPER = 5, 6  # as cpu.c counts them
 class CompiledMove:
     """As `Move`, by a function of cpu.c.
 
-    buffers: the names of the function's state buffers. hyper: its hyper-parameters. scales: two columns, of what differs
+    buffers: the names of its state buffers. hyper: its hyper-parameters. scales: two columns, of what differs
     between tensors.
     """
 
