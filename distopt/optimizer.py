@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -31,6 +32,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._bound: ShardLayout | None = None
         self._inferred: ShardLayout | None = None
         self._given: list[weakref.ref[Tensor]] = []
+        self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         super().__init__(params, defaults)
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -78,7 +80,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         layout = self.layout
-        work = self.rate(layout, [self._shards(layout, group) for group in self.param_groups])
+        owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        work = self.rate(layout, [self._shards(layout, i, held) for i, held in enumerate(owners)])
         moves = [move for shards in work for move in kernels.moves(self, shards)]
         for move in moves:
             if not self.trusts(move.group):
@@ -91,7 +94,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for move in trusted:
                 bounds = move.group["trust_clip"]
                 move.apply(ratios if bounds is None else ratios.clamp(*bounds))
-        self._publish(layout)
+        self._publish(layout, [p for held in owners for p in held])
         return loss
 
     def trusts(self, group: dict[str, Any]) -> bool:
@@ -106,8 +109,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Makes the state of every trainable parameter that has none: zeros, as before the first step."""
         layout = self.layout
         for i, group in enumerate(self.param_groups):
-            for p in layout.owners(i, group["params"]):
-                self._init_state(layout, group, p)
+            self._init_states(layout, group, layout.owners(i, group["params"]))
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
         """The first value of one state buffer."""
@@ -146,7 +148,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 raise ValueError("the state dict has amsgrad=True, which distopt has not: its update would differ")
         super().__setstate__(state)
         given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
-        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given)):
+        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {})):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
             for name, value in self.defaults.items():
@@ -155,49 +157,62 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if values.get("momentum_buffer") is not None:
                 values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
             if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
-                values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device="cpu")
+                # A copy, since what it was loaded from may be an optimizer's that goes on counting.
+                values["step"] = torch.as_tensor(values["step"]).to("cpu", torch.float32, copy=True)
 
-    def _shards(self, layout: ShardLayout, group: dict[str, Any]) -> Shards:
-        """This rank's shards of the group's parameters that have a gradient; counts their step."""
-        names = self.slots(group)
-        for p in layouts.trained(group["params"]):
-            self._init_state(layout, group, p)
-        owners = [p for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in owners):
+    def _shards(self, layout: ShardLayout, number: int, owners: list[Tensor]) -> Shards:
+        """This rank's shards of the group's parameters that have a gradient (the owners); counts their step."""
+        group = self.param_groups[number]
+        self._init_states(layout, group, layouts.trained(group["params"]))
+        if any(p.grad.is_sparse for p in owners):  # type: ignore[union-attr]
             raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
         states = [self.state[p] for p in owners]
-        # New tensors: DeepSpeed's stage-3 loading shares one among partitions. Views of one, which is made fast.
-        counts = torch.stack([state["step"] for state in states]).add_(1.0) if states else torch.zeros(0)
-        for state, count in zip(states, counts.unbind()):
-            state["step"] = count
-        params = layout.shards(owners, [state.get("master", p.detach()) for state, p in zip(states, owners)])
+        counts = self._count(number, states)
+        params = layout.shards(owners, [state.get("master", p) for state, p in zip(states, owners)])
         grads = layout.grads(owners)
-        grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)]  # a master is wider
         if group["maximize"] and grads:
             grads = list(torch._foreach_neg(grads))
-        buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in names}
-        steps = [count for p, count in zip(owners, counts.tolist()) for _ in layout.segments[p]]
+        buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in self.slots(group)}
+        steps = [count for p, count in zip(owners, counts) for _ in layout.segments[p]]
         shards = Shards(group, layout.layers(owners), params, grads, buffers, steps)
         held = [i for i, p in enumerate(params) if p.numel()]
         return shards if len(held) == len(params) else shards.part(held)
 
-    def _publish(self, layout: ShardLayout) -> None:
+    def _count(self, number: int, states: list[dict[str, Any]]) -> list[float]:
+        """Counts a step of each of the group's states, and returns how many there are.
+
+        The counts become views of one tensor, so that the next step adds to all of them at once.
+        """
+        steps = [state["step"] for state in states]
+        whole, views = self._counts.get(number, (torch.zeros(0), ()))
+        if len(steps) == len(views) and all(map(operator.is_, steps, views)):
+            return whole.add_(1.0).tolist()
+        # New tensors: DeepSpeed's stage-3 loading shares one among partitions.
+        whole = torch.stack(steps).add_(1.0)
+        self._counts[number] = whole, whole.unbind()
+        for state, count in zip(states, self._counts[number][1]):
+            state["step"] = count
+        return whole.tolist()
+
+    def _publish(self, layout: ShardLayout, owners: list[Tensor]) -> None:
         """Rounds the masters, if there are any, to the parameters, and gives other ranks their copies."""
-        owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in owners:
-            if "master" in self.state[p]:
-                torch._foreach_copy_(layout.split(p, p.detach()), layout.split(p, self.state[p]["master"]))
+            if p.dtype.itemsize < 4 and "master" in self.state[p]:
+                torch._foreach_copy_(layout.split(p, p), layout.split(p, self.state[p]["master"]))
         layout.publish(owners)
 
-    def _init_state(self, layout: ShardLayout, group: dict[str, Any], param: Tensor) -> None:
-        state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-        if param.dtype.itemsize < 4 and "master" not in state and (master := layout.master(param)) is not None:
-            state["master"] = master
-        for name in self.slots(group):
-            if state.get(name) is None:
-                state[name] = self.init_slot(layout, group, name, param)
+    def _init_states(self, layout: ShardLayout, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Makes what the parameters of the group lack of their state."""
+        names = self.slots(group)
+        for p in params:
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)
+            if p.dtype.itemsize < 4 and "master" not in state and (master := layout.master(p)) is not None:
+                state["master"] = master
+            for name in names:
+                if state.get(name) is None:
+                    state[name] = self.init_slot(layout, group, name, p)
 
     def _refuse_unknown(self, params: list[Tensor]) -> None:
         """Plain tensors that were not given at construction come from an engine that must say what they hold."""

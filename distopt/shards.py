@@ -17,7 +17,8 @@ _SLICE = 2**17
 class Shards:
     """What a rule works on: plain local tensors, list by list in the same order.
 
-    group: the param group (its hyper-parameters). layers: the layer of each tensor. buffers: the state by name.
+    group: the param group (its hyper-parameters). layers: the layer of each tensor. grads: of fewer bits than the
+    params, where those are masters; as wide in `slices`, which rules get. buffers: the state by name.
     steps: how many steps each tensor has taken, this one included. rates: factors that multiply each gradient, for
     rules that need norms before their state moves (LARS).
     """
@@ -35,7 +36,7 @@ class Shards:
         if not self.params:
             return
         if self.params[0].device.type != "cpu":
-            yield self
+            yield self._take([(i, row) for i, row in enumerate(zip(self.params, self.grads, *self.buffers.values()))])
             return
         columns = [self.params, self.grads, *self.buffers.values()]
         whole: list[tuple[int, tuple[Tensor, ...]]] = []
@@ -68,6 +69,7 @@ class Shards:
     def _take(self, rows: list[tuple[int, tuple[Tensor, ...]]]) -> Shards:
         params, grads, *buffers = (list(column) for column in zip(*(cut for _, cut in rows)))
         part = self.part([i for i, _ in rows])
+        grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)]
         return replace(part, params=params, grads=grads, buffers=dict(zip(self.buffers, buffers)))
 
 

@@ -95,3 +95,24 @@ def test_noise_has_the_norm_it_was_given_and_the_weights_stay() -> None:
     lost = noisy_loss(lambda: (weights[0] - start).square().sum(), weights, relative=0.1, draws=3)
     assert lost == pytest.approx((0.1 * 5.0) ** 2, rel=1e-5)
     assert torch.equal(weights[0], start)
+
+
+def test_the_step_of_every_optimizer_is_measured(tmp_path: Path) -> None:
+    """A peer that is not installed is a named gap; what the benchmark needs is torch alone."""
+    file = tmp_path / "step.json"
+    done = bench("step", "--shapes", "1000_small", "--rounds", "1", "--only", "distopt", "LAMB", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    families = json.loads(file.read_text())["1000_small"]
+    ours = {name for rows in families.values() for name in rows["steps"] if name.startswith("distopt")}
+    assert len(ours) == 11
+    assert all(row["seconds"] > 0.0 for rows in families.values() for row in rows["steps"].values())
+    assert "DeepSpeed FusedLamb does not take part" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "option", [["--rounds", "0"], ["--only", "nobody"], ["--json", "no/such/folder/x.json"]], ids=str
+)
+def test_the_step_refuses_in_one_line(option: list[str]) -> None:
+    done = bench("step", *option)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and option[0] in done.stderr

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,18 @@ from torch.utils._pytree import tree_leaves
 import distopt
 
 Shapes = list[tuple[int, ...]]
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
-# Bytes that a step has to read and write for each float32 parameter.
-_BYTES = {"sgd": 12, "momentum": 20, "adagrad": 20, "rmsprop": 20, "adam": 28, "lamb": 40, "lars": 28}
+_BASE = "torch AdamW fused"  # what all are compared with
 
 
 def add_parser(benchmarks: Any) -> None:
     """The options of `python -m distopt.bench step`."""
     parser = benchmarks.add_parser("step", help="time, bandwidth and memory of one optimizer step, against others")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="sets of tensors")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="contestants whose name has one of these in it")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="sets of tensors")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants whose name has one of these in it")
     parser.add_argument("--rounds", type=int, default=15, help="how often all take turns")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU; all if not given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; all if not given")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.set_defaults(run=run)
 
@@ -52,80 +53,134 @@ SHAPES: dict[str, Shapes] = {
     "one_50m": [(50_000_000,)],
 }
 
-# Name: bytes by the rule, and what makes the optimizer. The first of a rule is what the others are compared with.
-_ADAMW: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
-_SGD: dict[str, Any] = dict(lr=1e-4, momentum=0.9, weight_decay=0.01)
+_ADAM: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
+_AVERAGED = dict(momentum=0.9, dampening=0.9)
+_NESTEROV = dict(momentum=0.9, nesterov=True)
+_CENTERED = dict(centered=True, momentum=0.9)
+
+# Families, whose members take turns: the name of a rule, the bytes that it has to read and write for each float32
+# parameter, its class (in torch.optim, in distopt), its arguments, and how torch's has it. Their states are in memory
+# together, so that all rules at once would need 20 GB for 124M parameters.
+_FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]] = {
+    "adam": [
+        ("AdamW", 28, "AdamW", _ADAM, ("fused", "foreach")),
+        ("Adam", 28, "Adam", {"lr": 1e-4}, ("fused", "foreach")),
+    ],
+    "layerwise": [
+        ("LAMB", 40, "LAMB", _ADAM, ()),
+        ("LARS", 28, "LARS", dict(lr=1e-4, weight_decay=0.01), ()),
+    ],
+    "sgd": [
+        ("SGD", 12, "SGD", {"lr": 1e-4}, ("fused", "foreach")),
+        ("momentum", 20, "SGD", dict(lr=1e-4, momentum=0.9, weight_decay=0.01), ("fused", "foreach")),
+        ("averaged momentum", 20, "SGD", dict(lr=1e-4, **_AVERAGED), ("fused", "foreach")),
+        ("Nesterov", 20, "SGD", dict(lr=1e-4, **_NESTEROV), ("fused", "foreach")),
+    ],
+    "scaled": [
+        ("Adagrad", 20, "Adagrad", {"lr": 1e-4}, ("fused", "foreach")),
+        ("RMSprop", 20, "RMSprop", {"lr": 1e-4}, ("foreach",)),
+        ("RMSprop centered momentum", 36, "RMSprop", dict(lr=1e-4, **_CENTERED), ("foreach",)),
+    ],
+}
+
+# LAMBs of other packages: name, module, class, whether on a GPU alone.
+_LAMBS = (
+    ("timm LAMB", "timm.optim", "Lamb", False),
+    ("pytorch_optimizer LAMB", "pytorch_optimizer", "Lamb", False),
+    ("bitsandbytes LAMB", "bitsandbytes.optim", "LAMB", True),
+    ("DeepSpeed FusedLamb", "deepspeed.ops.lamb", "FusedLamb", True),
+)
 
 
-def contestants(gpu: bool) -> dict[str, tuple[str, Callable[[list[Tensor]], torch.optim.Optimizer]]]:
-    """What takes part, by name; a package that is not installed is named and left out."""
-    found: dict[str, tuple[str, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
-        "torch AdamW fused": ("adam", lambda p: torch.optim.AdamW(p, fused=True, **_ADAMW)),
-        "torch AdamW foreach": ("adam", lambda p: torch.optim.AdamW(p, foreach=True, **_ADAMW)),
-        "distopt AdamW": ("adam", lambda p: distopt.AdamW(p, **_ADAMW)),
-        "distopt Adam": ("adam", lambda p: distopt.Adam(p, lr=1e-4)),
-        "distopt LAMB": ("lamb", lambda p: distopt.LAMB(p, **_ADAMW)),
-        "torch SGD momentum fused": ("momentum", lambda p: torch.optim.SGD(p, fused=True, **_SGD)),
-        "distopt SGD momentum": ("momentum", lambda p: distopt.SGD(p, **_SGD)),
-        "distopt Nesterov": ("momentum", lambda p: distopt.SGD(p, nesterov=True, **_SGD)),
-        "distopt SGD": ("sgd", lambda p: distopt.SGD(p, lr=1e-4)),
-        "distopt LARS": ("lars", lambda p: distopt.LARS(p, **_SGD)),
-        "distopt Adagrad": ("adagrad", lambda p: distopt.Adagrad(p, lr=1e-4)),
-        "torch RMSprop foreach": ("rmsprop", lambda p: torch.optim.RMSprop(p, foreach=True, lr=1e-4)),
-        "distopt RMSprop": ("rmsprop", lambda p: distopt.RMSprop(p, lr=1e-4)),
-    }
-    if not gpu:  # torch 2.13 has a fused Adagrad for the CPU alone
-        found["torch Adagrad fused"] = ("adagrad", lambda p: torch.optim.Adagrad(p, fused=True, lr=1e-4))
-    for name, module, cls in (
-        ("timm LAMB", "timm.optim", "Lamb"),
-        ("pytorch_optimizer LAMB", "pytorch_optimizer", "Lamb"),
-        *((("bitsandbytes LAMB", "bitsandbytes.optim", "LAMB"),) if gpu else ()),
-        *((("DeepSpeed FusedLamb", "deepspeed.ops.lamb", "FusedLamb"),) if gpu else ()),
-    ):
-        try:
-            made = getattr(import_module(module), cls)
-        except Exception as error:  # not installed, or it does not get along with what is
-            print(f"{name} does not take part: {type(error).__name__}: {str(error).splitlines()[0]}")
+def contestants(gpu: bool) -> dict[str, dict[str, tuple[int, Make]]]:
+    """What takes part, by family and name: bytes a parameter, and what makes it. Who does not is named."""
+    found: dict[str, dict[str, tuple[int, Make]]] = {family: {} for family in _FAMILIES}
+    for family, rules in _FAMILIES.items():
+        for name, size, cls, arguments, ways in rules:
+            for way in ways:
+                if gpu and (name, way) == ("Adagrad", "fused"):
+                    print("torch Adagrad fused does not take part: torch 2.13 has it for the CPU alone")
+                    continue
+                found[family][f"torch {name} {way}"] = size, _maker(torch.optim, cls, {way: True, **arguments})
+            found[family][f"distopt {name}"] = size, _maker(distopt, cls, arguments)
+    for name, module, cls, gpu_alone in _LAMBS:
+        if gpu_alone and not gpu:
+            print(f"{name} does not take part: it has no CPU version")
             continue
-        found[name] = ("lamb", partial(made, **_ADAMW))
+        try:
+            package = import_module(module)
+            _maker(package, cls, _ADAM)([torch.zeros(1, requires_grad=True)])
+        except Exception as error:  # not installed, or it does not get along with what is
+            print(f"{name} does not take part: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            continue
+        found["layerwise"][name] = 40, _maker(package, cls, _ADAM)
     return found
+
+
+def _maker(package: Any, cls: str, arguments: dict[str, Any]) -> Make:
+    return lambda params: getattr(package, cls)(params, **arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints a table for each set of tensors."""
+    _check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, float32; medians of {options.rounds} rounds in turns")
-    chosen = contestants(device.type == "cuda")
-    base = "torch AdamW fused"
+    families = contestants(device.type == "cuda")
+    base = families["adam"][_BASE]
     if options.only:
-        chosen = {n: c for n, c in chosen.items() if n == base or any(part in n for part in options.only)}
-    results = {}
+        families = {
+            family: {name: c for name, c in members.items() if any(part in name for part in options.only)}
+            for family, members in families.items()
+        }
+        if not any(families.values()):
+            raise SystemExit(f"--only {' '.join(options.only)}: no contestant has that in its name")
+    results: dict[str, dict[str, Any]] = {}
     for name in options.shapes:
-        results[name] = measure(SHAPES[name], chosen, device, options.rounds)
-        numel = sum(torch.Size(shape).numel() for shape in SHAPES[name])
-        bandwidth = results[name].pop("copy")["bandwidth"]
-        print(
-            f"\n{name}: {numel / 1e6:,.1f}M parameters in {len(SHAPES[name])} tensors; copy {bandwidth / 1e9:.1f} GB/s"
-        )
-        print(
-            "| optimizer | ms | / fused AdamW | bytes a parameter | of what the copy allows | extra bytes a parameter |"
-        )
-        print("|---|---|---|---|---|---|")
-        for contestant, row in results[name].items():
-            ratio = row["seconds"] / results[name][base]["seconds"]
-            share = row["bytes"] * numel / bandwidth / row["seconds"]
-            print(
-                f"| {contestant} | {1e3 * row['seconds']:.2f} | {ratio:.2f} | {row['bytes']} | {share:.2f} | "
-                f"{row['extra'] / numel:.2f} |"
-            )
+        shapes = SHAPES[name]
+        numel = sum(torch.Size(shape).numel() for shape in shapes)
+        print(f"\n{name}: {numel / 1e6:,.1f}M parameters in {len(shapes)} tensors", flush=True)
+        results[name] = {}
+        for family, members in families.items():
+            if members:
+                print(f"{name}: {family}, {len(members)} contestants ...", file=sys.stderr, flush=True)
+                results[name][family] = measure(shapes, {_BASE: base, **members}, device, options.rounds)
+        _print_table(results[name], numel)
     if options.json:
         options.json.write_text(json.dumps({"where": where, "torch": torch.__version__, **results}, indent=1) + "\n")
 
 
-def measure(shapes: Shapes, chosen: dict[str, Any], device: torch.device, rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds, bytes and extra memory of a step of each contestant, all on the same weights and gradients."""
+def _check(options: argparse.Namespace) -> None:
+    for name in ("rounds", "threads"):
+        if getattr(options, name) < 1:
+            raise SystemExit(f"--{name} must be >= 1, got {getattr(options, name)}")
+    if options.json and not options.json.parent.is_dir():
+        raise SystemExit(f"--json {options.json}: there is no folder {options.json.parent}")
+
+
+def _print_table(families: dict[str, Any], numel: int) -> None:
+    print("| optimizer | ms | / fused AdamW | bytes a parameter | / copy | / in place | extra bytes a parameter |")
+    print("|---|---|---|---|---|---|---|")
+    for rows in families.values():
+        for name, row in rows["steps"].items():
+            rate = row["bytes"] * numel / row["seconds"]
+            print(
+                f"| {name} | {1e3 * row['seconds']:.2f} | {row['seconds'] / rows['steps'][_BASE]['seconds']:.2f} | "
+                f"{row['bytes']} | {rate / rows['copy']:.2f} | {rate / rows['in_place']:.2f} | "
+                f"{row['extra'] / numel:.2f} |"
+            )
+    bandwidths = [f"{rows['copy'] / 1e9:.1f} / {rows['in_place'] / 1e9:.1f}" for rows in families.values()]
+    print(f"GB/s of a copy / of scaling in place, family by family: {', '.join(bandwidths)}", flush=True)
+
+
+def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Median seconds, bytes and extra memory of a step of each contestant, all on the same weights and gradients.
+
+    copy, in_place: bytes a second that a copy of the weights moves, and their multiplication where they lie. The second
+    is nearer to what a step does: a line that is written has been read, while a copy has the processor fetch it first.
+    """
     numbers = torch.Generator(device).manual_seed(0)
     params = [torch.randn(shape, generator=numbers, device=device).mul_(0.02).requires_grad_() for shape in shapes]
     for p in params:
@@ -133,7 +188,7 @@ def measure(shapes: Shapes, chosen: dict[str, Any], device: torch.device, rounds
     source = torch.cat([p.detach().view(-1) for p in params])
     target = torch.empty_like(source)
     steps: dict[str, Callable[[], Any]] = {name: make(params).step for name, (_, make) in chosen.items()}
-    steps["copy"] = lambda: target.copy_(source)
+    steps |= {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
     extra = {}
     for name, step in steps.items():
         step()  # makes the state
@@ -148,12 +203,13 @@ def measure(shapes: Shapes, chosen: dict[str, Any], device: torch.device, rounds
             steps[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - started)
-    rows = {
-        name: {"seconds": statistics.median(seconds[name]), "bytes": _BYTES[rule], "extra": extra[name]}
-        for name, (rule, _) in chosen.items()
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    moved = 2 * source.numel() * source.element_size()
+    return {
+        "steps": {n: {"seconds": medians[n], "bytes": size, "extra": extra[n]} for n, (size, _) in chosen.items()},
+        "copy": moved / medians["copy"],
+        "in_place": moved / medians["in_place"],
     }
-    rows["copy"] = {"bandwidth": 2 * source.numel() * source.element_size() / statistics.median(seconds["copy"])}
-    return rows
 
 
 def _wait(device: torch.device) -> None:
@@ -171,8 +227,26 @@ def _watched(device: torch.device) -> Iterator[list[int]]:
         yield peak
         peak[0] = torch.cuda.max_memory_allocated() - before
         return
+    before = _resident("VmRSS") if _forget_peak() else 0
     with _Allocations(peak):
         yield peak
+    if before:  # what kernels allocate, torch's and ours, no operator returns
+        peak[0] = max(peak[0], _resident("VmHWM") - before)
+
+
+def _forget_peak() -> bool:
+    """Has Linux count the peak of this process's memory anew; False where it cannot."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or a temporary might lie in what was freed before
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 class _Allocations(TorchDispatchMode):

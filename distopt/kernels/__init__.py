@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from distopt.kernels.cpu import compiled, fits
+from distopt.layout import squared_norms
 from distopt.move import Move
 from distopt.shards import Shards
 
@@ -26,9 +29,16 @@ def moves(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
     fitting = fits(shards) if name else []
-    every = len(fitting) == len(shards.params)
-    fast = compiled(name, shards if every else shards.part(fitting)) if fitting else None
-    if fast is None:
+    if not fitting:
         return [Move(optimizer, shards)]
+    if len(fitting) == len(shards.params):
+        return [compiled(name, shards)]
     rest = sorted(set(range(len(shards.params))) - set(fitting))
-    return [fast, Move(optimizer, shards.part(rest))] if rest else [fast]
+    return [compiled(name, shards.part(fitting)), Move(optimizer, shards.part(rest))]
+
+
+def squares(shards: Shards) -> tuple[Tensor, Tensor]:
+    """|p|^2 and |gradient|^2 of each shard, for rules that need norms before their state moves."""
+    if shards.params and len(fits(shards)) == len(shards.params):
+        return compiled("norms", shards).squares()
+    return squared_norms(shards.params), squared_norms(shards.grads)

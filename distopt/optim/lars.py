@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt import kernels
 from distopt.layout import ShardLayout
 from distopt.optim.sgd import SGD
 from distopt.optimizer import ShardedOptimizer
@@ -70,11 +71,9 @@ class LARS(SGD):
         if not any(group["trust_ratio"] for group in self.param_groups):
             return work
         trusted = [shards for shards in work if shards.group["trust_ratio"]]
-        weight, gradient = layout.norms(
-            [layer for shards in trusted for layer in shards.layers],
-            [p for shards in trusted for p in shards.params],
-            [g for shards in trusted for g in shards.grads],
-        )
+        squares = [kernels.squares(shards) for shards in trusted]
+        layers = [layer for shards in trusted for layer in shards.layers]
+        weight, gradient = layout.total(layers, *map(torch.cat, zip(*squares))).sqrt()
         return [self._rated(shards, weight, gradient) if shards.group["trust_ratio"] else shards for shards in work]
 
     def _rated(self, shards: Shards, weight: Tensor, gradient: Tensor) -> Shards:
