@@ -76,6 +76,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         layout = self.layout
         work = self.rate(layout, [self._shards(layout, group) for group in self.param_groups])
         moves = [move for shards in work for move in kernels.moves(self, shards)]
@@ -148,13 +149,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for name, empty in (("_bound", None), ("_inferred", None), ("_given", given)):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
+            group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
+            if not group["capturable"] and isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])
             for name, value in self.defaults.items():
                 group.setdefault(name, own.get(name, value))
-        for values in self.state.values():
-            if values.get("momentum_buffer") is not None:
-                values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
-            if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
-                values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device="cpu")
+            for p, values in ((p, self.state[p]) for p in group["params"] if p in self.state):
+                if values.get("momentum_buffer") is not None:
+                    values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
+                if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
+                    device = p.device if group["capturable"] else "cpu"
+                    values["step"] = torch.as_tensor(values["step"], dtype=torch.float32, device=device)
 
     def _shards(self, layout: ShardLayout, group: dict[str, Any]) -> Shards:
         """This rank's shards of the group's parameters that have a gradient; counts their step."""
@@ -165,20 +170,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(p.grad.is_sparse for p in owners):
             raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
         states = [self.state[p] for p in owners]
+        counts = self._count(group, states)
+        params = layout.shards(owners, [state.get("master", p.detach()) for state, p in zip(states, owners)])
+        grads = layout.grads(owners)
+        if group["maximize"] and grads:
+            grads = list(torch._foreach_neg(grads))
+        buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in names}
+        steps = [count for p, count in zip(owners, counts) for _ in layout.segments[p]]
+        shards = Shards(group, layout.layers(owners), params, grads, buffers, steps)
+        held = [i for i, p in enumerate(params) if p.numel()]
+        return shards if len(held) == len(params) else shards.part(held)
+
+    def _count(self, group: dict[str, Any], states: list[dict[str, Any]]) -> list[Any]:
+        """Counts a step; returns how many there were, on the device if the group is capturable."""
+        if group["capturable"]:
+            if states:
+                torch._foreach_add_([state["step"] for state in states], 1.0)  # in place: a graph counts at each replay
+            return [state["step"] for state in states]
         # New tensors: DeepSpeed's stage-3 loading shares one among partitions. Views of one, which is made fast.
         counts = torch.stack([state["step"] for state in states]).add_(1.0) if states else torch.zeros(0)
         for state, count in zip(states, counts.unbind()):
             state["step"] = count
-        params = layout.shards(owners, [state.get("master", p.detach()) for state, p in zip(states, owners)])
-        grads = layout.grads(owners)
-        grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)]  # a master is wider
-        if group["maximize"] and grads:
-            grads = list(torch._foreach_neg(grads))
-        buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in names}
-        steps = [count for p, count in zip(owners, counts.tolist()) for _ in layout.segments[p]]
-        shards = Shards(group, layout.layers(owners), params, grads, buffers, steps)
-        held = [i for i, p in enumerate(params) if p.numel()]
-        return shards if len(held) == len(params) else shards.part(held)
+        return counts.tolist()
 
     def _publish(self, layout: ShardLayout) -> None:
         """Rounds the masters, if there are any, to the parameters, and gives other ranks their copies."""
@@ -191,12 +204,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _init_state(self, layout: ShardLayout, group: dict[str, Any], param: Tensor) -> None:
         state = self.state[param]
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=param.device if group["capturable"] else "cpu")
         if param.dtype.itemsize < 4 and "master" not in state and (master := layout.master(param)) is not None:
             state["master"] = master
         for name in self.slots(group):
             if state.get(name) is None:
                 state[name] = self.init_slot(layout, group, name, param)
+
+    def _check_capture(self) -> None:
+        """A graph would repeat the step count of its capture for ever."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if not all(group["capturable"] for group in self.param_groups):
+                raise RuntimeError(
+                    f"a CUDA graph captures {type(self).__name__}.step(), which counts its steps on the host: make the "
+                    "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
+                )
 
     def _refuse_unknown(self, params: list[Tensor]) -> None:
         """Plain tensors that were not given at construction come from an engine that must say what they hold."""

@@ -18,8 +18,8 @@ class Shards:
     """What a rule works on: plain local tensors, list by list in the same order.
 
     group: the param group (its hyper-parameters). layers: the layer of each tensor. buffers: the state by name.
-    steps: how many steps each tensor has taken, this one included. rates: factors that multiply each gradient, for
-    rules that need norms before their state moves (LARS).
+    steps: how many steps each tensor has taken, this one included; of a capturable group 0-D tensors on the device.
+    rates: factors that multiply each gradient, for rules that need norms before their state moves (LARS).
     """
 
     group: dict[str, Any]
@@ -27,7 +27,7 @@ class Shards:
     params: list[Tensor]
     grads: list[Tensor]
     buffers: dict[str, list[Tensor]]
-    steps: list[float]
+    steps: list[Any]
     rates: list[Tensor] | None = None
 
     def slices(self) -> Iterator[Shards]:
@@ -48,6 +48,12 @@ class Shards:
                 whole.append((i, cut))
                 size += cut[0].numel()
         yield self._take(whole)
+
+    def widened(self) -> Shards:
+        """The same with gradients in the dtype of the weights, which are wider where they are masters."""
+        if all(g.dtype == p.dtype for g, p in zip(self.grads, self.params)):
+            return self
+        return replace(self, grads=[g.to(p.dtype) for g, p in zip(self.grads, self.params)])
 
     def part(self, numbers: list[int]) -> Shards:
         """Some of them, by their numbers."""

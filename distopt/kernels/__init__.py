@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from distopt.kernels.cpu import compiled, fits
+from distopt.kernels.triton_move import triton_moves
 from distopt.move import Move
 from distopt.shards import Shards
 
@@ -25,6 +26,19 @@ def kernel(name: str) -> Callable[[F], F]:
 def moves(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
+    chosen, left = triton_moves(name, shards) if name else ([], list(range(len(shards.params))))
+    if left and shards.group["capturable"]:
+        raise ValueError(
+            f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
+            f"{shards.params[left[0]].dtype} on {shards.params[left[0]].device}) have none: they are for rules of "
+            "distopt on contiguous float32 weights on a GPU; or give capturable=False"
+        )
+    if chosen and not left:
+        return chosen
+    return chosen + _others(optimizer, name, (shards.part(left) if chosen else shards).widened())
+
+
+def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
     fitting = fits(shards) if name else []
     every = len(fitting) == len(shards.params)
     fast = compiled(name, shards if every else shards.part(fitting)) if fitting else None

@@ -46,6 +46,7 @@ class LARS(SGD):
         maximize: bool = False,
         trust_ratio: bool = True,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         ShardedOptimizer.__init__(
             self,
@@ -60,6 +61,7 @@ class LARS(SGD):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 
