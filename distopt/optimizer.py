@@ -12,7 +12,7 @@ from torch import Tensor
 from distopt import kernels
 from distopt import layout as layouts
 from distopt.hyperparameters import check_group
-from distopt.layout import ShardLayout
+from distopt.layout import FlatLayout, ShardLayout
 from distopt.shards import Shards
 
 
@@ -42,7 +42,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def bind(self, layout: ShardLayout) -> None:
-        """Takes the layout from an engine whose parameters do not tell it themselves (ZeRO-1, DeepSpeed)."""
+        """Takes the layout from an engine whose parameters do not tell it themselves (ZeRO-1, DeepSpeed).
+
+        Raises ValueError for DeepSpeed's where a group is capturable: its partitions share one step count.
+        """
+        if isinstance(layout, FlatLayout) and any(group["capturable"] for group in self.param_groups):
+            raise ValueError("capturable=True under DeepSpeed, which calls step() once for each partition: give False")
         self._bound = layout
 
     @property
@@ -85,6 +90,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 move.step()
         if trusted := [move for move in moves if self.trusts(move.group)]:
             squares = [move.squares() for move in trusted]
+            squares = [pair for pair in squares if len(pair[0])] or squares[:1]  # those of nothing are on the host
             layers = [layer for move in trusted for layer in move.layers]
             weight, update = layout.total(layers, *map(torch.cat, zip(*squares))).sqrt()
             ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
@@ -213,12 +219,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _check_capture(self) -> None:
         """A graph would repeat the step count of its capture for ever."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            if not all(group["capturable"] for group in self.param_groups):
-                raise RuntimeError(
-                    f"a CUDA graph captures {type(self).__name__}.step(), which counts its steps on the host: make the "
-                    "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
-                )
+        if all(group["capturable"] for group in self.param_groups) or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph captures {type(self).__name__}.step(), which counts its steps on the host: make the "
+                "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
+            )
 
     def _refuse_unknown(self, params: list[Tensor]) -> None:
         """Plain tensors that were not given at construction come from an engine that must say what they hold."""

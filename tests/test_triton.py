@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,12 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def interpreted() -> None:
-    """Prints, for each case, the distance of what the kernels do to what the rules do, and how often each was chosen."""
+    """Prints, for each case, how far what the kernels do is from what the rules do, and which of them did it."""
     torch.set_num_threads(1)
-    seen: list[str] = []
-    launch, fits, rule = triton_move.TritonMove._launch, kernels.fits, kernels.Move.__init__
-    triton_move.TritonMove._launch = lambda self, *a: (seen.append("kernel"), launch(self, *a))[1]  # type: ignore
-    kernels.Move.__init__ = lambda self, *a: (seen.append("rule"), rule(self, *a))[1]  # type: ignore
+    seen: set[str] = set()
+    watch(seen, "kernel", triton_move.TritonMove, "_launch")
+    watch(seen, "rule", kernels.Move, "step")
+    watch(seen, "rule", kernels.Move, "squares")
     kernels.fits = lambda shards: []  # type: ignore
     found = {}
     for name, case in CASES.items():
@@ -137,9 +136,20 @@ def interpreted() -> None:
             triton_move.DEVICES = devices  # type: ignore
             seen.clear()
             results.append(case())
-            chosen.append(sorted(set(seen)))
+            chosen.append(sorted(seen))
         found[name] = [distance(*results), *chosen]
     print(json.dumps(found))
+
+
+def watch(seen: set[str], name: str, cls: type, method: str) -> None:
+    """Adds the name when the method is called, unless on nothing."""
+    original = getattr(cls, method)
+
+    def watched(self: Any, *args: Any) -> Any:
+        seen.update([name] if name == "kernel" or self._shards.params else [])
+        return original(self, *args)
+
+    setattr(cls, method, watched)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +167,141 @@ def test_a_kernel_is_its_rule(case: str, found: dict[str, Any]) -> None:
     assert error < TOLERANCE
     assert with_kernels == (["kernel", "rule"] if case.endswith("others_beside") else ["kernel"])
     assert without == ["rule"]
+
+
+# What a GPU would run, compiled for it without one.
+
+BYTES = {  # that a step has to read and write for each float32 parameter
+    ("sgd", 0, 1): (12,),
+    ("momentum", 1, 2): (20,),
+    ("nesterov", 1, 2): (20,),
+    ("adagrad", 1, 2): (20,),
+    ("rmsprop", 1, 5): (20,),
+    ("rmsprop_centered", 2, 5): (28,),
+    ("rmsprop_momentum", 2, 5): (28,),
+    ("rmsprop_centered_momentum", 3, 5): (36,),
+    ("adam", 2, 6): (28, 24, 16),  # step; measure and apply, as for LAMB
+}
+
+
+@pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
+def test_compiled_for_a_gpu_no_byte_is_moved_twice(
+    kernel: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from distopt.kernels import triton_rules as rules
+
+    name, buffers, hyper = kernel
+    for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
+        constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
+        constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE}
+        signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp32", "tensors": "i32", "h": ("fp32",) * hyper}
+        source = ASTSource(rules.walk, signature | dict.fromkeys(constants, "constexpr"), constants)
+        options = {"num_warps": rules.WARPS, "enable_fp_fusion": True}
+        code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+        wide = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", code))
+        assert wide * 16 * 32 * rules.WARPS / rules.PIECE == expected
+
+
+# No step waits for its device. The meta device stands for a GPU: whoever reads its numbers gets an error.
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a device to have come so far: copies from the host that do not say `non_blocking`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            target = torch.device(kwargs.get("device") or "cpu")
+            assert target.type == "cpu" or kwargs.get("non_blocking"), f"a copy from the host to {target} waits"
+        if func is torch.ops.aten.copy_.default and args[0].device.type != "cpu" and args[1].device.type == "cpu":
+            assert args[1].ndim == 0 or (len(args) > 2 and args[2]), "a copy from the host waits"
+        return func(*args, **kwargs)
+
+
+@every_row
+@pytest.mark.parametrize("by", ["kernels", "rules", "capturable"])
+def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_move, "DEVICES", () if by == "rules" else ("meta",))
+    monkeypatch.setattr(triton_move.TritonMove, "_launch", lambda *_: None)
+    monkeypatch.setattr(triton_move.TritonMove, "_add_up", lambda *_: None)
+    params = [p.to("meta").requires_grad_() for p in initial((97, 89), (5, 3), (7,), dtype=torch.float32)]
+    idle = torch.ones(3, device="meta", requires_grad=True)
+    opt = row.make([*row.groups(params), {"params": [idle]}], capturable=by == "capturable")
+    for p in params:
+        p.grad = torch.empty_like(p)
+    opt.step()  # makes the state, and what is kept on the device
+    distopt.clip_grad_norm_(opt, 1.0)
+    with NoWaiting():
+        distopt.clip_grad_norm_(opt, 1.0)
+        opt.step()
+        opt.zero_grad()
+    with pytest.raises(RuntimeError), NoWaiting():
+        params[0].sum().item()
+    with pytest.raises(AssertionError), NoWaiting():
+        torch.ones(3).to("meta")
+
+
+# What capturable=True is, and where it is refused.
+
+
+def test_capturable_is_refused_where_nothing_reads_the_count_on_the_device() -> None:
+    (p,) = initial((3, 2), dtype=torch.float32)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"capturable=True needs Triton's kernels.*float32 on cpu.*capturable=False"):
+        distopt.AdamW([p], capturable=True).step()
+
+
+def test_a_tensor_is_a_learning_rate_only_where_it_may_be_captured() -> None:
+    params = initial((3, 2), dtype=torch.float32)
+    lr = torch.tensor(0.5)
+    assert distopt.LAMB(params, lr=lr, capturable=True).param_groups[0]["lr"] is lr
+    for bad, capturable, message in (
+        (lr, False, r"lr must be a number >= 0, got tensor\(0.5000\)"),
+        (torch.tensor(-1.0), True, r"lr must be a number >= 0, got -1.0"),
+        (torch.ones(2), True, r"lr must be|1-element"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distopt.AdamW(params, lr=bad, capturable=capturable)
+
+
+def test_a_state_dict_does_not_say_how_steps_are_counted() -> None:
+    """One of a captured run goes on where nothing can be captured, with the learning rate that it had."""
+    p, q = (t.to(to).requires_grad_() for t, to in zip(initial((3, 2), (3, 2), dtype=torch.float32), ("meta", "cpu")))
+    captured, other = distopt.AdamW([p], lr=torch.tensor(0.25), capturable=True), distopt.AdamW([q])
+    captured.init_state()
+    assert captured.state[p]["step"].device.type == "meta"
+    saved = captured.state_dict()
+    for values in saved["state"].values():
+        values.update({name: torch.ones(t.shape) for name, t in values.items()})
+    other.load_state_dict(saved)
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["capturable"]) == (0.25, False)
+    assert other.state[q]["step"].device.type == "cpu"
+    q.grad = torch.ones_like(q)
+    other.step()
+    captured.load_state_dict(other.state_dict())
+    assert captured.param_groups[0]["capturable"] is True
+    assert captured.state[p]["step"].device.type == "meta"
+
+
+def test_without_triton_the_rules_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_move, "DEVICES", ("meta",))
+    for how in ("off", "missing"):
+        with monkeypatch.context() as patched:
+            if how == "off":
+                patched.setenv("DISTOPT_KERNELS", "off")
+            else:
+                patched.setattr("importlib.util.find_spec", lambda name: None)
+            triton_move.kernels.cache_clear()
+            p = torch.ones(3, device="meta", requires_grad=True)
+            p.grad = torch.ones_like(p)
+            try:
+                distopt.AdamW([p]).step()  # a launch would fail: Triton has no driver for this device
+                assert triton_move.kernels() is None
+            finally:
+                triton_move.kernels.cache_clear()

@@ -105,7 +105,7 @@ def rmsprop_centered_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type
 
 @triton.jit
 def adam(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay in the gradient, 1 - beta1, beta2, 1 - beta2, eps, decay of the weights; s = 1 / bias1, 1 / sqrt(bias2)"""
+    """h = decay in the gradient, 1 - beta1, beta2, 1 - beta2, eps, decay beside; s = 1 / bias1, 1 / sqrt(bias2)"""
     if MOVES:
         g += h[0] * p
         a += h[1] * (g - a)
