@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 # name: (low, high, what the bound says); high is open for the decay rates, where 1 would keep the first value for ever.
 _BOUNDS: dict[str, tuple[float, float, str]] = {
     "lr": (0.0, math.inf, "a number >= 0"),
@@ -20,12 +22,14 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "initial_accumulator_value": (0.0, math.inf, "a number >= 0"),
     "trust_coefficient": (0.0, math.inf, "a number >= 0"),
 }
-_SWITCHES = ("nesterov", "centered", "maximize", "trust_ratio")
+_SWITCHES = ("nesterov", "centered", "maximize", "trust_ratio", "capturable")
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises ValueError, with value and bound, for the first option of a param group that is not right."""
     for name, value in group.items():
+        if name == "lr" and group.get("capturable") is True and isinstance(value, Tensor) and value.numel() == 1:
+            value = float(value)
         if name in _BOUNDS:
             low, high, bound = _BOUNDS[name]
             if not _is_number(value) or not low <= value < high:

@@ -13,7 +13,7 @@ from torch import Tensor
 from distopt import kernels
 from distopt import layout as layouts
 from distopt.hyperparameters import check_group
-from distopt.layout import ShardLayout
+from distopt.layout import FlatLayout, ShardLayout
 from distopt.shards import Shards
 
 
@@ -44,7 +44,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def bind(self, layout: ShardLayout) -> None:
-        """Takes the layout from an engine whose parameters do not tell it themselves (ZeRO-1, DeepSpeed)."""
+        """Takes the layout from an engine whose parameters do not tell it themselves (ZeRO-1, DeepSpeed).
+
+        Raises ValueError for DeepSpeed's where a group is capturable: its partitions share one step count.
+        """
+        if isinstance(layout, FlatLayout) and any(group["capturable"] for group in self.param_groups):
+            raise ValueError("capturable=True under DeepSpeed, which calls step() once for each partition: give False")
         self._bound = layout
 
     @property
@@ -79,6 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_capture()
         layout = self.layout
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         work = self.rate(layout, [self._shards(layout, i, held) for i, held in enumerate(owners)])
@@ -87,9 +93,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if not self.trusts(move.group):
                 move.step()
         if trusted := [move for move in moves if self.trusts(move.group)]:
-            squares = [move.squares() for move in trusted]
+            squares = kernels.joined([move.squares() for move in trusted])
             layers = [layer for move in trusted for layer in move.layers]
-            weight, update = layout.total(layers, *map(torch.cat, zip(*squares))).sqrt()
+            weight, update = layout.total(layers, *squares).sqrt()
             ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
             for move in trusted:
                 bounds = move.group["trust_clip"]
@@ -151,14 +157,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {})):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
+            group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
+            if not group["capturable"] and isinstance(group["lr"], Tensor):
+                group["lr"] = float(group["lr"])
             for name, value in self.defaults.items():
                 group.setdefault(name, own.get(name, value))
-        for values in self.state.values():
-            if values.get("momentum_buffer") is not None:
-                values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
-            if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
-                # A copy, since what it was loaded from may be an optimizer's that goes on counting.
-                values["step"] = torch.as_tensor(values["step"]).to("cpu", torch.float32, copy=True)
+            for p, values in ((p, self.state[p]) for p in group["params"] if p in self.state):
+                if values.get("momentum_buffer") is not None:
+                    values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
+                if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
+                    device = p.device if group["capturable"] else "cpu"
+                    # A copy, since what it was loaded from may be an optimizer's that goes on counting.
+                    values["step"] = torch.as_tensor(values["step"]).to(device, torch.float32, copy=True)
 
     def _shards(self, layout: ShardLayout, number: int, owners: list[Tensor]) -> Shards:
         """This rank's shards of the group's parameters that have a gradient (the owners); counts their step."""
@@ -178,12 +188,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         held = [i for i, p in enumerate(params) if p.numel()]
         return shards if len(held) == len(params) else shards.part(held)
 
-    def _count(self, number: int, states: list[dict[str, Any]]) -> list[float]:
-        """Counts a step of each of the group's states, and returns how many there are.
+    def _count(self, number: int, states: list[dict[str, Any]]) -> list[Any]:
+        """Counts a step of each of the group's states, and returns how many there are: on the device, if capturable.
 
-        The counts become views of one tensor, so that the next step adds to all of them at once.
+        On the host the counts become views of one tensor, so that the next step adds to all of them at once.
         """
         steps = [state["step"] for state in states]
+        if not steps:
+            return []
+        if self.param_groups[number]["capturable"]:
+            torch._foreach_add_(steps, 1.0)  # in place: a graph counts at each replay
+            return steps
         whole, views = self._counts.get(number, (torch.zeros(0), ()))
         if len(steps) == len(views) and all(map(operator.is_, steps, views)):
             return whole.add_(1.0).tolist()
@@ -207,12 +222,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if "step" not in state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
             if p.dtype.itemsize < 4 and "master" not in state and (master := layout.master(p)) is not None:
                 state["master"] = master
             for name in names:
                 if state.get(name) is None:
                     state[name] = self.init_slot(layout, group, name, p)
+
+    def _check_capture(self) -> None:
+        """A graph would repeat the step count of its capture for ever."""
+        if all(group["capturable"] for group in self.param_groups) or not torch.cuda.is_available():
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a CUDA graph captures {type(self).__name__}.step(), which counts its steps on the host: make the "
+                "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
+            )
 
     def _refuse_unknown(self, params: list[Tensor]) -> None:
         """Plain tensors that were not given at construction come from an engine that must say what they hold."""

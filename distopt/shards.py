@@ -19,8 +19,8 @@ class Shards:
 
     group: the param group (its hyper-parameters). layers: the layer of each tensor. grads: of fewer bits than the
     params, where those are masters; as wide in `slices`, which rules get. buffers: the state by name.
-    steps: how many steps each tensor has taken, this one included. rates: factors that multiply each gradient, for
-    rules that need norms before their state moves (LARS).
+    steps: how many steps each tensor has taken, this one included; of a capturable group 0-D tensors on the device.
+    rates: factors that multiply each gradient, for rules that need norms before their state moves (LARS).
     """
 
     group: dict[str, Any]
@@ -28,7 +28,7 @@ class Shards:
     params: list[Tensor]
     grads: list[Tensor]
     buffers: dict[str, list[Tensor]]
-    steps: list[float]
+    steps: list[Any]
     rates: list[Tensor] | None = None
 
     def slices(self) -> Iterator[Shards]:

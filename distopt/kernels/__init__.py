@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from distopt.kernels.cpu import compiled, fits
+from distopt.kernels.triton_move import triton_moves
 from distopt.layout import squared_norms
 from distopt.move import Move
 from distopt.shards import Shards
@@ -28,6 +30,19 @@ def kernel(name: str) -> Callable[[F], F]:
 def moves(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
+    chosen, left = triton_moves(name, shards) if name else ([], list(range(len(shards.params))))
+    if left and shards.group["capturable"]:
+        raise ValueError(
+            f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
+            f"{shards.params[left[0]].dtype} on {shards.params[left[0]].device}) have none: they are for rules of "
+            "distopt on contiguous float32 weights on a GPU; or give capturable=False"
+        )
+    if chosen and not left:
+        return chosen
+    return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
+
+
+def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
     fitting = fits(shards) if name else []
     if not fitting:
         return [Move(optimizer, shards)]
@@ -42,3 +57,9 @@ def squares(shards: Shards) -> tuple[Tensor, Tensor]:
     if shards.params and len(fits(shards)) == len(shards.params):
         return compiled("norms", shards).squares()
     return squared_norms(shards.params), squared_norms(shards.grads)
+
+
+def joined(squares: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The columns of several pairs of squares, end to end."""
+    held = [pair for pair in squares if len(pair[0])] or squares[:1]  # those of nothing are on the host
+    return [torch.cat(column) for column in zip(*held)]

@@ -53,6 +53,7 @@ class Adagrad(ShardedOptimizer):
         maximize: ascend instead of descend.
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
+        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
 
     Reference: Duchi, Hazan, Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
     JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html
@@ -70,6 +71,7 @@ class Adagrad(ShardedOptimizer):
         maximize: bool = False,
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -82,6 +84,7 @@ class Adagrad(ShardedOptimizer):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 

@@ -54,6 +54,7 @@ class Adam(ShardedOptimizer):
         maximize: ascend instead of descend.
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
+        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
 
     Reference: Kingma, Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, arXiv 1412.6980.
     """
@@ -69,6 +70,7 @@ class Adam(ShardedOptimizer):
         maximize: bool = False,
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -80,6 +82,7 @@ class Adam(ShardedOptimizer):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 
@@ -131,6 +134,7 @@ class AdamW(Adam):
         maximize: bool = False,
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -141,6 +145,7 @@ class AdamW(Adam):
             maximize=maximize,
             trust_ratio=trust_ratio,
             trust_clip=trust_clip,
+            capturable=capturable,
         )
 
     @kernel("adamw")

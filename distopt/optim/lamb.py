@@ -41,6 +41,7 @@ class LAMB(AdamW):
         maximize: bool = False,
         trust_ratio: bool = True,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -51,4 +52,5 @@ class LAMB(AdamW):
             maximize=maximize,
             trust_ratio=trust_ratio,
             trust_clip=trust_clip,
+            capturable=capturable,
         )

@@ -47,6 +47,7 @@ class LARS(SGD):
         maximize: bool = False,
         trust_ratio: bool = True,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         ShardedOptimizer.__init__(
             self,
@@ -61,6 +62,7 @@ class LARS(SGD):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 
@@ -71,9 +73,9 @@ class LARS(SGD):
         if not any(group["trust_ratio"] for group in self.param_groups):
             return work
         trusted = [shards for shards in work if shards.group["trust_ratio"]]
-        squares = [kernels.squares(shards) for shards in trusted]
+        squares = kernels.joined([kernels.squares(shards) for shards in trusted])
         layers = [layer for shards in trusted for layer in shards.layers]
-        weight, gradient = layout.total(layers, *map(torch.cat, zip(*squares))).sqrt()
+        weight, gradient = layout.total(layers, *squares).sqrt()
         return [self._rated(shards, weight, gradient) if shards.group["trust_ratio"] else shards for shards in work]
 
     def _rated(self, shards: Shards, weight: Tensor, gradient: Tensor) -> Shards:

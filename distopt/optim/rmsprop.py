@@ -69,6 +69,7 @@ class RMSprop(ShardedOptimizer):
         maximize: ascend instead of descend.
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
+        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
 
     References:
         Tieleman, Hinton, Lecture 6.5: RMSprop, COURSERA: Neural Networks for Machine Learning, 2012.
@@ -88,6 +89,7 @@ class RMSprop(ShardedOptimizer):
         maximize: bool = False,
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -101,6 +103,7 @@ class RMSprop(ShardedOptimizer):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 

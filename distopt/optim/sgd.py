@@ -66,6 +66,7 @@ class SGD(ShardedOptimizer):
         maximize: ascend instead of descend.
         trust_ratio: multiply each layer's direction by |p| / |direction| (not on paper for SGD; see LARS).
         trust_clip: bounds (low, high) of that ratio, or None.
+        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
 
     References:
         Polyak, Some methods of speeding up the convergence of iteration methods, 1964,
@@ -86,6 +87,7 @@ class SGD(ShardedOptimizer):
         maximize: bool = False,
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -98,6 +100,7 @@ class SGD(ShardedOptimizer):
                 maximize=maximize,
                 trust_ratio=trust_ratio,
                 trust_clip=trust_clip,
+                capturable=capturable,
             ),
         )
 

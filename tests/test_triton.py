@@ -1,0 +1,307 @@
+"""The rules in Triton are the rules: by Triton's interpreter on the CPU, in a process of its own, and as compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distopt
+from distopt import kernels
+from distopt.kernels import triton_move
+from tests.jobs import ROOT
+from tests.optimizers import ROWS, Row, distance, every_row, initial, named, pull
+
+# Two pieces and a rest, one piece to the element, shorter ones, one element, none.
+SHAPES = ((97, 89), (4096,), (3, 5), (1,), (0, 4))
+STEPS = 3
+# float32: other orders of the same few operations and of sums; bias corrections are rounded before and not after.
+TOLERANCE = 2e-6
+
+
+def train(row: Row, params: list[Tensor], steps: int = STEPS, **options: Any) -> list[Tensor]:
+    params = [p.requires_grad_() for p in params]
+    opt = row.make(row.groups(params), **options)
+    for step in range(steps):
+        opt.zero_grad()
+        pull(params, step).backward()
+        opt.step()
+    return outcome(opt, params)
+
+
+def outcome(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    return [p.detach() for p in params] + [opt.state[p][name] for p in params for name in opt.state[p]]
+
+
+# What the interpreter does: each case is done twice, by the kernels and by the rules.
+
+
+def plain(row: Row, **options: Any) -> list[Tensor]:
+    return train(row, initial(*SHAPES, dtype=torch.float32), **options)
+
+
+def short_gradients(row: Row) -> list[Tensor]:
+    """Gradients of 16 bits for weights of 32, as masters have them."""
+    params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
+    opt = row.make(row.groups(params))
+    for step in range(STEPS):
+        for i, p in enumerate(params):
+            p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
+            p.grad = (p.detach() - 2.0 - torch.sin(torch.arange(p.numel()).view(p.shape) + i + 3.0 * step)).bfloat16()
+        opt.step()
+    return outcome(opt, params)
+
+
+def capturable(row: Row) -> list[Tensor]:
+    """Steps counted where the weights are, and lr a tensor there, which a schedule moves."""
+    params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
+    on = bool(triton_move.DEVICES)
+    groups = row.groups(params)
+    for group in groups:
+        lr = group.get("lr", row.kwargs["lr"])
+        group["lr"] = torch.tensor(lr) if on else lr
+    opt = row.make(groups, capturable=on)
+    schedule = distopt.warmup_constant(opt, warmup_steps=2)
+    for step in range(STEPS):
+        opt.zero_grad()
+        pull(params, step).backward()
+        opt.step()
+        schedule.step()
+    return outcome(opt, params)
+
+
+def unaligned(row: Row) -> list[Tensor]:
+    """Views that begin anywhere, as shards do; beside one that does not."""
+    flat = initial((9000,), dtype=torch.float32)[0]
+    return train(row, [flat[1:4400].view(53, 83), flat[4401:8800], *initial((8, 8), dtype=torch.float32)])
+
+
+def different_counts(row: Row) -> list[Tensor]:
+    params = [p.requires_grad_() for p in initial((9, 5), (5000,), (7, 3), dtype=torch.float32)]
+    opt = row.make(row.groups(params))
+    for step in range(4):
+        opt.zero_grad()
+        pull(params, step).backward()
+        for p in params[step % 3 :]:
+            p.grad = None
+        opt.step()
+    return outcome(opt, params)
+
+
+def others_beside(row: Row) -> list[Tensor]:
+    """What lies otherwise, or has another dtype, takes the rule in the same step."""
+    turned = initial((6, 4), dtype=torch.float32)[0].t()
+    return train(row, [*initial((5, 7), (11,), dtype=torch.float32), turned, *initial((4, 4), (3,))])
+
+
+CASES: dict[str, Callable[[], list[Tensor]]] = {
+    **{f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row) for row in ROWS for case in (plain,)},
+    **{
+        f"{name}-{case.__name__}": lambda name=name, case=case: case(named(name))
+        for case in (short_gradients, capturable, unaligned, different_counts, others_beside)
+        for name in ("sgd", "nesterov", "adagrad", "rmsprop_centered_momentum", "adamw", "lamb", "lars")
+    },
+    **{
+        f"{name}-{options}": lambda name=name, options=options: plain(named(name), **options)
+        for name in ("adamw", "momentum", "nesterov", "adagrad", "rmsprop", "rmsprop_centered_momentum")
+        for options in ({"maximize": True}, {"trust_ratio": True})
+    },
+    "rmsprop-{'momentum': 0.5}": lambda: plain(named("rmsprop"), momentum=0.5),
+    "rmsprop-{'centered': True}": lambda: plain(named("rmsprop"), centered=True),
+}
+
+
+def interpreted() -> None:
+    """Prints, for each case, how far what the kernels do is from what the rules do, and which of them did it."""
+    torch.set_num_threads(1)
+    seen: set[str] = set()
+    watch(seen, "kernel", triton_move.TritonMove, "_launch")
+    watch(seen, "rule", kernels.Move, "step")
+    watch(seen, "rule", kernels.Move, "squares")
+    kernels.fits = lambda shards: []  # type: ignore
+    found = {}
+    for name, case in CASES.items():
+        results, chosen = [], []
+        for devices in (("cpu",), ()):
+            triton_move.DEVICES = devices  # type: ignore
+            seen.clear()
+            results.append(case())
+            chosen.append(sorted(seen))
+        found[name] = [distance(*results), *chosen]
+    print(json.dumps(found))
+
+
+def watch(seen: set[str], name: str, cls: type, method: str) -> None:
+    """Adds the name when the method is called, unless on nothing."""
+    original = getattr(cls, method)
+
+    def watched(self: Any, *args: Any) -> Any:
+        seen.update([name] if name == "kernel" or self._shards.params else [])
+        return original(self, *args)
+
+    setattr(cls, method, watched)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    command = [sys.executable, "-c", "from tests.test_triton import interpreted; interpreted()"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_is_its_rule(case: str, found: dict[str, Any]) -> None:
+    error, with_kernels, without = found[case]
+    assert error < TOLERANCE
+    assert with_kernels == (["kernel", "rule"] if case.endswith("others_beside") else ["kernel"])
+    assert without == ["rule"]
+
+
+# What a GPU would run, compiled for it without one.
+
+BYTES = {  # that a step has to read and write for each float32 parameter
+    ("sgd", 0, 1): (12,),
+    ("momentum", 1, 2): (20,),
+    ("nesterov", 1, 2): (20,),
+    ("adagrad", 1, 2): (20,),
+    ("rmsprop", 1, 5): (20,),
+    ("rmsprop_centered", 2, 5): (28,),
+    ("rmsprop_momentum", 2, 5): (28,),
+    ("rmsprop_centered_momentum", 3, 5): (36,),
+    ("adam", 2, 6): (28, 24, 16),  # step; measure and apply, as for LAMB
+}
+
+
+@pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
+def test_compiled_for_a_gpu_no_byte_is_moved_twice(
+    kernel: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from distopt.kernels import triton_rules as rules
+
+    name, buffers, hyper = kernel
+    for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
+        constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
+        constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE}
+        signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp32", "tensors": "i32", "h": ("fp32",) * hyper}
+        source = ASTSource(rules.walk, signature | dict.fromkeys(constants, "constexpr"), constants)
+        options = {"num_warps": rules.WARPS, "enable_fp_fusion": True}
+        code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+        wide = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", code))
+        assert wide * 16 * 32 * rules.WARPS / rules.PIECE == expected
+
+
+# No step waits for its device. The meta device stands for a GPU: whoever reads its numbers gets an error.
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a device to have come so far: copies from the host that do not say `non_blocking`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            target = torch.device(kwargs.get("device") or "cpu")
+            assert target.type == "cpu" or kwargs.get("non_blocking"), f"a copy from the host to {target} waits"
+        if func is torch.ops.aten.copy_.default and args[0].device.type != "cpu" and args[1].device.type == "cpu":
+            assert args[1].ndim == 0 or (len(args) > 2 and args[2]), "a copy from the host waits"
+        return func(*args, **kwargs)
+
+
+@every_row
+@pytest.mark.parametrize("by", ["kernels", "rules", "capturable"])
+def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_move, "DEVICES", () if by == "rules" else ("meta",))
+    monkeypatch.setattr(triton_move.TritonMove, "_launch", lambda *_: None)
+    monkeypatch.setattr(triton_move.TritonMove, "_add_up", lambda *_: None)
+    params = [p.to("meta").requires_grad_() for p in initial((97, 89), (5, 3), (7,), dtype=torch.float32)]
+    idle = torch.ones(3, device="meta", requires_grad=True)
+    opt = row.make([*row.groups(params), {"params": [idle]}], capturable=by == "capturable")
+    for p in params:
+        p.grad = torch.empty_like(p)
+    opt.step()  # makes the state, and what is kept on the device
+    distopt.clip_grad_norm_(opt, 1.0)
+    with NoWaiting():
+        distopt.clip_grad_norm_(opt, 1.0)
+        opt.step()
+        opt.zero_grad()
+    with pytest.raises(RuntimeError), NoWaiting():
+        params[0].sum().item()
+    with pytest.raises(AssertionError), NoWaiting():
+        torch.ones(3).to("meta")
+
+
+# What capturable=True is, and where it is refused.
+
+
+def test_capturable_is_refused_where_nothing_reads_the_count_on_the_device() -> None:
+    (p,) = initial((3, 2), dtype=torch.float32)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"capturable=True needs Triton's kernels.*float32 on cpu.*capturable=False"):
+        distopt.AdamW([p], capturable=True).step()
+
+
+def test_a_tensor_is_a_learning_rate_only_where_it_may_be_captured() -> None:
+    params = initial((3, 2), dtype=torch.float32)
+    lr = torch.tensor(0.5)
+    assert distopt.LAMB(params, lr=lr, capturable=True).param_groups[0]["lr"] is lr
+    for bad, capturable, message in (
+        (lr, False, r"lr must be a number >= 0, got tensor\(0.5000\)"),
+        (torch.tensor(-1.0), True, r"lr must be a number >= 0, got -1.0"),
+        (torch.ones(2), True, r"lr must be|1-element"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distopt.AdamW(params, lr=bad, capturable=capturable)
+
+
+def test_a_state_dict_does_not_say_how_steps_are_counted() -> None:
+    """One of a captured run goes on where nothing can be captured, with the learning rate that it had."""
+    p, q = (t.to(to).requires_grad_() for t, to in zip(initial((3, 2), (3, 2), dtype=torch.float32), ("meta", "cpu")))
+    captured, other = distopt.AdamW([p], lr=torch.tensor(0.25), capturable=True), distopt.AdamW([q])
+    captured.init_state()
+    assert captured.state[p]["step"].device.type == "meta"
+    saved = captured.state_dict()
+    for values in saved["state"].values():
+        values.update({name: torch.ones(t.shape) for name, t in values.items()})
+    other.load_state_dict(saved)
+    assert (other.param_groups[0]["lr"], other.param_groups[0]["capturable"]) == (0.25, False)
+    assert other.state[q]["step"].device.type == "cpu"
+    q.grad = torch.ones_like(q)
+    other.step()
+    captured.load_state_dict(other.state_dict())
+    assert captured.param_groups[0]["capturable"] is True
+    assert captured.state[p]["step"].device.type == "meta"
+
+
+def test_without_triton_the_rules_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_move, "DEVICES", ("meta",))
+    for how in ("off", "missing"):
+        with monkeypatch.context() as patched:
+            if how == "off":
+                patched.setenv("DISTOPT_KERNELS", "off")
+            else:
+                patched.setattr("importlib.util.find_spec", lambda name: None)
+            triton_move.kernels.cache_clear()
+            p = torch.ones(3, device="meta", requires_grad=True)
+            p.grad = torch.ones_like(p)
+            try:
+                distopt.AdamW([p]).step()  # a launch would fail: Triton has no driver for this device
+                assert triton_move.kernels() is None
+            finally:
+                triton_move.kernels.cache_clear()
