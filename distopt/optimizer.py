@@ -87,7 +87,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._check_capture()
         layout = self.layout
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        work = self.rate(layout, [self._shards(layout, i, held) for i, held in enumerate(owners)])
+        # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
+        numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
+        work = self.rate(layout, [self._shards(layout, i, owners[i]) for i in numbers])
         moves = [move for shards in work for move in kernels.moves(self, shards)]
         for move in moves:
             if not self.trusts(move.group):
@@ -247,5 +249,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) were replaced by plain "
                 "tensors after the optimizer was made: which layers they hold is unknown, so a norm of them would be "
-                "silently wrong; call optimizer.bind(layout) with the engine's layout"
+                "silently wrong; call optimizer.bind(layout) with the engine's layout (DeepSpeed at stage 0 in 16 bits "
+                "steps before it can have one: use stage 1, or DDP)"
             )

@@ -44,9 +44,10 @@ class Row:
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
         others = {"weight_decay": 0.0, "trust_ratio": False, "lr": 0.5 * self.kwargs["lr"]}
+        shapes = {p: getattr(p, "ds_shape", p.shape) for p in params}  # DeepSpeed's zero.Init leaves them empty
         return [
-            {"params": [p for p in params if p.ndim > 1]},
-            {"params": [p for p in params if p.ndim <= 1], **others},
+            {"params": [p for p in params if len(shapes[p]) > 1]},
+            {"params": [p for p in params if len(shapes[p]) <= 1], **others},
         ]
 
     def expected(self, params: list[Tensor], grad: oracles.Grad, steps: int) -> list[list[Tensor]]:

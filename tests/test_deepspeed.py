@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -17,33 +18,44 @@ import distopt
 from distopt import layout
 from distopt.engine import DeepSpeed
 from distopt.step import update
-from tests.distributed import RankError, run
+from tests.distributed import Collectives, RankError, run
 from tests.engines import full
-from tests.optimizers import ROWS, distance
+from tests.optimizers import ROWS, distance, named
 from tests.sharded import whole
 
 STEPS = 10
 MAX_NORM = 1.0
 # float32, as DeepSpeed keeps its partitions: rounding in every step, stretched where a second moment is small.
 TOLERANCE = 1e-5
-# Every optimizer is in `tests.test_matrix`.
-SOME = [row.name for row in ROWS if row.name in ("lamb", "lars", "adamw")]
+# Every optimizer is in `tests.test_matrix`. These: a ratio after the moments, one before them, and none.
+SOME = ["lamb", "lars", "adamw"]
 # stage, world, more of zero_optimization, rows
 CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
-    (0, 2, {}, SOME),
+    (0, 2, {}, ["lamb"]),
+    (2, 1, {}, ["lamb"]),
+    (3, 1, {}, ["lamb"]),
     (1, 2, {}, SOME),
-    (2, 2, {}, SOME),
-    (3, 2, {}, SOME),
-    (1, 4, {}, SOME),
-    (3, 4, {}, SOME),
-    (2, 1, {}, SOME),
-    (3, 1, {}, SOME),
-    # DeepSpeed 0.19.8's own map of the partitions is wrong with this; a parameter's address is right.
-    (2, 2, {"round_robin_gradients": True}, SOME),
     (3, 2, {"sub_group_size": 30}, SOME),  # several sub-groups, so several calls of step()
-    (3, 2, {"stage3_param_persistence_threshold": 0}, SOME),
-    (2, 2, {"offload_optimizer": {"device": "cpu"}}, SOME),
-    (3, 2, {"offload_optimizer": {"device": "cpu"}}, SOME),
+    (1, 4, {}, ["lamb"]),
+    (3, 4, {}, ["lamb"]),
+    # DeepSpeed 0.19.8's own map of the partitions is wrong with this; a parameter's address is right.
+    (2, 2, {"round_robin_gradients": True}, ["lamb"]),
+    (3, 2, {"stage3_param_persistence_threshold": 0}, ["lamb"]),
+    (2, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb"]),
+    (3, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb"]),
+]
+# stage, dtype of the model, more of the configuration, and the class that DeepSpeed makes of it.
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 8}}
+IN_FLOAT32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+HALVES: list[tuple[int, torch.dtype, dict[str, Any], str]] = [
+    (1, torch.bfloat16, BF16, "DeepSpeedZeroOptimizer"),
+    (1, torch.bfloat16, BF16 | IN_FLOAT32, "BF16_Optimizer"),
+    (2, torch.bfloat16, BF16 | IN_FLOAT32, "DeepSpeedZeroOptimizer"),
+    (3, torch.bfloat16, BF16, "DeepSpeedZeroOptimizer_Stage3"),
+    (3, torch.bfloat16, BF16 | IN_FLOAT32, "DeepSpeedZeroOptimizer_Stage3"),
+    (1, torch.float16, FP16, "DeepSpeedZeroOptimizer"),
+    (2, torch.float16, FP16, "DeepSpeedZeroOptimizer"),
+    (3, torch.float16, FP16, "DeepSpeedZeroOptimizer_Stage3"),
 ]
 
 
@@ -66,18 +78,26 @@ def reference(name: str) -> list[Tensor]:
 
 
 def start(
-    name: str, stage: int, zero: dict[str, Any], accumulation: int = 1, bind: bool = True
+    name: str,
+    stage: int,
+    zero: dict[str, Any],
+    accumulation: int = 1,
+    bind: bool = True,
+    more: dict[str, Any] | None = None,
+    init: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """The engine, the model and the optimizer."""
+    """The engine, the model and the optimizer. init: cut the model up by zero.Init, before there is an optimizer."""
     warnings.simplefilter("ignore")  # DeepSpeed 0.19.8 uses deprecated names of torch
     logging.disable(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # built for a minute, and not used
+    # DeepSpeed asks oneDNN, which has float16 on few CPUs; torch's own operations have it on all.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     row = next(row for row in ROWS if row.name == name)
     model = whole("replicated", torch.float32)
-    optimizer = row.make(row.groups([*model.parameters()]))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -86,7 +106,11 @@ def start(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **zero},
         "steps_per_print": 10**9,
+        **(more or {}),
     }
+    if init:
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    optimizer = row.make(row.groups([*model.parameters()]))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if bind:
         optimizer.bind(layout.deepspeed(engine))
@@ -126,6 +150,70 @@ def test_the_update_is_the_unsharded_one(stage: int, world: int, zero: dict[str,
 def test_accumulation(stage: int) -> None:
     for result in run(2, train, ["lamb"], stage, {}, 2):
         assert distance(result["lamb"], reference("lamb")) < TOLERANCE
+
+
+def train_after_init(stage: int) -> list[Tensor]:
+    return trained(stage, torch.float32, {}, init=True)[0]
+
+
+def trained(stage: int, dtype: torch.dtype, more: dict[str, Any], init: bool = False) -> tuple[list[Tensor], str]:
+    """What LAMB makes of the weights, as the optimizer steps them, and who holds them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    engine, model, _ = start("lamb", stage, {}, more=more, init=init)
+    for step in range(0, 3 * STEPS, 3):
+        engine.backward(engine(batch(step).to(dtype).chunk(dist.get_world_size())[dist.get_rank()], step))
+        engine.step()
+        assert engine.was_step_applied()
+    masters = [safe_get_full_fp32_param(p).detach().clone() for p in model.parameters() if p.requires_grad]
+    wrapper = type(engine.optimizer).__name__
+    engine.destroy()
+    return masters, wrapper
+
+
+@lru_cache
+def reference_of_halves(dtype: torch.dtype) -> list[Tensor]:
+    """The unsharded run with float32 masters, and the gradients of two ranks' copies in `dtype`, added as such."""
+    row = named("lamb")
+    model = whole("replicated", torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+    optimizer = row.make(row.groups([*model.parameters()]))
+    for step in range(0, 3 * STEPS, 3):
+        optimizer.zero_grad()
+        copies = [copy.deepcopy(model).to(dtype) for _ in range(2)]
+        for part, computing in zip(batch(step).to(dtype).chunk(2), copies):
+            computing(part, step).backward()
+        for p, *mine in zip(model.parameters(), *(computing.parameters() for computing in copies)):
+            if p.requires_grad:
+                p.grad = sum(q.grad / 2 for q in mine).float()
+        distopt.clip_grad_norm_(optimizer, MAX_NORM)
+        optimizer.step()
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(("stage", "dtype", "more", "wrapper"), HALVES, ids=str)
+def test_models_of_16_bits_are_stepped_by_float32_masters(
+    stage: int, dtype: torch.dtype, more: dict[str, Any], wrapper: str
+) -> None:
+    """DeepSpeed sends gradients in the model's dtype, also where it accumulates them in float32."""
+    for masters, holder in run(2, trained, stage, dtype, more):
+        assert holder == wrapper
+        assert distance(masters, reference_of_halves(dtype)) < TOLERANCE
+
+
+@pytest.mark.parametrize("more", [BF16, FP16], ids=str)
+def test_stage_0_of_16_bits_is_refused(more: dict[str, Any]) -> None:
+    """DeepSpeed 0.19.8 steps once by itself there, with gradients of zeros: the state would be a step ahead."""
+    with pytest.raises(RankError, match="DeepSpeed at stage 0 in 16 bits") as error:
+        run(2, trained, 0, torch.bfloat16 if more == BF16 else torch.float16, more)
+    assert error.value.kind == "ValueError"
+
+
+def test_a_model_that_zero_init_has_cut_up() -> None:
+    for params in run(2, train_after_init, 3):
+        assert distance(params, reference("lamb")) < TOLERANCE
 
 
 def train_unbound(stage: int) -> None:
@@ -207,6 +295,63 @@ def test_norms_of_whole_layers(stage: int, world: int) -> None:
     expected = sorted(math.sqrt(p.detach().double().square().sum().item()) for p in params)
     for norms in run(world, norms_of_partitions, stage):
         assert norms == pytest.approx(expected, rel=1e-6)
+
+
+def collectives_of_steps(stage: int, zero: dict[str, Any], all_trust: bool) -> tuple[list[int], int]:
+    """How often the optimizer itself communicates in each of two training steps; how often it is called in one."""
+    engine, _, optimizer = start("lamb", stage, zero)
+    for group in optimizer.param_groups:
+        group["trust_ratio"] = group["trust_ratio"] or all_trust
+    counts: list[int] = []
+    own = optimizer.step
+
+    def step() -> None:
+        with Collectives() as mode:
+            own()
+        counts.append(len(mode.seen))
+
+    optimizer.step = step
+    totals = []
+    for number in (0, 3):
+        before = len(counts)
+        engine.backward(engine(batch(number), number))
+        engine.step()
+        totals.append(sum(counts[before:]))
+    engine.destroy()
+    return totals, len(counts) // 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "all_trust", "calls", "expected"),
+    [
+        (0, {}, True, 1, 0),
+        (1, {}, False, 2, 1),  # as `param_groups` makes them: biases and norms have no trust ratio
+        (2, {}, True, 2, 2),
+        (3, {}, False, 2, 1),
+        (3, {"sub_group_size": 30}, False, 3, 2),
+    ],
+)
+def test_norms_are_asked_for_once_in_each_call_that_has_trust_ratios(
+    stage: int, zero: dict[str, Any], all_trust: bool, calls: int, expected: int
+) -> None:
+    """DeepSpeed calls `step` once for each param group, or sub-group, and frees its gradients after that. In stage 3
+    the others are there, without params: they were asked for norms too, in every call."""
+    assert run(2, collectives_of_steps, stage, zero, all_trust) == [([expected] * 2, calls)] * 2
+
+
+def other_class(stage: int) -> None:
+    engine, _, optimizer = start("lamb", stage, {}, bind=False)
+    zero = engine.optimizer
+    zero.__class__ = type("ZenFlowZeroOptimizer", (type(zero),), {})
+    optimizer.bind(layout.deepspeed(engine))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_steps_otherwise_is_refused(stage: int) -> None:
+    """ZenFlow and SuperOffload step some of the partitions by an Adam of their own, wherever the optimizer is ours."""
+    with pytest.raises(RankError, match="ZenFlowZeroOptimizer") as error:
+        run(2, other_class, stage)
+    assert error.value.kind == "ValueError"
 
 
 def step_without(stage: int, offload: bool) -> list[float]:

@@ -102,6 +102,7 @@ def whole_shape(param: Any) -> torch.Size:
     return getattr(param, "ds_shape", param.shape)
 
 
+_KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
 # This rank's part of a parameter in a flat partition: the parameter, the flat tensor, from where, the weights.
 _Part = tuple[Tensor, Tensor, int, Piece]
 
@@ -110,20 +111,27 @@ def deepspeed(engine: Any) -> ShardLayout:
     """The layout of an optimizer that was given to `deepspeed.initialize`, for `optimizer.bind`; ZeRO stages 0 to 3.
 
     DeepSpeed flattens the parameters of a group (stages 1, 2) or of a sub-group (3), cuts the result into one
-    partition for each rank, wherever that cuts a layer, and calls `optimizer.step()` once for each. What pads the
-    partitions is in no segment: it is uninitialised memory in stage 3. Clipping, loss scaling and accumulation stay
-    DeepSpeed's.
+    partition for each rank, wherever that cuts a layer, and calls `optimizer.step()` once for each; a call communicates
+    if its group has trust ratios. (One exchange for all calls would need the float32 gradients of all sub-groups at
+    once, which DeepSpeed makes one after another to save that memory.) What pads the partitions is in no segment: it is
+    uninitialised memory in stage 3. Clipping, loss scaling and accumulation stay DeepSpeed's.
 
     Stage 3 of DeepSpeed 0.19.8 steps a parameter that a step does not use with its gradient of an earlier step:
     `distopt.engine.DeepSpeed` clears that; who calls DeepSpeed himself uses every parameter in every step.
 
     engine: what `deepspeed.initialize` returned first; bind before the first step.
-    Raises ValueError if the optimizer is not the one that DeepSpeed steps, if DeepSpeed's internals are not those of
-    version 0.19.8 that this reads, or if a segment does not hold the weights it should: then a norm would be wrong.
+    Raises ValueError if DeepSpeed steps partitions by another optimizer too (ZenFlow, SuperOffload), if its internals
+    are not those of version 0.19.8 that this reads, or if a segment does not hold the weights it should: then a norm
+    would be wrong.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         return of(trained(p for group in engine.basic_optimizer.param_groups for p in group["params"]))
+    if type(zero).__name__ not in _KNOWN:
+        raise ValueError(
+            f"DeepSpeed's {type(zero).__name__} may step without the optimizer, as ZenFlow and SuperOffload do: "
+            f"leave such options out of zero_optimization, so that it is one of {', '.join(_KNOWN)}"
+        )
     try:
         read = _stage3 if stage == 3 else _stage12
         partitions, parts, groups = read(zero)

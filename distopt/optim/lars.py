@@ -70,9 +70,9 @@ class LARS(SGD):
         return False  # the ratio is in the rates, before the momentum
 
     def rate(self, layout: ShardLayout, work: list[Shards]) -> list[Shards]:
-        if not any(group["trust_ratio"] for group in self.param_groups):
-            return work
         trusted = [shards for shards in work if shards.group["trust_ratio"]]
+        if not trusted:
+            return work
         squares = kernels.joined([kernels.squares(shards) for shards in trusted])
         layers = [layer for shards in trusted for layer in shards.layers]
         weight, gradient = layout.total(layers, *squares).sqrt()
