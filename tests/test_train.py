@@ -71,6 +71,19 @@ def die_in_forward(call: int, rank: int = 1) -> None:
     program.update = functools.partial(step.update, loss=fatal)
 
 
+def die_in_save(step: int, file: str, rank: int) -> None:
+    """Kills a rank when it has written a file of that step's checkpoint, and is about to put it on the disk."""
+    sync = os.fsync
+
+    def fatal(handle: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if f"step_{step:08d}" in path and file in path and int(os.environ.get("RANK", "0")) == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(handle)
+
+    os.fsync = fatal
+
+
 def poison(calls: tuple[int, ...], value: float, folder: str) -> None:
     """Makes the loss of rank 1 not finite in some steps, and writes what every step did to this rank."""
     from distopt import step
@@ -120,7 +133,6 @@ def spoil_one_layer(name: str, value: float) -> None:
 
 RESUMED: dict[str, dict[str, str]] = {
     "ddp adamw": {"engine": "ddp"},
-    "fsdp2 adamw": {"engine": "fsdp2"},
     "fsdp2 lamb sam micro-batches": {
         "engine": "fsdp2",
         "optimizer": "lamb",
@@ -150,6 +162,25 @@ def test_a_killed_run_goes_on_bit_for_bit(cwd: Path, changes: dict[str, str]) ->
     assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
     assert steps(broken) == list(range(1, 10))
     assert checkpoints(broken) == checkpoints(unbroken) == ["step_00000008", "step_00000009"]
+
+
+def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_one_before(cwd: Path) -> None:
+    """kill -9 while step 8's checkpoint is being written and training goes on: that of step 4 is whole, what is half
+    written does not count. LookSAM under ZeRO-1 with dropout, so that all there is has to come back."""
+    same = {**DROPOUT, "engine": "zero1", "optimizer": "lamb", "sam": "looksam", "checkpoint__asynchronous": "true"}
+    same |= {"sam__interval": "3", "train__steps": "9"}
+    train(cwd, 2, name="unbroken", **same)
+    unbroken = cwd / "runs" / "unbroken"
+    for rank, file in ((1, ".distcp"), (0, "manifest.json")):
+        name = f"killed-{rank}{file}"
+        broken = cwd / "runs" / name
+        ended = jobs.run(cwd, overrides(name=name, **same), 2, die_in_save, 8, file, rank)
+        assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
+        assert checkpoints(broken) == ["step_00000004", "step_00000008.tmp"]
+        ended = train(cwd, 2, name=name, train__resume="auto", **same)
+        assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
+        assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
+        assert checkpoints(broken) == checkpoints(unbroken) == ["step_00000008", "step_00000009"]
 
 
 @pytest.fixture(scope="module")
