@@ -1,4 +1,10 @@
-"""An Accelerate script with ZeRO-1 LAMB: `torchrun --standalone --nproc_per_node 2 examples/accelerate_script.py`."""
+"""An Accelerate script with LAMB: `accelerate launch --config_file launch/local.yaml examples/accelerate_script.py`.
+
+A number after it is the ZeRO stage: 0 or 1 (the default) for DDP; 2 or 3 where the launcher is told to use FSDP2, 1 to
+3 where DeepSpeed. It is checked, since Accelerate may silently run something else.
+"""
+
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -7,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distopt
 
+ZERO = int(sys.argv[1]) if sys.argv[1:] else 1
 EPOCHS, BATCH, SAMPLES = 4, 64, 1024
 FOLDER = "runs/accelerate_script"
 
@@ -26,7 +33,7 @@ def main() -> None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(schedule)  # prepared, it would step once per process
-    distopt.attach(accelerator, model, optimizer, zero=1)  # the one line more
+    distopt.attach(accelerator, model, optimizer, zero=ZERO)  # the one line more
 
     def train(epoch: int) -> None:
         for x, y in loader:
@@ -40,7 +47,7 @@ def main() -> None:
                 if accelerator.sync_gradients:
                     schedule.step()
         loss = accelerator.reduce(loss.detach(), "mean").item()
-        accelerator.print(f"epoch {epoch}: loss {loss:.4f}, gradient norm {norm.item():.3f}")
+        accelerator.print(f"epoch {epoch}: loss {loss:.4f}, gradient norm {float(norm):.3f}")
 
     for epoch in range(1, EPOCHS + 1):
         train(epoch)

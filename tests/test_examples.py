@@ -1,31 +1,109 @@
-"""Every example runs as its first line says, and gives the same numbers at one process and at two."""
+"""Every example runs as its first line says, and gives the same numbers at one process and at two, on any engine."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.jobs import ENVIRONMENT
+from tests.distributed import run
+from tests.jobs import BIN, ENVIRONMENT, ROOT, launch
+from tests.test_attach import start, start_deepspeed, start_fsdp
 
-EXAMPLES = sorted(Path("examples").glob("*.py"))
+SCRIPT = ROOT / "examples" / "accelerate_script.py"
+EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path != SCRIPT]
+
+
+def norms(out: str) -> list[float]:
+    return [float(number) for number in re.findall(r"gradient norm ([\d.]+)", out)]
+
+
+# The loss printed is rank 0's own; the norm is global. Three decimals are printed, rounding may tip the last one.
+LAST = 2e-3
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path) -> None:
     outputs, env = [], {**os.environ, **ENVIRONMENT}
     for processes in ("1", "2"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        done = subprocess.run([*launch, str(example)], env=env, capture_output=True, text=True, timeout=60)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        done = subprocess.run([*torchrun, str(example)], env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        outputs.append([float(number) for number in re.findall(r"gradient norm ([\d.]+)", done.stdout)])
-    # The loss printed is rank 0's own; the norm is global. Three decimals are printed, rounding may tip the last one.
+        outputs.append(norms(done.stdout))
     assert len(outputs[0]) >= 3
-    assert outputs[0] == pytest.approx(outputs[1], abs=2e-3)
-    if example.stem == "accelerate_script":  # the last epoch, and the same one from what was saved before it
-        for norms in outputs:
-            assert norms[-1] == norms[-2] != norms[-3]
+    assert outputs[0] == pytest.approx(outputs[1], abs=LAST)
+
+
+# The Accelerate script, the same for all engines.
+
+ENGINES: dict[str, Callable[[], Any]] = {
+    "ddp": start,
+    "zero1": start,
+    "fsdp2 zero2": lambda: start_fsdp(reshard=False),
+    "fsdp2 zero3": start_fsdp,
+    "deepspeed zero1": lambda: start_deepspeed(1),
+    "deepspeed zero2": lambda: start_deepspeed(2),
+    "deepspeed zero3": lambda: start_deepspeed(3),
+}
+
+
+def script_on(engine: str, folder: Path) -> list[float]:
+    """The norms that the script prints. Its Accelerator is the one that this machine's launcher cannot give it."""
+    import accelerate
+
+    accelerator = ENGINES[engine]()
+    accelerator.end_training = lambda: None  # the processes are kept
+    spec = importlib.util.spec_from_file_location("script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    kept, here, sys.argv = (accelerate.Accelerator, sys.argv), os.getcwd(), ["script", engine[-1].replace("p", "0")]
+    os.chdir(folder)
+    try:
+        accelerate.Accelerator = lambda **kwargs: accelerator
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            module.main()
+    finally:
+        accelerate.Accelerator, sys.argv = kept
+        os.chdir(here)
+    return norms(out.getvalue())
+
+
+@lru_cache
+def norms_of_one_process(folder: Path) -> list[float]:
+    (printed,) = run(1, script_on, "ddp", folder)
+    return printed
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_accelerate_script_is_the_same_on_every_engine(engine: str, tmp_path: Path) -> None:
+    """It saves before its last epoch, loads that, and trains it again."""
+    expected = norms_of_one_process(tmp_path)
+    printed, nothing = run(2, script_on, engine, tmp_path)
+    assert printed == pytest.approx(expected, abs=LAST) and len(expected) == 5
+    assert printed[-1] == printed[-2] != printed[-3]
+    assert nothing == []
+
+
+LAUNCH = [str(BIN / "accelerate"), "launch"]
+FSDP2 = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def test_the_accelerate_script_under_accelerate_launch(tmp_path: Path) -> None:
+    """As its first line says; and with FSDP2, which Accelerate silently drops on the CPU."""
+    ended = launch(tmp_path, [str(SCRIPT)], [*LAUNCH, "--config_file", str(ROOT / "launch" / "local.yaml")])
+    assert ended.code == 0, ended.err
+    assert norms(ended.out) == pytest.approx(norms_of_one_process(tmp_path), abs=LAST)
+    ended = launch(tmp_path, [str(SCRIPT), "3"], FSDP2)
+    assert ended.code == 1
+    assert "zero=3 was asked, Accelerate prepared DDP" in ended.err and "silently drops" in ended.err
