@@ -134,6 +134,7 @@ OVERLAP = {
     "reduce_dtype": Settings(engine={"reduce_dtype": "fp32"}),
 }
 SETTINGS_OF_ALL = SETTINGS | FAMILY | OVERLAP
+SOME = ("validation between steps", "SAM, LAMB, all")
 LATE = {"micro-batches, one exchange", "SAM, all, one exchange"}  # not an option of DDP
 CASES = [
     *[("ddp", world, "gpt2", name) for world in (1, 2) for name in SETTINGS if name not in LATE],
@@ -155,6 +156,19 @@ CASES = [
     *[(kind, 4, "llama", "LAMB") for kind in DEEPSPEED],
     *[("ddp", 2, "llama", "plain"), ("fsdp2", 2, "llama", "plain"), ("hsdp", 4, "llama", "SAM, LAMB, all")],
 ]
+# These have each way of cutting up, each setting and each member of the family at least once; `make matrix` has all.
+QUICK = [
+    *[("ddp", 2, "gpt2", name) for name in SETTINGS],
+    *[("fsdp2", 2, "gpt2", name) for name in SETTINGS | FAMILY],
+    *[("zero1", 2, "gpt2", name) for name in OVERLAP],
+    *[(kind, 2, "gpt2", name) for kind in ("zero1", "zero2", "deepspeed_zero3") for name in SOME],
+    *[("hsdp", 4, "gpt2", name) for name in LATE],
+    *[(kind, 2, "gpt2", "SAM, LAMB, all") for kind in DEEPSPEED],
+    *[("zero1", 2, "gpt2", name) for name in ("LookSAM", "GSAM")],
+    *[(kind, 4, "llama", name) for kind, name in [("fsdp2", "plain"), ("zero1", "SAM, LAMB, all")]],
+    *[("deepspeed_zero2", 2, "gpt2", "SAM every 2"), ("deepspeed_zero3", 4, "llama", "LAMB")],
+    *[("ddp", 2, "llama", "plain"), ("hsdp", 4, "llama", "SAM, LAMB, all")],
+]
 
 
 @lru_cache
@@ -162,7 +176,10 @@ def by_one_process(family: str, sam: str, optimizer: str, validates: bool) -> Tr
     return run(1, train, "ddp", family, Settings(sam=sam, optimizer=optimizer, validates=validates))[0]
 
 
-@pytest.mark.parametrize(("kind", "world", "family", "name"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "world", "family", "name"),
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.matrix) for case in dict.fromkeys(CASES)],
+)
 def test_training_is_that_of_one_process(kind: str, world: int, family: str, name: str) -> None:
     """Losses, norms, weights and what the model writes are those of plain DDP at world 1, in float32: the order of sums
     over a batch is all that may differ, and grows a little by each step."""

@@ -31,6 +31,7 @@ PAIRS = [
 ]
 # Every engine as the one that stops and as the one that goes on; the rest is in `make matrix`.
 SOME = [pair for i, pair in enumerate(PAIRS) if i % 8 == 0 or ("deepspeed" in pair[0] and pair[1:] == ("fsdp2", 4))]
+LATE = ("zero1", "fsdp2", "deepspeed_zero3")
 every_pair = pytest.mark.parametrize(
     ("source", "target", "world"),
     [pytest.param(*pair, marks=() if pair in SOME else pytest.mark.matrix) for pair in PAIRS],
@@ -115,7 +116,9 @@ def test_the_same_engine_and_world_goes_on_bit_for_bit(folder: Path, kind: str) 
         assert all(torch.equal(p, weights[name]) for name, p in rank_weights.items())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp2", "deepspeed_zero1", "deepspeed_zero3"])
+@pytest.mark.parametrize(
+    "kind", [*LATE, *(pytest.param(k, marks=pytest.mark.matrix) for k in ENGINES if k not in LATE)]
+)
 def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path: Path, kind: str) -> None:
     run(2, train, kind, 0, STOPS, None, tmp_path / "late", True)
     same(run(4, train, kind, STOPS, ENDS, tmp_path / "late"), kind)
