@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.clip import layout_of, scale_
+from distopt.clip import layout_of
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.randomness import random_state, set_random_state
 from distopt.sam.checks import positive
@@ -84,6 +84,24 @@ class SAM(torch.optim.Optimizer):
         self._measured = False
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The optimizer's own."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's own."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
     def ascends(self) -> bool:
         """Whether the step that comes perturbs the weights and needs a gradient there."""
         return self.param_groups[0].get("sam_steps", 0) % self.interval == 0
@@ -123,7 +141,7 @@ class SAM(torch.optim.Optimizer):
         try:
             return self._ascend(self._perturbed)
         except BaseException:  # a warning that is an error, for one
-            self._put_back()
+            self.give_up()
             raise
 
     def _ascend(self, perturbed: _Perturbed) -> Tensor:
@@ -131,22 +149,20 @@ class SAM(torch.optim.Optimizer):
         if self.keeps_first:
             perturbed.first = [g.clone() for g in layout.grads(owners)]
         directions, measured = self.ascent(layout, owners)
-        (norms,) = layout.norms(layout.layers(owners), measured)
+        weights, layers = layout.weights(owners), layout.layers(owners)
+        (norms,) = layout.norms(layers, measured)
         total = torch.linalg.vector_norm(norms)
-        weights = layout.weights(owners)
-        moves = [d.clone() for d in directions]
-        for radius, i in self._radii(layout, owners).items():
-            scale_([moves[k] for k in i], torch.where(total > 0, radius / total, 0.0))
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
         perturbed.copies = [(t, t.clone()) for t in (*weights, *buffers)]
-        if weights:
-            torch._foreach_add_(weights, moves)
+        factors = self._factors(layout, owners, total)
+        if weights:  # in one operation, which needs no memory beside that copy
+            torch._foreach_addcmul_(weights, directions, factors)
         if self.uses_state:
             layout.publish(owners)
         if not self._measured:
-            before = [copy for _, copy in perturbed.copies]
             self._measured = True  # also where the warning is an error
-            layers = layout.layers(owners)
+            before = [copy for _, copy in perturbed.copies]
+            moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
             self._measured = warn_of_rounding(layout, layers, before, weights, moves, self.compute_dtype)
         return total
 
@@ -157,6 +173,10 @@ class SAM(torch.optim.Optimizer):
         if done is not None:
             self.descent(done.layout, [p for p in done.owners if p.grad is not None], done.first)
 
+    def give_up(self) -> None:
+        """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
+        self._put_back()
+
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
         """`perturb` and `restore` around a block; if that raises, the weights are as before."""
@@ -164,7 +184,7 @@ class SAM(torch.optim.Optimizer):
         try:
             yield
         except BaseException:
-            self._put_back()
+            self.give_up()
             raise
         self.restore()
 
@@ -230,13 +250,11 @@ class SAM(torch.optim.Optimizer):
             raise ValueError("scope=local needs whole weights on every rank, as under DDP: here they are sharded")
         return layout
 
-    def _radii(self, layout: ShardLayout, owners: list[Tensor]) -> dict[float, list[int]]:
-        """The shards, by number, that each rho is for."""
+    def _factors(self, layout: ShardLayout, owners: list[Tensor], total: Tensor) -> list[Tensor]:
+        """rho / |m| of each shard, on the device; 0 where there is nothing to perturb by."""
         rho = {p: group.get("rho", self.rho) for group in self.param_groups for p in group["params"]}
-        radii: dict[float, list[int]] = {}
-        for i, radius in enumerate(rho[p] for p in owners for _ in layout.segments[p]):
-            radii.setdefault(radius, []).append(i)
-        return radii
+        factors = {radius: torch.where(total > 0, radius / total, 0.0) for radius in set(rho.values())}
+        return [factors[rho[p]] for p in owners for _ in layout.segments[p]]
 
     def _put_back(self) -> _Perturbed | None:
         done, self._perturbed = self._perturbed, None
@@ -270,13 +288,13 @@ class SAM(torch.optim.Optimizer):
                 self.state[p][buffer] = layout.zeros(p)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for what this object has not: param_groups, state, defaults, layout, the hooks' dictionaries.
+        # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
         if name == "optimizer":
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # which a schedule wraps
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def warn_of_rounding(
     layers: list[int],
     before: list[Tensor],
     after: list[Tensor],
-    moves: list[Tensor],
+    moves: Iterable[Tensor],
     dtype: torch.dtype | None,
 ) -> bool:
     """Warns where the forward pass sees another perturbation than the one that was meant.
@@ -33,7 +34,7 @@ def warn_of_rounding(
     if all(d.itemsize > 2 for d in low) and (dtype is None or dtype.itemsize > 2):
         return True
     seen = [a.to(d).float() - b.to(d).float() for a, b, d in zip(after, before, low)]
-    meant = [m.float() for m in moves]
+    meant = list(moves)
     total, length = (torch.linalg.vector_norm(n).item() for n in layout.norms(layers, seen, meant))
     (products,) = layout.dots(layers, (seen, meant))
     cosine = products.sum().item() / max(total * length, torch.finfo(torch.float32).tiny)
