@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.engine.fsdp2 import reshard
+from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.randomness import random_state, set_random_state
 from distopt.sam import SAM
 
@@ -78,6 +78,7 @@ class SAMTrainerMixin:
                 set_random_state(after, device)
         except BaseException:
             sam.give_up()
+            leave_pass(model)
             reshard(model)
             raise
         reshard(model)

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 import distopt
 from distopt import SAM
@@ -195,6 +203,42 @@ def test_a_closure_that_raises_leaves_the_weights_as_they_were(failing: int) -> 
 # One optimizer to everybody else.
 
 
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "cosine": partial(CosineAnnealingLR, T_max=5),
+    "one cycle": partial(OneCycleLR, max_lr=2.0, total_steps=9),
+    "plateau": partial(ReduceLROnPlateau, patience=0, factor=0.5),
+    "in turn": lambda opt: SequentialLR(opt, [LinearLR(opt, 0.1, 1.0, 2), ExponentialLR(opt, 0.5)], [2]),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_schedule_of_torch_over_sam_is_that_over_the_optimizer(schedule: str) -> None:
+    """Those too that move momentum, or ask for a loss; rates and weights."""
+    runs = []
+    for on in ("sam", "inner"):
+        params = leaves()
+        sam = SAM(torch.optim.SGD(params, lr=1.0, momentum=0.5), RHO)
+        moves = SCHEDULES[schedule](sam if on == "sam" else sam.optimizer)
+        seen = []
+        for step in range(6):
+            by_closure(sam, params, step)
+            moves.step(*[1.0] * (schedule == "plateau"))
+            seen.append((sam.optimizer.param_groups[0]["lr"], sam.optimizer.param_groups[0]["momentum"]))
+        runs.append((seen, [p.detach() for p in params]))
+    assert runs[0][0] == runs[1][0]
+    assert len(set(runs[0][0])) > 2
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+def test_param_groups_and_state_that_are_set_are_the_inners() -> None:
+    """DeepSpeed, for one, sets an optimizer's param groups; SAM kept them to itself, and the inner stepped the old."""
+    params = leaves()
+    sam = SAM(distopt.SGD(params[:2], lr=1.0))
+    sam.param_groups = [{**sam.param_groups[0], "params": params[2:4]}]
+    sam.state = {}
+    assert sam.optimizer.param_groups is sam.param_groups and sam.optimizer.state is sam.state
+
+
 @pytest.mark.parametrize("on", ["sam", "inner"])
 def test_a_schedule_on_either_moves_the_rate(on: str) -> None:
     """SAM with param groups of its own left the inner optimizer at its first rate."""
@@ -249,11 +293,13 @@ def test_groups_and_hooks_are_the_inners() -> None:
     "how", [copy.deepcopy, lambda sam: pickle.loads(pickle.dumps(sam))], ids=["deepcopy", "pickle"]
 )
 def test_a_copy_is_whole(how: Callable[[SAM], SAM]) -> None:
-    """It had the inner optimizer's state and no inner optimizer."""
+    """It had the inner optimizer's state and no inner optimizer; a schedule, which wraps `step`, was in its way."""
     params = leaves()
     sam = SAM(named("lamb").make(params), RHO)
+    LambdaLR(sam, lambda step: 1.0)
     by_closure(sam, params, 0)
     other = how(sam)
+    assert other.optimizer is not sam.optimizer and other.param_groups is other.optimizer.param_groups
     again = other.param_groups[0]["params"]
     assert other.rho == RHO
     by_closure(sam, params, 1)

@@ -719,23 +719,28 @@ def scaled(kind: str, poisoned: int) -> tuple[list[bool], list[float]]:
 
     Returns whether weights and state moved in each step, and the scales after them.
     """
-    models = Fleet({"one": whole(kind, torch.float32)})
+    models: nn.Module = Fleet({"one": whole(kind, torch.float32)})
     if kind == "fsdp2":
-        shard(kind, models)
-    scaler: Any = (
-        ShardedGradScaler("cpu", init_scale=1024.0) if kind == "fsdp2" else torch.amp.GradScaler("cpu", 1024.0)
-    )
-    # A fused optimizer of torch's takes scale and inf itself, but not through SAM: its steps were 1024 times too long.
-    optimizer = torch.optim.AdamW([p for p in models.parameters() if p.requires_grad], lr=0.01, fused=kind != "fsdp2")
-    sam = SAM(optimizer, RHO)
+        forward: nn.Module = shard(kind, models)
+        scaler: Any = ShardedGradScaler("cpu", init_scale=1024.0)
+    else:
+        forward = DistributedDataParallel(models, find_unused_parameters=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    params = [p for p in models.parameters() if p.requires_grad]
+    if kind == "zero1":
+        optimizer: torch.optim.Optimizer = distopt.AdamW(params, lr=0.01)
+        bind(kind, optimizer, models)
+    else:  # a fused one takes scale and inf itself, but not through SAM: its steps were 1024 times too long
+        optimizer = torch.optim.AdamW(params, lr=0.01, fused=kind != "fsdp2")
+    sam = SAM(optimizer, RHO, scope="local" if kind == "local" else "global")
     moved, scales, bad = [], [], dist.get_rank() == 1
 
     def run_pass(step: int, which: int) -> None:
         sam.zero_grad()
         reshard(models)
-        loss = models(samples_of(kind, step).float(), step)
-        scaler.scale(loss * (math.inf if bad and step == 1 and which == poisoned else 1.0)).backward()
-        average(models)
+        with forward.no_sync() if kind == "local" and which == 1 else contextlib.nullcontext():
+            loss = forward(samples_of(kind, step).float(), step)
+            scaler.scale(loss * (math.inf if bad and step == 1 and which == poisoned else 1.0)).backward()
 
     for step in range(3):
         before, state = values(models.parameters()), state_of(sam)
@@ -756,9 +761,10 @@ def scaled(kind: str, poisoned: int) -> tuple[list[bool], list[float]]:
     return moved, scales
 
 
-@pytest.mark.parametrize("kind", ["replicated", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "local", "zero1", "fsdp2"])
 @pytest.mark.parametrize("poisoned", [1, 2])
 def test_under_a_loss_scale_an_overflow_in_either_pass_leaves_the_step_out(kind: str, poisoned: int) -> None:
+    """On one rank only. With scope=local that rank alone knows of the first pass, until the second."""
     assert run(2, scaled, kind, poisoned) == [([True, False, True], [1024.0, 512.0, 512.0])] * 2
 
 
@@ -784,7 +790,7 @@ def test_a_loss_scale_does_not_show() -> None:
 
 
 def accumulated(micro_batches: int) -> list[Tensor]:
-    """SAM in `accelerator.accumulate`: at the last micro-batch of a step, both passes over all of them."""
+    """SAM in `accelerator.accumulate`, as docs/sam.md has it: both passes over the same micro-batches, under ZeRO-1."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -793,9 +799,10 @@ def accumulated(micro_batches: int) -> list[Tensor]:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])  # as torchrun does
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro_batches)
     assert accelerator.num_processes == dist.get_world_size()
-    model = accelerator.prepare(Wrapped())
-    row = named("adamw")
+    model, row = Wrapped(), named("adamw")
     sam = SAM(row.make(row.groups(list(model.parameters()))), RHO)
+    model, optimizer = accelerator.prepare(model, sam)
+    distopt.attach(accelerator, model, optimizer, zero=1)
     replay: list[int] = []
 
     def backward(micro: int) -> None:
@@ -811,9 +818,9 @@ def accumulated(micro_batches: int) -> list[Tensor]:
                     for each in replay:
                         with contextlib.nullcontext() if each == micro else accelerator.no_sync(model):
                             backward(each)
-                sam.step()
-                sam.zero_grad()
                 replay.clear()
+            optimizer.step()
+            optimizer.zero_grad()
     return values(model.parameters())
 
 
@@ -868,6 +875,18 @@ def test_rounding_is_measured_and_told_once(how: str, rho: float, warns: bool) -
             assert "rounded away" in text and "raise rho, or compute in float32" in text
             assert float(re.search(r"cosine of ([\d.]+) ", text)[1]) == pytest.approx(cosine, abs=0.006)
             assert float(re.search(r"sees ([\d.e-]+),", text)[1]) == pytest.approx(float(seen.norm()), rel=6e-3)
+
+
+def test_the_slopes_of_functional_sam_are_not_lost_in_float16() -> None:
+    """A mean over many tokens has slopes below 6e-8, the least that float16 has; a loss scale comes after them."""
+    tokens, params = 2**25, [torch.ones(3, requires_grad=True)]
+    sam = distopt.FunctionalSAM(distopt.SGD(params), precondition=False)
+    for _ in range(2):
+        sam.zero_grad()
+        loss = sam.loss(params[0].half(), lambda logits: logits.float().square().sum() / tokens)
+        (loss * 2.0**20).backward()
+        assert params[0].grad.tolist() == pytest.approx([2.0**21 / tokens] * 3, rel=1e-2)
+        sam.restore() if sam._perturbed else sam.perturb()
 
 
 def test_float32_is_not_warned_about() -> None:

@@ -129,7 +129,6 @@ class DeepSpeed(Engine):
 
         The partitions are put back before the descent, and by its step the weights that the model computes with.
         """
-        self.check_sam(sam)  # another member's step would be taken for SAM's
         if not sam.ascends:
             yield
             return
