@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from distopt.bench import loop, optimizers, sam, sharpness, step
+from distopt.bench import loop, optimizers, rounding, sam, sharpness, step
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     loop.add_parser(benchmarks)
     optimizers.add_parser(benchmarks)
+    rounding.add_parser(benchmarks)
     sam.add_parser(benchmarks)
     sharpness.add_parser(benchmarks)
     step.add_parser(benchmarks)

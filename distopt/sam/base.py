@@ -14,7 +14,7 @@ from distopt.clip import layout_of
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.randomness import random_state, set_random_state
 from distopt.sam.checks import positive
-from distopt.sam.rounding import warn_of_rounding
+from distopt.sam.rounding import perturb_, warn_of_rounding
 
 
 class SAM(torch.optim.Optimizer):
@@ -33,8 +33,9 @@ class SAM(torch.optim.Optimizer):
     numbers (dropout). Clip after `restore`, so that it is the second gradient. Everything else is the optimizer's:
     `param_groups`, `state`, `state_dict`, hooks, so that schedules, clipping and checkpoints see one optimizer.
 
-    Weights in 16 bits, or computed with in 16 bits, do not see a small perturbation as it is: rounding turns it. The
-    first `perturb` measures that, and warns.
+    Weights in bfloat16 are rounded so that the perturbation is right in the mean over elements; computed with in
+    bfloat16, float32 weights see it with noise. The first `perturb` measures what is left, and warns where that is not
+    enough (docs/sam.md).
 
     Args:
         optimizer: any torch optimizer, made before. A param group may have a `rho` of its own.
@@ -155,8 +156,7 @@ class SAM(torch.optim.Optimizer):
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
         perturbed.copies = [(t, t.clone()) for t in (*weights, *buffers)]
         factors = self._factors(layout, owners, total)
-        if weights:  # in one operation, which needs no memory beside that copy
-            torch._foreach_addcmul_(weights, directions, factors)
+        perturb_(weights, directions, factors)
         if self.uses_state:
             layout.publish(owners)
         if not self._measured:

@@ -1,4 +1,4 @@
-"""What is left of a perturbation once weights are rounded to 16 bits."""
+"""What is left of a perturbation where weights have, or are computed with in, 16 bits; and how to keep it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,32 @@ from torch import Tensor
 
 from distopt.layout import ShardLayout
 
-_RIGHT = 0.9  # the least cosine that goes without a warning
+# The least that goes without a warning: below them the gradient changes by more than a tenth less or more than it
+# should (`python -m distopt.bench rounding`).
+_SHARE, _COSINE = 0.9, 0.3
+_STEP = 25033  # odd, and 0.382 of 2^16: multiples of the golden ratio fill a circle evenly
+
+
+def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tensor]) -> None:
+    """p <- p + factor * d, in one operation that needs no other memory; bfloat16 weights are rounded by a dither.
+
+        p <- floor(p + factor * d + u)      u from 0 to 1 units of the last place, another one for each element
+
+    Rounded to the nearest, a weight that is bfloat16 already would stay where it was for most of the elements, or move
+    by too much: a move of less than a 512th of it is lost. With u the moves are right in the mean. u depends on place
+    and factor alone: no random numbers are drawn, ranks that hold the same shard agree, and a resumed run repeats it.
+    """
+    rounded = [w.dtype == torch.bfloat16 for w in weights]
+    exact = [i for i, low in enumerate(rounded) if not low]
+    if exact:
+        of_exact = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))
+        torch._foreach_addcmul_(*of_exact)
+    for w, d, factor in (each for each, low in zip(zip(weights, directions, factors), rounded) if low):
+        moved = torch.addcmul(w.float(), d.float(), factor.float())
+        place = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape)
+        dither = (place & 0xFFFF).mul_(_STEP).add_(factor.float().view(torch.int32)).bitwise_and_(0xFFFF)
+        floor = dither.add_(moved.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+        w.copy_(torch.where(moved.isfinite(), floor, moved))
 
 
 def warn_of_rounding(
@@ -24,11 +49,13 @@ def warn_of_rounding(
 ) -> bool:
     """Warns where the forward pass sees another perturbation than the one that was meant.
 
-        seen = round(p + e) - round(p)          cosine = (seen . e) / (|seen| |e|)
+        seen = round(p + e) - round(p)
+        share = seen . e / |e|^2          what is left along the direction that was meant
+        cosine = seen . e / (|seen| |e|)  how much of what is seen is that, and not rounding
 
-    A bfloat16 number has 8 bits: what is less than a 512th of a weight moves it not at all, or by too much. Every rank
-    has to call it; it does nothing where weights have, and are computed with in, 32 bits. Returns whether there was
-    something to measure: a first perturbation may be none, or not finite.
+    Rounding float32 weights to 16 bits adds noise, which lowers the cosine and leaves the share: the gradient moves as
+    it should down to a cosine of 0.3. Every rank has to call it; it does nothing where weights have, and are computed
+    with in, 32 bits. Returns whether there was something to measure: a first perturbation may be none, or not finite.
     """
     low = [dtype if dtype is not None and dtype.itemsize < w.element_size() else w.dtype for w in after]
     if all(d.itemsize > 2 for d in low) and (dtype is None or dtype.itemsize > 2):
@@ -37,14 +64,15 @@ def warn_of_rounding(
     meant = list(moves)
     total, length = (torch.linalg.vector_norm(n).item() for n in layout.norms(layers, seen, meant))
     (products,) = layout.dots(layers, (seen, meant))
-    cosine = products.sum().item() / max(total * length, torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    share, cosine = (products.sum().item() / max(length * other, tiny) for other in (length, total))
     if not (length > 0 and math.isfinite(cosine)):
         return False
-    if cosine < _RIGHT:
+    if share < _SHARE or cosine < _COSINE:
         warnings.warn(
-            f"SAM's perturbation is mostly rounded away: of rho = {length:.3g} the forward pass sees {total:.3g}, at a "
-            f"cosine of {cosine:.2f} to what is meant, because weights are computed with in 16 bits; "
-            "raise rho, or compute in float32",
+            f"SAM's perturbation is lost in rounding: of rho = {length:.3g} the forward pass sees {share:.0%}, in moves "
+            f"of length {total:.3g} at a cosine of {cosine:.2f} to what is meant, because weights are computed with in "
+            "16 bits; raise rho, or compute in float32",
             UserWarning,
             stacklevel=5,
         )
