@@ -46,7 +46,8 @@ def run(options: argparse.Namespace) -> None:
     low = [w.bfloat16() for w in weights]
     first, first_low = _gradient(model, weights, batch), _gradient(model, low, batch)
     print(f"{sum(p.numel() for p in params):,} parameters, after {options.steps} steps of AdamW\n")
-    print("| rho | weights | length seen | share | cosine | gradient's change: share | cosine |\n|---|---|---|---|---|---|---|")
+    print("| rho | weights | length seen | share | cosine | gradient's change: share | cosine |")
+    print(f"|{'---|' * 7}")
     for rho in _RADII:
         factor = torch.tensor(rho / float(torch.linalg.vector_norm(_flat(first))), dtype=torch.float64)
         meant = [g * factor.float() for g in first]

@@ -29,8 +29,8 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
     rounded = [w.dtype == torch.bfloat16 for w in weights]
     exact = [i for i, low in enumerate(rounded) if not low]
     if exact:
-        of_exact = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))
-        torch._foreach_addcmul_(*of_exact)
+        moving, along, by = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))
+        torch._foreach_addcmul_(moving, along, by)
     for w, d, factor in (each for each, low in zip(zip(weights, directions, factors), rounded) if low):
         moved = torch.addcmul(w.float(), d.float(), factor.float())
         place = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape)
@@ -70,7 +70,7 @@ def warn_of_rounding(
         return False
     if share < _SHARE or cosine < _COSINE:
         warnings.warn(
-            f"SAM's perturbation is lost in rounding: of rho = {length:.3g} the forward pass sees {share:.0%}, in moves "
+            f"SAM's perturbation is lost in rounding: of rho = {length:.3g} a forward pass sees {share:.0%}, in moves "
             f"of length {total:.3g} at a cosine of {cosine:.2f} to what is meant, because weights are computed with in "
             "16 bits; raise rho, or compute in float32",
             UserWarning,
