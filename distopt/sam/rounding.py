@@ -14,7 +14,6 @@ from distopt.layout import ShardLayout
 # The least that goes without a warning: below them the gradient changes by more than a tenth less or more than it
 # should (`python -m distopt.bench rounding`).
 _SHARE, _COSINE = 0.9, 0.3
-_STEP = 25033  # odd, and 0.382 of 2^16: multiples of the golden ratio fill a circle evenly
 
 
 def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tensor]) -> None:
@@ -23,8 +22,8 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
         p <- floor(p + factor * d + u)      u from 0 to 1 units of the last place, another one for each element
 
     Rounded to the nearest, a weight that is bfloat16 already would stay where it was for most of the elements, or move
-    by too much: a move of less than a 512th of it is lost. With u the moves are right in the mean. u depends on place
-    and factor alone: no random numbers are drawn, ranks that hold the same shard agree, and a resumed run repeats it.
+    by too much: a move of less than a 512th of it is lost. With u the moves are right in the mean. u is a hash of the
+    element's p, d and factor: no random numbers are drawn, and it is the same wherever the element lies.
     """
     rounded = [w.dtype == torch.bfloat16 for w in weights]
     exact = [i for i, low in enumerate(rounded) if not low]
@@ -33,10 +32,16 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
         torch._foreach_addcmul_(moving, along, by)
     for w, d, factor in (each for each, low in zip(zip(weights, directions, factors), rounded) if low):
         moved = torch.addcmul(w.float(), d.float(), factor.float())
-        place = torch.arange(w.numel(), dtype=torch.int32, device=w.device).view(w.shape)
-        dither = (place & 0xFFFF).mul_(_STEP).add_(factor.float().view(torch.int32)).bitwise_and_(0xFFFF)
-        floor = dither.add_(moved.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+        floor = _dither(w, d, factor).add_(moved.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
         w.copy_(torch.where(moved.isfinite(), floor, moved))
+
+
+def _dither(weight: Tensor, direction: Tensor, factor: Tensor) -> Tensor:
+    """16 bits for each element. Of the direction its upper half counts: the lower one depends on the order of sums."""
+    weights, directions = (t.float().view(torch.int32).bitwise_right_shift(16) & 0xFFFF for t in (weight, direction))
+    mixed = weights.mul_(25033) ^ directions.mul_(30011) ^ factor.float().view(torch.int32)  # products below 2^31
+    mixed = (mixed.bitwise_right_shift(8) ^ mixed) & 0xFFFF
+    return mixed.mul_(27437).bitwise_right_shift_(7).bitwise_and_(0xFFFF)
 
 
 def warn_of_rounding(
