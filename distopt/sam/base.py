@@ -85,7 +85,7 @@ class SAM(torch.optim.Optimizer):
         self._measured = False
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's own."""
         return self.optimizer.param_groups
 
