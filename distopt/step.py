@@ -65,7 +65,11 @@ def update(
 def sharpness_aware(
     engine: Engine, model: nn.Module, sam: SAM, batches: Sequence[Tensor], loss: Loss = next_token_loss
 ) -> Tensor:
-    """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay."""
+    """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay.
+
+    Raises ValueError for a SAM that the engine cannot run.
+    """
+    engine.check_sam(sam)
     device = batches[0].device
     random, losses = random_state(device), []
     if sam.first_pass:

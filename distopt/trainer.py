@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.engine.fsdp2 import reshard
+from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.randomness import random_state, set_random_state
 from distopt.sam import SAM
 
@@ -23,8 +23,8 @@ class SAMTrainerMixin:
 
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
-    overflows in either pass is skipped, as without SAM. Under DeepSpeed the first perturbation raises ValueError, since
-    Accelerate steps inside its backward pass.
+    overflows in either pass is skipped, as without SAM. A pass that raises leaves the weights as they were. Under
+    DeepSpeed the first perturbation raises ValueError, since Accelerate steps inside its backward pass.
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.
@@ -61,20 +61,26 @@ class SAMTrainerMixin:
             if not sam.first_pass:
                 sam.perturb()
                 reshard(model)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if not self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-            return loss
-        if not sam.first_pass:
-            sam.restore()
-        else:
-            after = random_state(device)
-            with sam.perturbed():
-                if sam.ascends:
-                    reshard(model)
-                    model.zero_grad()
-                    set_random_state(self._random, device)
-                    self._second_pass(model, num_items_in_batch)
-            set_random_state(after, device)
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            if not self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+                return loss
+            if not sam.first_pass:
+                sam.restore()
+            else:
+                after = random_state(device)
+                with sam.perturbed():
+                    if sam.ascends:
+                        reshard(model)
+                        model.zero_grad()
+                        set_random_state(self._random, device)
+                        self._second_pass(model, num_items_in_batch)
+                set_random_state(after, device)
+        except BaseException:
+            sam.give_up()
+            leave_pass(model)
+            reshard(model)
+            raise
         reshard(model)
         return loss
 

@@ -40,9 +40,16 @@ from tests.engines import (
     mean,
 )
 
+
+def of_two_radii(optimizer: torch.optim.Optimizer, interval: int) -> distopt.SAM:
+    """The second param group has a radius of its own."""
+    optimizer.param_groups[1]["rho"] = 0.03
+    return distopt.SAM(optimizer, rho=0.1, interval=interval)
+
+
 SAMS: dict[str, Callable[..., distopt.SAM]] = {
     "SAM": partial(distopt.SAM, rho=0.1),
-    "SAM every 2": partial(distopt.SAM, rho=0.1, interval=2),
+    "SAM every 2": partial(of_two_radii, interval=2),
     "ASAM": partial(distopt.ASAM, rho=1.0),
     "GSAM": partial(distopt.GSAM, rho=0.1),
     "FriendlySAM": partial(distopt.FriendlySAM, rho=0.1, sigma=0.5),
@@ -152,6 +159,7 @@ CASES = [
     *[("deepspeed_zero3", 2, "gpt2", name) for name in SETTINGS if name not in LATE],
     *[(kind, 2, "gpt2", name) for kind in DEEPSPEED[:2] for name in ("LAMB", "micro-batches", "SAM, LAMB, all")],
     *[(kind, 2, "gpt2", name) for kind in ("ddp", "zero1", "fsdp2") for name in FAMILY],
+    *[pytest.param(kind, 4, "gpt2", name, marks=pytest.mark.matrix) for kind in ("zero2", "hsdp") for name in FAMILY],
     *[(kind, 2, "gpt2", "SAM every 2") for kind in DEEPSPEED],
     *[(kind, 4, "llama", "LAMB") for kind in DEEPSPEED],
     *[("ddp", 2, "llama", "plain"), ("fsdp2", 2, "llama", "plain"), ("hsdp", 4, "llama", "SAM, LAMB, all")],
@@ -354,7 +362,35 @@ def dropout_on(kind: str, way: str) -> dict[str, Tensor]:
     return full(model)
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+def masks_on(kind: str, checkpointing: bool) -> list[Tensor]:
+    """What each dropout lets through in a step of SAM over two micro-batches, in order."""
+    engine = ENGINES[kind](activation_checkpointing=checkpointing)
+    model = made(LanguageModel("gpt2", DROPOUT), engine)
+    opt = SGD(model.parameters(), lr=1.0)
+    model = engine.attach(model, opt, 2, math.inf)
+    masks: list[Tensor] = []
+    for name, module in model.named_modules():
+        # Where attention drops all that a token sees, there are zeros before the dropout that follows it.
+        if isinstance(module, nn.Dropout) and "attn" not in name:
+            module.register_forward_hook(lambda module, args, out: masks.append(out != 0))
+    torch.manual_seed(7 + dist.get_rank())
+    update(engine, model, distopt.SAM(opt, rho=0.1), list(batch(0).chunk(2)))
+    return masks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("kind", ENGINES)
+def test_both_passes_of_sam_drop_the_same(kind: str, checkpointing: bool) -> None:
+    """On every engine and rank; also where blocks run twice, and for each of two micro-batches."""
+    for masks in run(2, masks_on, kind, checkpointing):
+        half = len(masks) // 2
+        assert half >= 6  # of the embedding, and of two blocks, in each of two micro-batches
+        assert all(torch.equal(a, b) for a, b in zip(masks[:half], masks[half:], strict=True))
+        assert not torch.equal(masks[0], masks[half // 2])
+        assert 0.6 < torch.cat([mask.flatten() for mask in masks]).double().mean() < 0.8
+
+
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp2", 2)])
 def test_both_passes_of_sam_see_the_same_dropout(kind: str, world: int) -> None:
     """The gradient at the worst point has to be that of the same function; also where blocks run twice."""
 
@@ -367,6 +403,61 @@ def test_both_passes_of_sam_see_the_same_dropout(kind: str, world: int) -> None:
     for way in ("update", "update, checkpointing"):
         for result in run(world, dropout_on, kind, way):
             assert differ(result, by_hand) < 1e-5, way
+
+
+class Normed(nn.Module):
+    """Batch norm between two layers; its statistics are buffers that every forward pass moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+def statistics_on(kind: str) -> tuple[list[float], list[float], int]:
+    """The running means after each forward pass of a step of SAM, those after the step, and the passes counted."""
+    torch.manual_seed(0)
+    normed, engine = Normed(), ENGINES[kind]()
+    norm, x = normed.norm, torch.randn(6, 4, generator=torch.Generator().manual_seed(dist.get_rank()))
+    model = engine.build(normed, [normed.first], lambda unit, device: None, CPU)
+    opt = SGD(engine.unwrap(model).parameters(), lr=0.1)
+    model = engine.attach(model, opt, 1, math.inf)
+    means: list[float] = []
+    norm.register_forward_hook(lambda *_: means.append(float(norm.running_mean.sum())))
+    sam = distopt.SAM(opt, rho=1.0, model=normed)
+    assert update(engine, model, sam, [x], loss=lambda model, x, _: model(x).square().mean()).applied
+    return means, [float(norm.running_mean.sum())], int(norm.num_batches_tracked)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_second_pass_of_sam_moves_no_statistics(kind: str) -> None:
+    """DeepSpeed perturbs its partitions itself, and left a model's buffers as the second pass had moved them."""
+    for (first, second), after, counted in run(2, statistics_on, kind):
+        assert after == [first] != [second]
+        assert counted == 1
+
+
+def of_member(kind: str, name: str) -> None:
+    engine = ENGINES[kind]()
+    model = made(LanguageModel("gpt2", CONFIGS["gpt2"]), engine)
+    opt = distopt.AdamW(model.parameters())
+    model = engine.attach(model, opt, 1, 1.0)
+    update(engine, model, MEMBERS_BUT_SAM[name](opt), [batch(0)])
+
+
+MEMBERS_BUT_SAM = {name: make for name, make in SAMS.items() if make.func not in (distopt.SAM, of_two_radii)} | {
+    "SAM with scope=local": partial(distopt.SAM, scope="local")
+}
+
+
+@pytest.mark.parametrize("kind", DEEPSPEED)
+def test_deepspeed_refuses_all_members_but_sam(kind: str) -> None:
+    """At the first step too, where nobody has asked `check_sam`: it took SAM's step in their name."""
+    for name, make in MEMBERS_BUT_SAM.items():
+        with pytest.raises(RankError, match=rf"{make.func.__name__} with scope=\w+ does not run under DeepSpeed"):
+            run(2, of_member, kind, name)
 
 
 def test_a_step_with_sam_draws_as_often_as_one_without() -> None:
@@ -417,7 +508,7 @@ def test_a_gradient_that_is_not_finite_leaves_every_rank_as_it_was(kind: str, wo
         assert steps == 0
 
 
-FAILING = ["ddp", "zero1", "fsdp2", *DEEPSPEED]
+FAILING = list(ENGINES)
 
 
 def with_sam(kind: str, precision: str) -> tuple[Engine, nn.Module, Any]:

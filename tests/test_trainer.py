@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 import distopt
+from distopt.layout import local
 from distopt.trainer import SAMTrainerMixin
 from tests.distributed import run
 from tests.engines import CONFIGS, LENGTH, SEQUENCES, VOCABULARY
@@ -40,7 +41,7 @@ def language_model(config: dict[str, Any]) -> Any:
 
 
 def trained(
-    folder: Path, config: dict[str, Any], accumulation: int, fsdp2: bool = False, **options: Any
+    folder: Path, config: dict[str, Any] | nn.Module, accumulation: int, fsdp2: bool = False, **options: Any
 ) -> list[Tensor]:
     """The parameters after a Trainer has gone over the data once, in batches of `SEQUENCES` over all ranks."""
     from accelerate import FullyShardedDataParallelPlugin
@@ -81,7 +82,8 @@ def trained(
         logging_steps=100,
     )
     data = [{"input_ids": row, "labels": row} for row in sequences()]
-    trainer = SAMTrainer(language_model(config), args, train_dataset=data, **options)
+    model = language_model(config) if isinstance(config, dict) else config
+    trainer = SAMTrainer(model, args, train_dataset=data, **options)
     trainer.train()
     params = list(trainer.model_wrapped.parameters())
     assert all(isinstance(p, DTensor) for p in params) == fsdp2
@@ -152,6 +154,56 @@ def test_two_processes_train_as_one(tmp_path: Path, fsdp2: bool, options: dict[s
     (expected,) = run(1, on_ranks, tmp_path, CONFIGS["gpt2"], 2, options)
     for params in run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 2, options, fsdp2):
         assert error(params, expected) < TOLERANCE
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped(folder: Path, member: Any, fsdp2: bool) -> tuple[bool, float, float]:
+    """A forward pass at perturbed weights raises, in the second step. Whether each rank's shards are as before it; the
+    loss of the model that is left, and of a plain one with its weights."""
+    seen: list[list[Tensor]] = []
+    calls: list[None] = []
+
+    from transformers import TrainerCallback
+
+    class Watching(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append([local(p).detach().clone() for p in model.parameters()])
+            models.append(model)
+
+    models: list[Any] = []
+    model = language_model(CONFIGS["gpt2"])
+    passes = 2 if member is distopt.SAM else 1
+
+    def stop(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) == 2 * passes:  # the last pass of the second step
+            raise Stop
+
+    model.transformer.h[1].register_forward_hook(stop)
+    with pytest.raises(Stop):
+        trained(folder / str(dist.get_rank()), model, 1, fsdp2, callbacks=[Watching()], sam=member, **SGD)
+    same = [torch.equal(local(p), b) for p, b in zip(models[0].parameters(), seen[-1], strict=True)]
+    calls += [None] * 100
+    plain = language_model(CONFIGS["gpt2"])
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in models[0].parameters()]
+    with torch.no_grad():
+        for p, value in zip(plain.parameters(), whole, strict=True):
+            p.copy_(value)
+        batch = sequences()[:SEQUENCES]
+        losses = [m.eval()(batch, labels=batch).loss.item() for m in (models[0], plain)]
+    return len(seen) == 2 and all(same), *losses
+
+
+@pytest.mark.parametrize("fsdp2", [False, True])
+@pytest.mark.parametrize("member", [distopt.SAM, distopt.MomentumSAM])
+def test_a_pass_that_raises_leaves_the_weights(tmp_path: Path, member: Any, fsdp2: bool) -> None:
+    """As an interrupt does in a notebook: the next evaluation was of perturbed weights, and so was what was saved."""
+    for same, left, plain in run(2, stopped, tmp_path, member, fsdp2):
+        assert same
+        assert left == pytest.approx(plain, rel=1e-6)
 
 
 def test_momentum_sam_needs_one_pass(tmp_path: Path) -> None:

@@ -129,10 +129,11 @@ class DeepSpeed(Engine):
 
         The partitions are put back before the descent, and by its step the weights that the model computes with.
         """
-        zero, copies = model.optimizer, []
         if not sam.ascends:
             yield
             return
+        zero, buffers = model.optimizer, list(sam.model.buffers()) if sam.model is not None else []
+        copies = [(buffer, buffer.clone()) for buffer in buffers]
 
         def ascend() -> None:
             norm = float(zero._global_grad_norm)  # 0.19.8: over all partitions, known before the first is stepped
@@ -157,8 +158,8 @@ class DeepSpeed(Engine):
         self._put_back(copies)
 
     def _put_back(self, copies: list[tuple[Tensor, Tensor]]) -> None:
-        for flat, copy in copies:
-            flat.data.copy_(copy)
+        for tensor, copy in copies:
+            tensor.data.copy_(copy)
 
     def unwrap(self, model: Any) -> nn.Module:
         return getattr(model, "module", model)

@@ -87,8 +87,15 @@ class FSDP2(Engine):
         reshard(model)
 
     def give_up(self, model: nn.Module) -> None:
-        # `reshard` does nothing for what FSDP2 takes to be in a forward pass: the next one saw perturbed weights.
-        model.reset_iter_state()  # type: ignore[operator]
+        leave_pass(model)
+
+
+def leave_pass(model: nn.Module) -> None:
+    """After a pass that raised: `reshard` does nothing for what FSDP2 takes to be in one, and whole copies stay."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.clip import layout_of, scale_
+from distopt.clip import layout_of
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.randomness import random_state, set_random_state
 from distopt.sam.checks import positive
-from distopt.sam.rounding import warn_of_rounding
+from distopt.sam.rounding import perturb_, warn_of_rounding
 
 
 class SAM(torch.optim.Optimizer):
@@ -35,8 +35,9 @@ class SAM(torch.optim.Optimizer):
     numbers (dropout). Clip after `restore`, so that it is the second gradient. Everything else is the optimizer's:
     `param_groups`, `state`, `state_dict`, hooks, so that schedules, clipping and checkpoints see one optimizer.
 
-    Weights in 16 bits, or computed with in 16 bits, do not see a small perturbation as it is: rounding turns it. The
-    first `perturb` measures that, and warns.
+    Weights in bfloat16 are rounded so that the perturbation is right in the mean over elements; computed with in
+    bfloat16, float32 weights see it with noise. The first `perturb` measures what is left, and warns where that is not
+    enough (docs/sam.md).
 
     Args:
         optimizer: any torch optimizer, made before. A param group may have a `rho` of its own.
@@ -86,6 +87,24 @@ class SAM(torch.optim.Optimizer):
         self._measured = False
 
     @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's own."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
     def ascends(self) -> bool:
         """Whether the step that comes perturbs the weights and needs a gradient there."""
         return self.param_groups[0].get("sam_steps", 0) % self.interval == 0
@@ -125,7 +144,7 @@ class SAM(torch.optim.Optimizer):
         try:
             return self._ascend(self._perturbed)
         except BaseException:  # a warning that is an error, for one
-            self._put_back()
+            self.give_up()
             raise
 
     def _ascend(self, perturbed: _Perturbed) -> Tensor:
@@ -133,21 +152,18 @@ class SAM(torch.optim.Optimizer):
         if self.keeps_first:
             perturbed.first = [g.clone() for g in layout.grads(owners)]
         directions, measured = self.ascent(layout, owners)
-        (norms,) = layout.norms(layout.layers(owners), measured)
+        weights, layers = layout.weights(owners), layout.layers(owners)
+        (norms,) = layout.norms(layers, measured)
         total = torch.linalg.vector_norm(norms)
-        weights = layout.weights(owners)
-        moves = [d.clone() for d in directions]
-        for radius, i in self._radii(layout, owners).items():
-            scale_([moves[k] for k in i], torch.where(total > 0, radius / total, 0.0))
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
         perturbed.copies = [(t, t.clone()) for t in (*layout.touched(owners), *buffers)]
         before = weights if self._measured else [w.clone() for w in weights]
-        if weights:
-            torch._foreach_add_(weights, moves)
+        factors = self._factors(layout, owners, total)
+        perturb_(weights, directions, factors)
         layout.publish(owners)
         if not self._measured:
             self._measured = True  # also where the warning is an error
-            layers = layout.layers(owners)
+            moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
             self._measured = warn_of_rounding(layout, layers, before, weights, moves, self.compute_dtype)
         return total
 
@@ -158,6 +174,10 @@ class SAM(torch.optim.Optimizer):
         if done is not None:
             self.descent(done.layout, [p for p in done.owners if p.grad is not None], done.first)
 
+    def give_up(self) -> None:
+        """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
+        self._put_back()
+
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
         """`perturb` and `restore` around a block; if that raises, the weights are as before."""
@@ -165,7 +185,7 @@ class SAM(torch.optim.Optimizer):
         try:
             yield
         except BaseException:
-            self._put_back()
+            self.give_up()
             raise
         self.restore()
 
@@ -233,13 +253,11 @@ class SAM(torch.optim.Optimizer):
                 raise ValueError("scope=local needs whole weights on every rank, as under DDP: here they are sharded")
         return layout
 
-    def _radii(self, layout: ShardLayout, owners: list[Tensor]) -> dict[float, list[int]]:
-        """The shards, by number, that each rho is for."""
+    def _factors(self, layout: ShardLayout, owners: list[Tensor], total: Tensor) -> list[Tensor]:
+        """rho / |m| of each shard, on the device; 0 where there is nothing to perturb by."""
         rho = {p: group.get("rho", self.rho) for group in self.param_groups for p in group["params"]}
-        radii: dict[float, list[int]] = {}
-        for i, radius in enumerate(rho[p] for p in owners for _ in layout.segments[p]):
-            radii.setdefault(radius, []).append(i)
-        return radii
+        factors = {radius: torch.where(total > 0, radius / total, 0.0) for radius in set(rho.values())}
+        return [factors[rho[p]] for p in owners for _ in layout.segments[p]]
 
     def _put_back(self) -> _Perturbed | None:
         done, self._perturbed = self._perturbed, None
@@ -272,13 +290,13 @@ class SAM(torch.optim.Optimizer):
                 self.state[p][buffer] = layout.zeros(p)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for what this object has not: param_groups, state, defaults, layout, the hooks' dictionaries.
+        # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
         if name == "optimizer":
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # which a schedule wraps
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -67,6 +67,8 @@ class FunctionalSAM(PreconditionedSAM):
         return super()._put_back()
 
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
+        if outputs.dtype.itemsize < 4:  # their gradients, without a loss scale, are less than float16 has
+            outputs = outputs.float()
         if self._perturbed is None:
             loss = criterion(outputs)
             if torch.is_grad_enabled() and self.ascends:
