@@ -15,10 +15,20 @@ from distopt import ranks
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError into one line on stderr and exit code 1; HYDRA_FULL_ERROR=1 gives the traceback."""
+    """Turns a ValueError, or a file that cannot be read or written, into one line on stderr and exit code 1.
+
+    HYDRA_FULL_ERROR=1 gives the traceback. Ctrl-C is one line too, of the first process, and exit code 130.
+    """
     try:
         yield
-    except ValueError as error:
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # some more may come: from the terminal, and from the launcher
+        if os.environ.get("RANK") in (None, "0"):
+            sys.stderr.write("\ndistopt: interrupted; train.resume=auto goes on from the last checkpoint\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(130)
+    except (ValueError, OSError, ranks.FileError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         rank = os.environ.get("RANK")

@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from distopt import pretrained, ranks
+from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
 from distopt.clip import grad_norms
@@ -173,7 +173,9 @@ NULLABLE = ("train.micro_batch_size", "train.max_grad_norm", "evaluation.max_seq
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Raises ValueError for an option of train.yaml's own that is out of bounds or of another type."""
+    """Raises ValueError for an option of train.yaml's own that is unknown, out of bounds or of another type."""
+    cli.check_keys(cfg, CONF)
+    options = cfg.train
     for name, low in INTEGERS.items():
         value = OmegaConf.select(cfg, name)
         if value is None and name in NULLABLE:
@@ -191,8 +193,12 @@ def check_options(cfg: DictConfig) -> None:
         raise ValueError(f"checkpoint.asynchronous must be true or false, got {cfg.checkpoint.asynchronous!r}")
     if not isinstance(cfg.evaluation.prompt, str):
         raise ValueError(f"evaluation.prompt must be text, got {cfg.evaluation.prompt!r}: quote it twice, as '\"5\"'")
+    if not isinstance(options.resume, str):
+        raise ValueError(f"train.resume must be never, auto, or a checkpoint's folder, got {options.resume!r}")
+    if cfg.param_groups is None:
+        raise ValueError("param_groups must not be null; to decay nothing, set optimizer.weight_decay=0")
     parts = PurePath(str(cfg.name)).parts
-    if not parts or ".." in parts:
+    if not parts or ".." in parts or cfg.name is None:
         raise ValueError(f"name must be that of a folder below runs/, got {cfg.name!r}")
 
 
@@ -269,12 +275,18 @@ def blame(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, t
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def job(cfg: DictConfig) -> float | None:
+    """What Hydra calls, once for each configuration of a command."""
+    with one_line_errors():
+        return train(cfg)
+
+
+def main() -> None:
     """The entry point of the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
-    with one_line_errors():
-        return train(cfg)
+    with one_line_errors(), cli.explained():
+        job()
 
 
 if __name__ == "__main__":
