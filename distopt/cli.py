@@ -35,7 +35,7 @@ def explanation(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         choices = sorted(error.options or ())
-        return f"{group}={choice}: there is no such {group}{meant(choice, choices)}; choose from {', '.join(choices)}"
+        return f"{group}={choice}: there is no such {group}{meant(choice, choices)} Choose from {', '.join(choices)}"
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
         return f"{error.override!r} is not KEY=VALUE, or has special characters that need quotes, {HINT}: {reason}"
@@ -43,8 +43,8 @@ def explanation(error: Exception) -> str:
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and (
         found := re.match("Could not override '(.+)'", str(error))
     ):
-        keys = [str(key) for key in cause.parent_node or ()]
-        return f"there is no {found[1]}{meant(str(cause.key), keys)}; {', '.join(keys)} are there"
+        keys = [str(key) for key in cause.parent_node or () if key != "hydra"]
+        return f"there is no {found[1]}{meant(str(cause.key), keys)} There are {', '.join(sorted(keys))}"
     return f"{error} {cause or ''}"
 
 
@@ -52,18 +52,20 @@ HINT = """as "data.path='~/book.txt'\""""
 
 
 def meant(word: str, words: Iterable[str]) -> str:
-    """A question, if one of the words is near."""
+    """What ends the sentence before: a question, if one of the words is near."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f": did you mean {near[0]}?" if near else ""
+    return f": did you mean {near[0]}?" if near else "."
 
 
 def check_keys(cfg: DictConfig, conf: Path) -> None:
     """Raises ValueError for a key that nobody reads, which Hydra adds to any configuration by `+key=value`."""
     known = OmegaConf.load(conf / "train.yaml")
-    sections = [("", [*known, *(folder.name for folder in conf.iterdir() if folder.is_dir())])]
+    sections = [
+        ("", [*(known.keys() - {"defaults", "hydra"}), *(path.name for path in conf.iterdir() if path.is_dir())])
+    ]
     sections += [(name, list(known[name])) for name in ("train", "evaluation", "checkpoint")]
     for section, keys in sections:
         for key in OmegaConf.select(cfg, section) if section else cfg:
             if key not in keys:
                 name = f"{section}.{key}".lstrip(".")
-                raise ValueError(f"nothing reads {name}{meant(str(key), keys)}; {', '.join(sorted(keys))} are there")
+                raise ValueError(f"nothing reads {name}{meant(str(key), keys)} There are {', '.join(sorted(keys))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import sys
@@ -21,7 +22,7 @@ from distopt.checkpoint import load_checkpoint
 from distopt.clip import grad_norms
 from distopt.data import Sequences, ValidationSequences
 from distopt.engine import Engine
-from distopt.errors import one_line_errors
+from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
@@ -33,8 +34,10 @@ _INSIDE = Path(__file__).parent / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[1] / "conf"
 
 
-def train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     """Trains as configured and returns the final validation loss in nats a token.
+
+    ending: takes what has to be done before an error is told.
 
     Raises ValueError, on every process alike, for a configuration that cannot be run as it is.
     """
@@ -95,6 +98,7 @@ def train(cfg: DictConfig) -> float:
     accelerator.init_trackers("distopt", init_kwargs={"wandb": {"name": folder.name}})
     tokens = options.batch_size * options.sequence_length
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
+    ending.callback(monitor.close)  # an error would stand at the end of the progress bar
     resumed = f"resuming after step {step} from {checkpoint}" if checkpoint else None
     for line in filter(None, [moved, *notes, resumed]):
         monitor.say(line)
@@ -277,14 +281,15 @@ def blame(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, t
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def job(cfg: DictConfig) -> float | None:
     """What Hydra calls, once for each configuration of a command."""
-    with one_line_errors():
-        return train(cfg)
+    with one_line_errors(), contextlib.ExitStack() as ending:
+        return train(cfg, ending)
 
 
 def main() -> None:
     """The entry point of the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
+    end_on_interrupt()
     with one_line_errors(), cli.explained():
         job()
 

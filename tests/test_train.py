@@ -5,6 +5,7 @@ Every rank is a process of its own that runs the command line's `main` (`tests.j
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -96,6 +97,25 @@ def digest(optimizer: distopt.ShardedOptimizer) -> str:
     tensors = [*optimizer.layout.segments, *(t for state in optimizer.state.values() for t in state.values())]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return hashlib.blake2b(b"".join(t.detach().contiguous().numpy().tobytes() for t in local)).hexdigest()
+
+
+def full_disk(rank: int, saves: int) -> None:
+    """After so many checkpoints this rank has no space left."""
+    from distopt import train as program
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    save, count = program.Saver.save, iter(range(1, 1000))
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def saved(*args: Any) -> Path:
+        if next(count) > saves:
+            os.fsync = full
+        return save(*args)
+
+    program.Saver.save = saved
 
 
 def spoil_one_layer(name: str, value: float) -> None:
@@ -414,6 +434,19 @@ def test_the_layer_that_is_not_finite_is_named(cwd: Path) -> None:
     (ended,) = jobs.run(cwd, words, 1, spoil_one_layer, name, math.inf)
     assert ended.code == 1
     assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in ended.err
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_that_is_full_ends_every_rank_with_one_line(cwd: Path, asynchronous: str) -> None:
+    """And with the checkpoint before, from which the run goes on when there is space."""
+    words = overrides(name="full", engine="fsdp2", checkpoint__asynchronous=asynchronous)
+    for rank, (code, _, err) in enumerate(jobs.run(cwd, words, 2, full_disk, 1, 1)):
+        assert code == 1 and "Traceback" not in err, err
+        (line,) = re.findall(r"^distopt.*: error: .*$", err, re.MULTILINE)
+        assert line.startswith("distopt: error: " if rank == 0 else "distopt (rank 1): error: ")
+        assert "step_00000008" in line and "rank 1" in line and "No space left on device" in line
+    assert (cwd / "runs" / "full" / "checkpoints" / "step_00000004").is_dir()
+    assert "resuming after step 4" in train(cwd, 2, name="full", engine="fsdp2", train__resume="auto")[0].out
 
 
 def test_a_learning_rate_that_is_too_large_ends_the_run(cwd: Path) -> None:
