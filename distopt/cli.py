@@ -43,7 +43,7 @@ def explanation(error: Exception) -> str:
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and (
         found := re.match("Could not override '(.+)'", str(error))
     ):
-        keys = [str(key) for key in cause.parent_node or () if key != "hydra"]
+        keys = [str(key) for key in cause.parent_node or () if key != "hydra" and not str(key).startswith("_")]
         return f"there is no {found[1]}{meant(str(cause.key), keys)} There are {', '.join(sorted(keys))}"
     return f"{error} {cause or ''}"
 
@@ -60,12 +60,15 @@ def meant(word: str, words: Iterable[str]) -> str:
 def check_keys(cfg: DictConfig, conf: Path) -> None:
     """Raises ValueError for a key that nobody reads, which Hydra adds to any configuration by `+key=value`."""
     known = OmegaConf.load(conf / "train.yaml")
-    sections = [
-        ("", [*(known.keys() - {"defaults", "hydra"}), *(path.name for path in conf.iterdir() if path.is_dir())])
-    ]
-    sections += [(name, list(known[name])) for name in ("train", "evaluation", "checkpoint")]
-    for section, keys in sections:
-        for key in OmegaConf.select(cfg, section) if section else cfg:
-            if key not in keys:
-                name = f"{section}.{key}".lstrip(".")
-                raise ValueError(f"nothing reads {name}{meant(str(key), keys)} There are {', '.join(sorted(keys))}")
+    assert isinstance(known, DictConfig)
+    groups = {path.name for path in conf.iterdir() if path.is_dir()}
+    _check_keys("", cfg, groups | known.keys() - {"defaults", "hydra"})
+    for section in ("train", "evaluation", "checkpoint"):
+        _check_keys(f"{section}.", cfg[section], known[section].keys())
+
+
+def _check_keys(section: str, given: object, known: Iterable[object]) -> None:
+    keys = sorted(map(str, known))
+    for key in map(str, given) if isinstance(given, DictConfig) else ():
+        if key not in keys:
+            raise ValueError(f"nothing reads {section}{key}{meant(key, keys)} There are {', '.join(keys)}")
