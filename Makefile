@@ -1,4 +1,4 @@
-# make install | test | check | matrix | quickstart.  Needs Python >= 3.11, git and a C compiler; everything else goes into .venv.
+# make install | test | check | matrix | quickstart.  Needs Python >= 3.10, git and a C compiler; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,7 +11,7 @@ PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "distopt needs Python >= 3.11, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 install")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "distopt needs Python >= 3.10, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[data,deepspeed,docs,finetune,sweep,dev]"

@@ -267,7 +267,7 @@ def _dcp(path: Path) -> Iterator[Any]:
             yield dcp
         except dcp.CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
-            raise RuntimeError(f"{path}: rank {rank}: {type(cause).__name__}: {cause}") from error
+            raise ranks.FileError(f"{path}: rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 @functools.cache

@@ -61,8 +61,11 @@ class TextData:
 
     def _open(self) -> tuple[text.Source, str | None, str]:
         """The checked source, the tokenizer's folder, and a key that hashes all that determines the tokens."""
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}; 0.02 is usual")
+        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.02 is usual")
+        endings = [self.suffixes] if isinstance(self.suffixes, str) else self.suffixes
+        if not isinstance(endings, Sequence) or not all(isinstance(ending, str) for ending in endings):
+            raise ValueError(f"suffixes must be endings of names, as [.txt, .md], got {self.suffixes!r}")
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         words = vocabulary.digest(tokenizer)
         source = text.Source.open(self.path, self.format, self.suffixes, self.field)

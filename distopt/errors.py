@@ -9,16 +9,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from distopt import ranks
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError into one line on stderr and exit code 1; HYDRA_FULL_ERROR=1 gives the traceback."""
+    """Turns a ValueError, or a file that cannot be read or written, into one line on stderr and exit code 1.
+
+    HYDRA_FULL_ERROR=1 gives the traceback.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError, ranks.FileError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         rank = os.environ.get("RANK")
@@ -35,6 +39,23 @@ def one_line_errors() -> Iterator[None]:
             sys.stdout.flush()
             os._exit(1)
         sys.exit(1)
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends this process at once, with exit code 130 and a line of the first one.
+
+    A KeyboardInterrupt would come too late in a rank that waits for another: that has gone, which is the error shown.
+    """
+    if os.environ.get("RANK") not in (None, "0"):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the middle of a collective too
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.stdout.flush()
+        os.write(2, b"\ndistopt: interrupted; train.resume=auto goes on from the last checkpoint\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
 
 
 def _tell_launcher(line: str) -> None:

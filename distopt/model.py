@@ -37,6 +37,8 @@ class LanguageModel:
         path: str | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"model.seed must be an integer, got {seed!r}")
         self.family, self.config, self.seed = family, dict(config or {}), seed
         self.path = None if path is None else Path(path).expanduser()
         if self.path is not None and not (self.path / "config.json").is_file():
@@ -68,6 +70,11 @@ class LanguageModel:
             meant = difflib.get_close_matches(unknown[0], dir(standard), n=1)
             hint = f": did you mean {meant[0]}?" if meant else ""
             raise ValueError(f"model.config.{unknown[0]}: {type(standard).__name__} has no such option{hint}")
+        for name, value in self.config.items():
+            usual = getattr(standard, name)
+            # Sizes and numbers of things; what an id says may be 0.
+            if type(usual) is type(value) is int and usual > 0 and value < 1 and not name.endswith("_id"):
+                raise ValueError(f"model.config.{name} must be an integer >= 1, got {value}")
         fixed = {"vocab_size": vocab_size, "use_cache": False, "bos_token_id": None, "eos_token_id": eos_token_id}
         if hasattr(standard, "is_decoder"):  # without it BERT and its kin see the tokens that they are to predict
             fixed["is_decoder"] = True

@@ -27,9 +27,11 @@ def param_groups(
     Raises ValueError for a negative weight decay, a model with nothing to train, and an expression that is malformed
     or that no trainable parameter follows. The values of options are for the optimizer to check.
     """
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
     overrides = overrides or {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
+        raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
     patterns = {pattern: _compile(pattern) for pattern in overrides}
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:

@@ -11,6 +11,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class FileError(RuntimeError):
+    """A rank could not read or write a file."""
+
+
+_RAISED = {"value": ValueError, "file": FileError, "other": RuntimeError}
+
+
 def world() -> int:
     """How many ranks there are; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -24,7 +31,7 @@ def rank() -> int:
 def on_all(task: Callable[[], T]) -> list[T]:
     """Does a task on every rank and returns all results; where it fails on one all raise, so that none waits for it.
 
-    A ValueError is raised as one, anything else as a RuntimeError that names the rank.
+    A ValueError is raised as one, anything else as a RuntimeError that names the rank: FileError for an OSError.
     """
     mine, failure = _attempt(task)
     every = [mine] * world()
@@ -58,12 +65,14 @@ def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return (task(), None), None
     except Exception as error:
-        wrong = str(error) if isinstance(error, ValueError) else f"rank {rank()}: {type(error).__name__}: {error}"
-        return (None, (isinstance(error, ValueError), wrong)), error
+        if isinstance(error, ValueError):
+            return (None, ("value", str(error))), error
+        kind = "file" if isinstance(error, (OSError, FileError)) else "other"
+        return (None, (kind, f"rank {rank()}: {type(error).__name__}: {error}")), error
 
 
 def _results(outcomes: list[Any], failure: Exception | None) -> list[Any]:
     for _, wrong in outcomes:
         if wrong:
-            raise (ValueError if wrong[0] else RuntimeError)(wrong[1]) from failure
+            raise _RAISED[wrong[0]](wrong[1]) from failure
     return [result for result, _ in outcomes]

@@ -50,6 +50,8 @@ class Source:
                 raise ValueError(f"data format {format!r} needs a path, got None; give path=<file or folder>")
             root = Path(sysconfig.get_paths()["stdlib"])
             return cls("stdlib", root, _find(root, ".py", skip=("site-packages", "dist-packages")), field)
+        if not path or not isinstance(path, str):
+            raise ValueError(f"data path must be a file or folder, got {path!r}; give path=<file or folder>")
         root = Path(os.path.abspath(Path(path).expanduser()))  # not resolve(): a link's own name has the suffix
         if not root.exists():
             raise ValueError(f"data path {root} does not exist; give path=<file or folder>")

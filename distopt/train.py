@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import sys
@@ -15,13 +16,13 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from distopt import pretrained, ranks
+from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
 from distopt.clip import grad_norms
 from distopt.data import Sequences, ValidationSequences
 from distopt.engine import Engine
-from distopt.errors import one_line_errors
+from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
@@ -33,8 +34,10 @@ _INSIDE = Path(__file__).parent / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[1] / "conf"
 
 
-def train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     """Trains as configured and returns the final validation loss in nats a token.
+
+    ending: takes what has to be done before an error is told.
 
     Raises ValueError, on every process alike, for a configuration that cannot be run as it is.
     """
@@ -95,6 +98,7 @@ def train(cfg: DictConfig) -> float:
     accelerator.init_trackers("distopt", init_kwargs={"wandb": {"name": folder.name}})
     tokens = options.batch_size * options.sequence_length
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
+    ending.callback(monitor.close)  # an error would stand at the end of the progress bar
     resumed = f"resuming after step {step} from {checkpoint}" if checkpoint else None
     for line in filter(None, [moved, *notes, resumed]):
         monitor.say(line)
@@ -173,7 +177,9 @@ NULLABLE = ("train.micro_batch_size", "train.max_grad_norm", "evaluation.max_seq
 
 
 def check_options(cfg: DictConfig) -> None:
-    """Raises ValueError for an option of train.yaml's own that is out of bounds or of another type."""
+    """Raises ValueError for an option of train.yaml's own that is unknown, out of bounds or of another type."""
+    cli.check_keys(cfg, CONF)
+    options = cfg.train
     for name, low in INTEGERS.items():
         value = OmegaConf.select(cfg, name)
         if value is None and name in NULLABLE:
@@ -191,8 +197,12 @@ def check_options(cfg: DictConfig) -> None:
         raise ValueError(f"checkpoint.asynchronous must be true or false, got {cfg.checkpoint.asynchronous!r}")
     if not isinstance(cfg.evaluation.prompt, str):
         raise ValueError(f"evaluation.prompt must be text, got {cfg.evaluation.prompt!r}: quote it twice, as '\"5\"'")
+    if not isinstance(options.resume, str):
+        raise ValueError(f"train.resume must be never, auto, or a checkpoint's folder, got {options.resume!r}")
+    if cfg.param_groups is None:
+        raise ValueError("param_groups must not be null; to decay nothing, set optimizer.weight_decay=0")
     parts = PurePath(str(cfg.name)).parts
-    if not parts or ".." in parts:
+    if not parts or ".." in parts or cfg.name is None:
         raise ValueError(f"name must be that of a folder below runs/, got {cfg.name!r}")
 
 
@@ -269,12 +279,19 @@ def blame(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, t
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def main(cfg: DictConfig) -> float | None:
+def job(cfg: DictConfig) -> float | None:
+    """What Hydra calls, once for each configuration of a command."""
+    with one_line_errors(), contextlib.ExitStack() as ending:
+        return train(cfg, ending)
+
+
+def main() -> None:
     """The entry point of the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
-    with one_line_errors():
-        return train(cfg)
+    end_on_interrupt()
+    with one_line_errors(), cli.explained():
+        job()
 
 
 if __name__ == "__main__":

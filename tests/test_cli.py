@@ -149,6 +149,24 @@ def test_killed_workers_and_killed_launches(tmp_path: Path) -> None:
     assert killed_run == undisturbed and len(killed_run) == 80
 
 
+@pytest.mark.parametrize("launcher", [None, [sys.executable, "-m", "distopt.train"]], ids=["two", "one"])
+def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[str] | None) -> None:
+    """The launcher passes SIGINT on, and shows a traceback of its own. A rank that waited for the other showed one too,
+    of a connection that was reset."""
+    jobs.write_text(tmp_path)
+    run = tmp_path / "runs" / "stopped"
+    words = overrides(name="stopped", **{**LONG, "train__steps": "100000"})
+    with jobs.launched(tmp_path, words, launcher) as (process, _, err):
+        wait_for((run / "checkpoints" / "step_00000010").exists, process)
+        workers = jobs.children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(45) == (1 if launcher is None else 130)
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        text = err.read_text()
+    assert text.count("distopt: interrupted; train.resume=auto goes on from the last checkpoint\n") == 1
+    assert "distopt/train.py" not in text  # no traceback of ours
+
+
 # Refused before the processes meet, by what they are together, and by what only the first one looks at.
 REFUSED = {
     "optimizer.lr=-1": "lr must be a number >= 0, got -1",

@@ -5,6 +5,7 @@ Every rank is a process of its own that runs the command line's `main` (`tests.j
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -14,7 +15,6 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,25 @@ def digest(optimizer: distopt.ShardedOptimizer) -> str:
     tensors = [*optimizer.layout.segments, *(t for state in optimizer.state.values() for t in state.values())]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     return hashlib.blake2b(b"".join(t.detach().contiguous().numpy().tobytes() for t in local)).hexdigest()
+
+
+def full_disk(rank: int, saves: int) -> None:
+    """After so many checkpoints this rank has no space left."""
+    from distopt import train as program
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    save, count = program.Saver.save, iter(range(1, 1000))
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def saved(*args: Any) -> Path:
+        if next(count) > saves:
+            os.fsync = full
+        return save(*args)
+
+    program.Saver.save = saved
 
 
 def spoil_one_layer(name: str, value: float) -> None:
@@ -448,6 +467,19 @@ def test_the_layer_that_is_not_finite_is_named(cwd: Path) -> None:
     assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in ended.err
 
 
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_that_is_full_ends_every_rank_with_one_line(cwd: Path, asynchronous: str) -> None:
+    """And with the checkpoint before, from which the run goes on when there is space."""
+    words = overrides(name="full", engine="fsdp2", checkpoint__asynchronous=asynchronous)
+    for rank, (code, _, err) in enumerate(jobs.run(cwd, words, 2, full_disk, 1, 1)):
+        assert code == 1 and "Traceback" not in err, err
+        (line,) = re.findall(r"^distopt.*: error: .*$", err, re.MULTILINE)
+        assert line.startswith("distopt: error: " if rank == 0 else "distopt (rank 1): error: ")
+        assert "step_00000008" in line and "rank 1" in line and "No space left on device" in line
+    assert (cwd / "runs" / "full" / "checkpoints" / "step_00000004").is_dir()
+    assert "resuming after step 4" in train(cwd, 2, name="full", engine="fsdp2", train__resume="auto")[0].out
+
+
 def test_a_learning_rate_that_is_too_large_ends_the_run(cwd: Path) -> None:
     words = overrides(optimizer="sgd", optimizer__lr="1e30", train__max_skipped_steps="4", train__max_grad_norm="null")
     ended = jobs.run(cwd, words, 2)
@@ -504,6 +536,21 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "+model.config.n_iner=64": ("model.config.n_iner: GPT2Config has no such option: did you mean n_inner?",),
     "param_groups.overrides={wqe:{lr:1}}": ("no trainable parameter follows the override 'wqe'",),
     "param_groups.overrides={wte:{lr:-1}}": ("lr must be a number >= 0, got -1",),
+    "param_groups.overrides={wte:3}": ("overrides must be options by pattern, as {wte: {lr: 1e-4}}, got {'wte': 3}",),
+    "param_groups.weight_decay=abc": ("weight_decay must be a number >= 0, got 'abc'",),
+    "param_groups=null": ("param_groups must not be null",),
+    "train.resume=null": ("train.resume must be never, auto, or a checkpoint's folder, got None",),
+    "name=null": ("name must be that of a folder below runs/, got None",),
+    "data.path=": ("data path must be a file or folder, got ''",),
+    "data.suffixes=5": ("suffixes must be endings of names, as [.txt, .md], got 5",),
+    "data.validation_fraction=abc": ("validation_fraction must be in (0, 1), got 'abc'",),
+    "data.cache_dir=text.txt": ("rank 0: FileExistsError: ", "text.txt"),
+    "engine.activation_checkpointing=maybe": ("engine.activation_checkpointing must be true or false, got 'maybe'",),
+    "engine.find_unused_parameters=1": ("engine.find_unused_parameters must be true or false, got 1",),
+    "engine=fsdp2 engine.reshard_after_forward=no_": ("engine.reshard_after_forward must be true or false, got 'no_'",),
+    "engine=deepspeed_zero1 engine.offload=cpu": ("engine.offload must be true or false, got 'cpu'",),
+    "model.seed=abc": ("model.seed must be an integer, got 'abc'",),
+    "model.config.n_head=0": ("model.config.n_head must be an integer >= 1, got 0",),
 }
 
 
@@ -528,20 +575,36 @@ def test_bad_input_is_one_line_on_every_rank(bad_inputs: Path, words: str, expec
         assert [part for part in expected if part not in line] == []
 
 
-HYDRAS: Mapping[str, tuple[str, ...]] = {
-    "optimizer=adamax": ("Could not find 'optimizer/adamax'", *OPTIMIZERS),
-    "engine=ddq": ("Could not find 'engine/ddq'", "fsdp2"),
-    "optimizer.lrr=1": ("Could not override 'optimizer.lrr'", "Key 'lrr' is not in struct"),
-    "train.stepz=1": ("Key 'stepz' is not in struct",),
+# Said by Hydra, in many lines and without what was meant, or taken by it without a word.
+COMMAND_LINE: dict[str, tuple[str, ...]] = {
+    "optimizer=adamax": ("optimizer=adamax: there is no such optimizer: did you mean adam", *OPTIMIZERS),
+    "engine=ddq": ("engine=ddq: there is no such engine: did you mean ddp?", "Choose from ddp, ", "fsdp2"),
+    "experiment=quickstrat": ("there is no such experiment: did you mean quickstart?",),
+    "optimiser=lamb": ("there is no optimiser: did you mean optimizer?",),
+    "+optimiser=lamb": ("nothing reads optimiser: did you mean optimizer?",),
+    "optimizer.lrr=1": ("there is no optimizer.lrr: did you mean lr?", "weight_decay"),
+    "train.stepz=1": ("there is no train.stepz: did you mean steps?",),
+    "+train.stepz=1": ("nothing reads train.stepz: did you mean steps?",),
+    "model.config.vocab_size=9": ("there is no model.config.vocab_size",),
+    "optimizer lamb": ("'optimizer' is not KEY=VALUE",),
+    "data.path=~/book.txt": ("'data.path=~/book.txt' is not KEY=VALUE, or has special characters that need quotes",),
+    "optimizer.betas=[0.9": ("'optimizer.betas=[0.9' is not KEY=VALUE",),
+    "optimizer=adamw,lamb": ("Ambiguous value for argument 'optimizer=adamw,lamb'", "--multirun"),
+    "optimizer=null": ("a group takes the name of one of its choices, as sam=on",),
+    "sam=true": ("a group takes the name of one of its choices, as sam=on",),
+    "trackers={a:1}": ("Error merging override trackers={a:1}",),
+    "optimizer.lr=${nope}": ("Interpolation key 'nope' not found",),
+    "hydra.run.dir=/proc/nope": ("No such file or directory: '/proc/nope'",),
 }
 
 
-@pytest.mark.parametrize(("words", "expected"), HYDRAS.items(), ids=HYDRAS)
-def test_hydra_refuses_what_is_not_there(bad_inputs: Path, words: str, expected: tuple[str, ...]) -> None:
-    (ended,) = jobs.run(bad_inputs, [*overrides(), *words.split()])
-    assert (ended.code, ended.out) == (1, "")
-    assert "Traceback" not in ended.err
-    assert [part for part in expected if part not in ended.err] == []
+@pytest.mark.parametrize(("words", "expected"), COMMAND_LINE.items(), ids=COMMAND_LINE)
+def test_what_hydra_refuses_is_one_line_too(bad_inputs: Path, words: str, expected: tuple[str, ...]) -> None:
+    for rank, (code, out, err) in enumerate(jobs.run(bad_inputs, [*overrides(), *words.split()], 2)):
+        assert (code, out) == (1, ""), err
+        (line,) = err.strip().splitlines()
+        assert line.startswith("distopt: error: " if rank == 0 else "distopt (rank 1): error: ")
+        assert [part for part in expected if part not in line] == []
 
 
 MISMATCHED: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.engine.base import Engine
+from distopt.engine.base import Engine, check_switch
 
 
 class DDP(Engine):
@@ -25,6 +25,7 @@ class DDP(Engine):
         self, precision: str = "auto", activation_checkpointing: bool = False, find_unused_parameters: bool = False
     ) -> None:
         super().__init__(precision, activation_checkpointing)
+        check_switch("find_unused_parameters", find_unused_parameters)
         self.find_unused_parameters = find_unused_parameters
 
     def build(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt import layout
-from distopt.engine.base import Engine
+from distopt.engine.base import Engine, check_switch
 from distopt.sam import SAM
 
 
@@ -46,6 +46,7 @@ class DeepSpeed(Engine):
             raise ValueError(f"engine.stage must be 1, 2 or 3, got {stage!r}; stage 0 is engine=ddp")
         if find_spec("deepspeed") is None:
             raise ValueError("engine=deepspeed_zero*: DeepSpeed is not installed: pip install 'distopt[deepspeed]'")
+        check_switch("offload", offload)
         self.stage = stage
         self.offload = offload
         self._ascended = True  # whether SAM's first gradient was finite

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distopt.engine.base import Engine
+from distopt.engine.base import Engine, check_switch
 from distopt.sam import SAM
 
 
@@ -37,6 +37,8 @@ class FSDP2(Engine):
         super().__init__(precision, activation_checkpointing)
         if not isinstance(replicas, int) or replicas < 1:
             raise ValueError(f"engine.replicas must be an integer >= 1, got {replicas!r}")
+        check_switch("reshard_after_forward", reshard_after_forward)
+        check_switch("sync_each_batch", sync_each_batch)
         self.reshard_after_forward = reshard_after_forward
         self.replicas = replicas
         self.sync_each_batch = sync_each_batch
