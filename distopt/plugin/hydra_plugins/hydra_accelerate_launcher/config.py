@@ -1,0 +1,43 @@
+"""The options of `hydra/launcher=accelerate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional  # noqa: UP035  (omegaconf 2.3 reads these)
+
+from hydra.core.config_store import ConfigStore
+
+
+@dataclass
+class AccelerateLauncherConf:
+    """The keys of `hydra.launcher`."""
+
+    _target_: str = "hydra_plugins.hydra_accelerate_launcher.accelerate_launcher.AccelerateLauncher"
+
+    # Jobs side by side; the GPUs of CUDA_VISIBLE_DEVICES, or all, are dealt out to them.
+    jobs: int = 1
+    # Whether what is finished in the sweep's folder, of the same configuration, is not run again, and what was begun
+    # finds HYDRA_LAUNCHER_RESUME=auto in its environment instead of never.
+    resume: bool = True
+
+    # Options of `accelerate launch`. Without a file: a process for each GPU of the job, or one on the CPU.
+    config_file: Optional[str] = None  # noqa: UP045
+    num_processes: Optional[int] = None  # noqa: UP045  (over all machines)
+    num_machines: int = 1
+    main_process_ip: Optional[str] = None  # noqa: UP045
+    main_process_port: Optional[int] = None  # noqa: UP045  (null: a free one)
+    args: List[str] = field(default_factory=list)  # noqa: UP006  (any others: [--mixed_precision,bf16])
+
+    # What stands before `accelerate launch`; with several machines what starts it on each: [srun,--ntasks-per-node=1].
+    prefix: List[str] = field(default_factory=list)  # noqa: UP006
+    # Variables added to the environment of the jobs.
+    env: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
+    # A job that takes longer has failed; null: as long as it likes.
+    timeout_minutes: Optional[float] = None  # noqa: UP045
+    # What a job that is ended gets to save what it has before SIGKILL.
+    grace_seconds: float = 60.0
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="accelerate", node=AccelerateLauncherConf, provider="hydra_accelerate_launcher"
+)
