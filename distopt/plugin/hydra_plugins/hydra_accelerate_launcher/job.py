@@ -50,7 +50,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What is the same for the same job: the overrides, and the configuration that they make with the files."""
         text = OmegaConf.to_yaml(self.result.cfg, sort_keys=True)
-        return {"overrides": self.overrides, "configuration": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return {"overrides": self.overrides, "configuration": digest}
 
     def begun(self) -> bool:
         """Whether this job, and not another one of this folder, was started before."""
@@ -61,14 +62,14 @@ class Job:
 
     def done(self) -> bool:
         """Whether it was finished before; then its return value is there."""
-        try:
-            value = pickle.loads((self._own / "result.pickle").read_bytes()) if self.begun() else None
-        except Exception:  # whatever a file that is broken, or of another version of the program, may raise
+        if not self.begun():
             return False
-        if self.begun() and (self._own / "result.pickle").is_file():
-            self.result.status, self.result.return_value = JobStatus.COMPLETED, value
-            return True
-        return False
+        try:
+            value = pickle.loads((self._own / "result.pickle").read_bytes())
+        except Exception:  # whatever a file that is not there, broken, or of another version of the program may raise
+            return False
+        self.result.status, self.result.return_value = JobStatus.COMPLETED, value
+        return True
 
     def start(self, launch: list[str], env: dict[str, str], resume: bool) -> None:
         """Starts it under `accelerate launch`, whose words are given."""

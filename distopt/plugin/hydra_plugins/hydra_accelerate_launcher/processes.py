@@ -68,7 +68,9 @@ class ProcessTree:
 
         self._looked = time.monotonic()
         with contextlib.suppress(psutil.Error):
-            for process in [psutil.Process(self.root.pid), *filter(_runs, self._descendants)]:
+            # What has been waited for has no number any more that would be its own.
+            root = [psutil.Process(self.root.pid)] if self.root.returncode is None else []
+            for process in [*root, *filter(_runs, self._descendants)]:
                 with contextlib.suppress(psutil.Error):
                     self._descendants.update(process.children(recursive=True))
 

@@ -63,7 +63,9 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
             raise SystemExit(128 + received[0])
         failed = [f"#{job.number}" for job in jobs if job.result.status == JobStatus.FAILED]
         if failed:
-            _say(bar, f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the same command runs them again")
+            _say(
+                bar, f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the same command runs them again"
+            )
         elif done:
             _say(bar, f"{len(done)} of {len(jobs)} jobs were done before; hydra.launcher.resume=false runs them again")
     return [job.result for job in jobs]
@@ -76,7 +78,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LauncherError(f"another sweep runs in {folder}: wait for it, or give another hydra.sweep.dir") from None
+            raise LauncherError(
+                f"another sweep runs in {folder}: wait for it, or give another hydra.sweep.dir"
+            ) from None
         yield
 
 
@@ -119,8 +123,8 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for previous in before.items():
+            signal.signal(*previous)
 
 
 def _bar(total: int) -> Any:
