@@ -21,15 +21,15 @@ def one_line_errors() -> Iterator[None]:
 
     Stopped ends every process with its own code, and a line of the first one.
     """
+    first = os.environ.get("RANK") in (None, "0")
     try:
         yield
     except Stopped as stopped:
-        _end(f"distopt: stopped: {stopped}", STOPPED, quiet=ranks.rank() > 0)
+        _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first)
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        rank = os.environ.get("RANK")
-        who = "distopt" if rank in (None, "0") else f"distopt (rank {rank})"
+        who = "distopt" if first else f"distopt (rank {os.environ['RANK']})"
         line = f"{who}: error: {' '.join(str(error).split())}"
         _end(line, 1)
 

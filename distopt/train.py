@@ -130,6 +130,7 @@ def train(cfg: DictConfig) -> float:
         if stopping:
             saver.wait()
             monitor.close()
+            accelerator.wait_for_everyone()
             accelerator.end_training()
             raise Stopped(f"by a signal, after step {step} of {options.steps}; train.resume=auto goes on: {checkpoint}")
     stop.restore()

@@ -24,13 +24,13 @@ export LAUNCH="--config_file launch/machines.yaml --num_machines $nodes --num_pr
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-asked=
-trap 'asked=1; kill -USR1 "$step"' USR1  # srun hands it on to the nodes
 # shellcheck disable=SC2016  # each node has its own SLURM_PROCID
 srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} \
   bash -c 'exec accelerate launch $LAUNCH --machine_rank "$SLURM_PROCID" -m distopt.train train.resume=auto "$@"' \
   node "$@" &
 step=$!
+asked=
+trap 'asked=1; kill -USR1 "$step"' USR1 # srun hands it on to the nodes
 while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
   wait "$step"
   code=$?
