@@ -17,6 +17,7 @@ from hydra_plugins.hydra_accelerate_launcher.config import AccelerateLauncherCon
 from hydra_plugins.hydra_accelerate_launcher.errors import LauncherError
 from hydra_plugins.hydra_accelerate_launcher.sweep import alone
 
+from distopt.run import open_folder
 from tests import jobs
 from tests.jobs import ROOT, metrics, overrides
 from tests.test_stop import losses, steps, until
@@ -411,3 +412,18 @@ def test_the_other_launchers_of_hydra(tmp_path: Path, launcher: str) -> None:
     assert ended.code == 0, ended.err
     for job in ("0", "1"):
         assert [row["step"] for row in metrics(tmp_path / "runs" / "grid" / job) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_older_run_is_moved_aside_without_what_the_launcher_wrote(tmp_path: Path) -> None:
+    """The log that is being written, and what the job is, stay where the job is."""
+    folder = tmp_path / "0"
+    (folder / ".launch").mkdir(parents=True)
+    (folder / ".launch" / "job.json").touch()
+    (folder / "launch.log").touch()
+    assert open_folder(folder, None) is None
+    assert not (tmp_path / "0-1").exists()
+    (folder / "metrics.jsonl").touch()
+    assert open_folder(folder, None) == f"{folder} held an older run: moved to {folder}-1"
+    assert sorted(path.name for path in folder.iterdir()) == [".launch", "launch.log"]
+    assert [path.name for path in (tmp_path / "0-1").iterdir()] == ["metrics.jsonl"]
+    assert (folder / ".launch" / "job.json").is_file()

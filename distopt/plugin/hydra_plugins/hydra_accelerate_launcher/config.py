@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional  # noqa: UP035  (omegaconf 2.3 reads these)
 
 from hydra.core.config_store import ConfigStore
 
@@ -21,19 +20,19 @@ class AccelerateLauncherConf:
     resume: bool = True
 
     # Options of `accelerate launch`. Without a file: a process for each GPU of the job, or one on the CPU.
-    config_file: Optional[str] = None  # noqa: UP045
-    num_processes: Optional[int] = None  # noqa: UP045  (over all machines)
+    config_file: str | None = None
+    num_processes: int | None = None  # over all machines
     num_machines: int = 1
-    main_process_ip: Optional[str] = None  # noqa: UP045
-    main_process_port: Optional[int] = None  # noqa: UP045  (null: a free one)
-    args: List[str] = field(default_factory=list)  # noqa: UP006  (any others: [--mixed_precision,bf16])
+    main_process_ip: str | None = None
+    main_process_port: int | None = None  # null: a free one
+    args: list[str] = field(default_factory=list)  # any others: [--mixed_precision,bf16]
 
     # What stands before `accelerate launch`; with several machines what starts it on each: [srun,--ntasks-per-node=1].
-    prefix: List[str] = field(default_factory=list)  # noqa: UP006
+    prefix: list[str] = field(default_factory=list)
     # Variables added to the environment of the jobs.
-    env: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
+    env: dict[str, str] = field(default_factory=dict)
     # A job that takes longer has failed; null: as long as it likes.
-    timeout_minutes: Optional[float] = None  # noqa: UP045
+    timeout_minutes: float | None = None
     # What a job that is ended gets to save what it has before SIGKILL.
     grace_seconds: float = 60.0
 
