@@ -257,6 +257,7 @@ LOGS = {
         "KeyError: 'x'",
     ),
     "ours": ("train: 3%\rtrain: 4%\ndistopt: error: lr must be >= 0\n", "distopt: error: lr must be >= 0"),
+    "the launchers": ("hydra/launcher=accelerate: error: 1 started\n", "hydra/launcher=accelerate: error: 1 started"),
     "none": ("starting\nSegmentation fault\n", "Segmentation fault"),
     "nothing": ("", "it wrote nothing"),
 }
@@ -337,8 +338,9 @@ def test_a_job_of_another_configuration_is_run_again(tmp_path: Path, script: lis
 def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGTERM in its second job: the first is not run again, the second goes on from there, the third follows."""
     jobs.write_text(tmp_path)
-    long = {"evaluation__every": "300", "checkpoint__every": "300", "train__steps": "300", "engine": "fsdp2"}
-    words = [*SWEEP, *overrides(name="grid", **long, seed="0,1,2"), "hydra.launcher.num_processes=2"]
+    every = {"evaluation__every": "300", "checkpoint__every": "300", "engine": "fsdp2"}
+    lengths = ("10", "300", "12")
+    words = [*SWEEP, *overrides(name="grid", **every, train__steps=",".join(lengths)), "hydra.launcher.num_processes=2"]
     command, grid = [sys.executable, "-m", "distopt.train"], tmp_path / "runs" / "grid"
     with jobs.launched(tmp_path, words, command) as (process, _, err):
         until(lambda: (grid / "1").is_dir() and steps(grid / "1") > 5, lambda: process.poll() is None, 120)
@@ -347,13 +349,13 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert "SIGTERM: 1 of 3 jobs are done" in err.read_text()
     stopped = steps(grid / "1")
     assert stopped < 300
-    ended = jobs.launch(tmp_path, words, command, 200)
+    ended = jobs.launch(tmp_path, words, command)
     assert ended.code == 0, ended.err
-    assert re.search("^#0 seed=0: .*, done before$", ended.err, re.M)
+    assert re.search("^#0 train.steps=10: .*, done before$", ended.err, re.M)
     assert f"resuming after step {stopped} from" in (grid / "1" / "launch.log").read_text()
-    for seed in (1, 2):
-        jobs.train(tmp_path, 2, name=f"alone-{seed}", seed=str(seed), **long)
-        assert losses(grid / str(seed)) == losses(tmp_path / "runs" / f"alone-{seed}")
+    for job in (1, 2):
+        jobs.train(tmp_path, 2, name=f"alone-{job}", train__steps=lengths[job], **every)
+        assert losses(grid / str(job)) == losses(tmp_path / "runs" / f"alone-{job}")
     assert sorted(path.name for path in grid.iterdir() if path.is_dir()) == ["0", "1", "2"]
 
 

@@ -92,6 +92,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>requeued; fi
 """
 
 
+@pytest.mark.matrix
 def test_the_slurm_script_saves_requeues_and_goes_on(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no SLURM here: srun and scontrol are stand-ins that do with processes of this machine what those do."""
     tools = cwd / "tools"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 # `ValueError: ...` at the end of a traceback, or a program's own `name: error: ...`.
-_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?|[\w./ ()]+: error: .*)$")
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?|[^:]+: error: .*)$")
 # What ends because something else has ended.
 _FOLLOWS = re.compile(r"ChildFailedError|CalledProcessError|SignalException|[Cc]onnection (?:reset|closed)|Broken pipe")
 
