@@ -73,7 +73,8 @@ class AccelerateLauncher(Launcher):
             )
             del config["hydra"]
         result.cfg = config
-        varied = [word for word in overrides if word not in self.config.hydra.overrides.task]
+        common: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        varied = [word for word in overrides if word not in common]
         words = [*command.target(), *command.overrides(self.config, overrides, number, folder)]
         return Job(number, overrides, " ".join(varied or overrides), folder, result, words)
 
