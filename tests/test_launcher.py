@@ -410,7 +410,7 @@ def test_the_other_launchers_of_hydra(tmp_path: Path, launcher: str) -> None:
     """One process a job: they call the function and do not launch it."""
     jobs.write_text(tmp_path)
     words = [*overrides(name="grid", train__steps="4", optimizer="adamw,lamb"), f"hydra/launcher={launcher}"]
-    ended = jobs.launch(tmp_path, ["-m", *words], [sys.executable, "-m", "distopt.train"])
+    ended = jobs.launch(tmp_path, ["-m", *words], [sys.executable, "-m", "distopt.train"], 200)
     assert ended.code == 0, ended.err
     for job in ("0", "1"):
         assert [row["step"] for row in metrics(tmp_path / "runs" / "grid" / job) if "loss" in row] == [1, 2, 3, 4]
