@@ -63,7 +63,11 @@ def slowly(seconds: float) -> None:
     program.update = update
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [SIGNALS[0], *(pytest.param(number, marks=pytest.mark.matrix) for number in SIGNALS[1:])],
+    ids=lambda number: number.name,
+)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: signal.Signals) -> None:
     changes = {**LONG, **({"checkpoint__asynchronous": "true"} if number == signal.SIGUSR1 else {})}
     run = cwd / "runs" / "stopped"

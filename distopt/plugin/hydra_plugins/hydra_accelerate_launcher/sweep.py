@@ -53,7 +53,8 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
                         _say(bar, f"#{job.number} {job.label}: {_value(job)}, {job.seconds:.1f} s")
                         bar.update()
                 if running and not bar.disable:
-                    bar.set_postfix_str((log.lines(next(iter(running.values())).log, most=4096) or [""])[-1][:60])
+                    said = log.lines(next(iter(running.values())).log, most=4096) or [""]
+                    bar.set_postfix_str("" if said[-1].startswith("$ ") else said[-1][:60])
         finally:
             end([job.tree for job in running.values() if job.tree], options.grace_seconds + 5)
         if received:
