@@ -181,9 +181,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "grace": ({"grace_seconds": -1.0}, "hydra.launcher.grace_seconds must be >= 0, got -1"),
     "timeout": ({"timeout_minutes": 0.0}, "hydra.launcher.timeout_minutes must be > 0, got 0"),
     "file": ({"config_file": "nowhere.yaml"}, "hydra.launcher.config_file=nowhere.yaml: no such file"),
+    "prefix": ({"prefix": ["nosuch"]}, "hydra.launcher.prefix: there is no command nosuch"),
     "machines": ({"num_machines": 2}, "hydra.launcher.num_machines=2 needs hydra.launcher.prefix"),
     "uneven": (
-        {"num_machines": 2, "num_processes": 3, "prefix": ["srun"], "main_process_ip": "a"},
+        {"num_machines": 2, "num_processes": 3, "prefix": ["env"], "main_process_ip": "a"},
         "3 processes on 2 machines",
     ),
     "port": ({"jobs": 2, "main_process_port": 29500}, "hydra.launcher.main_process_port must be null with jobs > 1"),

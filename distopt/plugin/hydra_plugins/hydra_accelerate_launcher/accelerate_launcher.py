@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,8 @@ def check(options: AccelerateLauncherConf) -> None:
         raise LauncherError(f"hydra.launcher.timeout_minutes must be > 0, got {options.timeout_minutes}")
     if options.config_file is not None and not Path(options.config_file).is_file():
         raise LauncherError(f"hydra.launcher.config_file={options.config_file}: no such file")
+    if options.prefix and shutil.which(options.prefix[0]) is None:
+        raise LauncherError(f"hydra.launcher.prefix: there is no command {options.prefix[0]}")
     if options.num_machines > 1:
         if not options.prefix or options.main_process_ip is None or options.num_processes is None:
             raise LauncherError(

@@ -25,7 +25,7 @@ LOG = "launch.log"
 RESUME = "HYDRA_LAUNCHER_RESUME"
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A job of a sweep.
 

@@ -83,15 +83,17 @@ class ProcessTree:
 
 
 def end(trees: Sequence[ProcessTree], seconds: float) -> None:
-    """Ends all of them: SIGTERM, and after the grace SIGKILL to what is left."""
-    for tree in trees:
-        tree.terminate()
-    deadline = time.monotonic() + seconds
-    while any(tree.alive for tree in trees) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for tree in trees:
-        if tree.alive:
-            tree.kill()
+    """Ends all of them: SIGTERM, and SIGKILL to what is left after the grace, or when somebody is tired of waiting."""
+    try:
+        for tree in trees:
+            tree.terminate()
+        deadline = time.monotonic() + seconds
+        while any(tree.alive for tree in trees) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        for tree in trees:
+            if tree.alive:
+                tree.kill()
 
 
 def die_with_parent(number: signal.Signals) -> None:

@@ -41,7 +41,7 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
         running: dict[int, Job] = {}
         try:
             while (waiting or running) and not received:
-                for slot in range(min(options.jobs, len(waiting) + len(running))):
+                for slot in range(options.jobs):
                     if slot not in running and waiting:
                         running[slot] = waiting.pop(0)
                         _start(running[slot], options, slots[slot])
@@ -64,9 +64,8 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
             raise SystemExit(128 + received[0])
         failed = [f"#{job.number}" for job in jobs if job.result.status == JobStatus.FAILED]
         if failed:
-            _say(
-                bar, f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}; the same command runs them again"
-            )
+            which = ", ".join(failed)
+            _say(bar, f"{len(failed)} of {len(jobs)} jobs failed: {which}; the same command runs them again")
         elif done:
             _say(bar, f"{len(done)} of {len(jobs)} jobs were done before; hydra.launcher.resume=false runs them again")
     return [job.result for job in jobs]
