@@ -336,6 +336,7 @@ def test_a_job_of_another_configuration_is_run_again(tmp_path: Path, script: lis
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(600)
 def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGTERM in its second job: the first is not run again, the second goes on from there, the third follows."""
     jobs.write_text(tmp_path)
@@ -344,13 +345,13 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
     words = [*SWEEP, *overrides(name="grid", **every, train__steps=",".join(lengths)), "hydra.launcher.num_processes=2"]
     command, grid = [sys.executable, "-m", "distopt.train"], tmp_path / "runs" / "grid"
     with jobs.launched(tmp_path, words, command) as (process, _, err):
-        until(lambda: (grid / "1").is_dir() and steps(grid / "1") > 5, lambda: process.poll() is None, 120)
+        until(lambda: (grid / "1").is_dir() and steps(grid / "1") > 5, lambda: process.poll() is None, 240)
         process.terminate()
         assert process.wait(60) == 143
         assert "SIGTERM: 1 of 3 jobs are done" in err.read_text()
     stopped = steps(grid / "1")
     assert stopped < 300
-    ended = jobs.launch(tmp_path, words, command)
+    ended = jobs.launch(tmp_path, words, command, 240)
     assert ended.code == 0, ended.err
     assert re.search("^#0 train.steps=10: .*, done before$", ended.err, re.M)
     assert f"resuming after step {stopped} from" in (grid / "1" / "launch.log").read_text()
