@@ -10,35 +10,45 @@ import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from distopt import ranks
+from distopt.stop import SIGNALS, STOPPED, Stopped
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns a ValueError, or a file that cannot be read or written, into one line on stderr and exit code 1.
 
-    HYDRA_FULL_ERROR=1 gives the traceback.
+    HYDRA_FULL_ERROR=1 gives the traceback. Stopped ends every process with its own code, and a line of the first one.
     """
+    first = os.environ.get("RANK") in (None, "0")
     try:
         yield
+    except Stopped as stopped:
+        _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first)
     except (ValueError, OSError, ranks.FileError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        rank = os.environ.get("RANK")
-        who = "distopt" if rank in (None, "0") else f"distopt (rank {rank})"
+        who = "distopt" if first else f"distopt (rank {os.environ['RANK']})"
         line = f"{who}: error: {' '.join(str(error).split())}"
-        # The launcher ends the other ranks as soon as it sees one exit; they are on their way out with the same code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end(line, 1)
+
+
+def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
+    # The launcher ends the other ranks as soon as it sees one exit; they are on their way out with the same code.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if not quiet:
         # In one piece: `print` writes the end of the line by itself, and another rank's line may come in between.
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
-        _tell_launcher(line)
-        if ranks.world() > 1:
-            # At once: gloo aborts a process that takes its connections down while another one has ended.
-            sys.stdout.flush()
-            os._exit(1)
-        sys.exit(1)
+    _tell_launcher(line)
+    if ranks.world() > 1:
+        # At once: gloo aborts a process that takes its connections down while another one has ended.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def end_on_interrupt() -> None:

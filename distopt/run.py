@@ -19,13 +19,19 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
     """
     moved = None
     gone_on_with = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
-    if not gone_on_with and folder.is_dir() and any(folder.iterdir()):
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    # What Hydra and its launcher put there before the run began: .hydra, .launch, launch.log.
+    outer = [path.name for path in entries if path.name.startswith(".") or path.suffix == ".log"]
+    if not gone_on_with and len(entries) > len(outer):
         if not any((folder / name).exists() for name in ("config.yaml", METRICS, "checkpoints")):
             raise ValueError(f"{folder} holds something that is no run: choose another name")
         number = 1
         while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
             number += 1
         folder.rename(aside)
+        folder.mkdir()
+        for name in outer:
+            (aside / name).rename(folder / name)
         moved = f"{folder} held an older run: moved to {aside}"
     folder.mkdir(parents=True, exist_ok=True)
     return moved

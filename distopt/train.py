@@ -28,6 +28,7 @@ from distopt.model import blocks
 from distopt.monitor import Monitor, plot
 from distopt.saver import Saver
 from distopt.step import update
+from distopt.stop import Stopped, StopSignal
 
 # In the wheel the configuration lies inside the package, in a checkout beside it.
 _INSIDE = Path(__file__).parent / "conf"
@@ -110,6 +111,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
 
     saver = Saver(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous)
     before = after = evaluate()
+    stop = StopSignal()
     while step < options.steps:
         monitor.start_step()
         batch = sequences.batch(step, rank, world).to(device)
@@ -117,17 +119,25 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         lr = optimizer.param_groups[0]["lr"]
         schedule.step()
         step += 1
-        loss = accelerator.reduce(done.loss, "mean").item()
+        loss, asked = accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean").tolist()
         monitor.end_step(loss=loss, lr=lr, grad_norm=done.grad_norm, applied=done.applied)
         if monitor.skipped_in_a_row >= options.max_skipped_steps:
             saver.wait()
             monitor.close()
             raise ValueError(blame(engine.unwrap(model), optimizer, step, monitor.skipped_in_a_row))
-        if step % cfg.evaluation.every == 0 or step == options.steps:
+        stopping = asked > 0 and step < options.steps
+        if (step % cfg.evaluation.every == 0 and not stopping) or step == options.steps:
             after = evaluate()
-        if step % cfg.checkpoint.every == 0 or step == options.steps:
+        if step % cfg.checkpoint.every == 0 or step == options.steps or stopping:
             extra = {"step": step, **identity}
             checkpoint = saver.save(step, engine.unwrap(model), stepper, schedule, extra, files)
+        if stopping:
+            saver.wait()
+            monitor.close()
+            accelerator.wait_for_everyone()
+            accelerator.end_training()
+            raise Stopped(f"by a signal, after step {step} of {options.steps}; train.resume=auto goes on: {checkpoint}")
+    stop.restore()
     saver.wait()
     monitor.close()
 

@@ -20,6 +20,7 @@ from PIL import Image
 from distopt import run as runs
 from distopt.errors import one_line_errors
 from distopt.monitor import read_metrics
+from distopt.stop import SIGNALS
 from tests import jobs
 from tests.jobs import metrics, overrides
 
@@ -247,13 +248,14 @@ def test_an_error_is_one_line(
         monkeypatch.delenv("RANK", raising=False)
     else:
         monkeypatch.setenv("RANK", rank)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with pytest.raises(SystemExit) as ended, one_line_errors():
             raise ValueError("steps must be >= 1,\n  got 0")
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert ended.value.code == 1
     line = f"distopt{' (rank 1)' if rank == '1' else ''}: error: steps must be >= 1, got 0"
     assert capsys.readouterr() == ("", line + "\n")

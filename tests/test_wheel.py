@@ -54,10 +54,15 @@ def test_everything_is_in_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     config = {f"distopt/conf/{name}" for name in files(ROOT / "conf", "*.yaml")}
-    code = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.py")}
-    assert len(config) > 20 and len(code) > 20
-    assert config <= names and code <= names
-    assert {name.partition("/")[0] for name in names} - {"hydra_plugins"} == {"distopt", f"{stem(wheel)}.dist-info"}
+    plugin = files(ROOT / "distopt" / "plugin", "*.py")
+    code = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.py")} - {
+        f"distopt/plugin/{name}" for name in plugin
+    }
+    assert len(config) > 20 and len(code) > 20 and len(plugin) > 5
+    assert config | code | plugin <= names
+    assert {name.partition("/")[0] for name in names} == {"distopt", "hydra_plugins", f"{stem(wheel)}.dist-info"}
+    # A namespace, in which there are the plugins of others too; and nothing twice.
+    assert "hydra_plugins/__init__.py" not in names and not any(name.startswith("distopt/plugin") for name in names)
     assert f"{stem(wheel)}.dist-info/licenses/LICENSE" in names
 
 
@@ -87,6 +92,37 @@ def test_what_is_installed_trains(site: Path, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["from-the-wheel"]
     (command,) = (line.removeprefix("go on:") for line in done.stdout.splitlines() if line.startswith("go on:"))
     assert shlex.split(command)[1:3] == ["-m", "distopt.train"]
+
+
+SCRIPT = """
+import hydra
+import hydra_plugins.hydra_accelerate_launcher as plugin
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(config):
+    return plugin.__file__
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_hydra_finds_the_launcher_that_is_installed(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = ("-m", "hydra/launcher=accelerate", "hydra.sweep.dir=out", "+x=1")
+    done = run(sys.executable, str(tmp_path / "script.py"), *words, cwd=tmp_path, PYTHONPATH=str(site))
+    assert f"#0 +x=1: {site}/hydra_plugins/hydra_accelerate_launcher/__init__.py, " in done.stderr
+
+
+def test_hydra_finds_the_launcher_of_an_editable_install(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    build = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    built = tmp_path / run(sys.executable, "-c", build, cwd=ROOT).stdout.split()[-1]
+    with zipfile.ZipFile(built) as archive:
+        (added,) = (archive.read(name).decode().splitlines() for name in archive.namelist() if name.endswith(".pth"))
+    words = ("--info", "plugins")
+    done = run(sys.executable, str(tmp_path / "script.py"), *words, cwd=tmp_path, PYTHONPATH=os.pathsep.join(added))
+    assert "AccelerateLauncher" in done.stdout
 
 
 def test_help_of_what_is_installed(site: Path, tmp_path: Path) -> None:

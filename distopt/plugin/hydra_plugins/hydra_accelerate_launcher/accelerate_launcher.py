@@ -1,0 +1,114 @@
+"""The plugin: Hydra hands it the overrides of every job of a sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, configure_log, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from . import command, sweep
+from .config import AccelerateLauncherConf
+from .errors import LauncherError
+from .job import Job
+
+
+class AccelerateLauncher(Launcher):
+    """Runs every job of a sweep under its own `accelerate launch`; this process joins none of them.
+
+    The folder of a job is chosen here, once, and all its processes are told. Options: `AccelerateLauncherConf`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options: AccelerateLauncherConf = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(AccelerateLauncherConf), options)
+        )  # type: ignore[assignment]
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises LauncherError for what cannot be launched."""
+        self.context, self.config = hydra_context, config
+        check(self.options)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs, from this number on, and returns what each of them returned."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        with sweep.alone(folder):
+            jobs = [self._job(initial_job_idx + i, list(words), folder) for i, words in enumerate(job_overrides)]
+            for job in jobs:
+                same = next(other for other in jobs if other.folder == job.folder)
+                if same is not job:
+                    raise LauncherError(
+                        f"jobs #{same.number} and #{job.number} have the same folder {job.folder}: "
+                        "hydra.sweep.subdir must tell them apart, as '${hydra.job.num}' does"
+                    )
+            return sweep.run(jobs, self.options)
+
+    def _job(self, number: int, overrides: list[str], sweep_folder: Path) -> Job:
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        before = HydraConfig.instance().cfg
+        HydraConfig.instance().set_config(config)  # what ${hydra:...} in the name of the folder refers to
+        try:
+            folder = sweep_folder / str(config.hydra.sweep.subdir)
+        finally:
+            HydraConfig.instance().cfg = before
+        with read_write(config), read_write(config.hydra.runtime), open_dict(config):
+            config.hydra.runtime.output_dir = str(folder)
+            result = JobReturn(
+                overrides=overrides,
+                hydra_cfg=OmegaConf.create({"hydra": config.hydra}),
+                working_dir=str(folder),
+                task_name=config.hydra.job.name,
+            )
+            del config["hydra"]
+        result.cfg = config
+        common: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        varied = [word for word in overrides if word not in common]
+        words = [*command.target(), *command.overrides(self.config, overrides, number, folder)]
+        return Job(number, overrides, " ".join(varied or overrides), folder, result, words)
+
+
+def check(options: AccelerateLauncherConf) -> None:
+    """Raises LauncherError for options that cannot be, and for a place where the launcher cannot be."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise LauncherError("hydra/launcher=accelerate needs Accelerate: pip install accelerate")
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LauncherError(
+            "a sweep with hydra/launcher=accelerate is started by python and starts the processes of its jobs itself; "
+            "here every process of an accelerate launch, or of torchrun, would start the sweep"
+        )
+    for name, low in {"jobs": 1, "num_processes": 1, "num_machines": 1, "grace_seconds": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise LauncherError(f"hydra.launcher.{name} must be >= {low}, got {value}")
+    if options.timeout_minutes is not None and not options.timeout_minutes > 0:
+        raise LauncherError(f"hydra.launcher.timeout_minutes must be > 0, got {options.timeout_minutes}")
+    if options.config_file is not None and not Path(options.config_file).is_file():
+        raise LauncherError(f"hydra.launcher.config_file={options.config_file}: no such file")
+    if options.prefix and shutil.which(options.prefix[0]) is None:
+        raise LauncherError(f"hydra.launcher.prefix: there is no command {options.prefix[0]}")
+    if options.num_machines > 1:
+        if not options.prefix or options.main_process_ip is None or options.num_processes is None:
+            raise LauncherError(
+                f"hydra.launcher.num_machines={options.num_machines} needs hydra.launcher.prefix, which starts the job "
+                "on each machine (as [srun,--ntasks-per-node=1]), main_process_ip and num_processes"
+            )
+        if options.num_processes % options.num_machines or options.jobs > 1:
+            raise LauncherError(
+                f"{options.num_processes} processes on {options.num_machines} machines with jobs={options.jobs}: "
+                "every machine gets the same number, and one job at a time"
+            )
+    if options.main_process_port and options.jobs > 1:
+        raise LauncherError("hydra.launcher.main_process_port must be null with jobs > 1: each job takes a free one")

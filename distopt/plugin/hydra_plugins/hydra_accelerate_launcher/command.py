@@ -1,0 +1,94 @@
+"""The command line of a job."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import AccelerateLauncherConf
+from .errors import LauncherError
+
+RESULT = "hydra_plugins.hydra_accelerate_launcher.result.Result"
+
+
+def target() -> list[str]:
+    """The program that runs now, as `accelerate launch` takes it: a file, or `-m` and a module."""
+    main: Any = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:
+        return ["-m", main.__spec__.name]
+    file = getattr(main, "__file__", None)
+    if file is None or not Path(file).is_file():
+        raise LauncherError(
+            "hydra/launcher=accelerate starts the program anew for every job: run it as a file, or with python -m"
+        )
+    return [os.path.abspath(file)]
+
+
+def launch(options: AccelerateLauncherConf, gpus: list[str]) -> list[str]:
+    """`accelerate launch` and its options, for a job on these GPUs."""
+    words = [*options.prefix, sys.executable, "-m", "accelerate.commands.launch"]
+    if options.config_file is not None:
+        words += ["--config_file", options.config_file]
+    processes = num_processes(options, gpus)
+    if processes is not None:
+        words += ["--num_processes", str(processes)]
+        if processes > 1 and options.config_file is None:
+            words += ["--multi_gpu"]  # else Accelerate 1.15 silently starts one, also on the CPU
+    if options.num_machines > 1:
+        port = options.main_process_port or free_port()
+        # Which machine is which is found out when they meet. With machine_rank 0 Accelerate 1.15 would look whether the
+        # port is free, on every machine.
+        words += ["--num_machines", str(options.num_machines), "--machine_rank", "1", "--rdzv_backend", "c10d"]
+        words += ["--main_process_ip", str(options.main_process_ip), "--main_process_port", str(port)]
+    else:
+        words += ["--num_machines", "1", "--main_process_port", str(options.main_process_port or 0)]
+    return [*words, *map(str, options.args)]
+
+
+def num_processes(options: AccelerateLauncherConf, gpus: list[str]) -> int | None:
+    """How many processes a job gets, over all machines; None where the file of Accelerate's configuration says it."""
+    if options.num_processes is not None:
+        return options.num_processes
+    if options.config_file is not None and (options.jobs == 1 or not gpus):
+        return None
+    return max(1, len(gpus))
+
+
+def overrides(config: DictConfig, job: list[str], number: int, folder: Path) -> list[str]:
+    """What the program is given: its sweep's configuration, the job's overrides, and the folder chosen for it."""
+    words = []
+    for source in config.hydra.runtime.config_sources:
+        path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+        if source.provider == "main":
+            words += ["--config-path", path]
+        elif source.provider == "command-line":
+            words += ["--config-dir", path]
+    if config.hydra.job.config_name:
+        words += ["--config-name", config.hydra.job.config_name]
+    sweep = Path(str(config.hydra.sweep.dir)).absolute()
+    own = [
+        "hydra.mode=RUN",
+        f"hydra.run.dir={quoted(folder)}",
+        f"hydra.sweep.dir={quoted(sweep)}",
+        f"hydra.sweep.subdir={quoted(folder.relative_to(sweep))}",
+        f"hydra.job.num={number}",
+        f"hydra.job.id={quoted(number)}",
+        f"++hydra.callbacks.accelerate_launcher={{_target_: {RESULT}}}",
+    ]
+    return [*words, *OmegaConf.to_container(config.hydra.overrides.hydra), *job, *own]  # type: ignore[misc]
+
+
+def quoted(value: object) -> str:
+    """A value that Hydra's grammar reads as this text."""
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,13 @@
+"""What is wrong, in one line: Hydra shows these without a traceback."""
+
+from __future__ import annotations
+
+from hydra.errors import CompactHydraException
+
+
+class LauncherError(CompactHydraException):
+    """A sweep that cannot be launched as it is configured."""
+
+
+class JobFailed(CompactHydraException):
+    """A job that ended without a return value."""

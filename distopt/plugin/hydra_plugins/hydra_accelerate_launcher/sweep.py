@@ -1,0 +1,150 @@
+"""Runs the jobs of a sweep, so many side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+
+from . import command, devices, log
+from .config import AccelerateLauncherConf
+from .errors import LauncherError
+from .job import Job
+from .processes import end
+from .result import PROCESSES
+
+POLL_SECONDS = 0.1
+
+
+def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]:
+    """Runs the jobs that are not done yet and returns what all of them returned, in their order.
+
+    A job that fails is marked, and the others go on. SIGINT and SIGTERM end those that run, and then this process.
+    """
+    done = [job for job in jobs if options.resume and job.done()]
+    waiting = [job for job in jobs if job not in done]
+    gpus = devices.visible() if waiting else []
+    slots = devices.deal(gpus, options.jobs)
+    with _bar(len(jobs)) as bar, _signals() as received:
+        for job in done:
+            _say(bar, f"#{job.number} {job.label}: {_value(job)}, done before")
+            bar.update()
+        running: dict[int, Job] = {}
+        try:
+            while (waiting or running) and not received:
+                for slot in range(options.jobs):
+                    if slot not in running and waiting:
+                        running[slot] = waiting.pop(0)
+                        _start(running[slot], options, slots[slot])
+                        _say(bar, f"#{running[slot].number} {running[slot].label}: started, {_near(running[slot].log)}")
+                time.sleep(POLL_SECONDS)
+                for slot, job in list(running.items()):
+                    if _ended(job, options):
+                        del running[slot]
+                        _say(bar, f"#{job.number} {job.label}: {_value(job)}, {job.seconds:.1f} s")
+                        bar.update()
+                if running and not bar.disable:
+                    said = log.lines(next(iter(running.values())).log, most=4096) or [""]
+                    bar.set_postfix_str("" if said[-1].startswith("$ ") else said[-1][:60])
+        finally:
+            end([job.tree for job in running.values() if job.tree], options.grace_seconds + 5)
+        if received:
+            finished = sum(job.result.status == JobStatus.COMPLETED for job in jobs)
+            name = signal.Signals(received[0]).name
+            _say(bar, f"{name}: {finished} of {len(jobs)} jobs are done; the same command goes on with the others")
+            raise SystemExit(128 + received[0])
+        failed = [f"#{job.number}" for job in jobs if job.result.status == JobStatus.FAILED]
+        if failed:
+            which = ", ".join(failed)
+            _say(bar, f"{len(failed)} of {len(jobs)} jobs failed: {which}; the same command runs them again")
+        elif done:
+            _say(bar, f"{len(done)} of {len(jobs)} jobs were done before; hydra.launcher.resume=false runs them again")
+    return [job.result for job in jobs]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Raises LauncherError where another sweep is at work in the same folder."""
+    with (folder / ".launch.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LauncherError(
+                f"another sweep runs in {folder}: wait for it, or give another hydra.sweep.dir"
+            ) from None
+        yield
+
+
+def _start(job: Job, options: AccelerateLauncherConf, gpus: list[str]) -> None:
+    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(options.grace_seconds)))}
+    if gpus and options.jobs > 1:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    processes = command.num_processes(options, gpus)
+    if processes is not None:
+        env[PROCESSES] = str(processes)
+    job.start(command.launch(options, gpus), {**env, **options.env}, options.resume)
+
+
+def _ended(job: Job, options: AccelerateLauncherConf) -> bool:
+    """Whether a job has ended, by itself or because its time is up; what it leaves behind is ended too."""
+    assert job.tree is not None
+    code = job.tree.poll()
+    late = options.timeout_minutes is not None and time.monotonic() - job.began > 60 * options.timeout_minutes
+    if code is None and not late:
+        return False
+    if job.tree.alive:
+        end([job.tree], options.grace_seconds + 5 if late else 5)
+    job.finish(1 if code is None else code, late)
+    return True
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted, not acted upon; a second one is as ever. Only the main thread can do that."""
+    received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for previous in before.items():
+            signal.signal(*previous)
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm  # of Accelerate's requirements, by huggingface_hub
+
+    return tqdm(total=total, unit="job", desc="sweep", dynamic_ncols=True, disable=None)
+
+
+def _say(bar: Any, line: str) -> None:
+    bar.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _value(job: Job) -> str:
+    if job.result.status == JobStatus.FAILED:
+        return f"failed: {job.result._return_value}"
+    value = job.result.return_value
+    return f"{value:.6g}" if isinstance(value, float) else "done" if value is None else str(value)
+
+
+def _near(path: Path) -> str:
+    """A path as it is short to write from here."""
+    return str(path.relative_to(os.getcwd())) if path.is_relative_to(os.getcwd()) else str(path)

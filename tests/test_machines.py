@@ -1,0 +1,142 @@
+"""Two machines, rehearsed on loopback: each an `accelerate launch` of its own, and SLURM's part played by stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.jobs import BIN, ROOT, overrides
+from tests.test_stop import losses, steps, until
+
+MACHINES = ROOT / "launch" / "machines.yaml"
+LONG = {"train__steps": "400", "evaluation__every": "400", "schedule": "constant", "schedule__warmup_steps": "0"}
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    jobs.write_text(tmp_path)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def two_machines(cwd: Path, words: list[str]) -> Iterator[tuple[list[subprocess.Popen[bytes]], list[Path]]]:
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        processes, errors = [], []
+        for machine in (0, 1):
+            launcher = [str(BIN / "accelerate"), "launch", "--config_file", str(MACHINES), "--num_machines", "2"]
+            launcher += ["--num_processes", "2", "--machine_rank", str(machine), "--main_process_port", str(port)]
+            process, _, err = stack.enter_context(jobs.launched(cwd, words, [*launcher, "-m", "distopt.train"]))
+            processes.append(process)
+            errors.append(err)
+        yield processes, errors
+
+
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.matrix), 1])
+def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead: int) -> None:
+    """kill -9 to everything of one machine: the other ends by itself, with an error, and nothing is lost.
+
+    Machine 0 also holds the store where they meet. What both go on with gives the numbers of the unbroken run.
+    """
+    run = cwd / "runs" / "broken"
+    words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", **LONG)
+    with two_machines(cwd, words) as (processes, _):
+        until(lambda: steps(run) > 5, lambda: processes[0].poll() is None and processes[1].poll() is None)
+        jobs.kill_all(processes[dead].pid)
+        killed = time.monotonic()
+        assert processes[1 - dead].wait(60) not in (0, None)
+        assert time.monotonic() - killed < 45  # torchrun gives a rank 30 s to end by itself
+    end = max(4 * (steps(run) // 4), 4) + 6
+    short = {**LONG, "train__steps": str(end)}
+    again = overrides(name="broken", engine="fsdp2", train__resume="auto", **short)
+    with two_machines(cwd, again) as (processes, errors):
+        assert [process.wait(60) for process in processes] == [0, 0], [err.read_text() for err in errors]
+    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **short)
+    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == end
+
+
+SRUN = """#!/usr/bin/env bash
+# Starts the words on two nodes, which are this machine, hands signals on, and ends as badly as the worst of them.
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do
+  SLURM_PROCID=$node "$@" &
+  nodes+=($!)
+done
+trap 'kill -USR1 "${nodes[@]}"' USR1
+code=0
+for node in "${nodes[@]}"; do
+  while kill -0 "$node" 2>/dev/null; do wait "$node"; ended=$?; done
+  [ "$ended" -eq 0 ] || code=$ended
+done
+exit "$code"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>requeued; fi
+"""
+
+
+@pytest.mark.matrix
+def test_the_slurm_script_saves_requeues_and_goes_on(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no SLURM here: srun and scontrol are stand-ins that do with processes of this machine what those do."""
+    tools = cwd / "tools"
+    tools.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[0-1]", "GPUS_ON_NODE": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MAIN_PROCESS_PORT", str(free_port()))
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    script = ["bash", str(ROOT / "launch" / "slurm.sh")]
+    run = cwd / "runs" / "queued"
+
+    with jobs.launched(cwd, overrides(name="queued", engine="fsdp2", **LONG), script) as (process, _, err):
+        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) not in (0, None)
+        stopped = steps(run)
+        assert f"distopt: stopped: by a signal, after step {stopped} of 400" in err.read_text()
+    assert (cwd / "requeued").read_text() == "requeue 7\n"
+
+    short = {**LONG, "train__steps": str(stopped + 5)}
+    ended = jobs.launch(cwd, overrides(name="queued", engine="fsdp2", **short), script)
+    assert ended.code == 0, ended.err
+    assert f"resuming after step {stopped} from" in ended.out
+    assert (cwd / "requeued").read_text() == "requeue 7\n"
+    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **short)
+    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == stopped + 5
+
+
+@pytest.mark.matrix
+def test_submitit_saves_requeues_and_goes_on(cwd: Path) -> None:
+    """By submitit's own executor for one machine, which puts a job back as SLURM does."""
+    run = cwd / "runs" / "submitted"
+    script = [sys.executable, str(ROOT / "launch" / "with_submitit.py"), "--cluster", "local", "--processes", "2"]
+    with jobs.launched(cwd, overrides(name="submitted", engine="fsdp2", **LONG), script) as (process, out, err):
+        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        (controller,) = jobs.children(process.pid)
+        (task,) = jobs.children(controller)
+        os.kill(task, signal.SIGUSR2)
+        assert process.wait(100) == 0, err.read_text()
+        log = Path(out.read_text().split()[-1]).read_text()
+    assert "Requeued job" in log and "resuming after step" in log
+    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **LONG)
+    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == 400

@@ -1,0 +1,106 @@
+"""A run that gets a signal finishes its step, saves, says so by its exit code, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distopt.monitor import read_metrics
+from distopt.stop import SIGNALS, STOPPED
+from tests import jobs
+from tests.jobs import metrics, overrides
+
+# Dropout draws random numbers, which a checkpoint has to give back.
+LONG = {
+    "train__steps": "60",
+    "evaluation__every": "60",
+    "checkpoint__every": "50",
+    "schedule": "constant",
+    "schedule__warmup_steps": "0",
+    "model__config__resid_pdrop": "0.1",
+    "engine": "fsdp2",
+}
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    jobs.write_text(tmp_path)
+    return tmp_path
+
+
+def steps(run: Path) -> int:
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run) if "loss" in row]
+
+
+def until(happened: Callable[[], bool], alive: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert alive(), "the run ended by itself"
+        assert time.monotonic() < deadline, f"nothing within {seconds} s"
+        time.sleep(0.01)
+
+
+def slowly(seconds: float) -> None:
+    """Makes a step take so long that a test can come in between."""
+    from distopt import step
+    from distopt import train as program
+
+    def update(*args: Any) -> Any:
+        time.sleep(seconds)
+        return step.update(*args)
+
+    program.update = update
+
+
+@pytest.mark.parametrize(
+    "number",
+    [SIGNALS[0], *(pytest.param(number, marks=pytest.mark.matrix) for number in SIGNALS[1:])],
+    ids=lambda number: number.name,
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: signal.Signals) -> None:
+    changes = {**LONG, **({"checkpoint__asynchronous": "true"} if number == signal.SIGUSR1 else {})}
+    run = cwd / "runs" / "stopped"
+    job = jobs.start(cwd, overrides(name="stopped", **changes), 2, slowly, 0.1)
+    try:
+        until(lambda: steps(run) > 2, job.processes[1].is_alive)
+        os.kill(job.processes[1].pid or 0, number)
+        ended = job.wait(30)
+    finally:
+        job.kill()
+    assert [rank.code for rank in ended] == [STOPPED, STOPPED], [rank.err for rank in ended]
+    stopped = steps(run)
+    assert 2 < stopped < 50
+    checkpoint = run / "checkpoints" / f"step_{stopped:08d}"
+    line = f"distopt: stopped: by a signal, after step {stopped} of 60; train.resume=auto goes on: {checkpoint}"
+    assert line in ended[0].err.splitlines() and "stopped" not in ended[1].err
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+def test_a_launch_that_is_asked_to_stop_goes_on_bit_for_bit(cwd: Path) -> None:
+    """SIGTERM to `accelerate launch`, which hands it on: what a preempted job gets."""
+    run = cwd / "runs" / "stopped"
+    with jobs.launched(cwd, overrides(name="stopped", **{**LONG, "train__steps": "600"})) as (process, _, err):
+        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        process.terminate()
+        assert process.wait(30) not in (0, None)
+    (stopped,) = map(
+        int, re.findall(r"^distopt: stopped: by a signal, after step (\d+) of 600;", err.read_text(), re.M)
+    )
+    assert steps(run) == stopped
+    more = {**LONG, "train__steps": str(stopped + 5)}
+    out = jobs.train(cwd, 2, name="stopped", train__resume="auto", **more)[0].out
+    assert f"resuming after step {stopped} from" in out
+    jobs.train(cwd, 2, name="unbroken", **more)
+    assert losses(run)[-5:] == losses(cwd / "runs" / "unbroken")[-5:]
+    assert [step for step, *_ in losses(run)] == list(range(1, stopped + 6))
