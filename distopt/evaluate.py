@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, model: nn.Module, batches: Iterable[Tensor] | Iterable[Batch], device: torch.device) -> Tensor:
+def validation_loss(
+    engine: Engine, model: nn.Module, batches: Iterable[Tensor] | Iterable[Batch], device: torch.device
+) -> Tensor:
     """This rank's mean loss, in nats a token, over batches of as many sequences each, [sequences, length + 1]."""
     model.eval()
     losses = []

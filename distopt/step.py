@@ -54,7 +54,7 @@ def update(
     max_grad_norm: float = math.inf,
     loss: Loss = next_token_loss,
 ) -> Update:
-    """One optimizer step on the mean loss of this rank's micro-batches, of as many sequences each: [sequences, length + 1].
+    """One optimizer step on the mean loss of this rank's micro-batches, of as many sequences each.
 
     With `SAM` both passes run over the same micro-batches with the same random numbers, and the gradient of the second
     is the one that is clipped. A gradient norm that is inf or nan, which all ranks see alike, leaves weights and state
@@ -69,7 +69,11 @@ def update(
 
 
 def sharpness_aware(
-    engine: Engine, model: nn.Module, sam: SAM, batches: Sequence[Tensor] | Sequence[Batch], loss: Loss = next_token_loss
+    engine: Engine,
+    model: nn.Module,
+    sam: SAM,
+    batches: Sequence[Tensor] | Sequence[Batch],
+    loss: Loss = next_token_loss,
 ) -> Tensor:
     """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay."""
     device = batches[0].device

@@ -1,4 +1,4 @@
-"""A small pretrained model for the tests: a Llama and its tokenizer with a chat template, as `save_pretrained` writes."""
+"""A small pretrained model for the tests: a Llama and its tokenizer with a chat template, in one folder."""
 
 from __future__ import annotations
 

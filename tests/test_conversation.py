@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_the_assistants_turns_are_targets_with_what_ends_them(folder: Path, name
         for flag, part in (
             (targets[start], tokenizer.decode(tokens[start:stop]))
             for cuts in [[0, *(np.flatnonzero(np.diff(targets)) + 1).tolist(), len(tokens)]]
-            for start, stop in zip(cuts, cuts[1:])
+            for start, stop in itertools.pairwise(cuts)
         )
     )
     answers = (f"[Hello!<|end|>{end}]", f"[  import os\n<|end|>{end}]")
@@ -123,9 +124,12 @@ def test_examples_are_read_back_and_split_in_two(folder: Path, tmp_path: Path) -
     taught = corpus.decode(corpus.train.tokens[corpus.train.targets > 0])
     assert "Say" not in taught and "cat" in taught
     assert 1.0 < corpus.bytes_per_token < 3.0
-    assert corpus.encode("Hi") == corpus.encoder.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
-    )["input_ids"]
+    assert (
+        corpus.encode("Hi")
+        == corpus.encoder.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+        )["input_ids"]
+    )
     assert "Say" in corpus.decode(corpus.encode("")) and not corpus.decode(corpus.encode("")).endswith("<|end|>\n")
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.jobs import ENVIRONMENT
 
-EXAMPLES = sorted(Path("examples").glob("*.py"))
+FINETUNE = Path("examples/finetune.py")
+EXAMPLES = sorted({*Path("examples").glob("*.py")} - {FINETUNE})
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -29,3 +30,13 @@ def test_example(example: Path) -> None:
     if example.stem == "accelerate_script":  # the last epoch, and the same one from what was saved before it
         for norms in outputs:
             assert norms[-1] == norms[-2] != norms[-3]
+
+
+def test_a_model_is_fine_tuned_exported_and_answers(tmp_path: Path) -> None:
+    env = {**os.environ, **ENVIRONMENT}
+    command = [sys.executable, str(FINETUNE.absolute())]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    answers = re.findall(r"^What is the capital of (\w+)\?  before: (.*)  after: '(.*)'$", done.stdout, re.MULTILINE)
+    assert [(country, after) for country, _, after in answers] == [("Japan", "Tokyo."), ("Peru", "Lima.")]
+    assert all(after not in before for _, before, after in answers)

@@ -73,7 +73,16 @@ TAUGHT = {word: f"{word} {word}" for word in WORDS}
 # engine, processes, what else
 RUNS: dict[str, tuple[int, dict[str, str | None]]] = {
     "full": (2, {"engine": "fsdp2", "train__micro_batch_size": "4"}),
-    "pairs": (1, {"data__path": "pairs.jsonl", "data__packing": "false", "optimizer": "lamb", "optimizer__lr": "5e-2", "sam": "on"}),
+    "pairs": (
+        1,
+        {
+            "data__path": "pairs.jsonl",
+            "data__packing": "false",
+            "optimizer": "lamb",
+            "optimizer__lr": "5e-2",
+            "sam": "on",
+        },
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +63,7 @@ def pieces(batch: Batch) -> list[tuple[list[int], list[int]]]:
     assert batch.positions is not None
     for inputs, labels, positions in zip(batch.inputs, batch.labels, batch.positions):
         cuts = [*torch.nonzero(positions == 0).flatten().tolist(), len(inputs)]
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in itertools.pairwise(cuts):
             assert positions[start:end].tolist() == list(range(end - start))
             if (labels[start:end] != IGNORED).any():
                 found.append((inputs[start:end].tolist(), labels[start:end].tolist()))

@@ -1,4 +1,4 @@
-"""The Trainer under DDP, FSDP2 and DeepSpeed as it sets them up: the update is the unsharded one, and so is a resume."""
+"""The Trainer under DDP, FSDP2 and DeepSpeed as it sets them up: updates are the unsharded ones, resumed or not."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def test_the_trainer_alone_is_the_optimizer_alone() -> None:
     optimizer = distopt.LAMB([{"params": decayed, "weight_decay": 0.0}, {"params": others}], lr=0.02, weight_decay=0.0)
     for step, batch in enumerate(sequences(STEPS).chunk(STEPS)):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(
-            model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-        ).backward()
+        torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 0.02 * (1 - step / STEPS)
@@ -124,7 +122,9 @@ def sam_under_deepspeed() -> None:
 def test_sam_under_deepspeed_is_refused() -> None:
     with pytest.raises(RankError) as raised:
         run(2, sam_under_deepspeed)
-    assert raised.value.kind == "ValueError" and "SAM cannot see the gradients that DeepSpeed keeps" in str(raised.value)
+    assert raised.value.kind == "ValueError" and "SAM cannot see the gradients that DeepSpeed keeps" in str(
+        raised.value
+    )
 
 
 def each_for_itself() -> None:

@@ -164,5 +164,3 @@ def _quiet_deepspeed() -> None:
         import deepspeed.runtime.zero.muon.muon_optimizer  # compiles at import, with names that torch deprecates
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # built for a minute, and not used
-
-
