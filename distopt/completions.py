@@ -86,10 +86,10 @@ class CompletionData:
             packing=self.packing,
         )
 
-    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocabulary: int) -> None:
+    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocab_size: int) -> None:
         """Raise `ValueError` if the model cannot be trained on these sequences; every rank has to call it."""
         if self.packing:
-            check_apart(engine, model, device, vocabulary)
+            check_apart(engine, model, device, vocab_size)
 
     def _open(self) -> tuple[list[Source], Encoder, str]:
         """The checked sources, how to encode them, and a key that hashes all that determines the tokens."""

@@ -73,7 +73,7 @@ class TextData:
             corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
         )
 
-    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocabulary: int) -> None:
+    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocab_size: int) -> None:
         """Every causal language model can be trained on text."""
 
     def _open(self) -> tuple[text.Source, str | None, str]:

@@ -206,5 +206,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) were replaced by plain "
                 "tensors after the optimizer was made: which layers they hold is unknown, so a norm of them would be "
-                "silently wrong; call optimizer.bind(layout) with the engine's layout"
+                "silently wrong; call optimizer.bind(layout) with the engine's layout, or in a Trainer mix in "
+                "distopt.trainer.ShardedTrainerMixin"
             )
