@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,9 @@ class CompletionData:
         if not folder.is_dir():
             with whole(folder) as aside:
                 self._write(aside, sources, encoder)
-        return CompletionCorpus.read(folder, encoder)
+        corpus = CompletionCorpus.read(folder, encoder)
+        # Of the batches, not only of the tokens: a run does not go on with other ones.
+        return corpus if self.packing else replace(corpus, digest=f"{corpus.digest} unpacked")
 
     def sequences(self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Packed:
         """What is trained on."""
