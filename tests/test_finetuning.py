@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from distopt.export import export
 from tests import jobs
 from tests.jobs import metrics
 from tests.pretrained import WORDS, chats, pairs, write_lines, write_model, write_tokenizer
+from tests.test_export import PROMPT, keep_logits
 
 
 def overrides(**changes: str | None) -> list[str]:
@@ -99,28 +99,6 @@ def test_a_model_says_what_it_was_taught(cwd: Path, name: str, world: int, chang
     assert answers(cwd / f"{name} out", name == "full") == TAUGHT
 
 
-def keep_logits(file: str) -> None:
-    """Writes the logits of the trained model, as the run's own engine computes them."""
-    import os
-
-    from distopt import train as program
-
-    original = program.sample
-
-    def sample(engine: Any, model: Any, *args: Any) -> Any:
-        model.eval()
-        with torch.no_grad():
-            logits = model(input_ids=PROBE).logits
-        if int(os.environ.get("RANK", "0")) == 0:
-            torch.save(logits, file)
-        return original(engine, model, *args)
-
-    program.sample = sample
-
-
-PROBE = torch.arange(40).reshape(2, 20)
-
-
 @pytest.fixture(scope="module")
 def lora(cwd: Path) -> Path:
     """A model that was pretrained on the task's half, adapted: the run's folder."""
@@ -151,10 +129,10 @@ def test_lora_is_merged_or_stands_by_itself(cwd: Path, lora: Path) -> None:
     for folder in ("merged", "adapter"):
         model = AutoModelForCausalLM.from_pretrained(cwd / folder).eval()
         with torch.no_grad():
-            logits = model(input_ids=PROBE).logits
+            logits = model(input_ids=PROMPT).logits
         assert (logits - trained).abs().max() < 1e-4 * trained.abs().max(), folder  # float32, added in another order
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(cwd / "half").eval()(input_ids=PROBE).logits
+        base = AutoModelForCausalLM.from_pretrained(cwd / "half").eval()(input_ids=PROMPT).logits
     assert (base - trained).abs().max() > 0.05 * trained.abs().max()
 
 

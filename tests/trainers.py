@@ -116,7 +116,9 @@ def sharding(trainer_type: Any, setup: str) -> Any:
     return Sharding
 
 
-def trainer(folder: Path, setup: str, steps: int, options: dict[str, Any], **args: Any) -> Any:
+def trainer(
+    folder: Path, setup: str, steps: int, options: dict[str, Any], config: Any = CONFIGS["gpt2"], **args: Any
+) -> Any:
     """A Trainer that goes over `steps` batches of `SEQUENCES` over all ranks."""
     from transformers import Trainer
 
@@ -125,7 +127,7 @@ def trainer(folder: Path, setup: str, steps: int, options: dict[str, Any], **arg
 
     data = [{"input_ids": row, "labels": row} for row in sequences(steps)]
     made = sharding(SAMTrainer, setup)(
-        language_model(), arguments(folder, setup, **args), train_dataset=data, **options
+        language_model(config), arguments(folder, setup, **args), train_dataset=data, **options
     )
     kind = str(made.accelerator.distributed_type).rpartition(".")[2]
     world = dist.get_world_size() if dist.is_initialized() else 1
