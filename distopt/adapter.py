@@ -23,7 +23,7 @@ class LoRA:
 
     Args:
         r: the rank of the change, >= 1.
-        alpha: its scale, > 0.
+        alpha: its scale, >= 1.
         dropout: of what A gets, in [0, 1).
         target_modules: endings of the names of the layers, or one regular expression for the whole name; `all-linear`
             is every linear layer but the output; None is what `peft` takes for the model's family (attention).
@@ -36,14 +36,14 @@ class LoRA:
     def __init__(
         self,
         r: int = 16,
-        alpha: float = 32,
+        alpha: int = 32,
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = "all-linear",
     ) -> None:
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"adapter.r must be an integer >= 1, got {r!r}; 16 is usual")
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not alpha > 0:
-            raise ValueError(f"adapter.alpha must be a number > 0, got {alpha!r}; twice r is usual")
+        if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 1:
+            raise ValueError(f"adapter.alpha must be an integer >= 1, got {alpha!r}; twice r is usual")
         if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
             raise ValueError(f"adapter.dropout must be a number in [0, 1), got {dropout!r}")
         if importlib.util.find_spec("peft") is None:

@@ -139,7 +139,7 @@ class CompletionData:
                         starts.append(starts[-1] + len(example.tokens))
                         if split == "validation":
                             taught = example.tokens[example.targets > 0]
-                            size += len(encoder.tokenizer.decode(taught, skip_special_tokens=True).encode())
+                            size += len(str(encoder.tokenizer.decode(taught, skip_special_tokens=True)).encode())
                             size += int(np.isin(taught, encoder.tokenizer.all_special_ids).sum())
                     bar.update(len(lines))
             np.save(folder / f"{split}.starts.npy", np.asarray(starts, dtype=np.int64))

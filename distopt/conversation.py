@@ -174,7 +174,7 @@ class Encoder:
 
     def _by_template(self, record: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
         self.rendered(record["messages"], where)
-        out = self.tokenizer.apply_chat_template(
+        out: Any = self.tokenizer.apply_chat_template(
             record["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return out["input_ids"], out["assistant_masks"]

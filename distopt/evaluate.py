@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, model: nn.Module, batches: Iterable[Tensor] | Iterable[Batch], device: torch.device
+    engine: Engine, model: nn.Module, batches: Iterable[Tensor | Batch], device: torch.device
 ) -> Tensor:
     """This rank's mean loss, in nats a token, over batches of as many sequences each, [sequences, length + 1]."""
     model.eval()

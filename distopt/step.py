@@ -50,7 +50,7 @@ def update(
     engine: Engine,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Tensor] | Sequence[Batch],
+    batches: Sequence[Tensor | Batch],
     max_grad_norm: float = math.inf,
     loss: Loss = next_token_loss,
 ) -> Update:
@@ -72,7 +72,7 @@ def sharpness_aware(
     engine: Engine,
     model: nn.Module,
     sam: SAM,
-    batches: Sequence[Tensor] | Sequence[Batch],
+    batches: Sequence[Tensor | Batch],
     loss: Loss = next_token_loss,
 ) -> Tensor:
     """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay."""
@@ -94,7 +94,7 @@ def sharpness_aware(
 def backward(
     engine: Engine,
     model: nn.Module,
-    batches: Sequence[Tensor] | Sequence[Batch],
+    batches: Sequence[Tensor | Batch],
     loss: Loss = next_token_loss,
     pass_loss: PassLoss = None,
     exchange: bool = True,

@@ -37,7 +37,7 @@ class ShardedTrainerMixin:
         if wrapped is not None:
             attach_deepspeed(wrapped.engine, None)
         elif self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            inner = self.optimizer  # type: ignore[has-type]
+            inner = self.optimizer  # type: ignore[attr-defined]
             while not hasattr(inner, "init_state") and isinstance(getattr(inner, "optimizer", None), Optimizer):
                 inner = inner.optimizer  # Accelerate's wrapper
             if hasattr(inner, "init_state"):
