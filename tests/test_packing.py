@@ -235,7 +235,7 @@ CASES = [
     if not (kind == "hsdp" and world == 1)
     for quick in [
         (kind, world, lora)
-        in [("ddp", 2, False), ("fsdp2", 4, False), ("ddp", 2, True), ("fsdp2", 2, True), ("deepspeed_zero3", 2, True)]
+        in [("ddp", 2, False), ("fsdp2", 4, False), ("fsdp2", 2, True), ("deepspeed_zero3", 2, True)]
     ]
 ]
 

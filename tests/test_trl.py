@@ -59,7 +59,7 @@ def finetuned(base: Path, setup: str, options: str, accumulation: int) -> tuple[
 
 
 @pytest.mark.parametrize(
-    ("options", "setup"), [("lamb", "ddp"), ("sam", "fsdp2_full"), pytest.param("sam", "ddp", marks=pytest.mark.matrix)]
+    ("options", "setup"), [pytest.param("lamb", "ddp", marks=pytest.mark.matrix), ("sam", "fsdp2_full")]
 )
 def test_two_processes_fine_tune_as_one(tmp_path: Path, options: str, setup: str) -> None:
     base = write_model(tmp_path / "base")
