@@ -49,13 +49,13 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
     if zero not in (None, 0, 1, 2, 3) or isinstance(zero, bool):
         raise ValueError(f"zero must be None, 0, 1, 2 or 3, got {zero!r}")
-    _check_processes(accelerator)
+    check_processes(accelerator)
     _check_prepared(accelerator, model, optimizer)
     kinds = [type(module) for module in model.modules()]
     if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
         raise ValueError("Accelerate prepared FSDP1, which hides the layers in flat parameters: set fsdp_version=2")
     if hasattr(model, "zero_optimization_stage"):
-        _attach_deepspeed(model, zero)
+        attach_deepspeed(model, zero)
     elif any(issubclass(kind, FSDPModule) for kind in kinds):
         _attach_fsdp2(accelerator, model, optimizer, zero)
     else:
@@ -101,7 +101,8 @@ def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     _check_parameters(model, optimizer)
 
 
-def _attach_deepspeed(engine: Any, zero: int | None) -> None:
+def attach_deepspeed(engine: Any, zero: int | None) -> None:
+    """Binds the layout of DeepSpeed's partitions; raises ValueError as `attach`."""
     stage, optimizer = engine.zero_optimization_stage(), engine.basic_optimizer
     if zero not in (None, stage):
         raise ValueError(
@@ -118,8 +119,11 @@ def _attach_deepspeed(engine: Any, zero: int | None) -> None:
     optimizer.bind(layout.deepspeed(engine))
 
 
-def _check_processes(accelerator: Accelerator) -> None:
-    """Accelerate 1.15 silently runs single processes for some combinations of launcher and device."""
+def check_processes(accelerator: Accelerator) -> None:
+    """Raises ValueError where each process runs for itself.
+
+    Accelerate 1.15 silently does that for some combinations of launcher and device.
+    """
     launched = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(

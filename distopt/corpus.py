@@ -50,7 +50,7 @@ class Corpus:
     def open(cls, folder: Path, tokenizer: str | None) -> Corpus:
         """Map the files of a folder that `write` made; `ValueError` if they are not as long as they were written."""
         meta = json.loads((folder / "meta.json").read_text())
-        train, validation = (_map(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]) for split in SPLITS)
+        train, validation = (mapped(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]) for split in SPLITS)
         ratio = meta["validation"]["bytes"] / meta["validation"]["tokens"]
         digest = "".join(meta[split]["digest"] for split in SPLITS)
         return cls(train, validation, meta["vocab_size"], ratio, tokenizer, meta["source"], digest)
@@ -72,7 +72,8 @@ class Corpus:
         return self._vocabulary.pretrained()
 
 
-def _map(file: Path, dtype: str, tokens: int) -> np.ndarray:
+def mapped(file: Path, dtype: str, tokens: int) -> np.ndarray:
+    """The numbers of a file, as they are on the disk; `ValueError` if it does not hold so many."""
     size = tokens * np.dtype(dtype).itemsize
     if not file.is_file() or file.stat().st_size != size:
         raise ValueError(f"{file} does not hold the {size} bytes it was given; delete its folder to build it anew")
@@ -86,13 +87,20 @@ def write(folder: Path, source: text.Source, tokenizer: str | None, validation_f
     without any document (one file alone), the tail of every document does instead. Memory is bounded whatever the size
     of the source. Raises `ValueError` on text that cannot be read and on a split without any text.
     """
+    with whole(folder) as aside:
+        _tokenize(aside, source, tokenizer, validation_fraction)
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder`: that is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     # Built aside and renamed whole: a killed build leaves nothing under the final name, and of two builders one wins.
     aside = folder.parent / f"{folder.name}.building-{uuid.uuid4().hex}"
     aside.mkdir()
     try:
-        _tokenize(aside, source, tokenizer, validation_fraction)
+        yield aside
         os.replace(aside, folder)
     except OSError:
         if not folder.is_dir():
@@ -155,18 +163,19 @@ def _tokenize(folder: Path, source: text.Source, tokenizer: str | None, fraction
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _in_validation(key: str, fraction: float) -> bool:
+def in_validation(key: str, fraction: float) -> bool:
+    """Whether the document of this key is held out, of which `fraction` are."""
     digest = hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _split(source: text.Source, fraction: float) -> Iterator[tuple[str, bytes]]:
     """Yield (split, piece) of the whole text; an empty piece ends a document."""
-    sides = (_in_validation(document.key, fraction) for document in source.documents())
+    sides = (in_validation(document.key, fraction) for document in source.documents())
     first = next(sides, False)
     one_sided = all(side == first for side in sides)
     for document in source.documents():
-        train = 0 if _in_validation(document.key, fraction) else document.size
+        train = 0 if in_validation(document.key, fraction) else document.size
         if one_sided:
             train = round(document.size * (1 - fraction))
         position, used = 0, set()

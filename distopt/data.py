@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ import torch
 from distopt import corpus, text, vocabulary
 from distopt.corpus import Corpus
 
-__all__ = ["SUFFIXES", "Corpus", "Sequences", "TextData", "ValidationSequences"]
+if TYPE_CHECKING:
+    from distopt.engine import Engine
+
+__all__ = ["SUFFIXES", "Corpus", "Order", "Sequences", "TextData", "ValidationSequences"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
 
@@ -52,12 +56,25 @@ class TextData:
         Safe on several ranks at once, but then each may do the work: let one go first.
         """
         source, tokenizer, key = self._open()
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        cache = Path(self.cache_dir or f"{home}/distopt").expanduser()
-        folder = cache / f"{source.root.stem if self.path else 'stdlib'}-{key}"
+        folder = cache(self.cache_dir) / f"{source.root.stem if self.path else 'stdlib'}-{key}"
         if not folder.is_dir():
             corpus.write(folder, source, tokenizer, self.validation_fraction)
         return Corpus.open(folder, tokenizer)
+
+    def sequences(self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Sequences:
+        """What is trained on."""
+        return Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+
+    def held_out(
+        self, corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
+    ) -> ValidationSequences:
+        """What is evaluated on."""
+        return ValidationSequences(
+            corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
+        )
+
+    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocab_size: int) -> None:
+        """Every causal language model can be trained on text."""
 
     def _open(self) -> tuple[text.Source, str | None, str]:
         """The checked source, the tokenizer's folder, and a key that hashes all that determines the tokens."""
@@ -77,19 +94,17 @@ class TextData:
         return source, tokenizer, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
 
 
-class Sequences:
-    """Training sequences in an order that is a pure function of (seed, step), whatever the number of ranks.
+class Order:
+    """`count` sequences in an order that is a pure function of (seed, step), whatever the number of ranks.
 
-    Sequence i is `tokens[i L : i L + L + 1]`: L inputs and, shifted by one, L targets; the tokens after the last whole
-    one are not used. An epoch is a permutation drawn from (seed, epoch); step s trains on rows s B to (s + 1) B of the
-    endless concatenation of epochs, so that a batch may straddle two.
+    An epoch is a permutation drawn from (seed, epoch); step s trains on rows s B to (s + 1) B of the endless
+    concatenation of epochs, so that a batch may straddle two.
     """
 
-    def __init__(self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}; numpy's generators take no negative one")
-        self.count = _count(tokens, sequence_length, batch_size, "train")
-        self.tokens, self.sequence_length, self.batch_size, self.seed = tokens, sequence_length, batch_size, seed
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows(self, step: int) -> np.ndarray:
@@ -98,15 +113,28 @@ class Sequences:
         epochs = positions // self.count
         return np.concatenate([self._permutation(e)[positions[epochs == e] % self.count] for e in np.unique(epochs)])
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> torch.Tensor:
-        """The rank-th of `world` contiguous blocks of the global batch of `step`: int64, shape [B / world, L + 1]."""
-        return _windows(self.tokens, self.rows(step) * self.sequence_length, self.sequence_length, rank, world)
-
     def _permutation(self, epoch: int) -> np.ndarray:
         # Kept until another epoch is asked for: drawing it again each step would cost more than the step's data.
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
         return self._order
+
+
+class Sequences(Order):
+    """Training sequences cut out of a stream of tokens, in the order of `Order`.
+
+    Sequence i is `tokens[i L : i L + L + 1]`: L inputs and, shifted by one, L targets; the tokens after the last whole
+    one are not used.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int = 0) -> None:
+        super().__init__(_count(tokens, sequence_length, batch_size, "train"), batch_size, seed)
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.notes: list[str] = []
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+        """The rank-th of `world` contiguous blocks of the global batch of `step`: int64, shape [B / world, L + 1]."""
+        return _windows(self.tokens, self.rows(step) * self.sequence_length, self.sequence_length, rank, world)
 
 
 class ValidationSequences:
@@ -124,6 +152,7 @@ class ValidationSequences:
         if max_sequences is not None and max_sequences < 1:
             raise ValueError(f"max_sequences must be >= 1 or None, got {max_sequences}; None is all")
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
+        self.notes: list[str] = []
         self.sequences = max(min(count, max_sequences or count) // batch_size, 1) * batch_size
         last = len(tokens) - (sequence_length + 1)
         self._starts = np.arange(self.sequences) * last // max(self.sequences - 1, 1)
@@ -135,6 +164,11 @@ class ValidationSequences:
         """Yield the rank-th of `world` contiguous blocks of every batch: int64, shape [B / world, L + 1]."""
         for starts in self._starts.reshape(len(self), self.batch_size):
             yield _windows(self.tokens, starts, self.sequence_length, rank, world)
+
+
+def cache(folder: str | None) -> Path:
+    """Where tokens are kept: `folder`, or else `$XDG_CACHE_HOME/distopt`, or `~/.cache/distopt`."""
+    return Path(folder or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/distopt").expanduser()
 
 
 def _count(tokens: np.ndarray, sequence_length: int, batch_size: int, split: str) -> int:

@@ -12,11 +12,14 @@ from distopt.step import next_token_loss
 
 if TYPE_CHECKING:
     from distopt.engine import Engine
+    from distopt.packing import Batch
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, model: nn.Module, batches: Iterable[Tensor], device: torch.device) -> Tensor:
-    """This rank's mean loss, in nats a token, over batches of equal shape [sequences, length + 1]."""
+def validation_loss(
+    engine: Engine, model: nn.Module, batches: Iterable[Tensor | Batch], device: torch.device
+) -> Tensor:
+    """This rank's mean loss, in nats a token, over batches of as many sequences each, [sequences, length + 1]."""
     model.eval()
     losses = []
     for batch in batches:

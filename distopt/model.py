@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distopt import adapter
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -108,11 +110,14 @@ class LanguageModel:
             torch.manual_seed(zlib.crc32(f"{self.seed}/{names[unit]}".encode()))
             for module in modules:
                 model._init_weights(module)
+                adapter.reset(module)
         if self._weights is not None:
             tied = {id(p) for p in model.get_input_embeddings().parameters()} if unit is model else set()
             for module in modules:
                 for name, p in module.named_parameters(recurse=False):
-                    full = f"{names[module]}.{name}" if names[module] else name
+                    full = adapter.pretrained_name(f"{names[module]}.{name}" if names[module] else name)
+                    if full is None:
+                        continue
                     self._weights.read_into(p, full, model.base_model_prefix, optional=id(p) in tied)
 
 

@@ -249,6 +249,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) were replaced by plain "
                 "tensors after the optimizer was made: which layers they hold is unknown, so a norm of them would be "
-                "silently wrong; call optimizer.bind(layout) with the engine's layout (DeepSpeed at stage 0 in 16 bits "
-                "steps before it can have one: use stage 1, or DDP)"
+                "silently wrong; call optimizer.bind(layout) with the engine's layout, or in a Trainer mix in "
+                "distopt.trainer.ShardedTrainerMixin (DeepSpeed at stage 0 in 16 bits steps before it can have one: "
+                "use stage 1, or DDP)"
             )

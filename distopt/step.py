@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,18 @@ from distopt.sam import SAM
 
 if TYPE_CHECKING:
     from distopt.engine import Engine
+    from distopt.packing import Batch
 
 PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
 
 
-def next_token_loss(model: nn.Module, batch: Tensor, pass_loss: PassLoss = None) -> Tensor:
-    """Mean cross-entropy, in nats a token, of each token of a batch [sequences, length + 1] given those before it."""
+def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
+    """Mean cross-entropy, in nats a token, of each token of a batch [sequences, length + 1] given those before it.
+
+    A batch of examples has a loss of its own: `distopt.packing.Batch`.
+    """
+    if not isinstance(batch, Tensor):
+        return batch.loss(model, pass_loss)
     logits = model(input_ids=batch[:, :-1]).logits
 
     def cross_entropy(logits: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ def next_token_loss(model: nn.Module, batch: Tensor, pass_loss: PassLoss = None)
     return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
 
 
-Loss = Callable[[nn.Module, Tensor, PassLoss], Tensor]  # the mean over a micro-batch
+Loss = Callable[[nn.Module, Any, PassLoss], Tensor]  # the mean over a micro-batch
 
 
 class Update(NamedTuple):
@@ -44,11 +50,11 @@ def update(
     engine: Engine,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor | Batch],
     max_grad_norm: float = math.inf,
     loss: Loss = next_token_loss,
 ) -> Update:
-    """One optimizer step on the mean loss of this rank's micro-batches, each of shape [sequences, length + 1].
+    """One optimizer step on the mean loss of this rank's micro-batches, of as many sequences each.
 
     With `SAM` both passes run over the same micro-batches with the same random numbers, and the gradient of the second
     is the one that is clipped. A gradient norm that is inf or nan, which all ranks see alike, leaves weights and state
@@ -63,7 +69,11 @@ def update(
 
 
 def sharpness_aware(
-    engine: Engine, model: nn.Module, sam: SAM, batches: Sequence[Tensor], loss: Loss = next_token_loss
+    engine: Engine,
+    model: nn.Module,
+    sam: SAM,
+    batches: Sequence[Tensor | Batch],
+    loss: Loss = next_token_loss,
 ) -> Tensor:
     """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay.
 
@@ -88,7 +98,7 @@ def sharpness_aware(
 def backward(
     engine: Engine,
     model: nn.Module,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor | Batch],
     loss: Loss = next_token_loss,
     pass_loss: PassLoss = None,
     exchange: bool = True,

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FORMATS = ("auto", "text", "jsonl", "datasets")
 PIECE = (
@@ -25,6 +25,14 @@ class Document(NamedTuple):
     key: str
     size: int
     pieces: Iterable[bytes]
+
+
+class Line(NamedTuple):
+    """A line of a JSONL file: a key that names it within its source, the file and the number for users, its bytes."""
+
+    key: str
+    where: str
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,14 @@ class Source:
         read = {"stdlib": self._text, "text": self._text, "jsonl": self._jsonl, "datasets": self._datasets}[self.format]
         return (document for document in read() if document.size)
 
+    def lines(self) -> Iterator[Line]:
+        """Yield every line of JSONL files that is not blank."""
+        for file in self.files:
+            with file.open("rb") as stream:
+                for number, content in enumerate(stream, start=1):
+                    if content.strip():
+                        yield Line(f"{self._key(file)}:{number}", f"{file}:{number}", content)
+
     def fingerprint(self) -> str:
         """Hash what determines the documents: root, format, field, and every file's path, size and time of change."""
         digest = hashlib.blake2b(f"{self.format}\0{self.root}\0{self.field}".encode(errors="surrogateescape"))
@@ -100,12 +116,9 @@ class Source:
             yield Document(self._key(file), file.stat().st_size, _pieces(file))
 
     def _jsonl(self) -> Iterator[Document]:
-        for file in self.files:
-            with file.open("rb") as stream:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        text = _field_of(line, self.field, f"{file}:{number}")
-                        yield Document(f"{self._key(file)}:{number}", len(text), _cut(text))
+        for line in self.lines():
+            text = _field_of(line.content, self.field, line.where)
+            yield Document(line.key, len(text), _cut(text))
 
     def _datasets(self) -> Iterator[Document]:
         if importlib.util.find_spec("datasets") is None:
@@ -184,11 +197,16 @@ def character_start(text: bytes, index: int) -> int:
     return index
 
 
-def _field_of(line: bytes, field: str, where: str) -> bytes:
+def parsed(line: bytes, where: str) -> Any:
+    """What a line of JSON says; `ValueError`, with file and line, if it is none."""
     try:
-        record = json.loads(line.decode())
+        return json.loads(line.decode())
     except ValueError as error:
         raise ValueError(f"{where} is not UTF-8 JSON ({error}); one JSON object a line is needed") from None
+
+
+def _field_of(line: bytes, field: str, where: str) -> bytes:
+    record = parsed(line, where)
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where} has no text under {field!r} (found: {found}); give field=<name>")

@@ -1,4 +1,4 @@
-"""Pretrains a language model: `accelerate launch --config_file launch/local.yaml -m distopt.train [overrides]`."""
+"""Trains a language model: `accelerate launch --config_file launch/local.yaml -m distopt.train [overrides]`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
 from distopt.clip import grad_norms
-from distopt.data import Sequences, ValidationSequences
 from distopt.engine import Engine
 from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
@@ -48,6 +47,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     # Everything that can be refused is refused before anything that takes time.
     check_options(cfg)
     engine, language_model, data = make(cfg.engine), make(cfg.model), make(cfg.data)
+    adapter = make(cfg.adapter) if cfg.adapter else None
     make_optimizer, make_schedule, make_groups = make(cfg.optimizer), make(cfg.schedule), make(cfg.param_groups)
     make_sam = make(cfg.sam) if cfg.sam else None
     dry_run(engine, make_optimizer, make_schedule, make_sam, options)
@@ -61,8 +61,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     checkpoint, notes = ranks.on_first(lambda: runs.find_checkpoint(folder / "checkpoints", options.resume))
     corpus = ranks.one_after_another(data.build)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
-    sequences = Sequences(corpus.train, **sizes, seed=cfg.seed)
-    held_out = ValidationSequences(corpus.validation, **sizes, max_sequences=cfg.evaluation.max_sequences)
+    sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
+    held_out = data.held_out(corpus, **sizes, max_sequences=cfg.evaluation.max_sequences)
 
     config = language_model.describe(corpus.vocab_size)
     positions = getattr(config, "max_position_embeddings", math.inf)  # some models have no bound
@@ -74,6 +74,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     files = pretrained.description(config, corpus.pretrained_tokenizer(), language_model.path)  # for distopt.export
     torch.manual_seed(cfg.seed + rank)
     empty = language_model.empty(config)
+    if adapter:
+        files |= adapter.add(empty, language_model.path)
     model = engine.build(empty, blocks(empty), lambda unit, where: language_model.fill(empty, unit, where), device)
     optimizer = make_optimizer(make_groups(engine.unwrap(model)))
     schedule = make_schedule(optimizer, total_steps=options.steps)
@@ -83,8 +85,10 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     max_norm = math.inf if options.max_grad_norm is None else options.max_grad_norm
     model = engine.attach(model, optimizer, options.batch_size // world // micro_batch, max_norm)
 
+    data.check_model(engine, model, device, corpus.vocab_size)
+
     # What must not change when a run is resumed: with it the batches are those of the unbroken run.
-    identity = {"seed": cfg.seed, **sizes, "data": corpus.digest}
+    identity = {"seed": cfg.seed, **sizes, "data": corpus.digest, "adapter": adapter and adapter.describe()}
     step = 0
     if checkpoint is not None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -101,7 +105,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
     ending.callback(monitor.close)  # an error would stand at the end of the progress bar
     resumed = f"resuming after step {step} from {checkpoint}" if checkpoint else None
-    for line in filter(None, [moved, *notes, resumed]):
+    for line in filter(None, [moved, *notes, *sequences.notes, *held_out.notes, resumed]):
         monitor.say(line)
 
     def evaluate() -> float:

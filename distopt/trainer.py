@@ -1,4 +1,4 @@
-"""SAM inside the Trainer of transformers, which steps without a closure and knows one pass."""
+"""distopt inside the Trainer of transformers, under what it has set up: DDP, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from distopt.attach import attach_deepspeed, check_processes
 from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.randomness import random_state, set_random_state
 from distopt.sam import SAM
 
 
-class SAMTrainerMixin:
+class ShardedTrainerMixin:
+    """Tells distopt's optimizers how the Trainer has cut up the model, so that they step and resume as without.
+
+        class Trainer(ShardedTrainerMixin, transformers.Trainer): pass
+
+        Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
+
+    DeepSpeed: binds the layout of its partitions, without which a step raises ValueError. FSDP2: makes all state before
+    a checkpoint is loaded, since torch fills only what is there. DDP and one process need nothing. Any subclass of the
+    Trainer will do, TRL's too.
+
+    Raises ValueError where DeepSpeed steps another optimizer than distopt's, or SAM, and where several processes were
+    launched of which each would train for itself.
+    """
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's; it calls this when the optimizer has been prepared and no checkpoint has been loaded yet."""
+        check_processes(self.accelerator)  # type: ignore[attr-defined]
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)  # type: ignore[attr-defined]
+        if wrapped is not None:
+            attach_deepspeed(wrapped.engine, None)
+        elif self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            inner = self.optimizer  # type: ignore[attr-defined]
+            while not hasattr(inner, "init_state") and isinstance(getattr(inner, "optimizer", None), Optimizer):
+                inner = inner.optimizer  # Accelerate's wrapper
+            if hasattr(inner, "init_state"):
+                inner.init_state()
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+
+class SAMTrainerMixin(ShardedTrainerMixin):
     """Gives a Trainer both passes of SAM: over the same micro-batches, with the same random numbers.
 
         class SAMTrainer(SAMTrainerMixin, transformers.Trainer): pass
@@ -24,7 +56,8 @@ class SAMTrainerMixin:
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
     overflows in either pass is skipped, as without SAM. A pass that raises leaves the weights as they were. Under
-    DeepSpeed the first perturbation raises ValueError, since Accelerate steps inside its backward pass.
+    DeepSpeed SAM raises ValueError, since Accelerate steps inside its backward pass. Does all that
+    `ShardedTrainerMixin` does.
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.

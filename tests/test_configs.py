@@ -19,6 +19,7 @@ from distopt import SAM, param_groups
 from distopt.engine import Engine
 from distopt.model import LanguageModel, blocks
 from tests.jobs import write_text
+from tests.pretrained import chats, write_lines, write_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
@@ -257,7 +258,7 @@ def source(choice: str, folder: Path) -> Path | None:
     return None
 
 
-@choices("data")
+@pytest.mark.parametrize("choice", sorted({*GROUPS["data"]} - {"chat"}))
 def test_every_data_source_gives_text(choice: str, tmp_path: Path) -> None:
     path = source(choice, tmp_path)
     where = [f"data.cache_dir={tmp_path / 'cache'}"] + ([] if path is None else [f"data.path={path}"])
@@ -270,6 +271,31 @@ def test_every_data_source_gives_text(choice: str, tmp_path: Path) -> None:
     if path is not None:
         with pytest.raises(ValueError, match="path"):
             made("data", choice).check()
+
+
+def test_examples_are_read_by_the_models_own_tokenizer(tmp_path: Path) -> None:
+    base, path = tmp_path / "base", write_lines(tmp_path / "chats.jsonl", chats(40))
+    write_tokenizer(base)
+    data = made("data", "chat", f"model.path={base}", f"data.path={path}", f"data.cache_dir={tmp_path / 'cache'}")
+    data.check()
+    corpus = data.build()
+    assert corpus.tokenizer == str(base) and corpus.vocab_size == 400
+    sequences = data.sequences(corpus, sequence_length=64, batch_size=4)
+    assert "<|user|>\nSay" in corpus.decode(sequences.batch(0).inputs[0])
+    with pytest.raises(ValueError, match=r"data\.path is not set"):
+        made("data", "chat").check()
+
+
+@choices("adapter")
+def test_every_adapter(choice: str) -> None:
+    adapter = made("adapter", choice)
+    assert (adapter is None or not adapter) == (choice == "none")
+    if choice == "lora":
+        model = LanguageModel("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 16})
+        empty = model.empty(model.describe(64))
+        files = adapter.add(empty, Path("base"))
+        trained = [name for name, p in empty.named_parameters() if p.requires_grad]
+        assert len(trained) == 2 * 4 and all("lora_" in name for name in trained) and set(files)
 
 
 @choices("experiment")

@@ -21,7 +21,8 @@ from tests.jobs import BIN, ENVIRONMENT, ROOT, launch
 from tests.test_attach import start, start_deepspeed, start_fsdp
 
 SCRIPT = ROOT / "examples" / "accelerate_script.py"
-EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path != SCRIPT]
+FINETUNE = SCRIPT.with_name("finetune.py")
+EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path not in (SCRIPT, FINETUNE)]
 
 
 def norms(out: str) -> list[float]:
@@ -107,3 +108,14 @@ def test_the_accelerate_script_under_accelerate_launch(tmp_path: Path) -> None:
     ended = launch(tmp_path, [str(SCRIPT), "3"], FSDP2)
     assert ended.code == 1
     assert "zero=3 was asked, Accelerate prepared DDP" in ended.err and "silently drops" in ended.err
+
+
+def test_a_model_is_fine_tuned_exported_and_answers(tmp_path: Path) -> None:
+    env = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, str(FINETUNE)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    answers = re.findall(r"^What is the capital of (\w+)\?  before: (.*)  after: '(.*)'$", done.stdout, re.MULTILINE)
+    assert [(country, after) for country, _, after in answers] == [("Japan", "Tokyo."), ("Peru", "Lima.")]
+    assert all(after not in before for _, before, after in answers)

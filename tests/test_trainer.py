@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch.nn.functional import cross_entropy
 
 import distopt
 from distopt.layout import local
-from distopt.trainer import SAMTrainerMixin
 from tests.distributed import run
-from tests.engines import CONFIGS, LENGTH, SEQUENCES, VOCABULARY
+from tests.engines import CONFIGS, SEQUENCES
+from tests.trainers import error, language_model, sequences, trainer, whole
 
 STEPS = 3
 # As in tests.test_engines: float32 sums over a batch in another order, which each step passes on.
@@ -26,68 +25,23 @@ TOLERANCE = 2e-5
 DROPOUT = CONFIGS["gpt2"] | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
 
 
-def sequences() -> Tensor:
-    numbers = torch.Generator().manual_seed(0)
-    return torch.randint(0, VOCABULARY, (STEPS * SEQUENCES, LENGTH), generator=numbers)
-
-
-def language_model(config: dict[str, Any]) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, **config))
-    model.loss_type = "ForCausalLM"
-    return model
-
-
 def trained(
     folder: Path, config: dict[str, Any] | nn.Module, accumulation: int, fsdp2: bool = False, **options: Any
 ) -> list[Tensor]:
     """The parameters after a Trainer has gone over the data once, in batches of `SEQUENCES` over all ranks."""
-    from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
-    from transformers import Trainer, TrainingArguments
-
-    class SAMTrainer(SAMTrainerMixin, Trainer):
-        def create_accelerator_and_postprocess(self) -> None:
-            """On the CPU Accelerate 1.15 silently drops FSDP, which is real here."""
-            super().create_accelerator_and_postprocess()
-            if fsdp2:
-                plugin = FullyShardedDataParallelPlugin(
-                    fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", cpu_ram_efficient_loading=False
-                )
-                for state in (self.accelerator.state.__dict__, PartialState._shared_state):
-                    state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-                self.is_fsdp_enabled = True
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    os.environ.update(ACCELERATE_USE_CPU="true", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # asked for, not used
-    args = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=SEQUENCES // world // accumulation,
+    made = trainer(
+        folder,
+        "fsdp2_full" if fsdp2 else "ddp",
+        STEPS,
+        options,
+        config,
         gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        max_grad_norm=1.0,
-        lr_scheduler_type="linear",
-        use_cpu=True,
-        seed=3,
         train_sampling_strategy="sequential",
-        ddp_find_unused_parameters=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=100,
+        lr_scheduler_type="linear",
     )
-    data = [{"input_ids": row, "labels": row} for row in sequences()]
-    model = language_model(config) if isinstance(config, dict) else config
-    trainer = SAMTrainer(model, args, train_dataset=data, **options)
-    trainer.train()
-    params = list(trainer.model_wrapped.parameters())
-    assert all(isinstance(p, DTensor) for p in params) == fsdp2
-    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for p in params]
+    made.train()
+    assert all(isinstance(p, DTensor) for p in made.model_wrapped.parameters()) == fsdp2
+    return whole(made)
 
 
 def by_hand(rho: float, make: Any) -> list[Tensor]:
@@ -105,7 +59,7 @@ def by_hand(rho: float, make: Any) -> list[Tensor]:
         return [p.grad.clone() for p in params]
 
     rate = optimizer.param_groups[0]["lr"]
-    for step, batch in enumerate(sequences().split(SEQUENCES)):
+    for step, batch in enumerate(sequences(STEPS).split(SEQUENCES)):
         before = [p.detach().clone() for p in params]
         first = gradient(batch)
         norm = torch.stack([g.norm() for g in first]).norm()
@@ -127,10 +81,6 @@ def on_ranks(
     folder: Path, config: dict[str, Any], accumulation: int, options: dict[str, Any], fsdp2: bool = False
 ) -> list[Tensor]:
     return trained(folder / str(dist.get_rank()), config, accumulation, fsdp2, **options)
-
-
-def error(ours: list[Tensor], expected: list[Tensor]) -> float:
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, expected, strict=True))
 
 
 SGD = {"optimizer_cls_and_kwargs": (distopt.SGD, {"lr": 0.3, "momentum": 0.9})}
@@ -188,11 +138,11 @@ def stopped(folder: Path, member: Any, fsdp2: bool) -> tuple[bool, float, float]
     same = [torch.equal(local(p), b) for p, b in zip(models[0].parameters(), seen[-1], strict=True)]
     calls += [None] * 100
     plain = language_model(CONFIGS["gpt2"])
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in models[0].parameters()]
+    held = [p.full_tensor() if isinstance(p, DTensor) else p for p in models[0].parameters()]
     with torch.no_grad():
-        for p, value in zip(plain.parameters(), whole, strict=True):
+        for p, value in zip(plain.parameters(), held, strict=True):
             p.copy_(value)
-        batch = sequences()[:SEQUENCES]
+        batch = sequences(STEPS)[:SEQUENCES]
         losses = [m.eval()(batch, labels=batch).loss.item() for m in (models[0], plain)]
     return len(seen) == 2 and all(same), *losses
 

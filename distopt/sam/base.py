@@ -219,9 +219,11 @@ class SAM(torch.optim.Optimizer):
             self.param_groups[0]["sam_steps"] = self.param_groups[0].get("sam_steps", 0) + 1
 
     def init_state(self) -> None:
-        """Makes the state that checkpoints hold, the optimizer's and our own, where it is not there yet."""
+        """Makes what checkpoints hold, the optimizer's state and our own, where it is not there yet."""
         if hasattr(self.optimizer, "init_state"):
             self.optimizer.init_state()
+        if self.interval > 1:  # torch's checkpoints fill only what is there
+            self.param_groups[0].setdefault("sam_steps", 0)
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not hasattr(self.optimizer, "init_state"):  # torch's make their state where a parameter has none at all
             params = [p for p in params if self.state.get(p)]

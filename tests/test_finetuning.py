@@ -1,0 +1,180 @@
+"""Fine-tuning by the command line: a small pretrained model is taught, exported, and says what it was taught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distopt.export import export
+from tests import jobs
+from tests.jobs import metrics
+from tests.pretrained import WORDS, chats, pairs, write_lines, write_model, write_tokenizer
+from tests.test_export import PROMPT, keep_logits
+
+
+def overrides(**changes: str | None) -> list[str]:
+    """The words of a short fine-tuning, changed; None leaves a word out."""
+    words: dict[str, str | None] = {
+        "experiment": "finetune",
+        "model.path": "base",
+        "data.path": "chats.jsonl",
+        "data.cache_dir": "cache",
+        "train.sequence_length": "64",
+        "train.steps": "80",
+        "optimizer.lr": "1e-2",
+        "evaluation.every": "40",
+        "evaluation.sample_tokens": "8",
+        "checkpoint.every": "40",
+        "trackers": "[]",
+    }
+    words |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{name}={value}" for name, value in words.items() if value is not None]
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetuning")
+    write_model(folder / "base")
+    write_lines(folder / "chats.jsonl", chats())
+    write_lines(folder / "pairs.jsonl", pairs())
+    return folder
+
+
+def finetune(cwd: Path, world: int = 1, **changes: str | None) -> list[jobs.Ended]:
+    ended = jobs.run(cwd, overrides(**changes), world)
+    assert [rank.code for rank in ended] == [0] * world, "\n".join(rank.err for rank in ended)
+    return ended
+
+
+def answers(folder: Path | str, chat: bool) -> dict[str, str]:
+    """What a model says greedily when it is asked for each word, loaded as anyone would."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    said = {}
+    for word in WORDS:
+        text = f"Say {word} 2 times"
+        if chat:
+            tokens = tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            tokens = tokenizer(text + ":", return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            out = model.generate(**tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        said[word] = tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return said
+
+
+TAUGHT = {word: f"{word} {word}" for word in WORDS}
+# engine, processes, what else
+RUNS: dict[str, tuple[int, dict[str, str | None]]] = {
+    "full": (2, {"engine": "fsdp2", "train__micro_batch_size": "4"}),
+    "pairs": (
+        1,
+        {
+            "data__path": "pairs.jsonl",
+            "data__packing": "false",
+            "optimizer": "lamb",
+            "optimizer__lr": "5e-2",
+            "sam": "on",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "world", "changes"), [(name, *run) for name, run in RUNS.items()], ids=RUNS)
+def test_a_model_says_what_it_was_taught(cwd: Path, name: str, world: int, changes: dict[str, str | None]) -> None:
+    out = finetune(cwd, world, name=name, **changes)[0].out
+    losses = [row["validation_loss"] for row in metrics(cwd / "runs" / name) if "validation_loss" in row]
+    assert losses[0] > 5.0 and losses[-1] < 0.3, losses
+    assert ("packed 1" in out and "train examples into" in out) == (name == "full")
+    assert "Say " in out.split("sample:")[1]  # the first held-out example's prompt
+    export(cwd / "runs" / name, cwd / f"{name} out")
+    before = answers(cwd / "base", name == "full")
+    assert all(before[word] != TAUGHT[word] for word in WORDS)
+    assert answers(cwd / f"{name} out", name == "full") == TAUGHT
+
+
+@pytest.fixture(scope="module")
+def lora(cwd: Path) -> Path:
+    """A model that was pretrained on the task's half, adapted: the run's folder."""
+    finetune(cwd, name="pretrain", train__steps="20", checkpoint__every="20")
+    export(cwd / "runs" / "pretrain", cwd / "half")
+    changes = {"adapter": "lora", "adapter.r": "4", "adapter.dropout": "0.1", "train.steps": "60"}
+    words = overrides(name="lora", model__path="half", engine="fsdp2", **changes)
+    ended = jobs.run(cwd, words, 2, keep_logits, str(cwd / "lora.pt"))
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    return cwd / "runs" / "lora"
+
+
+def test_lora_is_merged_or_stands_by_itself(cwd: Path, lora: Path) -> None:
+    """The merged weights, and the adapter on the pretrained ones, give the logits of the trained model."""
+    from transformers import AutoModelForCausalLM
+
+    losses = [row["validation_loss"] for row in metrics(lora) if "validation_loss" in row]
+    assert losses[-1] < 0.95 * losses[0]
+    export(lora, cwd / "merged")
+    said = export(lora, cwd / "adapter", adapter_only=True)
+    assert "0.01M parameters" in said
+    assert {path.name for path in (cwd / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (cwd / "merged" / "adapter_config.json").exists()
+    assert json.loads((cwd / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        cwd / "half"
+    )
+    trained = torch.load(cwd / "lora.pt")
+    for folder in ("merged", "adapter"):
+        model = AutoModelForCausalLM.from_pretrained(cwd / folder).eval()
+        with torch.no_grad():
+            logits = model(input_ids=PROMPT).logits
+        assert (logits - trained).abs().max() < 1e-4 * trained.abs().max(), folder  # float32, added in another order
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(cwd / "half").eval()(input_ids=PROMPT).logits
+    assert (base - trained).abs().max() > 0.05 * trained.abs().max()
+
+
+def test_a_run_without_an_adapter_has_none_to_export(cwd: Path, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no adapter: export it without --adapter"):
+        export(cwd / "runs" / "pretrain", tmp_path / "out", adapter_only=True)
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_bit_for_bit_and_not_with_another_adapter(cwd: Path) -> None:
+    same = {"adapter": "lora", "adapter__dropout": "0.2", "engine": "zero1", "train__micro_batch_size": "2"}
+    short = {"schedule": "constant", "schedule__warmup_steps": "0", "checkpoint__every": "4"}
+    finetune(cwd, 2, name="unbroken", train__steps="8", **same, **short)
+    finetune(cwd, 2, name="broken", train__steps="4", **same, **short)
+    again = {"name": "broken", "train__steps": "8", "train__resume": "auto", **same, **short}
+    (ended,) = jobs.run(cwd, overrides(**{**again, "adapter__alpha": "7"}))
+    assert ended.code == 1 and "was trained with adapter {'r': 16, 'alpha': 32" in ended.err
+    finetune(cwd, 2, **again)
+    rows = [[row["loss"] for row in metrics(cwd / "runs" / name) if "loss" in row] for name in ("broken", "unbroken")]
+    assert len(rows[0]) == 8 and rows[0] == rows[1]
+
+
+REFUSED: dict[str, tuple[str, ...]] = {
+    "data.path=null": ("data.path is not set: give data.path=",),
+    "data.path=bad.jsonl": ("bad.jsonl:2 has an unknown field 'text'",),
+    "data.tokenizer=plain": ("chats.jsonl:1 has messages", "no chat template", "save it"),
+    "train.sequence_length=8 data.path=bad.jsonl": ("bad.jsonl:2",),
+    "train.sequence_length=200": ("train.sequence_length=200 is longer than the model's 128 positions",),
+    "adapter=lora adapter.r=0": ("adapter.r must be an integer >= 1, got 0",),
+    "adapter=lora adapter.dropout=1": ("adapter.dropout must be a number in [0, 1), got 1",),
+    "adapter=lora adapter.target_modules=[qq]": ("adapter.target_modules=['qq']", "not found"),
+    "adapter=lora model.path=null data.path=pairs.jsonl": ("adapter=lora adapts a pretrained model: give model.path=",),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED.items(), ids=REFUSED)
+def test_bad_input_is_one_line(cwd: Path, words: str, expected: tuple[str, ...]) -> None:
+    write_lines(cwd / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"text": "c"}])
+    if not (cwd / "plain").is_dir():
+        write_tokenizer(cwd / "plain", None)
+    (ended,) = jobs.run(cwd, [*overrides(), *words.split()])
+    assert (ended.code, ended.out) == (1, "")
+    (line,) = ended.err.strip().splitlines()
+    assert line.startswith("distopt: error: ")
+    assert [part for part in expected if part not in line] == []
