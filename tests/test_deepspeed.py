@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 import distopt
 from distopt import layout
+from distopt.bench.collectives import Collectives
 from distopt.engine import DeepSpeed
 from distopt.step import update
-from tests.distributed import Collectives, RankError, run
+from tests.distributed import RankError, run
 from tests.engines import full
 from tests.optimizers import ROWS, distance, named
 from tests.sharded import whole
