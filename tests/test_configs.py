@@ -46,7 +46,9 @@ def choices(group: str) -> pytest.MarkDecorator:
 
 def test_every_file_is_in_a_group() -> None:
     files = {file.relative_to(CONF).as_posix() for file in CONF.rglob("*") if file.is_file()}
-    assert files == {"train.yaml"} | {f"{group}/{choice}.yaml" for group, names in GROUPS.items() for choice in names}
+    assert files == {"train.yaml", "plan.yaml"} | {
+        f"{group}/{choice}.yaml" for group, names in GROUPS.items() for choice in names
+    }
     assert set(GROUPS) >= {"data", "engine", "experiment", "model", "optimizer", "sam", "schedule"}
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.clip import clip_grad_norm_
+from distopt.engine.footprint import Collective, Footprint, Units
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -153,6 +154,14 @@ class Engine:
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model as `transformers` made it."""
         return model
+
+    def footprint(self, units: Units, world: int) -> Footprint:
+        """What the rank that holds most holds of a model of these layers, in bytes."""
+        raise NotImplementedError
+
+    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
+        """The collectives of a step of that many forward and backward passes, but for the norms' few numbers."""
+        raise NotImplementedError
 
     def _checkpoint_activations(self, model: nn.Module) -> None:
         if self.activation_checkpointing:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.engine.base import Engine, check_switch
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
 
 
 class DDP(Engine):
@@ -56,3 +57,12 @@ class DDP(Engine):
     def unwrap(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, DistributedDataParallel)
         return model.module
+
+    def footprint(self, units: Units, world: int) -> Footprint:
+        layers = every_layer(units)
+        state = sum(4 * layer.slots * layer.numel for layer in layers)
+        fresh = 4 * max((layer.numel for layer in layers if layer.trained), default=0)  # not yet in its bucket
+        return Footprint(4 * numel(layers), 4 * numel(layers, trained=True), state, fresh)
+
+    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
+        return [Collective("all_reduce", 4 * numel(every_layer(units), trained=True), world, 1, "backward")]

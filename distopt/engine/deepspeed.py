@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distopt import layout
 from distopt.engine.base import Engine, check_switch
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
 from distopt.sam import SAM
 
 
@@ -164,6 +165,33 @@ class DeepSpeed(Engine):
 
     def unwrap(self, model: Any) -> nn.Module:
         return getattr(model, "module", model)
+
+    def footprint(self, units: Units, world: int) -> Footprint:
+        layers, width = every_layer(units), 2 if self.bf16 else 4
+        part, whole = -(-numel(layers, trained=True) // world), numel(layers)
+        low = width * (-(-whole // world) if self.stage == 3 else whole)
+        masters = 4 * part
+        state = sum(4 * layer.slots * -(-layer.numel // world) for layer in layers)
+        gradients = width * (whole if self.stage == 1 else part) + (4 * part if self.bf16 else 0)
+        block = max((numel(unit) for unit in units), default=0)
+        if self.offload:
+            masters, state = 0, 0
+        whole = 4 * width * block if self.stage > 1 else 0
+        return Footprint(low + masters, gradients, state, whole, whole)
+
+    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
+        width, layers = 2 if self.bf16 else 4, every_layer(units)
+        size, trained = width * numel(layers), width * numel(layers, trained=True)
+        if self.stage == 3:
+            return [
+                Collective("all_gather", size, world, passes, "forward"),
+                Collective("all_gather", size, world, passes, "backward"),
+                Collective("reduce_scatter", trained, world, passes, "backward"),
+            ]
+        return [
+            Collective("reduce_scatter", trained, world, 1 if self.stage == 1 else passes, "backward"),
+            Collective("all_gather", trained, world, 1, "step"),
+        ]
 
     def _config(self, accumulation: int, max_grad_norm: float) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distopt.engine.base import Engine, check_switch
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
 from distopt.sam import SAM
 
 
@@ -90,6 +91,39 @@ class FSDP2(Engine):
 
     def give_up(self, model: nn.Module) -> None:
         leave_pass(model)
+
+    def footprint(self, units: Units, world: int) -> Footprint:
+        ranks, width = world // self.replicas, 2 if self.bf16 else 4
+        layers, (*inner, root) = every_layer(units), units
+        block = max((numel(unit) for unit in inner), default=0)
+        # What lies outside of the blocks stays. Later its gradients are whole too, until the end of the backward pass;
+        # one block is gathered ahead, and the gradients of another are whole, and in the buffer that is reduced.
+        outside = width * (numel(root) + (0 if self.reshard_after_forward else sum(map(numel, inner))))
+        whole = outside + width * numel(root) + (width * (1 + 2 * self.reshard_after_forward) + 4) * block
+        return Footprint(
+            parameters=sum(4 * layer.rows(ranks) for layer in layers),
+            gradients=sum(4 * layer.rows(ranks) for layer in layers if layer.trained),
+            state=sum(4 * layer.slots * layer.rows(ranks) for layer in layers),
+            gathered=whole,
+            outside=outside,
+            early=False,
+        )
+
+    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
+        ranks, width = world // self.replicas, 2 if self.bf16 else 4
+        layers, inner = every_layer(units), units[:-1]
+        reduced = passes if self.sync_each_batch else 1
+        sent = [
+            Collective("all_gather", width * numel(layers), ranks, passes, "forward"),
+            Collective("reduce_scatter", 4 * numel(layers, trained=True), ranks, reduced, "backward"),
+        ]
+        if self.reshard_after_forward:
+            again = width * sum(map(numel, inner))
+            sent.append(Collective("all_gather", again, ranks, passes, "backward"))
+        if self.replicas > 1:
+            shards = sum(4 * layer.rows(ranks) for layer in layers if layer.trained)
+            sent.append(Collective("all_reduce", shards, self.replicas, reduced, "backward", across=True))
+        return sent
 
 
 def leave_pass(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from distopt import layout
 from distopt.engine.ddp import DDP
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -65,3 +67,14 @@ class Zero1(DDP):
         if self._layout is not None:
             self._layout.wait()
         return super().unwrap(model)
+
+    def footprint(self, units: Units, world: int) -> Footprint:
+        state = sum(4 * layer.slots * layer.rows(world) for layer in every_layer(units))
+        return replace(super().footprint(units, world), state=state)
+
+    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
+        size = 4 * numel(every_layer(units), trained=True)
+        return [
+            Collective("reduce_scatter", size, world, 1, "backward"),
+            Collective("all_gather", size, world, 1, "step"),
+        ]
