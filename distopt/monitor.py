@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every layer, now and then
+RUN = "run.json"  # the command that starts the run, and the choices of its configuration
 
 
 class Monitor:
@@ -40,10 +42,11 @@ class Monitor:
             return
         from tqdm import tqdm
 
-        self.path = folder / METRICS
-        kept = _forget_after(self.path, first_step)
+        self.layers = folder / LAYERS
+        _forget_after(self.layers, first_step)
+        kept = _forget_after(folder / METRICS, first_step)
         self.skipped = next((row["skipped"] for row in reversed(kept) if "skipped" in row), 0)
-        self.file = self.path.open("a")
+        self.file = (folder / METRICS).open("a")
         self.bar = tqdm(
             initial=first_step,
             total=steps,
@@ -93,6 +96,12 @@ class Monitor:
             self.file.flush()
             self.track(metrics, self.done)
 
+    def write_layers(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """One line of layers.jsonl: for each quantity its value by the layer's name."""
+        if self.main and values:
+            with self.layers.open("a") as file:
+                file.write(json.dumps({"step": self.done, **values}) + "\n")
+
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if self.main:
@@ -106,10 +115,14 @@ class Monitor:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a killed process left half-written is dropped."""
-    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).is_file() else []
+    """The lines of a run's metrics.jsonl."""
+    return read_lines(folder / METRICS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, none if there is no file; a last line that was not written to its end is dropped."""
     rows = []
-    for line in lines:
+    for line in file.read_text().splitlines() if file.is_file() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -166,8 +179,8 @@ def _smooth(steps: list[int], values: list[float], weight: float = 0.9) -> tuple
 
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """A resumed run writes the steps after its checkpoint again, and the validation there: what stood there goes."""
-    rows = read_metrics(path.parent) if step else []
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "loss" in row)]
+    rows = read_lines(path) if step else []
+    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "validation_loss" not in row)]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
     aside.replace(path)

@@ -1,0 +1,25 @@
+"""The entry point of the command line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distopt.errors import one_line_errors
+from distopt.report.page import write_report
+
+
+def main() -> None:
+    """Writes the report and says where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distopt.report", description="A page and pictures of a sweep, or of any folder of runs."
+    )
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="a run, a sweep, or a folder of them (runs/)")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: RUNS/report)")
+    args = parser.parse_args()
+    with one_line_errors():
+        print(f"report: {write_report(args.runs, args.out or args.runs / 'report')}")
+
+
+if __name__ == "__main__":
+    main()

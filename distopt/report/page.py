@@ -1,0 +1,39 @@
+"""The page: one HTML file that needs no other, and the pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from pathlib import Path
+
+from distopt.report.pictures import draw
+from distopt.report.runs import differing, find_runs, grouped
+
+
+def write_report(folder: Path, out: Path) -> Path:
+    """Writes `report.html` and its pictures for all runs at or below a folder; returns the page's path.
+
+    Raises ValueError if there is no run.
+    """
+    from jinja2 import Environment
+
+    runs = find_runs(folder)
+    groups = grouped(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = draw(out, groups)
+    template = Environment(autoescape=True, trim_blocks=True).from_string(
+        Path(__file__).with_name("page.html").read_text()
+    )
+    page = out / "report.html"
+    page.write_text(
+        template.render(
+            title=f"distopt: {folder.resolve().name}",
+            runs=runs,
+            groups=groups,
+            keys=differing([run.config for run in runs]),
+            unfinished=sum(run.train[-1]["step"] < run.config.get("train.steps", 0) for run in runs),
+            pictures={name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
+            number=lambda value: "" if value is None or math.isnan(value) else f"{value:.4f}",
+        )
+    )
+    return page

@@ -1,0 +1,145 @@
+"""The pictures of a report, as PNG files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distopt.report.runs import Group, Run
+
+_MANY = 12  # groups that a legend can name; the best of more are drawn in color
+_AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
+
+
+def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
+    """Draws what these runs have data for into a folder; the files by what they show."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn: dict[str, Path] = {}
+    for axis, label in _AXES.items():
+        drawn[f"Loss by {label}"] = _save(
+            folder / f"loss_by_{axis}.png", lambda ax, axis=axis: _curves(ax, groups, axis)
+        )
+    if len({run.lr for group in groups for run in group.runs}) > 1:
+        drawn["Learning rate and final loss"] = _save(folder / "lr.png", lambda ax: _by_lr(ax, groups))
+    drawn["Gradient norm"] = _save(folder / "grad_norm.png", lambda ax: _norms(ax, groups))
+    best = next((run for group in groups for run in group.runs if run.layers), None)
+    for key, title in (("grad_norm", "Gradient norm of each layer"), ("trust_ratio", "Trust ratio of each layer")):
+        shown = (
+            best
+            if key == "grad_norm"
+            else next((run for group in groups for run in group.runs if any(row.get(key) for row in run.layers)), None)
+        )
+        if shown is not None:
+            name = f"{title}: {shown.name}"
+            drawn[name] = _save(folder / f"layers_{key}.png", lambda ax, run=shown, key=key: _layers(ax, run, key))
+    return drawn
+
+
+def _save(file: Path, fill: Callable[[Any], None]) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    fill(axis)
+    axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+def _curves(axis: Any, groups: Sequence[Group], by: str) -> None:
+    for number, group in enumerate(groups):
+        color, label = _color(number), group.label
+        for run in group.runs:
+            axis.plot(
+                [row[by] for row in run.train],
+                _smooth([row["loss"] for row in run.train]),
+                color=color,
+                alpha=0.3,
+                lw=0.8,
+            )
+            points = [row[by] for row in run.validation], [row["validation_loss"] for row in run.validation]
+            axis.plot(*points, "o-", color=color, ms=3, label=label)
+            label = None
+    axis.set_xlabel(_AXES[by])
+    axis.set_ylabel("loss, nats a token (line: train, dots: validation)")
+    _bound(axis, [row["loss"] for group in groups for run in group.runs for row in run.train])
+    _legend(axis, len(groups))
+
+
+def _by_lr(axis: Any, groups: Sequence[Group]) -> None:
+    points: dict[str, dict[float, list[float]]] = {}
+    for group in groups:
+        for run in group.runs:
+            points.setdefault(run.optimizer, {}).setdefault(run.lr, []).append(run.final)
+    finals = []
+    for number, (optimizer, found) in enumerate(points.items()):
+        rates = sorted(found)
+        medians = [sorted(found[lr])[len(found[lr]) // 2] for lr in rates]
+        finals += medians
+        axis.plot(rates, medians, "o-", color=_color(number), label=optimizer)
+    axis.set_xscale("log")
+    axis.set_xlabel("largest learning rate")
+    axis.set_ylabel("final validation loss, nats a token")
+    _bound(axis, finals)
+    _legend(axis, len(points))
+
+
+def _norms(axis: Any, groups: Sequence[Group]) -> None:
+    for number, group in enumerate(groups):
+        for i, run in enumerate(group.runs):
+            steps, norms = [row["step"] for row in run.train], [row["grad_norm"] for row in run.train]
+            axis.plot(steps, norms, color=_color(number), lw=0.8, alpha=0.8, label=None if i else group.label)
+    axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("gradient norm before clipping")
+    _legend(axis, len(groups))
+
+
+def _layers(axis: Any, run: Run, key: str) -> None:
+    from matplotlib.colors import LogNorm
+
+    rows = [row for row in run.layers if row.get(key)]
+    names = list(rows[0][key])
+    values = [[row[key].get(name) or math.nan for row in rows] for name in names]
+    positive = [v for line in values for v in line if v == v and 0 < v < math.inf]
+    norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
+    image = axis.imshow(values, aspect="auto", interpolation="nearest", norm=norm, cmap="viridis")
+    axis.figure.colorbar(image, ax=axis, label=key.replace("_", " "))
+    every = max(1, len(names) // 40)
+    axis.set_yticks(range(0, len(names), every), names[::every], fontsize=6)
+    some = range(0, len(rows), max(1, len(rows) // 10))
+    axis.set_xticks(some, [rows[i]["step"] for i in some])
+    axis.set_xlabel("step")
+    axis.figure.set_size_inches(9, max(5.5, 0.13 * min(len(names), 40) + 2))
+
+
+def _bound(axis: Any, values: Sequence[float]) -> None:
+    """A run that diverged does not press the others into a line."""
+    finite = sorted(v for v in values if math.isfinite(v))
+    if finite:
+        low, high = finite[0], finite[int(0.98 * (len(finite) - 1))]
+        axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+
+
+def _legend(axis: Any, count: int) -> None:
+    if count <= 2 * _MANY:
+        axis.legend(fontsize=7)
+
+
+def _color(number: int) -> str:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](number % 20) if number < _MANY else "lightgray"
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    smooth, average, total = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
+        smooth.append(average / total if total else math.nan)
+    return smooth
