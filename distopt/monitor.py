@@ -179,6 +179,8 @@ def _smooth(steps: list[int], values: list[float], weight: float = 0.9) -> tuple
 
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """A resumed run writes the steps after its checkpoint again, and the validation there: what stood there goes."""
+    if not path.is_file():
+        return []
     rows = read_lines(path) if step else []
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "validation_loss" not in row)]
     aside = path.with_suffix(".tmp")
