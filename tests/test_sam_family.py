@@ -882,7 +882,7 @@ def test_rounding_is_measured_and_told_once(how: str, rho: float, warns: bool) -
     moved = flat((p + e.view_as(p).to(p.dtype)).to(low) for p, e in zip(params, meant.split([12000, 77])))
     seen = moved - flat(p.to(low) for p in params)
     share, cosine = seen @ meant / meant.square().sum(), seen @ meant / (seen.norm() * meant.norm()).clamp(min=1e-30)
-    assert bool(share < 0.9 or cosine < 0.3) == warns
+    assert bool(share < 0.9 or cosine < 0.4) == warns
     for step in range(3):
         for p, g in zip(params, grads):
             p.grad = torch.zeros_like(g) if step == 0 else g.clone()  # nothing to be measured by at first

@@ -13,7 +13,7 @@ from distopt.layout import ShardLayout
 
 # The least that goes without a warning: below them the gradient changes by more than a tenth less or more than it
 # should (`python -m distopt.bench rounding`).
-_SHARE, _COSINE = 0.9, 0.3
+_SHARE, _COSINE = 0.9, 0.4
 
 
 def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tensor]) -> None:
@@ -59,7 +59,7 @@ def warn_of_rounding(
         cosine = seen . e / (|seen| |e|)  how much of what is seen is that, and not rounding
 
     Rounding float32 weights to 16 bits adds noise, which lowers the cosine and leaves the share: the gradient moves as
-    it should down to a cosine of 0.3. Every rank has to call it; it does nothing where weights have, and are computed
+    it should down to a cosine of 0.4. Every rank has to call it; it does nothing where weights have, and are computed
     with in, 32 bits. Returns whether there was something to measure: a first perturbation may be none, or not finite.
     """
     low = [dtype if dtype is not None and dtype.itemsize < w.element_size() else w.dtype for w in after]
