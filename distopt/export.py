@@ -74,7 +74,7 @@ def export(
     finally:
         shutil.rmtree(half, ignore_errors=True)
     counted = [p for p in model.parameters() if p.requires_grad or not adapter_only]
-    size = f"{sum(p.numel() for p in counted) / 1e6:,.2f}M parameters in {counted[0].dtype}"
+    size = f"{sum(p.numel() for p in counted) / 1e6:,.2f}M parameters in {str(dtype).removeprefix('torch.')}"
     how = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), the tokenizer by {tokenizer}"
     return f"wrote {out} from {folder.name}: {size}; load it by {how}"
 
