@@ -122,6 +122,10 @@ class ShardLayout:
         """Local tensors that change when every rank moves its `weights` and publishes them."""
         return self.weights(owners)
 
+    def within(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
+        """Of copies of what is `touched`, the views that are in the places of `weights`."""
+        return list(touched)
+
     def publish(self, owners: Iterable[Tensor]) -> None:
         """After weights moved: gives the other ranks what they hold copies of. Every rank has to call it."""
 

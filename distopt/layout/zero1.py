@@ -51,6 +51,9 @@ class Zero1Layout(ShardLayout):
     def touched(self, owners: Iterable[Tensor]) -> list[Tensor]:
         return [p.detach() for p in owners]
 
+    def within(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
+        return [shard for p, copy in zip(owners, touched) for shard in self.split(p, copy)]
+
     def zeros(self, owner: Tensor) -> Tensor:
         return self._sharded(owner, torch.zeros_like(self.split(owner, owner.detach())[0], dtype=_wide(owner.dtype)))
 

@@ -156,13 +156,14 @@ class SAM(torch.optim.Optimizer):
         (norms,) = layout.norms(layers, measured)
         total = torch.linalg.vector_norm(norms)
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
-        perturbed.copies = [(t, t.clone()) for t in (*layout.touched(owners), *buffers)]
-        before = weights if self._measured else [w.clone() for w in weights]
+        touched = layout.touched(owners)
+        perturbed.copies = [(t, t.clone()) for t in (*touched, *buffers)]
         factors = self._factors(layout, owners, total)
         perturb_(weights, directions, factors)
         layout.publish(owners)
         if not self._measured:
             self._measured = True  # also where the warning is an error
+            before = layout.within(owners, [copy for _, copy in perturbed.copies[: len(touched)]])
             moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
             self._measured = warn_of_rounding(layout, layers, before, weights, moves, self.compute_dtype)
         return total
