@@ -33,6 +33,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._inferred: ShardLayout | None = None
         self._given: list[weakref.ref[Tensor]] = []
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._ratios: list[tuple[list[int], Tensor]] = []  # of the last step, by layer
         super().__init__(params, defaults)
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -86,6 +87,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_capture()
         layout = self.layout
+        self._ratios = []
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
@@ -101,9 +103,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ratios = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
             for move in trusted:
                 bounds = move.group["trust_clip"]
-                move.apply(ratios if bounds is None else ratios.clamp(*bounds))
+                factors = ratios if bounds is None else ratios.clamp(*bounds)
+                move.apply(factors)
+                self._ratios.append((move.layers, factors))
         self._publish(layout, [p for held in owners for p in held])
         return loss
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """The trust ratio of each layer in the last step, by parameter: of those that this rank holds a part of."""
+        params = self.layout.params
+        return {params[layer]: ratios[layer] for layers, ratios in self._ratios for layer in layers}
 
     def trusts(self, group: dict[str, Any]) -> bool:
         """Whether the trust ratio multiplies the group's directions."""
@@ -156,7 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 raise ValueError("the state dict has amsgrad=True, which distopt has not: its update would differ")
         super().__setstate__(state)
         given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
-        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {})):
+        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {}), ("_ratios", [])):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
             group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distopt.checkpoint import latest_checkpoint
-from distopt.monitor import METRICS
+from distopt.monitor import METRICS, RUN
 
 
 def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
@@ -66,6 +67,19 @@ def command(overrides: Sequence[str], processes: int, **changes: str) -> str:
     local = Path("launch/local.yaml")
     where = ["--config_file", str(local)] if local.is_file() else ["--multi_gpu", "--main_process_port", "0"]
     return shlex.join([program("accelerate"), "launch", *where, "--num_processes", str(processes), *words])
+
+
+def elsewhere(folder: Path, name: str) -> dict[str, str]:
+    """What lets a command find a folder that is not that of its run's name: a sweep's, or one asked for."""
+    if folder == Path("runs", name).absolute():
+        return {}
+    return {"hydra__mode": "RUN", "hydra__run__dir": f"'{folder}'"}
+
+
+def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
+    """Writes the command that starts this run, and the choices of its configuration, for `distopt.report`."""
+    chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
 
 
 def printable(text: str) -> str:

@@ -20,6 +20,7 @@ from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
 from distopt.clip import grad_norms
+from distopt.diagnostics import by_layer
 from distopt.engine import Engine
 from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
@@ -77,7 +78,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     if adapter:
         files |= adapter.add(empty, language_model.path)
     model = engine.build(empty, blocks(empty), lambda unit, where: language_model.fill(empty, unit, where), device)
-    optimizer = make_optimizer(make_groups(engine.unwrap(model)))
+    optimizer = make_optimizer(make_groups(engine.unwrap(model)), lr=cfg.optimizer.lr * cfg.lr_scale)
     schedule = make_schedule(optimizer, total_steps=options.steps)
     stepper = make_sam(optimizer) if make_sam else optimizer
     if make_sam and engine.bf16:
@@ -99,6 +100,9 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     moved = ranks.on_first(lambda: runs.open_folder(folder, checkpoint))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        hydra_cfg = HydraConfig.get()
+        command = runs.command(hydra_cfg.overrides.task, world, **runs.elsewhere(folder, str(cfg.name)))
+        runs.write_about(folder, command, hydra_cfg.runtime.choices)
     accelerator.project_configuration.set_directories(str(folder / "logs"))
     accelerator.init_trackers("distopt", init_kwargs={"wandb": {"name": folder.name}})
     tokens = options.batch_size * options.sequence_length
@@ -131,6 +135,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
             raise ValueError(blame(engine.unwrap(model), optimizer, step, monitor.skipped_in_a_row))
         stopping = asked > 0 and step < options.steps
         if (step % cfg.evaluation.every == 0 and not stopping) or step == options.steps:
+            clipped = min(1.0, max_norm / done.grad_norm) if done.grad_norm else 1.0
+            monitor.write_layers(by_layer(engine.unwrap(model), stepper, clipped))
             after = evaluate()
         if step % cfg.checkpoint.every == 0 or step == options.steps or stopping:
             extra = {"step": step, **identity}
@@ -149,11 +155,9 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     length = min(cfg.evaluation.sample_tokens, positions - len(prompt))
     written = sample(engine, model, prompt, length, cfg.seed, device) if length > 0 else prompt
     if accelerator.is_main_process:
-        overrides = HydraConfig.get().overrides.task
         changes = {"train__resume": "auto", "train__steps": str(2 * options.steps)}
-        if folder != Path("runs", str(cfg.name)).absolute():  # a sweep's job, or hydra.run.dir
-            changes["hydra__run__dir"] = f"'{folder}'"
-        resume = runs.command(overrides, world, **changes)
+        changes |= runs.elsewhere(folder, str(cfg.name))
+        resume = runs.command(HydraConfig.get().overrides.task, world, **changes)
         bits = [loss / math.log(2) / corpus.bytes_per_token for loss in (before, after)]
         print(f"\nsample: {runs.printable(corpus.decode(written))}\n")
         print(f"validation loss: {before:.4f} -> {after:.4f} nats a token, {bits[0]:.4f} -> {bits[1]:.4f} bits a byte")
@@ -200,7 +204,7 @@ def check_options(cfg: DictConfig) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be an integer >= {low}{' or null' * (name in NULLABLE)}, got {value!r}")
-    for name in ("train.max_grad_norm", "train.timeout_minutes"):
+    for name in ("train.max_grad_norm", "train.timeout_minutes", "lr_scale"):
         value = OmegaConf.select(cfg, name)
         if value is None and name in NULLABLE:
             continue

@@ -84,5 +84,6 @@ class LARS(SGD):
         ratios = torch.where((weight > 0) & (gradient > 0), ratios, 1.0)
         if group["trust_clip"] is not None:
             ratios = ratios.clamp(*group["trust_clip"])
+        self._ratios.append((shards.layers, ratios))
         rates = {dtype: ratios.to(dtype).unbind() for dtype in {p.dtype for p in shards.params}}
         return replace(shards, rates=[rates[p.dtype][layer] for layer, p in zip(shards.layers, shards.params)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,16 @@ def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
     matplotlib.use("Agg")
     drawn: dict[str, Path] = {}
     for axis, label in _AXES.items():
-        drawn[f"Loss by {label}"] = _save(
-            folder / f"loss_by_{axis}.png", lambda ax, axis=axis: _curves(ax, groups, axis)
-        )
+        drawn[f"Loss by {label}"] = _save(folder / f"loss_by_{axis}.png", partial(_curves, groups=groups, by=axis))
     if len({run.lr for group in groups for run in group.runs}) > 1:
-        drawn["Learning rate and final loss"] = _save(folder / "lr.png", lambda ax: _by_lr(ax, groups))
-    drawn["Gradient norm"] = _save(folder / "grad_norm.png", lambda ax: _norms(ax, groups))
-    best = next((run for group in groups for run in group.runs if run.layers), None)
+        drawn["Learning rate and final loss"] = _save(folder / "lr.png", partial(_by_lr, groups=groups))
+    drawn["Gradient norm"] = _save(folder / "grad_norm.png", partial(_norms, groups=groups))
     for key, title in (("grad_norm", "Gradient norm of each layer"), ("trust_ratio", "Trust ratio of each layer")):
-        shown = (
-            best
-            if key == "grad_norm"
-            else next((run for group in groups for run in group.runs if any(row.get(key) for row in run.layers)), None)
-        )
+        runs = (run for group in groups for run in group.runs)
+        shown = next((run for run in runs if any(row.get(key) for row in run.layers)), None)  # the best that has them
         if shown is not None:
             name = f"{title}: {shown.name}"
-            drawn[name] = _save(folder / f"layers_{key}.png", lambda ax, run=shown, key=key: _layers(ax, run, key))
+            drawn[name] = _save(folder / f"layers_{key}.png", partial(_layers, run=shown, key=key))
     return drawn
 
 
@@ -52,8 +47,8 @@ def _save(file: Path, fill: Callable[[Any], None]) -> Path:
 
 def _curves(axis: Any, groups: Sequence[Group], by: str) -> None:
     for number, group in enumerate(groups):
-        color, label = _color(number), group.label
-        for run in group.runs:
+        color = _color(number)
+        for i, run in enumerate(group.runs):
             axis.plot(
                 [row[by] for row in run.train],
                 _smooth([row["loss"] for row in run.train]),
@@ -62,8 +57,7 @@ def _curves(axis: Any, groups: Sequence[Group], by: str) -> None:
                 lw=0.8,
             )
             points = [row[by] for row in run.validation], [row["validation_loss"] for row in run.validation]
-            axis.plot(*points, "o-", color=color, ms=3, label=label)
-            label = None
+            axis.plot(*points, "o-", color=color, ms=3, label=None if i else group.label)
     axis.set_xlabel(_AXES[by])
     axis.set_ylabel("loss, nats a token (line: train, dots: validation)")
     _bound(axis, [row["loss"] for group in groups for run in group.runs for row in run.train])
@@ -130,7 +124,7 @@ def _legend(axis: Any, count: int) -> None:
         axis.legend(fontsize=7)
 
 
-def _color(number: int) -> str:
+def _color(number: int) -> Any:
     from matplotlib import colormaps
 
     return colormaps["tab20"](number % 20) if number < _MANY else "lightgray"
