@@ -76,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
     for point in report["failed"]:
         print(f"\n{point['ranks']} ranks, {point['parameters']:,} parameters: no row: {point['reason']}")
+    if not report["points"]:
+        raise SystemExit(1)
     if options.plots:
         _plot(report["points"], options.plots)
 
@@ -109,7 +111,7 @@ class Steps:
 
         def drawn(scale: float) -> DTensor:
             part = torch.empty(mine, device=device).uniform_(-scale, scale)
-            return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=(size,), stride=(1,))
+            return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size([size]), stride=(1,))
 
         self.device = device
         self.params = [nn.Parameter(drawn(0.05)) for _ in range(tensors)]

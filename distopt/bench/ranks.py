@@ -10,6 +10,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -62,8 +63,9 @@ class Team:
 
     def __init__(self, world: int, make: Callable[..., Any], *args: Any, seconds: float = 300.0) -> None:
         # Forked from one process that has imported what takes long. Not where CUDA may have been asked for devices.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-        if context.get_start_method() == "forkserver":
+        method = "spawn" if torch.cuda.is_available() else "forkserver"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
             context.set_forkserver_preload([make.__module__, *_IMPORTED_ONCE])
         self.seconds = seconds
         self._folder = tempfile.TemporaryDirectory()
@@ -157,5 +159,5 @@ def _serve(
         answer(start)
         while True:
             name, given = pickle.loads(pipe.recv_bytes())
-            answer(lambda name=name, given=given: getattr(held, name)(*given))
+            answer(partial(getattr(held, name), *given))
     os._exit(0)  # whatever the libraries would still wait for

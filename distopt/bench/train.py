@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
             "trains on as many sequences"
         )
     TextData().build()
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
     report: dict[str, Any] = {
         "torch": torch.__version__,
         "where": where,
@@ -130,6 +131,8 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(_rows(stage, report)), flush=True)
     for name, reason in report["failed"].items():
         print(f"\n{name} has no row: {reason}")
+    if not report["sides"]:
+        raise SystemExit(1)
 
 
 def _stage(names: list[str], options: argparse.Namespace, report: dict[str, Any]) -> None:
