@@ -1,4 +1,4 @@
-"""The benchmarks of SAM run, and what they measure is what it should be."""
+"""The benchmarks run, and what they measure is what it should be."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import distopt
+from distopt.bench.__main__ import main
 from distopt.bench.curvature import noisy_loss, top_eigenvalue
+from distopt.bench.ranks import Team, TeamError
+from distopt.bench.train import SIDES, state_bytes
+from distopt.model import LanguageModel
+from distopt.step import update
+from tests.distributed import run
+from tests.engines import CONFIGS, ENGINES, VOCABULARY, batch, made
 from tests.jobs import ENVIRONMENT, ROOT
 
 
@@ -74,6 +84,117 @@ def test_sharpness_writes_every_run(tmp_path: Path) -> None:
     assert [(r["method"], r["steps"], r["seed"]) for r in records] == [
         (method, steps, seed) for method, steps in (("AdamW", 4), ("SAM", 4), ("AdamW", 8)) for seed in range(2)
     ]
+
+
+SMALL = ["--layers", "2", "--width", "64", "--batch-size", "4", "--sequence-length", "16", "--rounds", "1"]
+
+
+@pytest.mark.matrix
+def test_training_of_every_side_is_the_same_training(tmp_path: Path) -> None:
+    """AdamW by whichever side ends at the same loss, with the state that ZeRO's formula says."""
+    file = tmp_path / "train.json"
+    only = ["distopt AdamW", "ZeroRedundancy", "FSDP2", "+ torch"]  # DeepSpeed's own Adam builds an op
+    done = bench("train", *SMALL, "--only", *only, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["failed"] == {}
+    assert set(report["sides"]) == {name for name in SIDES if "its own" not in name and "LAMB" not in name}
+    losses = {name: side["loss"] for name, side in report["sides"].items()}
+    assert list(losses.values()) == pytest.approx([losses["FSDP2 + torch AdamW fused"]] * len(losses), rel=1e-4)
+    assert all(side["state"] == pytest.approx(report["formula"], rel=0.01) for side in report["sides"].values())
+    assert all(side["peak"] > side["state"] and len(side["seconds"]) == 1 for side in report["sides"].values())
+
+
+def test_a_side_that_fails_is_named_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.json"
+    late = ["--stages", "1", "--only", "AdamW, zero1", "--timeout", "0.001", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["bench", "train", *SMALL, *late])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "distopt AdamW, zero1 has no row: start did not end within 0.001 s" in capsys.readouterr().out
+    assert json.loads(file.read_text())["failed"].keys() == {"distopt AdamW, zero1"}
+
+
+@pytest.mark.matrix
+def test_more_ranks_and_tensors_need_no_more_collectives(tmp_path: Path) -> None:
+    file = tmp_path / "growth.json"
+    sizes = ["--millions", "0.05", "0.1", "--fixed-millions", "0.1", "--tensors", "10", "100", "--fixed-tensors", "10"]
+    done = bench("growth", *sizes, "--rounds", "1", "--json", str(file), "--plots", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["failed"] == []
+    assert len(report["points"]) == 12
+    for point in report["points"]:  # one to clip by, one for LAMB's norms
+        expected = [1, 1, 2] if point["ranks"] > 1 else [0, 0, 0]
+        assert list(point["collectives"].values()) == expected, point
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"growth_parameters.png", "growth_tensors.png", "growth_ranks.png"}
+
+
+class Held:
+    """Does what it is told to."""
+
+    def __init__(self, device: torch.device, fails: bool) -> None:
+        if fails and dist.get_rank() == 1:
+            raise ValueError("no such thing\nand more")
+
+    def add(self, number: int) -> float:
+        total = torch.tensor(float(number + dist.get_rank()))
+        dist.all_reduce(total)
+        return total.item()
+
+    def die(self) -> None:
+        if dist.get_rank() == 0:
+            os._exit(7)
+        dist.barrier()
+
+    def hang(self) -> None:
+        time.sleep(60.0 if dist.get_rank() == 0 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "seconds", "reason"),
+    [
+        ("", 60.0, "rank 1: ValueError: no such thing"),
+        ("die", 60.0, "rank 0: the process ended with exit code 7"),
+        ("hang", 5.0, "hang did not end within 5 s"),
+    ],
+)
+def test_a_rank_that_fails_ends_its_team_and_no_other(call: str, seconds: float, reason: str) -> None:
+    other = Team(2, Held, False, seconds=60.0)
+    with pytest.raises(TeamError) as error:
+        team = Team(2, Held, not call, seconds=60.0)
+        team.seconds = seconds
+        team.call(call)
+    assert str(error.value).startswith(reason)
+    assert other.call("add", 2) == [5.0, 5.0]
+    other.stop()
+
+
+SHARDED = [kind for kind in ENGINES if kind not in ("ddp", "hsdp")]  # hsdp has as much as over half the ranks
+
+
+def bytes_of_state(kind: str) -> tuple[int, int]:
+    """After a step of AdamW: the bytes of this rank's state, and the parameters of the model."""
+    engine = ENGINES[kind]()
+    language_model = LanguageModel("gpt2", CONFIGS["gpt2"] | {"n_embd": 128})
+    model = made(language_model, engine)
+    optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.01)
+    model = engine.attach(model, optimizer, 1, 1.0)
+    update(engine, model, optimizer, [batch(0)], 1.0)
+    whole = language_model.empty(language_model.describe(VOCABULARY))
+    return state_bytes(optimizer), sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kind", SHARDED)
+def test_state_is_what_zeros_formula_says(kind: str, world: int) -> None:
+    """Two float32 numbers for each parameter, over the ranks, within 1 %: rows and partitions are padded."""
+    for held, parameters in run(world, bytes_of_state, kind):
+        assert held == pytest.approx(8 * parameters / world, rel=0.01)
 
 
 def test_top_eigenvalue_of_a_quadratic() -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-_NAMES = ("loop", "optimizers", "rounding", "sam", "sharpness", "step", "wire")
+_NAMES = ("growth", "loop", "optimizers", "rounding", "sam", "sharpness", "step", "train", "wire")
 
 
 def main() -> None:

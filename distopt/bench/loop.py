@@ -14,21 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import distopt
+from distopt.bench import gpt
 from distopt.bench.ranks import spawn
 from distopt.data import Sequences, TextData
 from distopt.engine import FSDP2
-from distopt.model import LanguageModel, blocks
 from distopt.step import update
 
 
 def add_parser(benchmarks: Any) -> None:
     """The options of `python -m distopt.bench loop`."""
     parser = benchmarks.add_parser("loop", help="tokens/s of our training step against a plain torch loop")
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128, help="of the model, 32 for each head")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences a step, over all processes")
-    parser.add_argument("--sequence-length", type=int, default=128)
+    gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
     parser.add_argument("--rounds", type=int, default=15, help="how often the two sides take turns")
     parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
     parser.set_defaults(run=run)
@@ -68,16 +64,9 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
         print(f"ratio of medians, ours / plain: {ratio:.3f}  ({options.rounds} turns of {options.steps} steps each)")
 
 
-def _model(device: torch.device, options: argparse.Namespace) -> tuple[FSDP2, torch.nn.Module]:
-    sizes = {"n_layer": options.layers, "n_head": options.width // 32, "n_embd": options.width}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    language_model = LanguageModel("gpt2", {**sizes, **dropout, "n_positions": options.sequence_length})
-    model, engine = language_model.empty(language_model.describe(256)), FSDP2()
-    return engine, engine.build(model, blocks(model), lambda unit, d: language_model.fill(model, unit, d), device)
-
-
 def _ours(device: torch.device, options: argparse.Namespace) -> Callable[[Tensor], float]:
-    engine, model = _model(device, options)
+    engine = FSDP2()
+    model = gpt.build(engine, device, options)
     optimizer = distopt.AdamW(distopt.param_groups(model, 0.1), lr=1e-3)
     schedule = distopt.warmup_cosine(optimizer, warmup_steps=10, total_steps=10_000)
 
@@ -91,7 +80,7 @@ def _ours(device: torch.device, options: argparse.Namespace) -> Callable[[Tensor
 
 
 def _plain(device: torch.device, options: argparse.Namespace) -> Callable[[Tensor], float]:
-    _, model = _model(device, options)
+    model = gpt.build(FSDP2(), device, options)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 import distopt
+from distopt.bench import gpt
 from distopt.bench.collectives import Collectives, nbytes
 from distopt.bench.ranks import spawn
 from distopt.data import Sequences, TextData
 from distopt.engine import DDP, FSDP2, Engine
-from distopt.model import LanguageModel, blocks
 from distopt.step import update
 
 BASE = "AdamW"
@@ -44,11 +44,7 @@ def add_parser(benchmarks: Any) -> None:
     parser = benchmarks.add_parser("sam", help="time, communication and memory of a step of SAM and its kin")
     parser.add_argument("--engine", choices=list(ENGINES), default="ddp")
     parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128, help="of the model, 32 for each head")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences a step, over all processes")
-    parser.add_argument("--sequence-length", type=int, default=128)
+    gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
     parser.add_argument("--rounds", type=int, default=11, help="how often the sides take turns")
     parser.add_argument("--intervals", type=int, default=1, help=f"intervals of {INTERVAL} steps in a turn")
     parser.set_defaults(run=run)
@@ -98,15 +94,9 @@ class Side:
     """A model with its optimizer; `communicated`: bytes a step, `held`: bytes of a rank beside those of `BASE`."""
 
     def __init__(self, name: str, device: torch.device, options: argparse.Namespace) -> None:
-        sizes = {"n_layer": options.layers, "n_head": options.width // 32, "n_embd": options.width}
-        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        made = LanguageModel("gpt2", {**sizes, **dropout, "n_positions": options.sequence_length})
-        model = made.empty(made.describe(256))
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = gpt.numel(options)
         self.engine = ENGINES[options.engine]()
-        self.model: nn.Module = self.engine.build(
-            model, blocks(model), lambda unit, d: made.fill(model, unit, d), device
-        )
+        self.model = gpt.build(self.engine, device, options)
         base = distopt.AdamW(distopt.param_groups(self.model, 0.1), lr=1e-3)
         self.optimizer = SIDES[name](base)
         self.communicated, self.held = 0.0, 0

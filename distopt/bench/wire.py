@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import distopt
 from distopt import layout
+from distopt.bench import gpt
 from distopt.bench.collectives import Collectives, nbytes, written
 from distopt.bench.ranks import spawn
 from distopt.data import Sequences, TextData
 from distopt.engine import DDP, FSDP2, Engine, Zero1
-from distopt.model import LanguageModel, blocks
+from distopt.model import blocks
 from distopt.step import update
 
 
@@ -55,11 +56,7 @@ def add_parser(benchmarks: Any) -> None:
     """The options of `python -m distopt.bench wire`."""
     parser = benchmarks.add_parser("wire", help="bytes sent and time of a step on each engine")
     parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=256, help="of the model, 32 for each head")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences a step, over all processes")
-    parser.add_argument("--sequence-length", type=int, default=64)
+    gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
     parser.add_argument("--rounds", type=int, default=11, help="how often the sides take turns")
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
     parser.set_defaults(run=run)
@@ -98,11 +95,8 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
 
 
 def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple[Callable[[Tensor], None], nn.Module]:
-    sizes = {"n_layer": options.layers, "n_head": options.width // 32, "n_embd": options.width}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    made = LanguageModel("gpt2", {**sizes, **dropout, "n_positions": options.sequence_length})
-    empty, engine = made.empty(made.describe(256)), SIDES[name].engine()
-    model = engine.build(empty, blocks(empty), lambda unit, d: made.fill(empty, unit, d), device)
+    engine = SIDES[name].engine()
+    model = gpt.build(engine, device, options)
     optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model), 0.1), lr=1e-3)
     model = engine.attach(model, optimizer, 1, 1.0)
 
