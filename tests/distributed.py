@@ -31,6 +31,8 @@ _IMPORTED_ONCE = [
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     warnings.simplefilter("error")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
@@ -52,6 +54,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
             answer = pickle.dumps((False, (error.__class__.__name__, str(error), traceback.format_exc())))
         pipe.send_bytes(answer)
         torch.nn.functional.linear = linear
+        unset_hf_deepspeed_config()  # Accelerate sets it, and at stage 3 transformers cuts up every later model
     dist.destroy_process_group()
 
 
