@@ -1,11 +1,11 @@
 """The code of a page of documentation, run from top to bottom as its reader would.
 
-    ```python                   runs, in one namespace for the page
-    ```python title="x.py"      is saved as x.py, which a later block imports or starts
-    ```bash                     runs
-    <!-- setup ... -->          Python that runs and is not shown: what the reader has already
-    <!-- not run: reason -->    before a block: it does not run here
-    other fences, indented      are not code to run: output, formulas, commands that take long
+```python                   runs, in one namespace for the page
+```python title="x.py"      is saved as x.py, which a later block imports or starts
+```bash                     runs
+<!-- setup: name -->        before a block: what `tests.setups` says that the reader has already
+<!-- not run: reason -->    before a block: it does not run here
+other fences, indented      are not code to run: output, formulas, commands that take long
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import jobs
+from tests import jobs, setups
 
 _BLOCK = re.compile(
-    r'^<!-- setup\n(?P<setup>.*?)^-->$|^(<!-- not run: (?P<reason>.+) -->\n)?```(?P<kind>\w*)( title="(?P<title>.+)")?\n(?P<code>.*?)^```$',
+    r"^(?:<!-- setup: (?P<setup>\w+) -->\n)?"
+    r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?"
+    r'```(?P<kind>\w*)(?: title="(?P<title>[^"\n]+)")?\n(?P<code>.*?)^```$',
     re.DOTALL | re.MULTILINE,
 )
 
 
 class Block(NamedTuple):
-    """A block of code; reason: why it does not run. line: of the page, at which the code begins, from 0."""
+    """A fenced block, and what stands before it. line: of the page, at which the code begins, from 0."""
 
     kind: str
     code: str
     line: int
-    title: str | None = None
-    reason: str | None = None
-    hidden: bool = False
+    title: str | None
+    setup: str | None
+    reason: str | None
 
     @property
     def runs(self) -> bool:
@@ -42,15 +44,10 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    text, found = page.read_text(), []
-    for match in _BLOCK.finditer(text):
-        hidden = match["setup"] is not None
-        line = text.count("\n", 0, match.start("setup" if hidden else "code"))
-        if hidden:
-            found.append(Block("python", match["setup"], line, hidden=True))
-        else:
-            found.append(Block(match["kind"], match["code"], line, match["title"], match["reason"]))
-    return found
+    text = page.read_text()
+    return [
+        Block(line=text.count("\n", 0, found.start("code")), **found.groupdict()) for found in _BLOCK.finditer(text)
+    ]
 
 
 def run(page: Path) -> None:
@@ -62,6 +59,8 @@ def run(page: Path) -> None:
     for block in blocks(page):
         if not block.runs:
             continue
+        if block.setup:
+            module.__dict__.update(getattr(setups, block.setup)())
         if block.title:
             Path(block.title).write_text(block.code)
         elif block.kind == "python":
