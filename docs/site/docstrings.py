@@ -32,34 +32,27 @@ def _names(obj: griffe.Object) -> set[str]:
 
 
 def as_markdown(text: str, names: set[str]) -> str:
-    """A line `head: text` begins an item where the head is made of these names, or further lines are indented under it."""
+    """Markdown, where `head: text` begins an item if the head is of these names, or if lines are indented under it."""
     lines: list[str] = []
-    depth = 0  # of the items: 4 below a label
-    listed = labelled = False
+    depth, listed = 0, False  # how far items are indented: under a label; whether the line before belongs to one
     rows = text.splitlines()
     for row, after in zip(rows, [*rows[1:], ""]):
         body, indent = row.strip(), len(row) - len(row.lstrip())
-        label, item = _LABEL.fullmatch(row), _ITEM.fullmatch(body)
+        item = _ITEM.fullmatch(body) if indent == depth else None
         heads = item["head"].split(", ") if item else []
-        if label:
-            labelled, listed = True, False
-            depth = 4
-            lines += ["", f"**{label['label']}:**{label['text']}", ""]
+        if label := _LABEL.fullmatch(row):
+            depth, listed = 4, False
+            lines += ["", f"**{label['label']}:**{label['text']}"]
         elif not row:
-            listed = labelled = False
-            depth = 0
+            depth, listed = 0, False
             lines.append("")
-        elif item and indent == depth and (names.issuperset(heads) or (not labelled and after.startswith("     "[:4]))):
-            lines += [] if listed else [""]
+        elif item and (names.issuperset(heads) or (depth == 0 and after.startswith("    "))):
             named = ", ".join(f"`{head}`" if head in names else head for head in heads)
-            lines.append(f"- {named}: {item['text']}")
+            lines += [f"- {named}: {item['text']}"] if listed else ["", f"- {named}: {item['text']}"]
             listed = True
         elif listed and indent > depth:
             lines.append(f"    {body}")
-        elif labelled and indent == depth:  # references, one after the other
-            lines.append(body)
         else:
-            lines += [""] if listed else []
+            lines += ["", row] if listed else [row[depth:] if indent >= depth else row]
             listed = False
-            lines.append(row)
     return "\n".join(lines)
