@@ -1,4 +1,4 @@
-# make install | test | check | matrix | quickstart.  Needs Python >= 3.10, git and a C compiler; everything else goes into .venv.
+# make install | test | check | matrix | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -6,7 +6,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; where there are GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 
-.PHONY: install test check matrix quickstart format clean
+.PHONY: install test check matrix quickstart docs gpu format clean
 
 install: $(STAMP)
 
@@ -28,11 +28,19 @@ check: install
 
 # All of the equivalence matrix, and its table in the README; `make test` runs a part of it.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -vv -m "matrix or not matrix" --table README.md tests/test_matrix.py tests/test_resume.py tests/test_bench.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -vv -m "matrix or not matrix" --table README.md
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What needs a GPU: equality, no wait, CUDA graphs, the share of the memory's bandwidth.
+gpu: install
+	$(BIN)/python -m pytest -s -m gpu
+
+# The pages of docs/ and the reference: build/docs/index.html.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
 quickstart: install
 	$(BIN)/accelerate launch --config_file launch/local.yaml $(PROCESSES) -m distopt.train experiment=quickstart

@@ -16,6 +16,9 @@ from distopt.hyperparameters import check_group
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.shards import Shards
 
+# What the driver itself asks of a group, for rules that do not name it.
+_COMMON = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
+
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose update is the unsharded one, however its parameters are cut up.
@@ -25,7 +28,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     A subclass gives the names of its state buffers (`slots`) and its rule (`directions`); neither knows of ranks or of
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
-    after construction and all ranks must hold the same keys. Every group may set `trust_ratio` and `trust_clip`.
+    after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`, `trust_clip`
+    and `capturable`, also of a subclass that does not name them.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -34,7 +38,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._given: list[weakref.ref[Tensor]] = []
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._ratios: list[tuple[list[int], Tensor]] = []  # of the last step, by layer
-        super().__init__(params, defaults)
+        super().__init__(params, _COMMON | defaults)
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state buffers that each parameter of the group has, each of the parameter's shape."""

@@ -198,6 +198,14 @@ def _rank(
     main()
 
 
+def fork(function: Callable[..., None], *args: Any) -> BaseProcess:
+    """Calls a module-level function in a process that has imported everything, without any GPU in sight."""
+    _warm_up()
+    process = _context.Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
+
+
 def _warm_up() -> None:
     """Starts the process from which ranks are forked, once, without any GPU in sight."""
     kept = dict(os.environ)

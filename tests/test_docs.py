@@ -1,0 +1,123 @@
+"""Every block of code in the README and in docs/ runs, or says why not; the site of docs/ builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from distopt.train import CONF
+from tests import jobs, pages
+
+PAGES = [jobs.ROOT / "README.md", *sorted((jobs.ROOT / "docs").rglob("*.md"))]
+SECONDS = 900.0
+# A command by its first word: the lines of an indented block that are one.
+COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|accelerate|make|torchrun)\b")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(jobs.ROOT))
+
+
+def code_pages() -> list[object]:
+    """Pages with code that runs. Programs that a page starts take seconds each, Python in a warm process does not."""
+    marks = {True: [pytest.mark.matrix, pytest.mark.timeout(SECONDS)], False: []}
+    kinds = {page: {block.kind for block in pages.blocks(page) if block.runs} for page in PAGES}
+    return [pytest.param(page, id=name(page), marks=marks["bash" in kinds[page]]) for page in PAGES if kinds[page]]
+
+
+def run_page(page: Path, cwd: Path, log: Path) -> None:
+    """In a process of its own."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    os.chdir(cwd)
+    os.environ["PATH"] = f"{jobs.BIN}:{os.environ['PATH']}"
+    os.environ["PYTHONPATH"] = f"{jobs.ROOT}:{jobs.ROOT / 'distopt' / 'plugin'}"  # as an installed package is found
+    try:
+        pages.run(page)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # a process group that the page has left open ends with it
+
+
+@pytest.mark.parametrize("page", code_pages())
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    cwd, log = tmp_path / "here", tmp_path / "log"
+    cwd.mkdir()
+    process = jobs.fork(run_page, page, cwd, log)
+    try:
+        process.join(SECONDS)
+    finally:
+        jobs.kill_all(process.pid)
+    assert process.exitcode == 0, log.read_text()[-8000:]
+
+
+def test_what_does_not_run_says_why() -> None:
+    """The list is short, and in view: a block that is added to it is added here."""
+    left_out = [(name(page), block.reason) for page in PAGES for block in pages.blocks(page) if block.reason]
+    reasons = {"needs SLURM", "needs 8 GPUs", "what to change in the command above"}
+    assert {reason for _, reason in left_out} <= reasons, left_out
+    for page in PAGES:
+        found = pages.blocks(page)
+        assert page.read_text().count("\n```") == 2 * len(found), f"{page}: a fence"
+        for i, block in enumerate(found):  # a file that is shown is used
+            later = "".join(other.code for other in found[i + 1 :] if other.runs)
+            assert not block.title or Path(block.title).stem in later, f"{page}: {block.title} is not used"
+
+
+def commands(page: Path) -> list[str]:
+    """Commands of a page that no other test runs: in indented blocks, and in blocks that do not run."""
+    shown = "".join(block.code for block in pages.blocks(page) if block.kind == "bash" and block.reason)
+    fenced = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    indented = "".join(line[4:] for line in fenced.splitlines(keepends=True) if line.startswith("    "))
+    lines = re.sub(r"\\\n\s*", " ", shown + indented).splitlines()
+    return [line for line in lines if COMMAND.match(line)]
+
+
+def test_commands_that_do_not_run_exist() -> None:
+    """What takes hours or a cluster is checked as far as it goes: modules, targets of make, the configuration."""
+    targets = re.findall(r"^(\w+):", (jobs.ROOT / "Makefile").read_text(), re.MULTILINE)
+    seen = 0
+    for page in PAGES:
+        for command in commands(page):
+            words = shlex.split(command, comments=True)
+            seen += 1
+            if words[0] == "make":
+                assert set(words[1:]) <= set(targets), f"{name(page)}: {command}"
+            if "-m" not in words:
+                continue
+            module, *rest = words[words.index("-m") + 1 :]
+            assert importlib.util.find_spec(module), f"{name(page)}: {command}"
+            if module == "distopt.bench":
+                assert importlib.util.find_spec(f"{module}.{rest[0]}"), f"{name(page)}: {command}"
+            if module == "distopt.train" and not {"...", "--help", "--cfg"} & set(rest):
+                if "-m" in rest:  # a sweep, by the first value of each key
+                    rest = [re.sub(r"^([\w./]+=[^,\[(]+),.*", r"\1", word) for word in rest if word != "-m"]
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    compose("train", rest, return_hydra_config=True)
+    assert seen > 10
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Strictly: a link or an anchor that leads nowhere, and a name that the reference does not find, fail."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", "docs/site/mkdocs.yml", "-d", tmp_path]
+    # Material 9.8 prints an opinion about MkDocs 2 unless told not to.
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES[1:]:
+        assert (tmp_path / page.relative_to(jobs.ROOT / "docs").with_suffix(".html")).is_file()
+    html = (tmp_path / "reference" / "optimizers.html").read_text()
+    assert "ratio = |p| / |direction|" in html and "<li><code>momentum</code>: in [0, 1)" in html
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)"', html)  # nothing is fetched
