@@ -28,8 +28,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     A subclass gives the names of its state buffers (`slots`) and its rule (`directions`); neither knows of ranks or of
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
-    after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`, `trust_clip`
-    and `capturable`, also of a subclass that does not name them.
+    after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`,
+    `trust_clip` and `capturable`, also of a subclass that does not name them.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
