@@ -63,23 +63,26 @@ def run(options: argparse.Namespace) -> None:
         f"collectives: {' | '.join(names)} |"
     )
     print("|" + "---|" * (3 + 3 * len(names)))
-    for grows, world, millions, tensors in tqdm(points, leave=False):
-        size = max(1, round(millions * 1e6 / tensors))
-        point = {"grows": grows, "ranks": world, "parameters": size * tensors, "tensors": tensors}
-        try:
-            point |= _measured(world, size, tensors, options)
-            report["points"].append(point)
-            tqdm.write(_row(point))
-        except TeamError as error:
-            report["failed"].append(point | {"reason": str(error)})
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        for grows, world, millions, tensors in tqdm(points, leave=False):
+            size = max(1, round(millions * 1e6 / tensors))
+            point = {"grows": grows, "ranks": world, "parameters": size * tensors, "tensors": tensors}
+            try:
+                point |= _measured(world, size, tensors, options)
+                report["points"].append(point)
+                tqdm.write(_row(point))
+            except TeamError as error:
+                report["failed"].append(point | {"reason": str(error)})
+            if options.json:
+                options.json.write_text(json.dumps(report, indent=1) + "\n")
+    finally:  # also of a run that is interrupted
+        if options.plots and report["points"]:
+            _plot(report["points"], options.plots)
     for point in report["failed"]:
-        print(f"\n{point['ranks']} ranks, {point['parameters']:,} parameters: no row: {point['reason']}")
+        what = f"{point['parameters']:,} parameters in {point['tensors']:,} tensors"
+        print(f"\n{point['ranks']} ranks, {what}: no row: {point['reason']}")
     if not report["points"]:
         raise SystemExit(1)
-    if options.plots:
-        _plot(report["points"], options.plots)
 
 
 def _measured(world: int, size: int, tensors: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -173,8 +176,10 @@ def _plot(points: list[dict[str, Any]], folder: Path) -> None:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    worlds = sorted({point["ranks"] for point in points})
     for by in ("parameters", "tensors"):
+        worlds = sorted({point["ranks"] for point in points if point["grows"] == by})
+        if not worlds:
+            continue
         figure, axes = pyplot.subplots(1, len(worlds), figsize=(4 * len(worlds), 3.6), sharey=True, squeeze=False)
         for axis, world in zip(axes[0], worlds):
             chosen = [p for p in points if p["grows"] == by and p["ranks"] == world]
@@ -184,6 +189,7 @@ def _plot(points: list[dict[str, Any]], folder: Path) -> None:
         axes[0][0].legend()
         _save(figure, folder / f"growth_{by}.png")
     chosen = [p for p in points if p["grows"] == "parameters"]
+    worlds = sorted({p["ranks"] for p in chosen})
     shared = [
         n for n in {p["parameters"] for p in chosen} if len([p for p in chosen if p["parameters"] == n]) == len(worlds)
     ]
@@ -197,6 +203,7 @@ def _plot(points: list[dict[str, Any]], folder: Path) -> None:
         counts = [p["collectives"][name] for p in chosen]
         right.bar([j + 0.25 * (i - 1) for j in range(len(chosen))], counts, 0.25, label=name)
     right.set(xlabel="ranks", ylabel="collectives, clipping and step", xticks=range(len(chosen)))
+    right.yaxis.get_major_locator().set_params(integer=True)
     right.set_xticklabels([p["ranks"] for p in chosen])
     left.legend()
     _save(figure, folder / "growth_ranks.png")
