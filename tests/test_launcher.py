@@ -102,7 +102,7 @@ def test_a_sweep_of_any_script(tmp_path: Path, script: list[str], monkeypatch: p
 
     seen = [notes(tmp_path / "out" / job) for job in ("0", "1")]
     assert {rank["word"] for rank in seen[0]} == {"a=b, 1"}
-    assert [len(ranks) for ranks in seen] == [2, 2]
+    assert len(seen[0]) == 2 and len(seen[1]) in (1, 2)  # a rank that fails ends the other, which may not have begun
     assert [{rank["WORLD_SIZE"] for rank in ranks} for ranks in seen] == [{"2"}, {"2"}]
     assert [{rank["CUDA_VISIBLE_DEVICES"] for rank in ranks} for ranks in seen] == [{"4"}, {"7"}]
     assert len({rank["MASTER_PORT"] for ranks in seen for rank in ranks}) == 2

@@ -175,8 +175,8 @@ def test_deepspeed_zero_init_hides_the_shapes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
-        ({"weight_decay": float("nan")}, "weight_decay must be >= 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number >= 0, got -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
         (
             {"overrides": {"wpe": {}}},
             "no trainable parameter follows the override 'wpe': .* 9 names.* scale, wte.weight",

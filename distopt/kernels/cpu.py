@@ -70,7 +70,8 @@ def fits(shards: Shards) -> list[int]:
     """
     if not any(p.is_cpu for p in shards.params) or library() is None:
         return []
-    grads = torch.bfloat16 if any(g.dtype is torch.bfloat16 for g in shards.grads) else torch.float32
+    half = any(g.dtype is torch.bfloat16 and p.dtype is torch.float32 for p, g in zip(shards.params, shards.grads))
+    grads = torch.bfloat16 if half else torch.float32
     columns = [(shards.params, torch.float32), (shards.grads, grads)]
     columns += [(buffers, torch.float32) for buffers in shards.buffers.values()]
     fit = [[t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in column] for column, dtype in columns]
