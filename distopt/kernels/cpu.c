@@ -7,8 +7,7 @@
  *   STEP     moves state and weights;
  *   MEASURE  moves the state, and adds up the squares of each tensor's weights and of its direction;
  *   APPLY    makes the same direction again, from the state, and moves the weights.
- * So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it. APPLY walks
- * backwards, and so begins with what MEASURE has left in the cache.
+ * So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it.
  */
 #include <math.h>
 #include <stdint.h>
@@ -96,17 +95,16 @@ static inline float rmsprop_centered_momentum_update(const float *h, const float
     return *c = h[3] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
 }
 
-/* At most WAVE of the pieces that come next, forwards or backwards, from where `at` stands; moves `at` behind them. */
-static int64_t cut(const int64_t *numel, int64_t tensors, int step, Piece *at, Piece *pieces) {
+/* At most WAVE of the pieces that come next, from where `at` stands; moves `at` behind them. */
+static int64_t cut(const int64_t *numel, int64_t tensors, Piece *at, Piece *pieces) {
     int64_t count = 0;
-    while (at->tensor >= 0 && at->tensor < tensors && count < WAVE) {
-        const int64_t length = numel[at->tensor], last = (length - 1) / PIECE * PIECE;
-        const int64_t start = at->start >= 0 ? at->start : last;
-        if (length) pieces[count++] = (Piece){at->tensor, start, length - start < PIECE ? length - start : PIECE};
-        if (length == 0 || start == (step > 0 ? last : 0))
-            *at = (Piece){at->tensor + step, step > 0 ? 0 : -1, 0};
+    while (at->tensor < tensors && count < WAVE) {
+        const int64_t left = numel[at->tensor] - at->start;
+        if (left > 0) pieces[count++] = (Piece){at->tensor, at->start, left < PIECE ? left : PIECE};
+        if (left > PIECE)
+            at->start += PIECE;
         else
-            at->start = start + step * PIECE;
+            *at = (Piece){at->tensor + 1, 0, 0};
     }
     return count;
 }
@@ -123,9 +121,8 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, double *
                  const float *hyper, int half, int mode, int threads) {
     Piece pieces[WAVE];
     double sums[WAVE][2];
-    const int step = mode == APPLY ? -1 : 1;
-    Piece at = {step > 0 ? 0 : tensors - 1, step > 0 ? 0 : -1, 0};
-    for (int64_t count; (count = cut(table, tensors, step, &at, pieces));) {
+    Piece at = {0, 0, 0};
+    for (int64_t count; (count = cut(table, tensors, &at, pieces));) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
         for (int64_t k = 0; k < count; k++) {
             const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel;
