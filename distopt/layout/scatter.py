@@ -13,7 +13,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.rows import pack, span, width
-from distopt.layout.zero1 import Zero1Layout, zero1
+from distopt.layout.zero1 import Zero1Layout, over_gloo, zero1
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,14 +63,16 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
         world, rank = group.size(), group.rank()
         buffer, grads = bucket.buffer(), bucket.gradients()
         widths = [width(g, world) for g in grads]
-        send = buffer.new_zeros(world, sum(widths), dtype=dtype or buffer.dtype)
+        send = buffer.new_empty(world, sum(widths), dtype=dtype or buffer.dtype)  # what pads it is not read
         pack(send, grads)
         shape = send.shape  # not the tensor, which is free once it is sent
 
         def unpack_mean(future: Future[list[Tensor]]) -> Tensor:
             rows = _sum(future.value()[0], shape, buffer.dtype).div_(world).split(widths)
-            buffer.fill_(math.nan)  # whoever reads there reads what no rank has
             spans = [span(g, world, rank) for g in grads]
+            for g, (start, count) in zip(grads, spans):  # whoever reads there reads what no rank has
+                g.view(-1)[:start].fill_(math.nan)
+                g.view(-1)[start + count :].fill_(math.nan)
             mine = [g.view(-1).narrow(0, *at) for g, at in zip(grads, spans)]
             torch._foreach_copy_(mine, [row[:count] for row, (_, count) in zip(rows, spans)])
             return buffer
@@ -82,7 +84,7 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
 
 def _exchange(send: Tensor, group: "dist.ProcessGroup") -> Future[list[Tensor]]:
     """Starts the way of each row of [world, width] to its rank, (N-1)/N of the matrix; its future: what arrives."""
-    if group._get_backend(send.device).name() == "gloo":
+    if over_gloo(group, send.device):
         # Of torch 2.13: its reduce-scatter is an all-reduce inside, at twice the bytes, and has no future.
         received = torch.empty_like(send)
         work = dist.all_to_all_single(received, send, group=group, async_op=True)
@@ -95,4 +97,10 @@ def _exchange(send: Tensor, group: "dist.ProcessGroup") -> Future[list[Tensor]]:
 def _sum(arrived: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The rows of all ranks, added up in float32 or wider, always in the order of the ranks; or their sum, as it is."""
     wide = torch.promote_types(dtype, torch.float32)
-    return arrived.sum(0, dtype=wide) if arrived.shape == shape else arrived.to(wide)
+    if arrived.shape != shape:
+        return arrived.to(wide)
+    total, *rest = arrived.unbind()
+    total = total.to(wide)
+    for row in rest:
+        total += row
+    return total
