@@ -18,6 +18,7 @@ class Collectives(TorchDispatchMode):
     """Sees every collective, those of DDP's buckets too. CommDebugMode of torch 2.13 hooks modules, and warns.
 
         sent = k (N-1)/N * size          k is 2 for an all-reduce, 1 for others; size is that of the whole tensor
+        sent = size                      of a message to one rank; of an all-to-all that leaves out the rank's own rows
 
     seen: their names. bytes: the sum of their sizes. sent: what each of N ranks sends by the best algorithm (a ring),
     whatever the backend does.
@@ -35,7 +36,7 @@ class Collectives(TorchDispatchMode):
             world = next((dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)), 1)
             self.seen.append(str(func))
             self.bytes += size
-            self.sent += (1 + ("allreduce" in str(func))) * (world - 1) / world * size
+            self.sent += _share(func.overloadpacket.__name__, args, world) * size
         return func(*args, **(kwargs or {}))
 
 
@@ -52,5 +53,18 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
+def _share(operation: str, args: tuple[Any, ...], world: int) -> float:
+    """Which part of a collective's tensor a rank sends."""
+    match operation:
+        case "send":
+            return 1.0
+        case "recv_":
+            return 0.0
+        case "alltoall_base_" if args[4]:  # rows for each rank
+            return 1.0 if min(args[4]) == 0 else (world - 1) / world
+    return (1 + ("allreduce" in operation)) * (world - 1) / world
+
+
 def _tensors(value: Any) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(value) if isinstance(value, (Tensor, list, tuple)) else []
+    leaves = torch.utils._pytree.tree_leaves(value) if isinstance(value, (Tensor, list, tuple)) else []
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

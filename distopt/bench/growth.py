@@ -35,7 +35,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument(
         "--millions", type=float, nargs="*", default=[1, 4, 16, 64, 200, 400], metavar="M", help="of parameters"
     )
-    parser.add_argument("--tensors", type=int, nargs="*", default=[100, 1000, 10000], metavar="T")
+    parser.add_argument("--tensors", type=int, nargs="*", default=[100, 1000, 3000], metavar="T")
     parser.add_argument("--fixed-tensors", type=int, default=100, help="where parameters grow")
     parser.add_argument("--fixed-millions", type=float, default=20, help="of parameters, where tensors grow")
     parser.add_argument("--rounds", type=int, default=7, help="how often the optimizers take turns")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -22,32 +23,55 @@ def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
     return start, min(step, param.numel() - start)
 
 
-def pack(matrix: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Writes each rank's rows of the tensors into its row of a matrix [world, sum of the widths]; rounds to its dtype.
+def pack(matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int = 0) -> None:
+    """Writes rows of the tensors into those of a matrix [ranks, sum of the widths]; rounds to its dtype.
 
-    What a rank lacks rows for is left as it is. A 0-D tensor goes to every rank.
+    The matrix's rows are those of the ranks from `first` on. What a rank lacks rows for is left as it is. A 0-D tensor
+    goes to every rank.
     """
-    pairs = list(_views(matrix, tensors))
+    pairs = list(_views(matrix, tensors, world, first, scalars=len(matrix)))
     torch._foreach_copy_([inside for inside, _ in pairs], [outside for _, outside in pairs])
 
 
-def unpack(tensors: Sequence[Tensor], matrix: Tensor) -> None:
+def unpack(tensors: Sequence[Tensor], matrix: Tensor, world: int, first: int = 0) -> None:
     """The reverse. A 0-D tensor is the first rank's, so that all ranks have the same."""
-    pairs = list(_views(matrix, tensors, scalars=1))
+    pairs = list(_views(matrix, tensors, world, first, scalars=1 if first == 0 else 0))
     torch._foreach_copy_([outside for _, outside in pairs], [inside for inside, _ in pairs])
 
 
-def _views(matrix: Tensor, tensors: Sequence[Tensor], scalars: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the matrix and of the tensors that hold the same elements, in as few pairs as can be."""
-    world, start = matrix.shape[0], 0
+def swap(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Gives all other ranks this rank's rows of the tensors, and takes theirs, each from where it is to where it goes.
+
+    For gloo: no copy and no scratch memory, and many small messages cost it no more than a few long ones.
+    """
+    works = []
     for tensor in tensors:
-        step, flat = width(tensor, world), tensor.view(-1)
+        rows = [tensor.view(-1).narrow(0, *span(tensor, group.size(), rank)) for rank in range(group.size())]
+        owners = range(group.size()) if tensor.ndim else range(1)
+        mine = rows[group.rank()]
+        for other in (rank for rank in range(group.size()) if rank != group.rank()):
+            if group.rank() in owners and mine.numel():
+                works.append(group.send([mine], other, 0))  # dist.isend's checks cost as much as the message
+            if other in owners and rows[other].numel():
+                works.append(group.recv([rows[other]], other, 0))
+    for work in works:
+        work.wait()
+
+
+def _views(
+    matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int, scalars: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the matrix and of the tensors that hold the same elements, in as few pairs as can be."""
+    start, last = 0, first + len(matrix)
+    for tensor in tensors:
+        step = width(tensor, world)
         columns = matrix[:, start : start + step]
         start += step
         if tensor.ndim == 0:
             columns = columns[:scalars]
-            yield columns, flat.expand_as(columns)
+            yield columns, tensor.view(1).expand_as(columns)
         elif step:
+            flat = tensor.view(-1)[first * step : last * step]
             full = flat.numel() // step  # ranks that have as many rows as any
             yield columns[:full], flat[: full * step].view(full, step)
             if rest := flat.numel() - full * step:

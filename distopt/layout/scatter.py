@@ -63,44 +63,52 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
         world, rank = group.size(), group.rank()
         buffer, grads = bucket.buffer(), bucket.gradients()
         widths = [width(g, world) for g in grads]
-        send = buffer.new_empty(world, sum(widths), dtype=dtype or buffer.dtype)  # what pads it is not read
-        pack(send, grads)
-        shape = send.shape  # not the tensor, which is free once it is sent
+        spans = [span(g, world, rank) for g in grads]
+        gloo = over_gloo(group, buffer.device)
+        # Over gloo others' rows only. What pads them is not read.
+        send = buffer.new_empty(world - gloo, sum(widths), dtype=dtype or buffer.dtype)
+        pack(send[: rank if gloo else world], grads, world)
+        if gloo:
+            pack(send[rank:], grads, world, rank + 1)
+        work = (_all_to_all if gloo else _reduce_scatter)(send, group)
 
         def unpack_mean(future: Future[list[Tensor]]) -> Tensor:
-            rows = _sum(future.value()[0], shape, buffer.dtype).div_(world).split(widths)
-            spans = [span(g, world, rank) for g in grads]
+            mine = [g.view(-1).narrow(0, *at) for g, at in zip(grads, spans)]
+            arrived = _sum(future.value()[0].view(-1, sum(widths)), buffer.dtype)
+            rows = [row[: to.numel()] for row, to in zip(arrived.split(widths), mine)]
+            mean = [to.to(arrived.dtype) for to in mine] if gloo else rows
+            if gloo:
+                torch._foreach_add_(mean, rows)
+            torch._foreach_div_(mean, world)
+            torch._foreach_copy_(mine, mean)
             for g, (start, count) in zip(grads, spans):  # whoever reads there reads what no rank has
                 g.view(-1)[:start].fill_(math.nan)
                 g.view(-1)[start + count :].fill_(math.nan)
-            mine = [g.view(-1).narrow(0, *at) for g, at in zip(grads, spans)]
-            torch._foreach_copy_(mine, [row[:count] for row, (_, count) in zip(rows, spans)])
             return buffer
 
-        return _exchange(send, group).then(unpack_mean)
+        return work.get_future().then(unpack_mean)
 
     return reduce_scatter_rows
 
 
-def _exchange(send: Tensor, group: "dist.ProcessGroup") -> Future[list[Tensor]]:
-    """Starts the way of each row of [world, width] to its rank, (N-1)/N of the matrix; its future: what arrives."""
-    if over_gloo(group, send.device):
-        # Of torch 2.13: its reduce-scatter is an all-reduce inside, at twice the bytes, and has no future.
-        received = torch.empty_like(send)
-        work = dist.all_to_all_single(received, send, group=group, async_op=True)
-    else:
-        received = torch.empty_like(send[0])
-        work = dist.reduce_scatter_single(received, send.view(-1), group=group, async_op=True)
-    return work.get_future()
+def _all_to_all(send: Tensor, group: "dist.ProcessGroup") -> "dist.Work":
+    """Starts the way of each row of [world - 1, width] to its rank; what arrives is of this shape.
+
+    Over gloo, whose reduce-scatter (of torch 2.13) is an all-reduce inside, at twice the bytes, and has no future.
+    """
+    rows = [int(i != group.rank()) for i in range(group.size())]
+    return dist.all_to_all_single(torch.empty_like(send), send, rows, rows, group=group, async_op=True)
 
 
-def _sum(arrived: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The rows of all ranks, added up in float32 or wider, always in the order of the ranks; or their sum, as it is."""
-    wide = torch.promote_types(dtype, torch.float32)
-    if arrived.shape != shape:
-        return arrived.to(wide)
-    total, *rest = arrived.unbind()
-    total = total.to(wide)
+def _reduce_scatter(send: Tensor, group: "dist.ProcessGroup") -> "dist.Work":
+    """Starts the way of each row of [world, width] to its rank; what arrives is one row, their sum."""
+    return dist.reduce_scatter_single(torch.empty_like(send[0]), send.view(-1), group=group, async_op=True)
+
+
+def _sum(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows in float32 or wider, in their order."""
+    total, *rest = rows.unbind()
+    total = total.to(torch.promote_types(dtype, torch.float32))
     for row in rest:
         total += row
     return total

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout.rows import span, unpack, width
+from distopt.layout.rows import span, swap, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Zero1Layout(ShardLayout):
     With `units` a step returns while rows are on their way, beside the next forward pass: each unit's forward waits for
     its own, the model's for all that lie outside of units. A state dict waits, and who asks the optimizer for its
     layout; until then others' rows are nan, so that a read by another way shows. Call `wait` before one. Scratch memory
-    is then the model's size, else two buckets'.
+    is then the model's size, else two buckets' (over gloo none).
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
@@ -65,9 +65,15 @@ class Zero1Layout(ShardLayout):
         return self._sharded(owner, self.split(owner, owner.detach())[0].to(_wide(owner.dtype), copy=True))
 
     def publish(self, owners: Iterable[Tensor]) -> None:
-        """Sends this rank's rows to all others and takes theirs: one all-gather for each bucket of parameters."""
+        """Sends this rank's rows to all others and takes theirs: one all-gather for each bucket of parameters.
+
+        Over gloo, unless units wait for them, by messages that need no buckets.
+        """
         self.wait()
         if self.mesh.size() == 1:
+            return
+        if not self.units and over_gloo(self.mesh.get_group(), self.device):
+            swap([p.detach() for p in owners], self.mesh.get_group())
             return
         for bucket in self._buckets(list(owners)):
             if not self.units and len(self._coming) > 1:  # one is unpacked while the next is on its way
@@ -171,7 +177,9 @@ class _Gather:
     def finish(self) -> None:
         for work in self._works:
             work.wait()
-        unpack(self._params, self._all)
+        world, rank = self._layout.mesh.size(), self._layout.mesh.get_local_rank()
+        unpack(self._params, self._all[:rank], world)
+        unpack(self._params, self._all[rank + 1 :], world, rank + 1)
 
 
 def all_gather(matrix: Tensor, rank: int, group: dist.ProcessGroup) -> list[dist.Work]:
@@ -191,10 +199,12 @@ def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters of one dtype, in runs of at most _BUCKET elements."""
     for dtype in dict.fromkeys(p.dtype for p in params):
         bucket: list[Tensor] = []
+        held = 0
         for p in (p for p in params if p.dtype == dtype):
-            if bucket and sum(q.numel() for q in bucket) + p.numel() > _BUCKET:
+            held += p.numel()
+            if bucket and held > _BUCKET:
                 yield bucket
-                bucket = []
+                bucket, held = [], p.numel()
             bucket.append(p)
         yield bucket
 
