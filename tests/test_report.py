@@ -6,18 +6,18 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import nn
 
 import distopt
 from distopt.diagnostics import by_layer
-from distopt.report import find_runs, grouped, write_report
+from distopt.report import Group, find_runs, grouped, pictures, write_report
 from distopt.report.__main__ import main
 from tests import jobs
 
@@ -73,10 +73,10 @@ def test_the_page_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', page)
     for group in grouped(find_runs(folder)):
         assert group.label in page and f"{group.final:.4f}" in page
-    for name in ("loss_by_step", "loss_by_tokens", "loss_by_seconds", "grad_norm", "layers_grad_norm"):
-        with Image.open(tmp_path / "report" / f"{name}.png") as picture:
-            assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 4, name  # something is drawn
-    assert (tmp_path / "report" / "layers_trust_ratio.png").is_file()
+    written = {f"{name}.png" for name in ("loss_by_step", "loss_by_tokens", "loss_by_seconds", "grad_norm")}
+    written |= {f"layers_{name}.png" for name in ("grad_norm_lamb", "grad_norm_momentum", "trust_ratio_lamb")}
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.html", *written}  # one rate: no lr.png
+    assert page.count("<figure>") == len(written)
     assert "optimizer._target_" in page and "distopt.train" in page
 
 
@@ -106,6 +106,112 @@ def test_a_run_that_has_only_begun_is_left_out(folder: Path, tmp_path: Path) -> 
     (tmp_path / "begun" / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation_loss": 5.0}) + "\n")
     with pytest.raises(ValueError, match="no run that has trained"):
         find_runs(tmp_path)
+
+
+NAN = math.nan
+
+
+def write_run(
+    folder: Path, optimizer: str, lr: float, seed: int, final: float, steps: int = 3, skipped: int = 0
+) -> None:
+    """A run of so many steps, of 10 tokens in a tenth of a second each; a final loss of nan ends it before."""
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "optimizer": {"_target_": optimizer, "lr": lr}, "train": {"steps": 3}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "run.json").write_text(json.dumps({"command": "go", "choices": {"optimizer": optimizer}}))
+    rows = [{"step": 0, "validation_loss": 6.0, "bits_per_byte": 8.0}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "loss": 6.0 - step, "lr": lr, "grad_norm": step / 2, "tokens": 10 * step}
+        rows.append({**row, "tokens_per_second": 100.0, "skipped": skipped})
+    if math.isfinite(final):
+        rows.append({"step": steps, "validation_loss": final, "bits_per_byte": 2 * final})
+    else:
+        rows[-1]["grad_norm"] = final
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    layers = [{"step": 1, "grad_norm": {"a": lr, "b": final}}, {"step": 3, "grad_norm": {"a": 2 * lr}}]
+    (folder / "layers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in layers))
+
+
+@pytest.mark.parametrize("finals", [(3.0, NAN, 1.0), (NAN, 1.0, 3.0), (1.0, 3.0, NAN), (1.0, 3.0, math.inf)], ids=str)
+def test_a_seed_that_diverged_is_the_worst(finals: tuple[float, ...], tmp_path: Path) -> None:
+    """In every column, and in the picture of learning rates; not one whose loss is that of before, or that hides."""
+    for seed, final in enumerate(finals):
+        made = {"steps": 2, "skipped": 1} if not math.isfinite(final) else {"steps": 3, "skipped": int(2 * final)}
+        write_run(tmp_path / "runs" / str(seed), "adamw", 0.1, seed, final, **made)
+    (group,) = grouped(find_runs(tmp_path / "runs"))
+    assert (group.final, group.bits_per_byte, group.steps, group.skipped) == (3.0, 6.0, 3, 2)
+    assert group.spread == (1.0, math.inf) and group.tokens_per_second == pytest.approx(100.0)
+    page = write_report(tmp_path / "runs", tmp_path / "out").read_text()
+    (row,) = re.findall('<tr class="best">.*?</tr>', page, re.DOTALL)
+    assert re.findall('number">(.*?)</td>', row) == ["3", "3.0000", "1.0000 to inf", "6.0000", "3", "100", "2"]
+    assert "1 diverged: it counts as inf." in page and "1 did not come to its last step." in page
+    assert lines(pictures.by_lr, [group]) == {"adamw": ([0.1], [3.0])}
+
+
+def lines(fill: Callable[..., None], groups: Sequence[Group], **options: str) -> dict[str, tuple[list[float], ...]]:
+    """What is drawn, by its name; lines without one have a number."""
+    axis = Figure().subplots()
+    fill(axis, groups=groups, **options)
+    return {str(line.get_label()): tuple(map(list, line.get_data())) for line in axis.get_lines()}
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> list[Group]:
+    """Two optimizers with two learning rates each, one of them with three seeds."""
+    finals = {("adamw", 0.1): (3.0, 2.0, 2.5), ("adamw", 0.2): (4.0,), ("lamb", 0.3): (1.0,), ("lamb", 0.1): (NAN,)}
+    for (optimizer, lr), of_seeds in finals.items():
+        for seed, final in enumerate(of_seeds):
+            write_run(tmp_path / f"{optimizer}-{lr}-{seed}", optimizer, lr, seed, final)
+    return grouped(find_runs(tmp_path))
+
+
+def test_curves_are_the_losses(groups: list[Group]) -> None:
+    labels = ["lamb, lr=0.3", "adamw, lr=0.1", "adamw, lr=0.2", "lamb, lr=0.1"]
+    assert [group.label for group in groups] == labels
+    for by, unit in {"step": 1.0, "tokens": 10.0, "seconds": 0.1}.items():
+        drawn = lines(pictures.curves, groups, by=by)
+        assert len(drawn) == 2 * 6  # training and validation of every run
+        for label, final in zip(labels, (1.0, 3.0, 4.0)):  # the dots; a name for the first of the seeds
+            assert drawn[label] == (pytest.approx([0.0, 3 * unit]), [6.0, final])
+        assert drawn["lamb, lr=0.1"] == ([0.0], [6.0])  # which diverged before it was evaluated again
+        steps, training = drawn["_child0"]
+        assert steps == pytest.approx([unit, 2 * unit, 3 * unit])
+        assert training == pytest.approx([5.0, (0.9 * 5 + 4) / 1.9, (0.81 * 5 + 0.9 * 4 + 3) / 2.71])
+
+
+def test_learning_rates_have_the_medians_of_their_seeds(groups: list[Group]) -> None:
+    assert lines(pictures.by_lr, groups) == {"lamb": ([0.1, 0.3], [math.inf, 1.0]), "adamw": ([0.1, 0.2], [2.5, 4.0])}
+
+
+def test_gradient_norms_are_those_of_each_step(groups: list[Group]) -> None:
+    drawn = lines(pictures.norms, groups)
+    assert len(drawn) == 6 and drawn["adamw, lr=0.2"] == ([1, 2, 3], [0.5, 1.0, 1.5])
+
+
+def test_layers_are_those_of_the_best_run_of_each_optimizer(groups: list[Group], tmp_path: Path) -> None:
+    shown = pictures.best(groups, "grad_norm")
+    assert [run.name for run in shown] == ["lamb-0.3-0", "adamw-0.1-1"]
+    axis = Figure().subplots()
+    pictures.layers(axis, shown[1], "grad_norm")
+    (image,) = axis.get_images()
+    assert image.get_array().filled(0.0).tolist() == [[0.1, 0.2], [2.0, 0.0]]  # layer by step; b has no second value
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "3"]
+    assert pictures.best(groups, "trust_ratio") == []
+    drawn = pictures.draw(tmp_path, groups)
+    names = ["loss_by_step", "loss_by_tokens", "loss_by_seconds", "lr", "grad_norm"]
+    assert [file.stem for file in drawn.values()] == [*names, "layers_grad_norm_lamb", "layers_grad_norm_adamw"]
+
+
+def test_labels_tell_what_the_optimizers_names_do_not(tmp_path: Path) -> None:
+    """What goes with the name everywhere is left to the table of differences."""
+    for number, (optimizer, lr, steps) in enumerate([("adamw", 0.1, 3), ("adamw", 0.2, 3), ("lamb", 0.1, 4)]):
+        write_run(tmp_path / str(number), optimizer, lr, 0, float(number))
+        config = json.loads((tmp_path / str(number) / "config.yaml").read_text())
+        config["train"]["steps"], config["optimizer"]["beta"] = steps, number % 2
+        (tmp_path / str(number) / "config.yaml").write_text(json.dumps(config))
+    labels = [group.label for group in grouped(find_runs(tmp_path))]
+    assert labels == ["adamw, lr=0.1, optimizer.beta=0", "adamw, lr=0.2, optimizer.beta=1", "lamb, lr=0.1"]
 
 
 @pytest.mark.parametrize("optimizer", [distopt.LAMB, distopt.LARS])

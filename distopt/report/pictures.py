@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distopt.report.runs import Group, Run
+from distopt.report.runs import Group, Run, median
 
 _MANY = 12  # groups that a legend can name; the best of more are drawn in color
 _AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
@@ -21,17 +22,24 @@ def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
     matplotlib.use("Agg")
     drawn: dict[str, Path] = {}
     for axis, label in _AXES.items():
-        drawn[f"Loss by {label}"] = _save(folder / f"loss_by_{axis}.png", partial(_curves, groups=groups, by=axis))
+        drawn[f"Loss by {label}"] = _save(folder / f"loss_by_{axis}.png", partial(curves, groups=groups, by=axis))
     if len({run.lr for group in groups for run in group.runs}) > 1:
-        drawn["Learning rate and final loss"] = _save(folder / "lr.png", partial(_by_lr, groups=groups))
-    drawn["Gradient norm"] = _save(folder / "grad_norm.png", partial(_norms, groups=groups))
+        drawn["Learning rate and final loss"] = _save(folder / "lr.png", partial(by_lr, groups=groups))
+    drawn["Gradient norm"] = _save(folder / "grad_norm.png", partial(norms, groups=groups))
     for key, title in (("grad_norm", "Gradient norm of each layer"), ("trust_ratio", "Trust ratio of each layer")):
-        runs = (run for group in groups for run in group.runs)
-        shown = next((run for run in runs if any(row.get(key) for row in run.layers)), None)  # the best that has them
-        if shown is not None:
-            name = f"{title}: {shown.name}"
-            drawn[name] = _save(folder / f"layers_{key}.png", partial(_layers, run=shown, key=key))
+        for run in best(groups, key):
+            file = folder / f"layers_{key}_{re.sub('[^a-z0-9]+', '_', run.optimizer.lower())}.png"
+            drawn[f"{title}: {run.optimizer}, {run.name}"] = _save(file, partial(layers, run=run, key=key))
     return drawn
+
+
+def best(groups: Sequence[Group], key: str) -> list[Run]:
+    """The best run of each optimizer that has this quantity of its layers; the best optimizer first."""
+    runs = [run for group in groups for run in group.runs if any(row.get(key) for row in run.layers)]
+    found: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda run: (math.isnan(run.final), run.final)):
+        found.setdefault(run.optimizer, run)
+    return list(found.values())
 
 
 def _save(file: Path, fill: Callable[[Any], None]) -> Path:
@@ -45,7 +53,8 @@ def _save(file: Path, fill: Callable[[Any], None]) -> Path:
     return file
 
 
-def _curves(axis: Any, groups: Sequence[Group], by: str) -> None:
+def curves(axis: Any, groups: Sequence[Group], by: str) -> None:
+    """The loss of every run, by step, tokens or seconds: a smoothed line for training, dots for validation."""
     for number, group in enumerate(groups):
         color = _color(number)
         for i, run in enumerate(group.runs):
@@ -64,7 +73,8 @@ def _curves(axis: Any, groups: Sequence[Group], by: str) -> None:
     _legend(axis, len(groups))
 
 
-def _by_lr(axis: Any, groups: Sequence[Group]) -> None:
+def by_lr(axis: Any, groups: Sequence[Group]) -> None:
+    """The median of the final losses by the largest learning rate, a line for each optimizer; inf has no dot."""
     points: dict[str, dict[float, list[float]]] = {}
     for group in groups:
         for run in group.runs:
@@ -72,7 +82,7 @@ def _by_lr(axis: Any, groups: Sequence[Group]) -> None:
     finals = []
     for number, (optimizer, found) in enumerate(points.items()):
         rates = sorted(found)
-        medians = [sorted(found[lr])[len(found[lr]) // 2] for lr in rates]
+        medians = [median(found[lr]) for lr in rates]
         finals += medians
         axis.plot(rates, medians, "o-", color=_color(number), label=optimizer)
     axis.set_xscale("log")
@@ -82,7 +92,8 @@ def _by_lr(axis: Any, groups: Sequence[Group]) -> None:
     _legend(axis, len(points))
 
 
-def _norms(axis: Any, groups: Sequence[Group]) -> None:
+def norms(axis: Any, groups: Sequence[Group]) -> None:
+    """The gradient norm of every run by step."""
     for number, group in enumerate(groups):
         for i, run in enumerate(group.runs):
             steps, norms = [row["step"] for row in run.train], [row["grad_norm"] for row in run.train]
@@ -93,7 +104,8 @@ def _norms(axis: Any, groups: Sequence[Group]) -> None:
     _legend(axis, len(groups))
 
 
-def _layers(axis: Any, run: Run, key: str) -> None:
+def layers(axis: Any, run: Run, key: str) -> None:
+    """A quantity of every layer of a run, as colors by step."""
     from matplotlib.colors import LogNorm
 
     rows = [row for row in run.layers if row.get(key)]

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,9 +73,36 @@ class Run:
         ]
 
     @property
+    def diverged(self) -> bool:
+        """Whether the last thing that it wrote is not finite: it ends where gradients are not."""
+        last = (self.rows[-1].get(key, 0.0) for key in ("loss", "grad_norm", "validation_loss"))
+        return not all(map(math.isfinite, last))
+
+    @property
     def final(self) -> float:
-        """The last validation loss; nan for a run without one."""
-        return self.validation[-1]["validation_loss"] if self.validation else math.nan
+        """The last validation loss; inf for a run that diverged, nan for one without."""
+        return self._evaluated("validation_loss")
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same in bits a byte of text."""
+        return self._evaluated("bits_per_byte")
+
+    @property
+    def steps(self) -> int:
+        """How many it has made."""
+        return int(self.train[-1]["step"])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all processes and steps; nan where no time was measured."""
+        last = self.train[-1]
+        return last["tokens"] / last["seconds"] if last["seconds"] else math.nan
+
+    @property
+    def skipped(self) -> int:
+        """Its steps whose gradient was not finite."""
+        return int(self.train[-1].get("skipped", 0))
 
     @property
     def lr(self) -> float:
@@ -89,10 +116,18 @@ class Run:
         sam = self.choices.get("sam", "off" if not self.config.get("sam._target_") else "sam")
         return self.choices.get("optimizer", target or "?") + ("" if sam == "off" else f", sam={sam}")
 
+    def _evaluated(self, key: str) -> float:
+        if self.diverged:
+            return math.inf
+        return float(self.validation[-1].get(key, math.nan)) if self.validation else math.nan
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ by the seed alone. label: what sets them apart from the other groups."""
+    """Runs that differ by the seed alone: what is said of them is a median.
+
+    label: what sets them apart from the other groups.
+    """
 
     label: str
     differs: dict[str, Any]
@@ -100,14 +135,39 @@ class Group:
 
     @property
     def final(self) -> float:
-        """The median of the last validation losses."""
-        return statistics.median(run.final for run in self.runs)
+        """The last validation loss."""
+        return median(run.final for run in self.runs)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same in bits a byte of text."""
+        return median(run.bits_per_byte for run in self.runs)
+
+    @property
+    def steps(self) -> float:
+        """How many were made."""
+        return median(run.steps for run in self.runs)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all processes and steps."""
+        return median(run.tokens_per_second for run in self.runs)
+
+    @property
+    def skipped(self) -> float:
+        """Steps whose gradient was not finite."""
+        return median(run.skipped for run in self.runs)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the largest of them."""
-        finals = [run.final for run in self.runs]
-        return min(finals), max(finals)
+        """The least and the largest of the last validation losses; nan where there is none."""
+        finals = [run.final for run in self.runs if not math.isnan(run.final)]
+        return min(finals, default=math.nan), max(finals, default=math.nan)
+
+
+def median(values: Iterable[float]) -> float:
+    """The median of those that are not nan, which have not been measured; nan where none has."""
+    return statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -126,10 +186,14 @@ def find_runs(folder: Path) -> list[Run]:
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Runs that are alike but for the seed, together; the best median first, those without one last."""
     keys = differing([run.config for run in runs])
+    names = {run.optimizer for run in runs}
+    # A difference between optimizers is told by their names.
+    vary = {name: differing([run.config for run in runs if run.optimizer == name]) for name in names}
     groups: dict[str, Group] = {}
     for run in runs:
         differs = {key: run.config.get(key) for key in keys}
-        label = ", ".join([run.optimizer, *(f"{_short(k)}={_value(v)}" for k, v in differs.items() if _told(k))])
+        told = (key for key in keys if key in ("optimizer.lr", "lr_scale") or key in vary[run.optimizer])
+        label = ", ".join([run.optimizer, *(f"{_short(key)}={_value(differs[key])}" for key in told)])
         if not run.config:
             label = run.name
         groups.setdefault(json.dumps([label, differs], default=str), Group(label, differs)).runs.append(run)
@@ -144,11 +208,6 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         for key in keys
         if not key.startswith(_NOT_COMPARED) and len({json.dumps(c.get(key), default=str) for c in configs}) > 1
     ]
-
-
-def _told(key: str) -> bool:
-    """Whether a difference is not said by the optimizer's name already."""
-    return key in ("optimizer.lr", "lr_scale") or not key.startswith(("optimizer.", "sam.", "param_groups."))
 
 
 def _short(key: str) -> str:
