@@ -1,6 +1,8 @@
 # make install | test | check | matrix | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# How many tests run side by side, of up to four processes of one thread each, which often wait.
+WORKERS ?= 2
 STAMP := .venv/.installed
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; where there are GPUs, one process for each.
@@ -18,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 check: install
 	$(BIN)/ruff check .
@@ -26,9 +28,10 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# All of the equivalence matrix, and its table in the README; `make test` runs a part of it.
+# All of the equivalence matrix, and its table in the README, with all other tests; `make test` runs a part of both.
+# A file's tests stay together, since one process has to see all cells of the table.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -vv -m "matrix or not matrix" --table README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table README.md
 
 format: install
 	$(BIN)/ruff format .

@@ -67,7 +67,7 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead:
     short = {**LONG, "train__steps": str(end)}
     again = overrides(name="broken", engine="fsdp2", train__resume="auto", **short)
     with two_machines(cwd, again) as (processes, errors):
-        assert [process.wait(60) for process in processes] == [0, 0], [err.read_text() for err in errors]
+        assert [process.wait(150) for process in processes] == [0, 0], [err.read_text() for err in errors]
     jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **short)
     assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == end
 
