@@ -28,12 +28,23 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     """
     if not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
-    layout = layout_of(optimizer)
-    grads, norms = _grad_norms(optimizer, layout)
-    total = torch.linalg.vector_norm(norms)
+    grads, total = measure(optimizer)
+    clip_(grads, total, max_norm)
+    return total
+
+
+@torch.no_grad()
+def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
+    """The local gradient shards, and their global norm: what `clip_grad_norm_` begins with, at its cost."""
+    grads, norms = _grad_norms(optimizer, layout_of(optimizer))
+    return grads, torch.linalg.vector_norm(norms)
+
+
+@torch.no_grad()
+def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
+    """Scales gradients of this global norm to at most `max_norm`: what `clip_grad_norm_` ends with."""
     if max_norm != math.inf:
         scale_(grads, torch.where(total <= max_norm, 1.0, max_norm / total))
-    return total
 
 
 @torch.no_grad()

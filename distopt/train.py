@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from distopt import cli, pretrained, ranks
 from distopt import run as runs
@@ -26,6 +28,7 @@ from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
+from distopt.sam import SAM
 from distopt.saver import Saver
 from distopt.step import update
 from distopt.stop import Stopped, StopSignal
@@ -132,10 +135,10 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         if monitor.skipped_in_a_row >= options.max_skipped_steps:
             saver.wait()
             monitor.close()
-            raise ValueError(blame(engine.unwrap(model), optimizer, step, monitor.skipped_in_a_row))
+            raise ValueError(blame(engine.unwrap(model), stepper, step, monitor.skipped_in_a_row))
         stopping = asked > 0 and step < options.steps
         if (step % cfg.evaluation.every == 0 and not stopping) or step == options.steps:
-            clipped = min(1.0, max_norm / done.grad_norm) if done.grad_norm else 1.0
+            clipped = min(1.0, max_norm / done.grad_norm) if done.applied and done.grad_norm else 1.0
             monitor.write_layers(by_layer(engine.unwrap(model), stepper, clipped))
             after = evaluate()
         if step % cfg.checkpoint.every == 0 or step == options.steps or stopping:
@@ -284,16 +287,23 @@ def trackers(names: str | list[str] | None) -> list[str]:
     return names
 
 
-def blame(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, times: int) -> str:
+def blame(model: torch.nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
     """Says which layers' gradients are not finite; asked of all ranks together."""
-    norms = grad_norms(optimizer)
-    bad = [name for name, p in model.named_parameters() if p in norms and not norms[p].isfinite()]
-    # DeepSpeed has freed the gradients of a step that it skips.
-    where = f"{len(bad)} layers are not finite, the first is {bad[0]}. " if bad else ""
+
+    def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:
+        return [name for name, p in model.named_parameters() if p in norms and not norms[p].isfinite()]
+
+    # With SAM's scope=local only the rank that broke knows it.
+    ascents = ranks.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
+    layers = next(filter(None, ascents), None) or bad(grad_norms(stepper))
+    where = f"{len(layers)} layers are not finite, the first is {layers[0]}. " if layers else f"{UNTOLD}. "
     return (
         f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
         "Lower optimizer.lr or raise schedule.warmup_steps"
     )
+
+
+UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

@@ -459,12 +459,44 @@ def test_many_skipped_steps_end_the_run(cwd: Path) -> None:
     assert checkpoints(cwd / "runs" / "p") == ["step_00000004"]
 
 
-def test_the_layer_that_is_not_finite_is_named(cwd: Path) -> None:
+BROKEN: dict[str, tuple[dict[str, str], int]] = {  # and the number of ranks
+    "ddp": ({}, 1),
+    "zero1 lamb": ({"engine": "zero1", "optimizer": "lamb"}, 2),
+    "ddp sam": ({"sam": "on"}, 1),
+    "ddp asam local": ({"sam": "asam", "sam__scope": "local"}, 2),
+}
+
+
+@pytest.mark.parametrize(("changes", "world"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_layer_that_is_not_finite_is_named(cwd: Path, changes: dict[str, str], world: int, value: float) -> None:
+    """And no other: clipping by a norm that is nan, and SAM's second pass after a first that broke, make all so."""
     name = "transformer.h.1.mlp.c_fc.weight"
-    words = overrides(train__max_skipped_steps="2")
-    (ended,) = jobs.run(cwd, words, 1, spoil_one_layer, name, math.inf)
-    assert ended.code == 1
-    assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in ended.err
+    words = overrides(train__max_skipped_steps="2", **changes)
+    for code, _, err in jobs.run(cwd, words, world, spoil_one_layer, name, value):
+        assert code == 1
+        assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in err
+
+
+def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    words = overrides(train__max_skipped_steps="2", engine="deepspeed_zero2")
+    for code, _, err in jobs.run(cwd, words, 2, spoil_one_layer, name, math.nan):
+        assert code == 1
+        assert "2 steps in a row; DeepSpeed, which has freed it, does not tell in which layer: another" in err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_layers_are_written_at_a_step_that_is_skipped(cwd: Path, value: float) -> None:
+    """Their norms were divided by the factor of clipping, 0 where the norm was inf: the run ended with an error."""
+    name = "transformer.h.1.mlp.c_fc.weight"
+    short = {"train__steps": "2", "schedule__warmup_steps": "0", "evaluation__every": "1", "checkpoint__every": "2"}
+    train(cwd, 1, spoil_one_layer, name, value, **short)
+    written = (cwd / "runs" / "train" / "layers.jsonl").read_text().splitlines()
+    norms = [json.loads(line)["grad_norm"] for line in written]
+    assert len(norms) == 2
+    for row in norms:
+        assert [layer for layer, norm in row.items() if not math.isfinite(norm)] == [name]
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

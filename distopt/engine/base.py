@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.clip import clip_grad_norm_
+from distopt.clip import clip_, measure
 from distopt.engine.footprint import Collective, Footprint, Units
 
 if TYPE_CHECKING:
@@ -120,11 +120,14 @@ class Engine:
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
         """Clips and steps; returns the global gradient norm before clipping, and whether weights moved.
 
-        A norm that is inf or nan, which all ranks see alike, leaves weights and state as they are.
+        A norm that is inf or nan, which all ranks see alike, leaves weights and state as they are, and the gradients,
+        which tell the layer.
         """
-        norm = float(clip_grad_norm_(optimizer, max_grad_norm))
+        grads, total = measure(optimizer)
+        norm = float(total)
         applied = math.isfinite(norm)
         if applied:
+            clip_(grads, total, max_grad_norm)
             optimizer.step()
         return norm, applied
 

@@ -84,6 +84,7 @@ class SAM(torch.optim.Optimizer):
         self.model = model
         self._perturbed: _Perturbed | None = None
         self._staged: _Staged | None = None
+        self._norms: Tensor | None = None
         self._measured = False
 
     @property
@@ -138,7 +139,7 @@ class SAM(torch.optim.Optimizer):
         if self._perturbed is not None:
             raise RuntimeError("perturb() was called twice without restore() between")
         layout, owners = self._layout(), self.owners()
-        self._perturbed, self._staged = _Perturbed(layout, owners), None
+        self._perturbed, self._staged, self._norms = _Perturbed(layout, owners), None, None
         if not self.ascends:
             return torch.zeros((), dtype=torch.float64, device=layout.device)
         try:
@@ -154,7 +155,7 @@ class SAM(torch.optim.Optimizer):
         directions, measured = self.ascent(layout, owners)
         weights, layers = layout.weights(owners), layout.layers(owners)
         (norms,) = layout.norms(layers, measured)
-        total = torch.linalg.vector_norm(norms)
+        self._norms, total = norms, torch.linalg.vector_norm(norms)
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
         touched = layout.touched(owners)
         perturbed.copies = [(t, t.clone()) for t in (*touched, *buffers)]
@@ -174,6 +175,13 @@ class SAM(torch.optim.Optimizer):
         done = self._put_back()
         if done is not None:
             self.descent(done.layout, [p for p in done.owners if p.grad is not None], done.first)
+
+    def ascent_norms(self) -> dict[Tensor, Tensor]:
+        """The norm of each whole layer of what this step perturbed by; none if it did not.
+
+        One that is not finite is the layer in which the step broke: by the second pass all of them are.
+        """
+        return {} if self._norms is None else dict(zip(self._layout().params, self._norms))
 
     def give_up(self) -> None:
         """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
