@@ -27,14 +27,18 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[Path | None, list
     """The newest complete checkpoint of a folder, and one line for each newer one that is broken, newest first.
 
     The newest is the one of the highest step in the names that `checkpoint_path` gives. Complete means that its
-    manifest can be read and that every file has the size it says; contents are not compared. What a killed save has
-    half written (`.tmp`) does not count. None where there is no complete checkpoint, or no such folder.
+    manifest can be read and that every file has the size it says; contents are not compared. What a save has half
+    written (`.tmp`), because it was killed or still writes, is a broken one too, unless there is an older version of
+    it. None where there is no complete checkpoint, or no such folder.
 
     It only looks at the file system, which two ranks may see in different states: call it on rank 0 and broadcast.
     """
     broken: list[str] = []
     for path in _newest_first(Path(folder)):
-        for version in _versions(path):
+        versions = _versions(path)
+        if not versions:
+            broken.append(f"{half_written(path).name}: it was not written to its end")
+        for version in versions:
             reason = _problem(version)
             if reason is None:
                 return version, broken

@@ -39,12 +39,13 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
 
 
 def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `train.resume` means, and lines about broken ones that were passed over."""
+    """The checkpoint that `train.resume` means, and a line about each broken one that is passed over for it."""
     if resume == "never":
         return None, []
     newest, broken = latest_checkpoint(folder)
     if resume == "auto":
-        return newest, broken
+        start = newest.name if newest is not None else "the start"
+        return newest, [f"{line}; going on from {start}" for line in broken]
     path = Path(resume).expanduser()
     if not path.is_dir():
         raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")

@@ -469,6 +469,13 @@ def test_a_manifest_that_cannot_be_read_is_one_line(checkpoints: Path, content: 
         load_checkpoint(checkpoints / "step_00000300", *trained(steps=0))
 
 
+def test_what_a_killed_save_has_left_is_told_unless_it_was_saved_before(checkpoints: Path) -> None:
+    for name in ("step_00000300.tmp", "step_00000350.tmp", "step_00000050.tmp"):
+        (checkpoints / name).mkdir()
+    line = "step_00000350.tmp: it was not written to its end"
+    assert latest_checkpoint(checkpoints) == (checkpoints / "step_00000300", [line])
+
+
 def test_a_broken_one_is_replaced(checkpoints: Path) -> None:
     path = checkpoints / "step_00000300"
     os.truncate(path / "training.pt", 0)

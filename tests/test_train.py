@@ -197,6 +197,8 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_on
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
         assert checkpoints(broken) == ["step_00000004", "step_00000008.tmp"]
         ended = train(cwd, 2, name=name, train__resume="auto", **same)
+        said = "step_00000008.tmp: it was not written to its end; going on from step_00000004"
+        assert said in ended[0].out.splitlines()
         assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
         assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
         assert checkpoints(broken) == checkpoints(unbroken) == ["step_00000008", "step_00000009"]
@@ -233,7 +235,8 @@ def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> 
     before = rows(done, losses_only=True)
 
     out = train(cwd, train__resume="auto", **LONGER)[0].out
-    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+", out)
+    assert "step_00000010.tmp: it was not written to its end; going on from step_00000004" in out
+    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; going on from step_0+4\n", out)
     assert f"resuming after step 4 from {done / 'checkpoints' / 'step_00000004'}" in out
     after = rows(done, losses_only=True)
     assert after[: len(before)] == before and len(after) == 10
