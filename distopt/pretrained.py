@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+# What another part of a run may have otherwise: the model computes the same, but for the noise it is trained with.
+_HARMLESS = re.compile(
+    "_.*|transformers_version|architectures|(torch_)?dtype|use_cache|output_.*|initializer_range"
+    "|(bos|eos)_token_id|.*drop.*"
+)
 
 
 def description(
@@ -37,3 +44,18 @@ def description(
     if fits and folder is not None and (folder / GENERATION).is_file():
         files[GENERATION] = (folder / GENERATION).read_bytes()
     return files
+
+
+def architecture(config: PretrainedConfig) -> dict[str, Any]:
+    """What a configuration says of the function that the model computes, which shapes alone do not tell."""
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {f"model.config.{name}": value for name, value in fields.items() if not _HARMLESS.fullmatch(name)}
+
+
+def saved_architecture(checkpoint: Path) -> dict[str, Any]:
+    """That of the model in a checkpoint, with the defaults of today's transformers; empty where nothing tells it."""
+    from transformers import AutoConfig
+
+    if not (checkpoint / CONFIG).is_file():
+        return {}
+    return architecture(AutoConfig.from_pretrained(checkpoint, local_files_only=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import sys
@@ -98,7 +99,9 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         extra = load_checkpoint(checkpoint, engine.unwrap(model), stepper, schedule)
         step = extra.pop("step")
-        refuse_other_run(checkpoint, extra, identity, step, options.steps)
+        there = ranks.on_first(functools.partial(pretrained.saved_architecture, checkpoint))
+        here = pretrained.architecture(config) if there else {}
+        refuse_other_run(checkpoint, extra | there, here | identity, step, options.steps)
         configure_again(optimizer, schedule, groups)
     moved = ranks.on_first(lambda: runs.open_folder(folder, checkpoint))
     if accelerator.is_main_process:

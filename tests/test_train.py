@@ -645,6 +645,9 @@ def test_what_hydra_refuses_is_one_line_too(bad_inputs: Path, words: str, expect
 MISMATCHED: dict[str, tuple[str, ...]] = {
     "model.config.n_embd=32": ("transformer.wte.weight is [256, 16] in the checkpoint, [256, 32] in the model",),
     "model.config.n_layer=3": ("transformer.h.2.", "is in the model, not in the checkpoint"),
+    "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start anew",),
+    "+model.config.layer_norm_epsilon=1e-6": ("was trained with model.config.layer_norm_epsilon 1e-05, now it is 1e-06",),
+    "+model.config.activation_function=relu": ("model.config.activation_function gelu_new, now it is relu",),
     "optimizer=lamb": ("the checkpoint is of AdamW", "this run has LAMB"),
     "train.steps=8": ("is already at step 8 of 8: raise train.steps",),
     "train.batch_size=4": ("was trained with batch_size 8, now it is 4",),
@@ -661,6 +664,19 @@ def test_a_checkpoint_of_something_else_is_refused(finished: Path, words: str, e
     (line,) = ended.err.strip().splitlines()
     assert [part for part in ("distopt: error: ", "step_00000008", *expected) if part not in line] == []
     assert rows(finished / "runs" / "done") == before
+
+
+def test_what_the_model_does_not_compute_with_may_change(finished: Path, cwd: Path) -> None:
+    """Dropout, the tokens of generation, and what another version of transformers has written into config.json."""
+    done = copied(finished, cwd)
+    file = done / "checkpoints" / "step_00000008" / "config.json"
+    written = file.read_text()
+    file.write_text(written.replace('"transformers_version": "5', '"transformers_version": "4'))
+    assert file.read_text() != written
+    words = {f"model__config__{name}_pdrop": "0.2" for name in ("resid", "embd", "attn")}
+    (ended,) = jobs.run(cwd, [*overrides(train__resume="auto", **LONGER, **words), "+model.config.eos_token_id=10"])
+    assert ended.code == 0, ended.err
+    assert steps(done) == list(range(1, 11))
 
 
 def test_only_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(finished: Path) -> None:
