@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -15,6 +16,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -50,6 +52,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
 
     # Everything that can be refused is refused before anything that takes time.
+    refuse_swept_ranks()
     check_options(cfg)
     engine, language_model, data = make(cfg.engine), make(cfg.model), make(cfg.data)
     adapter = make(cfg.adapter) if cfg.adapter else None
@@ -228,6 +231,19 @@ def check_options(cfg: DictConfig) -> None:
     parts = PurePath(str(cfg.name)).parts
     if not parts or ".." in parts or cfg.name is None:
         raise ValueError(f"name must be that of a folder below runs/, got {cfg.name!r}")
+
+
+def refuse_swept_ranks() -> None:
+    """Raises ValueError where each process of a launch sweeps by itself: they would all write into the same folders.
+
+    A job of Hydra's launchers (basic, joblib, submitit) is one process; ours gives it several, in a run of its own.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if HydraConfig.get().mode is RunMode.MULTIRUN and processes > 1:
+        raise ValueError(
+            f"each of the {processes} processes of the launcher would start this sweep: start it by "
+            "`python -m distopt.train -m hydra/launcher=accelerate ...`, which gives every job processes of its own"
+        )
 
 
 def dry_run(engine: Engine, make_optimizer: Any, make_schedule: Any, make_sam: Any, options: DictConfig) -> None:

@@ -211,6 +211,19 @@ def test_ranks_do_not_each_start_the_sweep(variable: tuple[str, str], monkeypatc
         accelerate_launcher.check(AccelerateLauncherConf())
 
 
+def test_ranks_do_not_each_sweep_by_themselves(tmp_path: Path) -> None:
+    """Hydra's own launcher under `accelerate launch`: both processes ran all jobs, in the same folders."""
+    jobs.write_text(tmp_path)
+    words = ["-m", *overrides(name="grid", optimizer="adamw,lamb")]
+    for rank, (code, out, err) in enumerate(jobs.run(tmp_path, words, 2)):
+        assert (code, out) == (1, "")
+        (line,) = err.strip().splitlines()
+        assert line.startswith("distopt: error: " if rank == 0 else "distopt (rank 1): error: ")
+        assert "each of the 2 processes of the launcher would start this sweep" in line
+        assert "python -m distopt.train -m hydra/launcher=accelerate" in line
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_a_refusal_is_one_line(tmp_path: Path, script: list[str]) -> None:
     for words, message in {
         ("x=1,2", "hydra.sweep.subdir=same"): f"jobs #0 and #1 have the same folder {tmp_path}/out/same",
