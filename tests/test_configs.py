@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_every_file_is_in_a_group() -> None:
         f"{group}/{choice}.yaml" for group, names in GROUPS.items() for choice in names
     }
     assert set(GROUPS) >= {"data", "engine", "experiment", "model", "optimizer", "sam", "schedule"}
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Everything that Hydra would instantiate, however deep."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from targets(child)
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.relative_to(CONF).as_posix())
+def test_what_is_made_gets_lists_and_dictionaries_of_python(file: Path) -> None:
+    """OmegaConf's own break the loading of checkpoints, and whatever asks for a list."""
+    found = list(targets(OmegaConf.to_container(OmegaConf.load(file))))
+    assert [node["_target_"] for node in found if node.get("_convert_") != "all"] == []
+    assert len(found) == file.read_text().count("_target_:")
 
 
 @every_choice
