@@ -58,8 +58,12 @@ def test_everything_is_in_it(wheel: Path) -> None:
     code = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.py")} - {
         f"distopt/plugin/{name}" for name in plugin
     }
+    # Whatever is no Python: what is compiled on the user's machine, the report's page.
+    data = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.*") if not name.endswith((".py", ".pyc"))}
     assert len(config) > 20 and len(code) > 20 and len(plugin) > 5
-    assert config | code | plugin <= names
+    assert data >= {"distopt/kernels/cpu.c", "distopt/report/page.html"}
+    assert config >= {"distopt/conf/train.yaml", "distopt/conf/plan.yaml", "distopt/conf/optimizer/adamw.yaml"}
+    assert config | code | plugin | data <= names
     assert {name.partition("/")[0] for name in names} == {"distopt", "hydra_plugins", f"{stem(wheel)}.dist-info"}
     # A namespace, in which there are the plugins of others too; and nothing twice.
     assert "hydra_plugins/__init__.py" not in names and not any(name.startswith("distopt/plugin") for name in names)
@@ -125,7 +129,30 @@ def test_hydra_finds_the_launcher_of_an_editable_install(tmp_path: Path) -> None
     assert "AccelerateLauncher" in done.stdout
 
 
-def test_help_of_what_is_installed(site: Path, tmp_path: Path) -> None:
-    done = run(sys.executable, "-m", "distopt.train", "--help", cwd=tmp_path, PYTHONPATH=str(site))
-    assert "optimizer: adagrad, adam, adamw, lamb, lars" in done.stdout
-    assert "accelerate launch --config_file launch/local.yaml -m distopt.train" in done.stdout
+@pytest.fixture(scope="module")
+def help_text(site: Path) -> str:
+    return run(sys.executable, "-m", "distopt.train", "--help", cwd=site.parent, PYTHONPATH=str(site)).stdout
+
+
+def test_help_of_what_is_installed(help_text: str) -> None:
+    """It names no file that only a checkout has: launch/local.yaml once."""
+    assert "optimizer: adagrad, adam, adamw, lamb, lars" in help_text
+    usage = help_text.partition("groups (GROUP=CHOICE)")[0]
+    assert "accelerate launch --multi_gpu --num_processes 2 -m distopt.train" in usage
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    assert [word for word in usage.split() if word.partition("/")[0] in folders and "/" in word] == []
+    assert "--config_file" not in usage
+
+
+@pytest.mark.matrix
+def test_what_is_installed_is_launched_as_its_help_says(help_text: str, site: Path, tmp_path: Path) -> None:
+    """On a machine without GPUs too, where Accelerate is quick to start one process instead of two."""
+    (line,) = (line for line in help_text.splitlines() if "accelerate launch" in line)
+    accelerate, launch, *options = line.partition("[")[0].split()
+    words = [str(jobs.BIN / accelerate), launch, "--main_process_port", "0", *options]
+    jobs.write_text(tmp_path)
+    words += jobs.overrides(train__steps="2", schedule__warmup_steps="0", checkpoint__every="2", name="two")
+    done = run(*words, cwd=tmp_path, PYTHONPATH=str(site))
+    assert len(jobs.metrics(tmp_path / "runs" / "two")) > 2
+    (command,) = (line for line in done.stdout.splitlines() if line.startswith("go on:"))
+    assert "--num_processes 2" in command

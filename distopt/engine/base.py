@@ -75,7 +75,7 @@ class Engine:
         if accelerator.num_processes != world or dist.get_world_size() != world:
             raise ValueError(
                 f"{world} processes were launched, Accelerate runs {accelerator.num_processes}: "
-                "use `accelerate launch --config_file launch/local.yaml`"
+                f"use `accelerate launch --multi_gpu --num_processes {world}`, on CPUs too"
             )
         return accelerator
 
