@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distopt.checkpoint import latest_checkpoint
 from distopt.monitor import METRICS, RUN
@@ -81,6 +82,14 @@ def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
     """Writes the command that starts this run, and the choices of its configuration, for `distopt.report`."""
     chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
     (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
+
+
+def flat(cfg: dict[str, Any]) -> dict[str, bool | int | float | str | None]:
+    """A configuration as trackers take it: one level of names with dots; what is no scalar, a list, as text."""
+    from transformers.utils import flatten_dict
+
+    scalars = (bool, int, float, str, type(None))
+    return {name: value if isinstance(value, scalars) else str(value) for name, value in flatten_dict(cfg).items()}
 
 
 def printable(text: str) -> str:

@@ -113,7 +113,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         command = runs.command(hydra_cfg.overrides.task, world, **runs.elsewhere(folder, str(cfg.name)))
         runs.write_about(folder, command, hydra_cfg.runtime.choices)
     accelerator.project_configuration.set_directories(str(folder / "logs"))
-    accelerator.init_trackers("distopt", init_kwargs={"wandb": {"name": folder.name}})
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    accelerator.init_trackers("distopt", runs.flat(values), init_kwargs={"wandb": {"name": folder.name}})
     tokens = options.batch_size * options.sequence_length
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
     ending.callback(monitor.close)  # an error would stand at the end of the progress bar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -80,13 +83,63 @@ def test_tensorboard_has_the_same_numbers(trained: tuple[Path, jobs.Ended]) -> N
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = trained[0] / "runs" / "first"
-    (events,) = (run / "logs").rglob("events.out.tfevents.*")
+    (events,) = (run / "logs" / "distopt").glob("events.out.tfevents.*")
     board = EventAccumulator(str(events))
     board.Reload()
     for name in ("loss", "validation_loss", "lr", "grad_norm"):
         expected = [(row["step"], row[name]) for row in metrics(run) if name in row]
         got = [(event.step, event.value) for event in board.Scalars(name)]
         assert got == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+
+
+def test_tensorboard_has_the_configuration(trained: tuple[Path, jobs.Ended]) -> None:
+    (file,) = (trained[0] / "runs" / "first" / "logs").rglob("hparams.yml")
+    written = OmegaConf.load(file)
+    assert (written["train.steps"], written["optimizer.betas"], written["train.micro_batch_size"]) == (
+        16,
+        "[0.9, 0.95]",
+        None,
+    )
+
+
+def fake_wandb(folder: str) -> None:
+    """A module that writes what Accelerate's tracker tells it: what a run needs of W&B, without its servers."""
+    from accelerate import tracking
+
+    def write(kind: str, *values: Any) -> None:
+        with (Path(folder) / f"wandb-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+            file.write(json.dumps([kind, *values]) + "\n")
+
+    run = SimpleNamespace(
+        log=lambda values, step: write("log", step, values),
+        finish=lambda: write("finish"),
+    )
+
+    def init(**options: Any) -> SimpleNamespace:
+        write("init", options)
+        return run
+
+    module: Any = ModuleType("wandb")
+    module.init = init
+    module.config = SimpleNamespace(update=lambda values, allow_val_change: write("config", values))
+    sys.modules["wandb"] = module
+    tracking._available_trackers.append(tracking.LoggerType.WANDB)
+
+
+def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path) -> None:
+    jobs.write_text(tmp_path)
+    changes = {"trackers": "[wandb]", "train__steps": "3", "schedule__warmup_steps": "0", "evaluation__every": "2"}
+    jobs.train(tmp_path, 2, fake_wandb, str(tmp_path), name="tracked", **changes)
+    assert not (tmp_path / "wandb-1.jsonl").exists()
+    told = [json.loads(line) for line in (tmp_path / "wandb-0.jsonl").read_text().splitlines()]
+    assert told[0] == ["init", {"project": "distopt", "name": "tracked"}]
+    assert [kind for kind, *_ in told[1:]] == ["config", *["log"] * (len(told) - 3), "finish"]
+    config = told[1][1]
+    for name, value in {"train.steps": 3, "optimizer.lr": 2e-3, "optimizer.betas": "[0.9, 0.95]", "seed": 0}.items():
+        assert config[name] == value
+    logged = [{"step": step, **values} for _, step, values in told[2:-1]]
+    assert logged == metrics(tmp_path / "runs" / "tracked")
+    assert [row["step"] for row in logged if "validation_loss" in row] == [0, 2, 3]
 
 
 def test_the_command_to_go_on_works(trained: tuple[Path, jobs.Ended]) -> None:
@@ -202,7 +255,7 @@ def test_help_names_every_group_and_how_to_start(tmp_path: Path) -> None:
     assert ended.code == 0
     for group in sorted(folder.name for folder in (jobs.ROOT / "conf").iterdir() if folder.is_dir()):
         assert re.search(rf"^{group}: \w+", ended.out, re.MULTILINE)
-    assert "accelerate launch --config_file launch/local.yaml -m distopt.train" in ended.out
+    assert "accelerate launch --multi_gpu --num_processes 2 -m distopt.train" in ended.out
     assert not (tmp_path / "runs").exists()
 
 
