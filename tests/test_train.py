@@ -646,7 +646,9 @@ MISMATCHED: dict[str, tuple[str, ...]] = {
     "model.config.n_embd=32": ("transformer.wte.weight is [256, 16] in the checkpoint, [256, 32] in the model",),
     "model.config.n_layer=3": ("transformer.h.2.", "is in the model, not in the checkpoint"),
     "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start anew",),
-    "+model.config.layer_norm_epsilon=1e-6": ("was trained with model.config.layer_norm_epsilon 1e-05, now it is 1e-06",),
+    "+model.config.layer_norm_epsilon=1e-6": (
+        "was trained with model.config.layer_norm_epsilon 1e-05, now it is 1e-06",
+    ),
     "+model.config.activation_function=relu": ("model.config.activation_function gelu_new, now it is relu",),
     "optimizer=lamb": ("the checkpoint is of AdamW", "this run has LAMB"),
     "train.steps=8": ("is already at step 8 of 8: raise train.steps",),
