@@ -74,6 +74,7 @@ class DeepSpeed(Engine):
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it has found out by itself
+        os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher
         # DeepSpeed 0.19.8 uses names of torch that 2.13 deprecates, in every step.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         with warnings.catch_warnings():
