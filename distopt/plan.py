@@ -72,13 +72,17 @@ class Plan:
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
-    """The same on clusters of 1, 2, 4, ... GPUs, machines filled one after another."""
-    gpus = 1
-    while gpus <= _MOST:
-        per_node = min(gpus, plan.cluster.gpus_per_node)
-        if gpus % per_node == 0:
-            yield replace(plan, cluster=replace(plan.cluster, nodes=gpus // per_node, gpus_per_node=per_node))
-        gpus *= 2
+    """The same on 1, 2, 4, ... GPUs of a machine, on 1, 2, 4, ... machines, and as it was asked."""
+    asked = plan.cluster
+    sizes = [(1, gpus) for gpus in doubled(asked.gpus_per_node - 1)]
+    sizes += [(nodes, asked.gpus_per_node) for nodes in sorted({asked.nodes, *doubled(_MOST // asked.gpus_per_node)})]
+    for nodes, gpus in sizes:
+        yield replace(plan, cluster=replace(asked, nodes=nodes, gpus_per_node=gpus))
+
+
+def doubled(most: int) -> list[int]:
+    """1, 2, 4, ... up to most."""
+    return [2**i for i in range(most.bit_length())]
 
 
 def smallest(plan: Plan) -> Plan | None:

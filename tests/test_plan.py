@@ -23,7 +23,7 @@ from distopt.cost import Cluster
 from distopt.engine import DDP
 from distopt.engine.footprint import Collective
 from distopt.model import LanguageModel, blocks
-from distopt.plan import Plan, make_plan, smallest, verdict
+from distopt.plan import Plan, make_plan, smaller, smallest, verdict
 from distopt.rehearsal import Rehearsal, rehearse
 from distopt.step import update
 from distopt.train import CONF
@@ -189,6 +189,26 @@ def test_the_smallest_cluster_is_the_first_that_fits() -> None:
         ValueError, match=r"it does not fit: each GPU lacks 0\.\d+ GiB; nor does any of up to 65,536 GPUs"
     ):
         verdict(lacking)
+
+
+@pytest.mark.parametrize(("nodes", "gpus_per_node"), [(2, 6), (1, 6), (3, 8), (1, 1), (5, 3)])
+def test_what_was_asked_is_tried_too(nodes: int, gpus_per_node: int) -> None:
+    """Machines that do not have 2, 4 or 8 GPUs, and numbers of them that are no power of two."""
+    plan = plan_of(f"nodes={nodes}", f"gpus_per_node={gpus_per_node}")
+    tight = replace(plan, cluster=replace(plan.cluster, memory_gib=(plan.peak + 1) / 2**30))
+    gpus = f"{nodes * gpus_per_node} GPU{'s' * (nodes * gpus_per_node > 1)} ({nodes} x {gpus_per_node})"
+    assert verdict(tight) == f"it fits; the smallest that fits has {gpus}"
+
+
+def test_clusters_are_tried_in_order() -> None:
+    tried = [other.cluster for other in smaller(plan_of("nodes=3", "gpus_per_node=6"))]
+    assert [(c.nodes, c.gpus_per_node) for c in tried[:8]] == [
+        (1, 1),
+        (1, 2),
+        (1, 4),
+        *((n, 6) for n in (1, 2, 3, 4, 8)),
+    ]
+    assert 2**15 < tried[-1].gpus <= 2**16 and sorted(c.gpus for c in tried) == [c.gpus for c in tried]
 
 
 def test_hsdp_plans_only_clusters_that_its_replicas_divide() -> None:
