@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -10,10 +12,12 @@ import torch.distributed as dist
 import distopt
 from distopt.bench.collectives import Collectives, written
 from distopt.bench.wire import SIDES
+from distopt.engine import DDP, Engine, Zero1
 from distopt.model import LanguageModel
+from distopt.rehearsal import rehearse
 from distopt.step import update
 from tests.distributed import run
-from tests.engines import CONFIGS, VOCABULARY, batch, made
+from tests.engines import CONFIGS, DEEPSPEED, ENGINES, VOCABULARY, batch, made
 
 SIZES = CONFIGS["gpt2"] | {"n_embd": 128}
 SWAPPED = ("zero1", "zero1, reduce_dtype=bf16")  # a rank's stepped rows go as they are, and some have one more
@@ -82,3 +86,43 @@ def test_sam_and_accumulation_send_no_more_than_they_must(kind: str) -> None:
             for _, _, really, inside, outside in run(2, stepped, kind, sam, micro_batches):
                 more = kind == "zero1, whole gradients"
                 assert really / (sum(inside) + sum(outside)) == pytest.approx((passes + more) / 2, rel=0.03)
+
+
+WIDE = CONFIGS["gpt2"] | {"n_embd": 192}  # DeepSpeed keeps layers up to 100,000 elements
+PLANNED: dict[str, Callable[..., Engine]] = {**ENGINES, "zero1, reduce_dtype=bf16": partial(Zero1, reduce_dtype="bf16")}
+IN_STEPS = [("fp32", 1), ("fp32", 2), ("bf16", 2)]  # and micro-batches
+WORLDS = [
+    pytest.param(kind, world, marks=[pytest.mark.matrix] if world == 4 or kind in DEEPSPEED else [])
+    for kind in PLANNED
+    for world in (2, 4)
+    if (kind, world) != ("hsdp", 2)
+]
+
+
+def planned(kind: str) -> list[tuple[float, float]]:
+    """What the engine says that a rank sends in a step, and what it sends, each way."""
+    language_model, world = LanguageModel("gpt2", WIDE), dist.get_world_size()
+    units = rehearse(DDP(), language_model, distopt.param_groups, distopt.AdamW, VOCABULARY, 1, 2).units
+    found = []
+    for precision, micro_batches in IN_STEPS:
+        engine = PLANNED[kind](precision=precision)
+        model = made(language_model, engine)
+        optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model)), lr=0.01)
+        model = engine.attach(model, optimizer, micro_batches, math.inf)
+        for step in range(2):
+            update(engine, model, optimizer, list(batch(step).chunk(micro_batches)), math.inf)
+        with Collectives() as mode:
+            update(engine, model, optimizer, list(batch(2).chunk(micro_batches)), math.inf)
+        norm = 0 if kind == "ddp" else 8 * 2 * sum(map(len, units))  # a float64 for each layer, over ranks that shard
+        shards = world // 2 if kind == "hsdp" else world
+        norms = 0.0 if kind in DEEPSPEED else norm * (shards - 1) / shards
+        found.append((sum(c.sent for c in engine.wire(units, world, micro_batches)), mode.sent - norms))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world"), WORLDS)
+def test_a_plan_sends_what_a_step_sends(kind: str, world: int) -> None:
+    """On the average of the ranks, to the byte; DeepSpeed agrees on a few numbers beside."""
+    for ways in zip(*run(world, planned, kind)):
+        plan, sent = (sum(numbers) / world for numbers in zip(*ways))
+        assert sent == pytest.approx(plan, rel=1e-12, abs=100.0 if kind in DEEPSPEED else 0.0)

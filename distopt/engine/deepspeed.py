@@ -19,6 +19,11 @@ from distopt.engine.base import Engine, check_switch
 from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
 from distopt.sam import SAM
 
+# Defaults of DeepSpeed 0.19.8's stage 3, in elements. Layers up to that size stay whole from their first use on until
+# the step; others stay for a next use that is no farther away: from forward to backward the last half of that.
+_PERSISTENT = 10**5
+_REUSED = 10**9
+
 
 class DeepSpeed(Engine):
     """DeepSpeed's engine with distopt's optimizer as its client optimizer.
@@ -182,16 +187,20 @@ class DeepSpeed(Engine):
 
     def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
         width, layers = 2 if self.bf16 else 4, every_layer(units)
-        size, trained = width * numel(layers), width * numel(layers, trained=True)
-        if self.stage == 3:
+        trained = width * numel(layers, trained=True)
+        if self.stage < 3:
+            # 0.19.8 all-reduces buckets of gradients that lie in several partitions, also where it says reduce_scatter.
             return [
-                Collective("all_gather", size, world, passes, "forward"),
-                Collective("all_gather", size, world, passes, "backward"),
-                Collective("reduce_scatter", trained, world, passes, "backward"),
+                Collective("all_reduce", trained, world, 1 if self.stage == 1 else passes, "backward"),
+                Collective("all_gather", trained, world, 1, "step"),
             ]
+        kept = numel(layer for layer in layers if layer.numel <= _PERSISTENT)
+        let_go = numel(layers) - kept
         return [
-            Collective("reduce_scatter", trained, world, 1 if self.stage == 1 else passes, "backward"),
-            Collective("all_gather", trained, world, 1, "step"),
+            Collective("all_gather", width * kept, world, 1, "forward"),
+            Collective("all_gather", width * let_go, world, passes, "forward"),
+            Collective("all_gather", width * max(0, let_go - _REUSED // 2), world, passes, "backward"),
+            Collective("reduce_scatter", trained, world, passes, "backward"),
         ]
 
     def _config(self, accumulation: int, max_grad_norm: float) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from distopt.engine.base import Engine, check_switch
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
+from distopt.engine.footprint import Collective, Footprint, Layer, Units, every_layer, numel
 from distopt.sam import SAM
 
 
@@ -111,18 +111,21 @@ class FSDP2(Engine):
 
     def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
         ranks, width = world // self.replicas, 2 if self.bf16 else 4
-        layers, inner = every_layer(units), units[:-1]
+        layers, inner = every_layer(units), [layer for unit in units[:-1] for layer in unit]
         reduced = passes if self.sync_each_batch else 1
+
+        def rows(of: Iterable[Layer]) -> int:
+            return sum(layer.rows(ranks) for layer in of)
+
+        trained = 4 * rows(layer for layer in layers if layer.trained)
         sent = [
-            Collective("all_gather", width * numel(layers), ranks, passes, "forward"),
-            Collective("reduce_scatter", 4 * numel(layers, trained=True), ranks, reduced, "backward"),
+            Collective("all_gather", width * ranks * rows(layers), ranks, passes, "forward"),
+            Collective("reduce_scatter", ranks * trained, ranks, reduced, "backward"),
         ]
         if self.reshard_after_forward:
-            again = width * sum(map(numel, inner))
-            sent.append(Collective("all_gather", again, ranks, passes, "backward"))
+            sent.append(Collective("all_gather", width * ranks * rows(inner), ranks, passes, "backward"))
         if self.replicas > 1:
-            shards = sum(4 * layer.rows(ranks) for layer in layers if layer.trained)
-            sent.append(Collective("all_reduce", shards, self.replicas, reduced, "backward", across=True))
+            sent.append(Collective("all_reduce", trained, self.replicas, reduced, "backward", across=True))
         return sent
 
 

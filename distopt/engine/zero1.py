@@ -73,8 +73,9 @@ class Zero1(DDP):
         return replace(super().footprint(units, world), state=state)
 
     def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        size = 4 * numel(every_layer(units), trained=True)
+        trained = [layer for layer in every_layer(units) if layer.trained]
+        padded = world * sum(layer.rows(world) for layer in trained)
         return [
-            Collective("reduce_scatter", size, world, 1, "backward"),
-            Collective("all_gather", size, world, 1, "step"),
+            Collective("reduce_scatter", (2 if self.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
+            Collective("all_gather", 4 * numel(trained), world, 1, "step"),
         ]
