@@ -117,6 +117,17 @@ def test_a_sweep_of_any_script(tmp_path: Path, script: list[str], monkeypatch: p
     assert {rank["HYDRA_LAUNCHER_RESUME"] for rank in notes(tmp_path / "out" / "1")} == {"auto"}
 
 
+def test_a_failing_job_ends_no_sweep(tmp_path: Path, script: list[str]) -> None:
+    """One after the other, the second of three fails: the third runs."""
+    ended = sweep(tmp_path, script, "x=1,2,3")
+    assert ended.code == 1
+    lines = [line for line in ended.err.splitlines() if line.startswith("#")]
+    told = ["#0 x=1: started", "#0 x=1: 1,", "#1 x=2: started", "#1 x=2: failed:", "#2 x=3: started", "#2 x=3: 9,"]
+    assert [line.startswith(start) for line, start in zip(lines, told, strict=True)] == [True] * 6, ended.err
+    assert "1 of 3 jobs failed: #1" in ended.err
+    assert [note["word"] for job in "02" for note in notes(tmp_path / "out" / job)] == ["from the file"] * 2
+
+
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 
 
