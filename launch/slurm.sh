@@ -5,7 +5,7 @@
 #
 # Submitted from the checkout, with the environment active that has distopt. The folder runs/ has to be shared.
 # Five minutes before the time limit SLURM signals this script; the step is finished, a checkpoint saved, the job put
-# back into the queue. A preempted job gets SIGTERM, saves as well, and SLURM puts it back. --requeue allows both.
+# back into the queue. A preempted job gets SIGTERM, saves as well, and SLURM itself puts it back. --requeue allows both.
 #SBATCH --job-name=distopt
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -31,6 +31,7 @@ srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER
 step=$!
 asked=
 trap 'asked=1; kill -USR1 "$step"' USR1 # srun hands it on to the nodes
+trap 'kill -USR1 "$step"' TERM          # preempted or cancelled, which is not for this script to put back
 while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
   wait "$step"
   code=$?

@@ -93,8 +93,15 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>requeued; fi
 
 
 @pytest.mark.matrix
-def test_the_slurm_script_saves_requeues_and_goes_on(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no SLURM here: srun and scontrol are stand-ins that do with processes of this machine what those do."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_slurm_script_saves_requeues_and_goes_on(
+    cwd: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """There is no SLURM here: srun and scontrol are stand-ins that do with processes of this machine what those do.
+
+    SIGUSR1 comes before the time limit. SIGTERM, of a preemption, is followed by SLURM's own requeue.
+    """
+    requeued = ["requeue 7\n"] if number == signal.SIGUSR1 else []
     tools = cwd / "tools"
     tools.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
@@ -110,17 +117,17 @@ def test_the_slurm_script_saves_requeues_and_goes_on(cwd: Path, monkeypatch: pyt
 
     with jobs.launched(cwd, overrides(name="queued", engine="fsdp2", **LONG), script) as (process, _, err):
         until(lambda: steps(run) > 5, lambda: process.poll() is None)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         assert process.wait(60) not in (0, None)
         stopped = steps(run)
         assert f"distopt: stopped: by a signal, after step {stopped} of 400" in err.read_text()
-    assert (cwd / "requeued").read_text() == "requeue 7\n"
+    assert [file.read_text() for file in cwd.glob("requeued")] == requeued
 
     short = {**LONG, "train__steps": str(stopped + 5)}
     ended = jobs.launch(cwd, overrides(name="queued", engine="fsdp2", **short), script)
     assert ended.code == 0, ended.err
     assert f"resuming after step {stopped} from" in ended.out
-    assert (cwd / "requeued").read_text() == "requeue 7\n"
+    assert [file.read_text() for file in cwd.glob("requeued")] == requeued
     jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **short)
     assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == stopped + 5
 
