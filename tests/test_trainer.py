@@ -26,7 +26,12 @@ DROPOUT = CONFIGS["gpt2"] | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop"
 
 
 def trained(
-    folder: Path, config: dict[str, Any] | nn.Module, accumulation: int, fsdp2: bool = False, **options: Any
+    folder: Path,
+    config: dict[str, Any] | nn.Module,
+    accumulation: int,
+    fsdp2: bool = False,
+    schedule: str = "linear",
+    **options: Any,
 ) -> list[Tensor]:
     """The parameters after a Trainer has gone over the data once, in batches of `SEQUENCES` over all ranks."""
     made = trainer(
@@ -37,7 +42,7 @@ def trained(
         config,
         gradient_accumulation_steps=accumulation,
         train_sampling_strategy="sequential",
-        lr_scheduler_type="linear",
+        lr_scheduler_type=schedule,
     )
     made.train()
     assert all(isinstance(p, DTensor) for p in made.model_wrapped.parameters()) == fsdp2
@@ -86,6 +91,35 @@ def on_ranks(
 SGD = {"optimizer_cls_and_kwargs": (distopt.SGD, {"lr": 0.3, "momentum": 0.9})}
 LAMB = {"optimizer_cls_and_kwargs": (distopt.LAMB, {"lr": 0.02})}
 SAM = {"sam": partial(distopt.SAM, rho=0.1)}
+
+
+OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lars": (distopt.LARS, {"lr": 0.3, "momentum": 0.9, "trust_coefficient": 0.1, "weight_decay": 0.0}),
+    "adagrad": (distopt.Adagrad, {"lr": 0.02}),
+    "rmsprop": (distopt.RMSprop, {"lr": 2e-3}),
+    "adam": (distopt.Adam, {"lr": 0.01}),
+}
+
+
+def made_and_given(folder: Path, name: str) -> tuple[list[Tensor], list[Tensor], float]:
+    """What a Trainer trains with an optimizer it makes, and with one it gets with a schedule; the last rate."""
+    optimizer, options = OTHERS[name]
+    made = trained(folder / "made", CONFIGS["gpt2"], 1, optimizer_cls_and_kwargs=(optimizer, options))
+    model = language_model(CONFIGS["gpt2"])
+    own = optimizer(model.parameters(), **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(own, lambda step: 1 - step / STEPS)  # as the Trainer's linear one
+    given = trained(folder / "given", model, 1, schedule="constant", optimizers=(own, schedule))
+    return made, given, own.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_others_are_those_written_out(tmp_path: Path, name: str) -> None:
+    optimizer, options = OTHERS[name]
+    expected = by_hand(0.0, partial(optimizer, **options))
+    assert error(by_hand(0.0, partial(optimizer, **{**options, "lr": 1.01 * options["lr"]})), expected) > 5 * TOLERANCE
+    ((made, given, rate),) = run(1, made_and_given, tmp_path, name)
+    assert error(made, expected) < TOLERANCE and error(given, expected) < TOLERANCE
+    assert rate == 0.0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
