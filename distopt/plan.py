@@ -45,7 +45,8 @@ class Plan:
         """The most bytes at one time: what stays, what is gathered, and activations with the gradients they become."""
         held = self.footprint
         early = held.early or self.accumulation > 1 or self.passes > 1
-        return held.parameters + held.state + self.extra + self.rehearsal.peak(held, early)
+        beside = self.extra + held.accumulated * (self.accumulation > 1)
+        return held.parameters + held.state + beside + self.rehearsal.peak(held, early)
 
     @property
     def extra(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distopt.engine import Engine
+
+_CPU = torch.device("cpu")
 
 
 class Moment(NamedTuple):
@@ -68,14 +72,16 @@ def rehearse(
 ) -> Rehearsal:
     """Runs a pass of `sequences` sequences of `length` tokens on the CPU's operators, on tensors without memory.
 
-    In what precision the engine computes: in bfloat16 as FSDP2 and DeepSpeed do it, with weights cast before.
+    In the precision that the engine computes in: bfloat16 by its autocast, or with weights cast before.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
+    with engine.autocast(_CPU):
+        low = engine.bf16 and not torch.is_autocast_enabled("cpu")
     with FakeTensorMode():
         config = language_model.describe(vocabulary)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if engine.bf16 else torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
         if engine.activation_checkpointing:
             model.activation_checkpointing_enable()
         model.train()
@@ -83,7 +89,7 @@ def rehearse(
         units = _units(model, make_optimizer(make_groups(model)))
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with Flops() as forward, allocations:
+        with _one_sequence_a_row(), engine.autocast(_CPU), Flops() as forward, allocations:
             loss = next_token_loss(model, batch)
         start = len(allocations.events)
         with Flops() as backward, allocations:
@@ -102,6 +108,20 @@ def rehearse(
         if i >= start - 1:
             moments.append(Moment(held, made / whole, inside))
     return Rehearsal(units, (forward.total, backward.total), moments)
+
+
+@contextlib.contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers 5.23 looks whether positions are those of packed sequences, and for fake tensors takes them to be:
+    every layer would keep a mask of length times length, and no kernel with fewer key heads would be taken."""
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def _units(model: Any, optimizer: Any) -> list[list[Layer]]:

@@ -62,7 +62,8 @@ class DDP(Engine):
         layers = every_layer(units)
         state = sum(4 * layer.slots * layer.numel for layer in layers)
         fresh = 4 * max((layer.numel for layer in layers if layer.trained), default=0)  # not yet in its bucket
-        return Footprint(4 * numel(layers), 4 * numel(layers, trained=True), state, fresh)
+        gradients = 4 * numel(layers, trained=True)  # in DDP's buckets, which those of earlier micro-batches are not in
+        return Footprint(4 * numel(layers), gradients, state, fresh, accumulated=gradients)
 
     def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
         return [Collective("all_reduce", 4 * numel(every_layer(units), trained=True), world, 1, "backward")]

@@ -38,6 +38,7 @@ class Footprint:
     gradients: as they are when the optimizer steps. early: whether that memory is taken from the start of a pass.
     state: of the optimizer. gathered: what is whole for a while (parameters, gradients, buffers to send) when the
     backward pass is in the blocks. outside: the same before, when the loss and what is computed last are at their most.
+    accumulated: what gradients take beside, where a step has several micro-batches.
     """
 
     parameters: int
@@ -46,6 +47,7 @@ class Footprint:
     gathered: int = 0
     outside: int = 0
     early: bool = True
+    accumulated: int = 0
 
 
 class Collective(NamedTuple):
