@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distopt.attach import attach_deepspeed, check_processes
+from distopt.attach_sam import attach_sam, sam_of
 from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.randomness import random_state, set_random_state
 from distopt.sam import SAM
@@ -55,9 +56,9 @@ class SAMTrainerMixin(ShardedTrainerMixin):
 
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
-    overflows in either pass is skipped, as without SAM. A pass that raises leaves the weights as they were. Under
-    DeepSpeed SAM raises ValueError, since Accelerate steps inside its backward pass. Does all that
-    `ShardedTrainerMixin` does.
+    overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
+    pass that raises leaves the weights as they were. Under DeepSpeed SAM raises ValueError, since Accelerate steps
+    inside its backward pass. Does all that `ShardedTrainerMixin` does.
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.
@@ -73,9 +74,10 @@ class SAMTrainerMixin(ShardedTrainerMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with SAM around it."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self._make_sam is not None and not isinstance(optimizer, SAM):
+        if self._make_sam is not None and sam_of(optimizer) is None:
             optimizer = self.optimizer = self._make_sam(optimizer)
-        self._sam = optimizer if isinstance(optimizer, SAM) else None
+        attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
+        self._sam = sam_of(optimizer)
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

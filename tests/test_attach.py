@@ -121,6 +121,32 @@ def train(accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any, ste
                     schedule.step()
 
 
+def told(zero: int | None) -> list[int]:
+    """The batches that batch norm has counted, after each step of SAM."""
+    accelerator = start(gradient_accumulation_steps=1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    sam = distopt.SAM(distopt.AdamW(model.parameters()))
+    norm = model[1]
+    model, optimizer = accelerator.prepare(model, sam)
+    distopt.attach(accelerator, model, optimizer, zero=zero)
+    counted = []
+    for _ in range(2):
+        accelerator.backward(model(torch.randn(5, 3)).square().sum())
+        with sam.perturbed():
+            sam.zero_grad()
+            accelerator.backward(model(torch.randn(5, 3)).square().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        counted.append(int(norm.num_batches_tracked))
+    return counted
+
+
+@pytest.mark.parametrize("zero", [None, 1])
+def test_sam_is_told_of_the_model(zero: int | None) -> None:
+    """Its second pass moved the statistics of batch norm."""
+    assert run(2, told, zero) == [[1, 2]] * 2
+
+
 @lru_cache
 def reference() -> list[Tensor]:
     """The unbroken, unsharded run."""

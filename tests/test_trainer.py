@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import distopt
 from distopt.layout import local
 from tests.distributed import run
-from tests.engines import CONFIGS, SEQUENCES
+from tests.engines import CONFIGS, SEQUENCES, VOCABULARY
 from tests.trainers import error, language_model, sequences, trainer, whole
 
 STEPS = 3
@@ -163,6 +163,46 @@ def test_momentum_sam_needs_one_pass(tmp_path: Path) -> None:
     assert error(plain, expected) > 100 * TOLERANCE
     for params in run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 2, options):
         assert error(params, expected) < TOLERANCE
+
+
+class Normed(nn.Module):
+    """Batch norm inside of a model that the Trainer takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding, self.norm = nn.Embedding(VOCABULARY, 8), nn.BatchNorm1d(8)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.norm(self.embedding(input_ids).flatten(0, 1)) @ self.embedding.weight.T
+        return {"loss": cross_entropy(logits[:-1], labels.flatten()[1:])}
+
+
+def normed(folder: Path) -> tuple[list[float], int]:
+    """The running means after each forward pass of each micro-batch and at the end; how many batches were counted."""
+    model, means = Normed(), []
+    model.norm.register_forward_hook(lambda *_: means.append(float(model.norm.running_mean.sum())))
+    trained(folder, model, 2, sam=partial(distopt.SAM, rho=1.0), **SGD)
+    return [*means, float(model.norm.running_mean.sum())], int(model.norm.num_batches_tracked)
+
+
+def test_the_statistics_of_batch_norm_are_those_of_the_first_pass(tmp_path: Path) -> None:
+    """Nobody told SAM of the model, so that the second pass moved them too, and was counted, without a word."""
+    (((*_, first, _, second, after), counted),) = run(1, normed, tmp_path)
+    assert after == first and first != second
+    assert counted == 2 * STEPS
+
+
+def twice(folder: Path) -> int:
+    made = trainer(folder, "ddp", STEPS, SGD | {"sam": partial(distopt.LookSAM, rho=0.1, interval=2)})
+    made.train()
+    made.train()
+    return int(made.optimizer.param_groups[0]["sam_steps"])
+
+
+def test_training_again_goes_on_with_the_same_sam(tmp_path: Path) -> None:
+    """Another SAM was put around Accelerate's wrapper of the first, and both counted the steps of the interval."""
+    assert run(1, twice, tmp_path) == [2 * STEPS]
 
 
 def test_a_vanishing_perturbation_changes_nothing_with_dropout(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ class SAM(torch.optim.Optimizer):
         scope: `global`: every rank perturbs by the same averaged gradient. `local`: each by its own (the m-sharpness of
             the paper), with no communication in the first pass: run that under `model.no_sync()`. Only where every rank
             holds whole weights.
-        model: whose buffers (the statistics of batch norm) the second pass must not move; None if there are none.
+        model: whose buffers (the statistics of batch norm) the second pass must not move. They cannot be found from
+            parameters: without it both passes of `step(closure)` move them, and count two batches a step, without a
+            word. None if there are none, and where `distopt.attach`, `SAMTrainerMixin` or `distopt.train` run it,
+            which give it their model.
 
     `compute_dtype` may be set to the dtype that weights are computed with where it is not theirs (mixed precision).
     Raises ValueError for an argument out of bounds; where `scope=local` meets sharded weights; under DeepSpeed, whose
