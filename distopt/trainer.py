@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,33 +94,34 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if inputs is self._batches[0]:
             self._random = random_state(device)
-            if not sam.first_pass:
-                sam.perturb()
-                reshard(model)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-            if not self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            if not sam.first_pass:  # for each micro-batch, since between them the Trainer shows the weights to others
+                with sam.perturbed():
+                    reshard(model)
+                    loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+                reshard(model)
                 return loss
-            if not sam.first_pass:
-                sam.restore()
-            else:
+            alone = sam.scope == "local" and sam.ascends
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():  # type: ignore[attr-defined]
+                loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
                 after = random_state(device)
                 with sam.perturbed():
                     if sam.ascends:
-                        reshard(model)
-                        model.zero_grad()
-                        set_random_state(self._random, device)
                         self._second_pass(model, num_items_in_batch)
                 set_random_state(after, device)
+                reshard(model)
+            return loss
         except BaseException:
             sam.give_up()
             leave_pass(model)
             reshard(model)
             raise
-        reshard(model)
-        return loss
 
     def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> None:
+        reshard(model)
+        model.zero_grad()
+        set_random_state(self._random, self.args.device)  # type: ignore[attr-defined]
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]

@@ -44,8 +44,11 @@ def trained(
     return whole(made)
 
 
-def by_hand(rho: float, make: Any) -> list[Tensor]:
-    """The same training on whole batches, with SAM written out."""
+def by_hand(rho: float, make: Any, ranks: int = 1) -> list[Tensor]:
+    """The same training on whole batches, with SAM written out.
+
+    ranks: how many ascend by their own gradient, each of every other micro-batch of two.
+    """
     model = language_model(CONFIGS["gpt2"])
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -61,15 +64,20 @@ def by_hand(rho: float, make: Any) -> list[Tensor]:
     rate = optimizer.param_groups[0]["lr"]
     for step, batch in enumerate(sequences(STEPS).split(SEQUENCES)):
         before = [p.detach().clone() for p in params]
-        first = gradient(batch)
-        norm = torch.stack([g.norm() for g in first]).norm()
-        with torch.no_grad():
-            for p, g in zip(params, first):
-                p.add_(rho * g / norm)
-        gradient(batch)
-        with torch.no_grad():
-            for p, old in zip(params, before):
-                p.copy_(old)
+        seconds = []
+        for rank in range(ranks):
+            part = torch.cat(batch.chunk(2 * ranks)[rank::ranks])
+            first = gradient(part)
+            norm = torch.stack([g.norm() for g in first]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, first):
+                    p.add_(rho * g / norm)
+            seconds.append(gradient(part))
+            with torch.no_grad():
+                for p, old in zip(params, before):
+                    p.copy_(old)
+        for p, *grads in zip(params, *seconds):
+            p.grad = sum(grads) / ranks
         distopt.clip_grad_norm_(optimizer, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / STEPS)
@@ -86,6 +94,7 @@ def on_ranks(
 SGD = {"optimizer_cls_and_kwargs": (distopt.SGD, {"lr": 0.3, "momentum": 0.9})}
 LAMB = {"optimizer_cls_and_kwargs": (distopt.LAMB, {"lr": 0.02})}
 SAM = {"sam": partial(distopt.SAM, rho=0.1)}
+LOCAL = partial(distopt.SAM, rho=0.1, scope="local")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -96,6 +105,17 @@ def test_sam_is_that_written_out(tmp_path: Path, world: int, fsdp2: bool, accumu
     assert error(by_hand(1e-9, partial(distopt.SGD, lr=0.3, momentum=0.9)), expected) > 100 * TOLERANCE
     for params in run(world, on_ranks, tmp_path, CONFIGS["gpt2"], accumulation, SGD | SAM, fsdp2):
         assert error(params, expected) < TOLERANCE
+
+
+def test_with_local_scope_each_rank_ascends_by_its_own_gradient(tmp_path: Path) -> None:
+    """The Trainer averaged the first gradient over the ranks, without a word."""
+    sgd = partial(distopt.SGD, lr=0.3, momentum=0.9)
+    expected = by_hand(0.1, sgd, ranks=2)
+    assert error(by_hand(0.1, sgd), expected) > 100 * TOLERANCE
+    for params in run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 2, SGD | {"sam": LOCAL}):
+        assert error(params, expected) < TOLERANCE
+    one, other = run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 1, SGD | {"sam": partial(LOCAL, interval=2)})
+    assert error(one, other) == 0.0
 
 
 @pytest.mark.parametrize("options", [LAMB, LAMB | SAM, SGD | {"sam": partial(distopt.LookSAM, rho=0.1, interval=2)}])
@@ -161,8 +181,38 @@ def test_momentum_sam_needs_one_pass(tmp_path: Path) -> None:
     (expected,) = run(1, on_ranks, tmp_path, CONFIGS["gpt2"], 1, options)
     (plain,) = run(1, on_ranks, tmp_path, CONFIGS["gpt2"], 1, SGD)
     assert error(plain, expected) > 100 * TOLERANCE
-    for params in run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 2, options):
-        assert error(params, expected) < TOLERANCE
+    for fsdp2 in (False, True):
+        for params in run(2, on_ranks, tmp_path, CONFIGS["gpt2"], 2, options, fsdp2):
+            assert error(params, expected) < TOLERANCE
+
+
+def between_micro_batches(folder: Path, member: Any, fsdp2: bool) -> tuple[int, bool]:
+    """How often a callback saw the weights between the micro-batches of a step, and whether as before the step; it
+    raises at last."""
+    from transformers import TrainerCallback
+
+    seen: list[bool] = []
+    before: list[Tensor] = []
+
+    class Watching(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            before[:] = [local(p).detach().clone() for p in model.parameters()]
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(all(torch.equal(local(p), b) for p, b in zip(model.parameters(), before, strict=True)))
+            if len(seen) == 2:  # with a momentum to perturb by
+                raise Stop
+
+    with pytest.raises(Stop):
+        trained(folder / str(dist.get_rank()), CONFIGS["gpt2"], 2, fsdp2, callbacks=[Watching()], sam=member, **SGD)
+    return len(seen), all(seen)
+
+
+@pytest.mark.parametrize("fsdp2", [False, True])
+@pytest.mark.parametrize("member", [distopt.SAM, distopt.MomentumSAM])
+def test_between_micro_batches_the_weights_are_unperturbed(tmp_path: Path, member: Any, fsdp2: bool) -> None:
+    """MomentumSAM's stayed perturbed from the first to the last, and so for ever after an interrupt there."""
+    assert run(2, between_micro_batches, tmp_path, member, fsdp2) == [(2, True)] * 2
 
 
 class Normed(nn.Module):

@@ -45,8 +45,8 @@ class SAM(torch.optim.Optimizer):
         interval: only every so many steps perturbs, >= 1; the others are the optimizer's. Ask `ascends` before a second
             pass.
         scope: `global`: every rank perturbs by the same averaged gradient. `local`: each by its own (the m-sharpness of
-            the paper), with no communication in the first pass: run that under `model.no_sync()`. Only where every rank
-            holds whole weights.
+            the paper), with no communication in the first pass: run that under `model.no_sync()`, if it `ascends`. Only
+            where every rank holds whole weights.
         model: whose buffers (the statistics of batch norm) the second pass must not move. They cannot be found from
             parameters: without it both passes of `step(closure)` move them, and count two batches a step, without a
             word. None if there are none, and where `distopt.attach`, `SAMTrainerMixin` or `distopt.train` run it,
