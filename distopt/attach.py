@@ -40,12 +40,13 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         number of processes. `distopt.save_checkpoint` moves from any of these to any other.
 
     accelerator: that of `prepare`. model, optimizer: what it returned; there may be a `SAM` around the optimizer, which
-        is told of the model, so that its second pass leaves the statistics of batch norm alone.
+        is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
     zero: the ZeRO stage that the script means to run, to be checked; None takes what there is.
 
     Warns if a scheduler was prepared so that Accelerate steps it once per process.
     Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
-    be the unsharded one, for more than one model, and for state from earlier steps that would be lost.
+    be the unsharded one, for more than one model, for state from earlier steps that would be lost, and for
+    FriendlySAM under fp16's loss scale.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -654,6 +655,31 @@ def test_sam_in_bf16_under_deepspeed_is_near_float32s(kind: str) -> None:
         assert losses == pytest.approx(exact, rel=5e-3)
         assert losses != exact
     assert plain != pytest.approx(exact, rel=5e-3)
+
+
+def warnings_of(kind: str, rho: float) -> list[str]:
+    """Of three steps in bfloat16."""
+    engine, model, sam = with_sam(kind, "bf16")
+    sam.rho, sam.compute_dtype = rho, torch.bfloat16  # as the job does
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(3):
+            update(engine, model, sam, [batch(step)], 1.0)
+    return [str(warning.message) for warning in told if "SAM's perturbation is lost" in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", *DEEPSPEED])
+def test_a_perturbation_that_bf16_rounds_away_is_warned_of_once(kind: str) -> None:
+    """DeepSpeed's ascent measured nothing. The numbers are DDP's, of other weights, but noise of the same size."""
+    (expected, *_), *_ = run(2, warnings_of, "ddp", 1e-5)
+    for told in run(2, warnings_of, kind, 1e-5):
+        assert len(told) == 1
+        (length, cosine), (length_ddp, cosine_ddp) = (
+            re.search(r"of length ([\d.e-]+) at a cosine of ([\d.]+)", text).groups() for text in (told[0], expected)
+        )
+        assert float(length) == pytest.approx(float(length_ddp), rel=0.25)
+        assert float(cosine) == pytest.approx(float(cosine_ddp), abs=0.03)
+    assert run(2, warnings_of, kind, 0.2) == [[]] * 2
 
 
 # Building.

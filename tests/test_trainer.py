@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 import distopt
 from distopt.layout import local
-from tests.distributed import run
+from tests.distributed import RankError, run
 from tests.engines import CONFIGS, SEQUENCES, VOCABULARY
 from tests.trainers import error, language_model, sequences, trainer, whole
 
@@ -213,6 +216,83 @@ def between_micro_batches(folder: Path, member: Any, fsdp2: bool) -> tuple[int, 
 def test_between_micro_batches_the_weights_are_unperturbed(tmp_path: Path, member: Any, fsdp2: bool) -> None:
     """MomentumSAM's stayed perturbed from the first to the last, and so for ever after an interrupt there."""
     assert run(2, between_micro_batches, tmp_path, member, fsdp2) == [(2, True)] * 2
+
+
+# Mixed precision.
+
+
+def warned(folder: Path, bf16: bool) -> list[str]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(folder, "ddp", STEPS, SGD | {"sam": partial(distopt.SAM, rho=1e-5)}, bf16=bf16).train()
+    return [str(warning.message) for warning in told if "SAM's perturbation is lost" in str(warning.message)]
+
+
+def test_a_perturbation_that_bf16_rounds_away_is_warned_of_once(tmp_path: Path) -> None:
+    """Nobody told SAM what the Trainer computes with, so that it measured nothing."""
+    assert run(1, warned, tmp_path, False) == [[]]
+    assert [len(told) for told in run(1, warned, tmp_path, True)] == [1]
+
+
+def scaling(folder: Path, options: dict[str, Any], callbacks: Any = ()) -> Any:
+    """A Trainer with fp16 and a loss scale, which Accelerate has for GPUs only: this is all that lacks."""
+    made = trainer(folder, "ddp", STEPS, options | {"callbacks": list(callbacks)})
+    made.accelerator.state._mixed_precision, made.accelerator.native_amp = "fp16", True
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return made
+
+
+def overflowing(folder: Path, poisoned: int) -> tuple[list[bool], list[float], list[float]]:
+    """Whether each step moved the weights, the loss scale before each and at the end, and the steps that were counted;
+    in the second one rank's loss in that pass is inf."""
+    from transformers import TrainerCallback
+
+    seen: list[list[Tensor]] = []
+    scales: list[float] = []
+    calls: list[None] = []
+
+    class Watching(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append(values(model.parameters()))
+            scales.append(made.accelerator.scaler.get_scale())
+
+    def poison(module: Any, args: Any, logits: Tensor) -> Tensor:
+        calls.append(None)
+        return logits * (math.inf if len(calls) == 2 + poisoned and dist.get_rank() == 1 else 1.0)
+
+    adamw = {"optimizer_cls_and_kwargs": (distopt.AdamW, {"lr": 0.01})}
+    made = scaling(folder / str(dist.get_rank()), adamw | SAM, [Watching()])
+    made.model.lm_head.register_forward_hook(poison)
+    made.train()
+    assert len(calls) == 2 * STEPS
+    seen.append(values(made.model.parameters()))
+    moved = [not all(torch.equal(p, q) for p, q in zip(a, b)) for a, b in pairwise(seen)]
+    steps = {float(state["step"]) for state in made.optimizer.state.values()}
+    return moved, [*scales, made.accelerator.scaler.get_scale()], sorted(steps)
+
+
+def values(params: Any) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.parametrize("poisoned", [1, 2])
+def test_an_overflow_in_either_pass_leaves_the_step_out(tmp_path: Path, poisoned: int) -> None:
+    """On one rank only; weights come back, on all ranks the step is skipped, the scale halved, and training goes on."""
+    expected = ([True, False, True], [1024.0, 1024.0, 512.0, 512.0], [2.0])
+    assert run(2, overflowing, tmp_path, poisoned) == [expected] * 2
+
+
+def friendly(folder: Path) -> None:
+    scaling(folder, SGD | {"sam": distopt.FriendlySAM}).create_optimizer()
+
+
+def test_friendly_sam_under_a_loss_scale_is_refused(tmp_path: Path) -> None:
+    """Its mean of gradients would be of several scales."""
+    with pytest.raises(
+        RankError, match=r"FriendlySAM remembers gradients.*loss scale.*use mixed_precision=bf16"
+    ) as error:
+        run(1, friendly, tmp_path)
+    assert error.value.kind == "ValueError"
 
 
 class Normed(nn.Module):

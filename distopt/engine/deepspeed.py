@@ -149,12 +149,21 @@ class DeepSpeed(Engine):
             with _unclipped(zero), _stepping_by(sam.optimizer, ascend):
                 model.step()
             self._ascended = model.was_step_applied()
+            # Masters begin as what bfloat16 has, which says nothing of the steps to come: the second ascent tells.
+            if self._ascended and not sam.measured and model.global_steps > 1:
+                self._measure(sam, copies[len(buffers) :])
             yield
         except BaseException:
             self._put_back(copies)
             sam.layout.show()
             raise
         self._put_back(copies)
+
+    def _measure(self, sam: SAM, copies: list[tuple[Tensor, Tensor]]) -> None:
+        """What the model computes with are the partitions, rounded."""
+        flats, cut = [flat for flat, _ in copies], sam.layout
+        after, before = cut.weights(flats), cut.shards(flats, [copy for _, copy in copies])
+        sam.measure(cut, cut.layers(flats), before, after, (a - b for a, b in zip(after, before)))
 
     def _put_back(self, copies: list[tuple[Tensor, Tensor]]) -> None:
         for tensor, copy in copies:
