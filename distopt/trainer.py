@@ -58,8 +58,11 @@ class SAMTrainerMixin(ShardedTrainerMixin):
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
     overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
-    pass that raises leaves the weights as they were. Under DeepSpeed SAM raises ValueError, since Accelerate steps
-    inside its backward pass. Does all that `ShardedTrainerMixin` does.
+    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. Does all that
+    `ShardedTrainerMixin` does.
+
+    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; and
+    where scope=local meets FSDP2.
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.
