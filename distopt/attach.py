@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distopt import layout
+from distopt.attach_sam import attach_sam
 from distopt.attach_state import check_single, keep_in_folder, refuse_files
 from distopt.attach_wire import forget, zero1_layout
 from distopt.optimizer import ShardedOptimizer
@@ -38,12 +39,14 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
     DeepSpeed: binds the layout of its partitions. `zero` None or its stage. `save_state` is DeepSpeed's, for the same
         number of processes. `distopt.save_checkpoint` moves from any of these to any other.
 
-    accelerator: that of `prepare`. model, optimizer: what it returned; there may be a `SAM` around the optimizer.
+    accelerator: that of `prepare`. model, optimizer: what it returned; there may be a `SAM` around the optimizer, which
+        is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
     zero: the ZeRO stage that the script means to run, to be checked; None takes what there is.
 
     Warns if a scheduler was prepared so that Accelerate steps it once per process.
     Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
-    be the unsharded one, for more than one model, and for state from earlier steps that would be lost.
+    be the unsharded one, for more than one model, for state from earlier steps that would be lost, and for
+    FriendlySAM under fp16's loss scale.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
@@ -60,6 +63,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         _attach_fsdp2(accelerator, model, optimizer, zero)
     else:
         _attach_whole(accelerator, model, optimizer, zero)
+    attach_sam(accelerator, model, optimizer)
     _warn_of_schedulers(accelerator)
 
 

@@ -83,7 +83,8 @@ def sharpness_aware(
     device = batches[0].device
     random, losses = random_state(device), []
     if sam.first_pass:
-        losses.append(backward(engine, model, batches, loss, sam.loss, exchange=sam.scope == "global"))
+        exchange = sam.scope == "global" or not sam.ascends
+        losses.append(backward(engine, model, batches, loss, sam.loss, exchange))
     after = random_state(device)
     with engine.perturbed(model, sam):
         if sam.ascends or not sam.first_pass:

@@ -88,8 +88,9 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     optimizer = make_optimizer(make_groups(engine.unwrap(model)), lr=cfg.optimizer.lr * cfg.lr_scale)
     schedule = make_schedule(optimizer, total_steps=options.steps)
     stepper = make_sam(optimizer) if make_sam else optimizer
-    if make_sam and engine.bf16:
-        stepper.compute_dtype = torch.bfloat16
+    if make_sam:
+        stepper.model = engine.unwrap(model)
+        stepper.compute_dtype = torch.bfloat16 if engine.bf16 else None
     max_norm = math.inf if options.max_grad_norm is None else options.max_grad_norm
     model = engine.attach(model, optimizer, options.batch_size // world // micro_batch, max_norm)
 

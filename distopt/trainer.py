@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distopt.attach import attach_deepspeed, check_processes
+from distopt.attach_sam import attach_sam, sam_of
 from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.randomness import random_state, set_random_state
 from distopt.sam import SAM
@@ -55,9 +57,12 @@ class SAMTrainerMixin(ShardedTrainerMixin):
 
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
-    overflows in either pass is skipped, as without SAM. A pass that raises leaves the weights as they were. Under
-    DeepSpeed SAM raises ValueError, since Accelerate steps inside its backward pass. Does all that
+    overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
+    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. Does all that
     `ShardedTrainerMixin` does.
+
+    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; and
+    where scope=local meets FSDP2.
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.
@@ -73,9 +78,10 @@ class SAMTrainerMixin(ShardedTrainerMixin):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with SAM around it."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if self._make_sam is not None and not isinstance(optimizer, SAM):
+        if self._make_sam is not None and sam_of(optimizer) is None:
             optimizer = self.optimizer = self._make_sam(optimizer)
-        self._sam = optimizer if isinstance(optimizer, SAM) else None
+        attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
+        self._sam = sam_of(optimizer)
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,33 +97,34 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if inputs is self._batches[0]:
             self._random = random_state(device)
-            if not sam.first_pass:
-                sam.perturb()
-                reshard(model)
         try:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-            if not self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            if not sam.first_pass:  # for each micro-batch, since between them the Trainer shows the weights to others
+                with sam.perturbed():
+                    reshard(model)
+                    loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+                reshard(model)
                 return loss
-            if not sam.first_pass:
-                sam.restore()
-            else:
+            alone = sam.scope == "local" and sam.ascends
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():  # type: ignore[attr-defined]
+                loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
                 after = random_state(device)
                 with sam.perturbed():
                     if sam.ascends:
-                        reshard(model)
-                        model.zero_grad()
-                        set_random_state(self._random, device)
                         self._second_pass(model, num_items_in_batch)
                 set_random_state(after, device)
+                reshard(model)
+            return loss
         except BaseException:
             sam.give_up()
             leave_pass(model)
             reshard(model)
             raise
-        reshard(model)
-        return loss
 
     def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> None:
+        reshard(model)
+        model.zero_grad()
+        set_random_state(self._random, self.args.device)  # type: ignore[attr-defined]
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]

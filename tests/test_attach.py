@@ -47,16 +47,18 @@ def start(**kwargs: Any) -> Any:
     return Accelerator(**{"cpu": True, "gradient_accumulation_steps": ACCUMULATION} | kwargs)
 
 
-def start_fsdp(reshard: bool = True, version: int = 2) -> Any:
+def start_fsdp(reshard: bool = True, version: int = 2, mixed_precision: str = "no") -> Any:
     """FSDP on the CPU. Accelerate 1.15 has it for accelerators only, and drops it silently; this is all that lacks."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    accelerator = start()
+    accelerator = start(mixed_precision=mixed_precision)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=version, reshard_after_forward=reshard, auto_wrap_policy="NO_WRAP", cpu_ram_efficient_loading=False
     )
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)
     for state in (accelerator.state.__dict__, PartialState._shared_state):
         state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
     return accelerator
@@ -119,6 +121,71 @@ def train(accelerator: Any, model: nn.Module, optimizer: Any, schedule: Any, ste
                 optimizer.zero_grad()
                 if accelerator.sync_gradients:
                     schedule.step()
+
+
+def told(zero: int | None) -> list[int]:
+    """The batches that batch norm has counted, after each step of SAM."""
+    accelerator = start(gradient_accumulation_steps=1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    sam = distopt.SAM(distopt.AdamW(model.parameters()))
+    norm = model[1]
+    model, optimizer = accelerator.prepare(model, sam)
+    distopt.attach(accelerator, model, optimizer, zero=zero)
+    counted = []
+    for _ in range(2):
+        accelerator.backward(model(torch.randn(5, 3)).square().sum())
+        with sam.perturbed():
+            sam.zero_grad()
+            accelerator.backward(model(torch.randn(5, 3)).square().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        counted.append(int(norm.num_batches_tracked))
+    return counted
+
+
+@pytest.mark.parametrize("zero", [None, 1])
+def test_sam_is_told_of_the_model(zero: int | None) -> None:
+    """Its second pass moved the statistics of batch norm."""
+    assert run(2, told, zero) == [[1, 2]] * 2
+
+
+def computes(precision: str, zero: int | None) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """What SAM is told that weights are computed with; and one that was told before."""
+    found = []
+    for own in (None, torch.float16):
+        accelerator = start_fsdp(mixed_precision=precision) if zero == 3 else start(mixed_precision=precision)
+        model = whole("replicated")
+        sam = distopt.SAM(lamb(model))
+        sam.compute_dtype = own
+        model, optimizer = accelerator.prepare(model, sam)
+        distopt.attach(accelerator, model, optimizer, zero=zero)
+        found.append(sam.compute_dtype)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("zero", [None, 1, 3])
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
+def test_sam_is_told_what_weights_are_computed_with(
+    precision: str, dtype: torch.dtype | None, zero: int | None
+) -> None:
+    """Or it would never warn of a perturbation that is lost in rounding."""
+    assert run(2, computes, precision, zero) == [(dtype, torch.float16)] * 2
+
+
+def friendly_under_a_scale() -> None:
+    accelerator = start()
+    model = whole("replicated")
+    model, optimizer = accelerator.prepare(model, distopt.FriendlySAM(lamb(model)))
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    distopt.attach(accelerator, model, optimizer)
+
+
+def test_friendly_sam_under_a_loss_scale_is_refused() -> None:
+    with pytest.raises(
+        RankError, match=r"FriendlySAM remembers gradients.*loss scale.*use mixed_precision=bf16"
+    ) as error:
+        run(1, friendly_under_a_scale)
+    assert error.value.kind == "ValueError"
 
 
 @lru_cache

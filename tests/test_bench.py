@@ -86,6 +86,19 @@ def test_sharpness_writes_every_run(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.matrix
+def test_sharpness_at_equal_time_takes_the_steps_that_fit(tmp_path: Path) -> None:
+    """AdamW has one pass in the time of SAM's two, and a step beside it."""
+    pytest.importorskip("sklearn")
+    file = tmp_path / "runs.json"
+    counts = ["--seeds", "1", "--tuning-seeds", "1", "--steps", "40", "--json", str(file), "--equal-time"]
+    done = bench("sharpness", "--tasks", "digits", "--only", "AdamW", "SAM", *counts)
+    assert done.returncode == 0, done.stderr
+    equal, sam, longer = json.loads(file.read_text())
+    assert equal["steps"] == sam["steps"] == 40
+    assert 1.2 * 40 < longer["steps"] < 3.5 * 40
+
+
 SMALL = ["--layers", "2", "--width", "64", "--batch-size", "4", "--sequence-length", "16", "--rounds", "1"]
 
 

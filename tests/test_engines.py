@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -460,6 +461,25 @@ def test_deepspeed_refuses_all_members_but_sam(kind: str) -> None:
             run(2, of_member, kind, name)
 
 
+def alike(kind: str) -> list[Tensor]:
+    """The weights after two steps, of which the second does not ascend."""
+    engine = ENGINES[kind]()
+    model = made(LanguageModel("gpt2", CONFIGS["gpt2"]), engine)
+    opt = SGD(model.parameters(), lr=0.1)
+    model = engine.attach(model, opt, 1, 1.0)
+    sam = distopt.SAM(opt, scope="local", interval=2)
+    for step in range(2):
+        update(engine, model, sam, [batch(step)])
+    return [p.detach() for p in engine.unwrap(model).parameters()]
+
+
+def test_a_step_of_local_scope_that_does_not_ascend_is_by_the_mean_gradient() -> None:
+    """Its one pass exchanged nothing: each rank took a step of its own, under ZeRO-1 with its own rows of it."""
+    first, *others = [*run(2, alike, "ddp"), *run(2, alike, "zero1")]
+    for params in others:  # float32; the order of sums over two ranks is the same
+        assert max(float((p - q).norm() / q.norm()) for p, q in zip(params, first, strict=True)) < 1e-6
+
+
 def test_a_step_with_sam_draws_as_often_as_one_without() -> None:
     """What comes after (data order, the next masks) does not depend on SAM."""
     one, other = run(1, draws_after, False)[0], run(1, draws_after, True)[0]
@@ -572,8 +592,11 @@ class Stop(Exception):
     pass
 
 
-def around_an_exception(kind: str, raises: bool) -> tuple[bool, list[Tensor]]:
-    """Whether all is as before after a second pass that raised on every rank; the end, one step later."""
+def around_an_exception(kind: str, raises: str) -> tuple[bool, list[Tensor]]:
+    """Whether all is as before after a second pass, or an ascent, that raised on every rank; the end, one step later.
+
+    The ascent raises at the second param group, when the first has moved.
+    """
     engine, model, sam = with_sam(kind, "fp32")
     update(engine, model, sam, [batch(0)], 1.0)
     before = held(engine, model, sam)
@@ -584,7 +607,12 @@ def around_an_exception(kind: str, raises: bool) -> tuple[bool, list[Tensor]]:
         if len(calls) == 2:
             raise Stop
 
-    if raises:
+    if raises == "ascent":
+        sam.param_groups[1]["rho"] = "wide"
+        with pytest.raises(TypeError):
+            update(engine, model, sam, [batch(1)], 1.0)
+        del sam.param_groups[1]["rho"]
+    elif raises:
         handle = engine.unwrap(model).get_output_embeddings().register_forward_hook(stop)
         with pytest.raises(Stop):
             update(engine, model, sam, [batch(1)], 1.0)
@@ -598,10 +626,19 @@ def around_an_exception(kind: str, raises: bool) -> tuple[bool, list[Tensor]]:
 @pytest.mark.parametrize("kind", FAILING)
 def test_an_exception_in_sams_second_pass_leaves_the_weights(kind: str) -> None:
     """FSDP2 still held the perturbed weights, and the next pass used them."""
-    calm = [end for _, end in run(2, around_an_exception, kind, False)]
-    for rank, (same, end) in enumerate(run(2, around_an_exception, kind, True)):
+    calm = [end for _, end in run(2, around_an_exception, kind, "")]
+    for rank, (same, end) in enumerate(run(2, around_an_exception, kind, "second pass")):
         assert same
-        assert all(torch.equal(a, b) for a, b in zip(end, calm[rank]))
+        assert all(torch.equal(a, b) for a, b in zip(end, calm[rank], strict=True))
+
+
+@pytest.mark.parametrize("kind", DEEPSPEED)
+def test_an_exception_in_sams_ascent_leaves_the_weights(kind: str) -> None:
+    """It is a step of DeepSpeed's, which left one param group of two moved, and the optimizer without the other."""
+    calm = [end for _, end in run(2, around_an_exception, kind, "")]
+    for rank, (same, end) in enumerate(run(2, around_an_exception, kind, "ascent")):
+        assert same
+        assert all(torch.equal(a, b) for a, b in zip(end, calm[rank], strict=True))
 
 
 def losses_in_bf16(kind: str, sam: str) -> list[float]:
@@ -618,6 +655,31 @@ def test_sam_in_bf16_under_deepspeed_is_near_float32s(kind: str) -> None:
         assert losses == pytest.approx(exact, rel=5e-3)
         assert losses != exact
     assert plain != pytest.approx(exact, rel=5e-3)
+
+
+def warnings_of(kind: str, rho: float) -> list[str]:
+    """Of three steps in bfloat16."""
+    engine, model, sam = with_sam(kind, "bf16")
+    sam.rho, sam.compute_dtype = rho, torch.bfloat16  # as the job does
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(3):
+            update(engine, model, sam, [batch(step)], 1.0)
+    return [str(warning.message) for warning in told if "SAM's perturbation is lost" in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", *DEEPSPEED])
+def test_a_perturbation_that_bf16_rounds_away_is_warned_of_once(kind: str) -> None:
+    """DeepSpeed's ascent measured nothing. The numbers are DDP's, of other weights, but noise of the same size."""
+    (expected, *_), *_ = run(2, warnings_of, "ddp", 1e-5)
+    for told in run(2, warnings_of, kind, 1e-5):
+        assert len(told) == 1
+        (length, cosine), (length_ddp, cosine_ddp) = (
+            re.search(r"of length ([\d.e-]+) at a cosine of ([\d.]+)", text).groups() for text in (told[0], expected)
+        )
+        assert float(length) == pytest.approx(float(length_ddp), rel=0.25)
+        assert float(cosine) == pytest.approx(float(cosine_ddp), abs=0.03)
+    assert run(2, warnings_of, kind, 0.2) == [[]] * 2
 
 
 # Building.

@@ -661,13 +661,25 @@ def own_pass(sam: SAM, model: nn.Module, step: int, accumulation: int, exchange:
             (model(torch.tensor(100 * step + dist.get_rank())) / accumulation).backward()
 
 
-def local_steps(accumulation: int) -> tuple[list[Tensor], list[list[str]]]:
+# Where whole weights lie: the layout that the optimizer is bound to, of a model of one unit.
+WHOLE: dict[str, Callable[[DistributedDataParallel], Any]] = {
+    "ddp": lambda model: None,
+    "zero1": distopt.layout.zero1,
+    "zero1, scattered": distopt.layout.zero1_scattered,
+    "zero1, scattered, units": lambda model: distopt.layout.zero1_scattered(model, units=[model.module[0]]),
+}
+
+
+def local_steps(where: str, accumulation: int) -> tuple[list[Tensor], list[list[str]]]:
     """Steps of SAM and ASAM by each rank's own gradient; the collectives of their first passes."""
     counts, ends = [], []
     for member, kwargs in ((SAM, {}), (distopt.ASAM, {"eta": 0.02})):
-        model = DistributedDataParallel(Wrapped(), gradient_as_bucket_view=True)
+        model = DistributedDataParallel(nn.Sequential(Wrapped()), gradient_as_bucket_view=True)
         row = named("momentum")
-        sam = member(row.make(row.groups(list(model.parameters()))), RHO, scope="local", **kwargs)
+        inner = row.make(row.groups(list(model.parameters())))
+        if (bound := WHOLE[where](model)) is not None:
+            inner.bind(bound)
+        sam = member(inner, RHO, scope="local", **kwargs)
 
         for step in range(4):
             with Collectives() as mode:
@@ -680,21 +692,23 @@ def local_steps(accumulation: int) -> tuple[list[Tensor], list[list[str]]]:
             assert mode.seen  # or the counter sees nothing of DDP
             sam.restore()
             sam.step()
+        assert inner.layout  # waits
         ends += values(model.parameters())
     return ends, counts
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_local_scope_is_the_mean_of_each_ranks_own_step(world: int, accumulation: int) -> None:
-    """m-sharpness under DDP, with no communication before the second pass."""
+@pytest.mark.parametrize("where", WHOLE)
+def test_local_scope_is_the_mean_of_each_ranks_own_step(where: str, world: int, accumulation: int) -> None:
+    """m-sharpness under DDP and ZeRO-1, with no communication before the second pass."""
     row, params = named("momentum"), leaves()[1:5]
     grads = [oracles.gradient_of(lambda ps, step, rank=rank: own_loss(ps, 100 * step + rank)) for rank in range(world)]
     expected = [
         *row.expected(params, oracles_sam.local_sam(grads, RHO), 4)[-1],
         *row.expected(params, oracles_sam.mean_of([oracles_sam.asam(g, RHO, 0.02) for g in grads]), 4)[-1],
     ]
-    for ends, counts in run(world, local_steps, accumulation):
+    for ends, counts in run(world, local_steps, where, accumulation):
         assert counts == [[]] * 8
         assert distance(ends, expected) < 1e-12
     average_first = row.expected(params, oracles_sam.sam(oracles_sam.mean_of(grads), RHO), 4)[-1]

@@ -148,6 +148,28 @@ def spoil_one_layer(name: str, value: float) -> None:
     program.update = spoiled
 
 
+def count_passes(file: str) -> None:
+    """Gives the model a statistic that every forward pass moves, as batch norm does, and writes it after each step."""
+    from distopt import train as program
+
+    update = program.update
+
+    def count(module: Any, *_: Any) -> None:
+        module.passes += int(torch.is_grad_enabled())
+
+    def counted(engine: Any, model: Any, *args: Any) -> Any:
+        inner = engine.unwrap(model)
+        if not hasattr(inner, "passes"):
+            inner.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
+            inner.register_forward_hook(count)
+        done = update(engine, model, *args)
+        with Path(file).open("a") as lines:
+            lines.write(f"{int(inner.passes)}\n")
+        return done
+
+    program.update = counted
+
+
 # Resuming
 
 RESUMED: dict[str, dict[str, str]] = {
@@ -435,6 +457,12 @@ def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(
     assert [row["skipped"] for row in training] == [0, 0, 1, 2, 2, 2]
     assert [math.isfinite(row["grad_norm"]) for row in training] == [True, True, False, False, True, True]
     assert all(math.isfinite(row["validation_loss"]) for row in metrics(cwd / "runs" / "p") if "validation_loss" in row)
+
+
+def test_the_second_pass_of_sam_moves_no_statistics(cwd: Path) -> None:
+    """The job did not tell SAM of its model."""
+    train(cwd, 1, count_passes, str(cwd / "passes"), sam="on", train__steps="3")
+    assert (cwd / "passes").read_text().split() == ["1", "2", "3"]
 
 
 def test_many_skipped_steps_end_the_run(cwd: Path) -> None:

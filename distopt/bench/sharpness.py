@@ -59,12 +59,16 @@ class Result:
 
 def add_parser(benchmarks: Any) -> None:
     """The options of `python -m distopt.bench sharpness`."""
-    parser = benchmarks.add_parser("sharpness", help="sharpness and test score with and without SAM, over seeds")
+    parser = benchmarks.add_parser(
+        "sharpness",
+        help="sharpness and test score with and without SAM, at equal steps and at equal gradients, over seeds",
+    )
     parser.add_argument("--tasks", nargs="*", default=list(_TASKS), choices=list(_TASKS), metavar="NAME")
     parser.add_argument("--only", nargs="*", default=list(_METHODS), choices=list(_METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tuning-seeds", type=int, default=2, help="others than those, for the choice of rho")
     parser.add_argument("--steps", type=int, help="of a run; half the gradients of one with SAM")
+    parser.add_argument("--equal-time", action="store_true", help="instead of equal gradients, by a warm-up")
     parser.add_argument("--json", type=Path, default=Path("sharpness.json"), help="where every run is written to")
     parser.set_defaults(run=run)
 
@@ -77,9 +81,10 @@ def run(options: argparse.Namespace) -> None:
         tasks = [_TASKS[name](options.steps) for name in options.tasks]
     for task in tasks:
         names = [name for name in task.methods if name in options.only]
-        # At equal steps, and with as many gradients as SAM computes.
+        # At equal steps, and at equal gradients, with as many as SAM computes (which is not equal time), or at that.
+        as_long = _steps_in_equal_time if options.equal_time else _steps_at_equal_gradients
         plan = [(name, task.steps) for name in names]
-        plan += [(n, round(2 * task.steps / _METHODS[n].gradients)) for n in names if _METHODS[n].gradients < 2]
+        plan += [(name, as_long(task, name)) for name in names if _METHODS[name].gradients < 2]
         runs = {n: options.tuning_seeds * len(_METHODS[n].values) + options.seeds for n in names}
         total = sum(round(steps * _METHODS[name].gradients) * runs[name] for name, steps in plan)
         print(f"\n{_header(task)}", flush=True)
@@ -94,6 +99,25 @@ def run(options: argparse.Namespace) -> None:
                 said = {"task": task.name, "method": name, "steps": steps, _METHODS[name].option: value}
                 records += [{**said, "seed": seed, **asdict(result)} for seed, result in enumerate(results)]
                 options.json.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _steps_at_equal_gradients(task: Task, name: str) -> int:
+    return round(2 * task.steps / _METHODS[name].gradients)
+
+
+def _steps_in_equal_time(task: Task, name: str) -> int:
+    """As many as take the processor the seconds of SAM's."""
+    return max(1, round(task.steps * _seconds(task, "SAM") / _seconds(task, name)))
+
+
+def _seconds(task: Task, name: str, steps: int = 50) -> float:
+    """Of the processor, for whole cycles of LookSAM: the least of three warm-ups."""
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        _trained(task, name, _METHODS[name].values[0], steps, _TUNING_SEED, tqdm(disable=True))
+        times.append(time.process_time() - started)
+    return min(times)
 
 
 def _choose(task: Task, name: str, steps: int, seeds: int, bar: tqdm) -> float:

@@ -150,20 +150,25 @@ class DeepSpeed(Engine):
                     copies.append((flat, flat.detach().clone()))
                     flat.data.add_(flat.grad, alpha=group.get("rho", sam.rho) / norm if norm > 0.0 else 0.0)
 
-        clip, zero.clip_grad = zero.clip_grad, 0.0  # it is the second gradient that is clipped
         try:
-            with _stepping_by(sam.optimizer, ascend):
+            with _unclipped(zero), _stepping_by(sam.optimizer, ascend):
                 model.step()
-        finally:
-            zero.clip_grad = clip
-        self._ascended = model.was_step_applied()
-        try:
+            self._ascended = model.was_step_applied()
+            # Masters begin as what bfloat16 has, which says nothing of the steps to come: the second ascent tells.
+            if self._ascended and not sam.measured and model.global_steps > 1:
+                self._measure(sam, copies[len(buffers) :])
             yield
         except BaseException:
             self._put_back(copies)
             sam.layout.show()
             raise
         self._put_back(copies)
+
+    def _measure(self, sam: SAM, copies: list[tuple[Tensor, Tensor]]) -> None:
+        """What the model computes with are the partitions, rounded."""
+        flats, cut = [flat for flat, _ in copies], sam.layout
+        after, before = cut.weights(flats), cut.shards(flats, [copy for _, copy in copies])
+        sam.measure(cut, cut.layers(flats), before, after, (a - b for a, b in zip(after, before)))
 
     def _put_back(self, copies: list[tuple[Tensor, Tensor]]) -> None:
         for tensor, copy in copies:
@@ -220,13 +225,27 @@ class DeepSpeed(Engine):
 
 
 @contextlib.contextmanager
+def _unclipped(zero: Any) -> Iterator[None]:
+    """DeepSpeed's steps do not clip for a while: it is SAM's second gradient that is clipped."""
+    clip, zero.clip_grad = zero.clip_grad, 0.0
+    try:
+        yield
+    finally:
+        zero.clip_grad = clip
+
+
+@contextlib.contextmanager
 def _stepping_by(optimizer: Any, step: Callable[[], None]) -> Iterator[None]:
     """DeepSpeed's calls of `optimizer.step()` do something else for a while."""
     own = optimizer.__dict__.get("step")  # a schedule of torch wraps it
+    groups, params = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
     optimizer.step = step
     try:
         yield
     finally:
+        optimizer.param_groups = groups  # 0.19.8 exchanges them for each call, and leaves them so if that raises
+        for group, own_params in zip(groups, params):
+            group["params"] = own_params
         if own is None:
             del optimizer.step
         else:

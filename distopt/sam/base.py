@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ class SAM(torch.optim.Optimizer):
         restore:  p <- p, as it was          g is now the gradient at the perturbed point
         step:     one step of the optimizer with that gradient
 
-    The weights are put back from a copy, bit for bit; the copy is sharded as they are. Where a rank's gradients are
-    right in its rows only (`layout.zero1_scattered`) it perturbs these and sends them: each pass then costs on the wire
-    what the exchange of whole gradients would. Two ways to use it:
+    The weights are put back from a copy, bit for bit; the copy is sharded as they are, so that under DDP and
+    ZeRO-1 every rank has a whole one. Where a rank's gradients are right in its rows only (`layout.zero1_scattered`) it
+    perturbs these and sends them: each pass then costs on the wire what the exchange of whole gradients would. Two ways
+    to use it:
 
         loss.backward(); sam.perturb(); sam.zero_grad(); second_loss.backward(); sam.restore(); sam.step()
         loss = sam.step(closure)     # the closure clears the gradients, runs forward and backward, returns the loss
@@ -45,11 +46,15 @@ class SAM(torch.optim.Optimizer):
         interval: only every so many steps perturbs, >= 1; the others are the optimizer's. Ask `ascends` before a second
             pass.
         scope: `global`: every rank perturbs by the same averaged gradient. `local`: each by its own (the m-sharpness of
-            the paper), with no communication in the first pass: run that under `model.no_sync()`. Only where every rank
-            holds whole weights.
-        model: whose buffers (the statistics of batch norm) the second pass must not move; None if there are none.
+            the paper), with no communication in the first pass: run that under `model.no_sync()`, if it `ascends`. Only
+            where every rank holds whole weights.
+        model: whose buffers (the statistics of batch norm) the second pass must not move. They cannot be found from
+            parameters: without it both passes of `step(closure)` move them, and count two batches a step, without a
+            word. None if there are none, and where `distopt.attach`, `SAMTrainerMixin` or `distopt.train` run it,
+            which give it their model.
 
-    `compute_dtype` may be set to the dtype that weights are computed with where it is not theirs (mixed precision).
+    `compute_dtype` may be set to the dtype that weights are computed with where it is not theirs (mixed precision);
+    `distopt.attach`, `SAMTrainerMixin` and `distopt.train` set it.
     Raises ValueError for an argument out of bounds; where `scope=local` meets sharded weights; under DeepSpeed, whose
     partitions `distopt.engine.DeepSpeed` perturbs.
 
@@ -59,6 +64,7 @@ class SAM(torch.optim.Optimizer):
 
     first_pass = True  # whether `perturb` needs the gradient at the weights
     keeps_first = False  # whether `descent` needs it too
+    remembers_gradients = False  # whether the direction is made of gradients of several steps, and so of loss scales
     uses_state = False  # whether the direction is made of state, which lies as the optimizer steps
     _step_supports_amp_scaling = False  # a fused optimizer's own: torch's GradScaler would tell us, and not it, of inf
 
@@ -85,7 +91,7 @@ class SAM(torch.optim.Optimizer):
         self._perturbed: _Perturbed | None = None
         self._staged: _Staged | None = None
         self._norms: Tensor | None = None
-        self._measured = False
+        self.measured = False  # whether `perturb` has found out what rounding leaves
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -162,12 +168,26 @@ class SAM(torch.optim.Optimizer):
         factors = self._factors(layout, owners, total)
         perturb_(weights, directions, factors)
         layout.publish(owners)
-        if not self._measured:
-            self._measured = True  # also where the warning is an error
+        if not self.measured:
             before = layout.within(owners, [copy for _, copy in perturbed.copies[: len(touched)]])
             moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
-            self._measured = warn_of_rounding(layout, layers, before, weights, moves, self.compute_dtype)
+            self.measure(layout, layers, before, weights, moves)
         return total
+
+    def measure(
+        self,
+        layout: ShardLayout,
+        layers: list[int],
+        before: list[Tensor],
+        after: list[Tensor],
+        moves: Iterable[Tensor],
+    ) -> None:
+        """Warns, once, if too little is left of a perturbation in the dtype that weights are computed with.
+
+        Every rank has to call it. before, after, moves: shards of these layers, and what was to be added to them.
+        """
+        self.measured = True  # also where the warning is an error
+        self.measured = warn_of_rounding(layout, layers, before, after, moves, self.compute_dtype)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -199,7 +219,11 @@ class SAM(torch.optim.Optimizer):
         self.restore()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the optimizer; with a closure both passes around it, and the loss of the first."""
+        """One step of the optimizer; with a closure both passes around it, and the loss of the first.
+
+        Skips no step: of a loss that is inf or nan weights become inf or nan, as by torch's optimizers. `distopt.train`
+        leaves such a step out, and so does torch's GradScaler: `scaler.step(sam)`, after both passes by hand.
+        """
         loss = None
         if closure is not None:
             device = self.param_groups[0]["params"][0].device

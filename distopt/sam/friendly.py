@@ -20,6 +20,7 @@ class FriendlySAM(SAM):
     The mean is kept in the optimizer's state, as `sam_mean`, cut up as that is, and moves when the step is taken. m
     starts at 0 and holds g already, as in the paper; the authors' code starts it at the first g and perturbs by that of
     the steps before. Under a loss scale (fp16) divide the gradients by it before `perturb`: m outlives the scale.
+    `distopt.attach` and `SAMTrainerMixin` raise ValueError under one; by hand it cannot be seen.
 
     Args: as `SAM`, and
         sigma: how much of the mean is taken away; 1 in the paper. 0 is SAM.
@@ -28,6 +29,7 @@ class FriendlySAM(SAM):
     Reference: Li, Zhou, He, Cheng, Huang, Friendly Sharpness-Aware Minimization, CVPR 2024, arXiv 2403.12350.
     """
 
+    remembers_gradients = True
     uses_state = True
     buffers = ("sam_mean",)
 

@@ -1,0 +1,51 @@
+"""What SAM has to know of the script that it runs in, and cannot see from parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def attach_sam(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+    """Tells a SAM, where there is one around the optimizer, whose buffers its second pass must not move, and the dtype
+    that weights are computed with, which `perturb` warns of.
+
+    What it was told before stays. Raises ValueError where there is a loss scale that its direction would depend on.
+    """
+    sam = sam_of(optimizer)
+    if sam is None:
+        return
+    if accelerator.scaler is not None and sam.remembers_gradients:
+        raise ValueError(
+            f"{type(sam).__name__} remembers gradients of earlier steps, and fp16's loss scale, which is in them, "
+            "changes: use mixed_precision=bf16 (bf16=True in TrainingArguments), or another member of SAM's family"
+        )
+    if sam.model is None:
+        sam.model = model
+    if sam.compute_dtype is None:
+        sam.compute_dtype = compute_dtype(accelerator)
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The dtype that Accelerate casts weights to in each pass; None if it does not."""
+    policy = getattr(accelerator.state.fsdp_plugin, "mixed_precision_policy", None) if accelerator.is_fsdp2 else None
+    if policy is not None:
+        dtype: torch.dtype | None = policy.param_dtype
+        return dtype
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def sam_of(optimizer: Optimizer) -> SAM | None:
+    """The SAM inside Accelerate's wrapper, or the optimizer itself."""
+    inner: object = optimizer
+    while not isinstance(inner, SAM) and isinstance(inner, Optimizer):
+        inner = getattr(inner, "optimizer", None)
+    return inner if isinstance(inner, SAM) else None
