@@ -127,7 +127,8 @@ class Engine:
         norm = float(total)
         applied = math.isfinite(norm)
         if applied:
-            clip_(grads, total, max_grad_norm)
+            if norm > max_grad_norm:
+                clip_(grads, total, max_grad_norm)
             optimizer.step()
         return norm, applied
 
