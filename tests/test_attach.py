@@ -78,6 +78,7 @@ def start_deepspeed(stage: int, **zero: Any) -> Any:
         "zero_optimization": {"stage": stage, **zero},
         "steps_per_print": 10**9,
     }
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # of a test of the Trainer in the same process
     before = dict(os.environ)
     try:
         gloo = InitProcessGroupKwargs(backend="gloo")  # without, Accelerate runs a single process on each rank
