@@ -49,14 +49,9 @@ def test_sam_counts_bytes_and_copies() -> None:
     passes = {"SAM": 2.0, "SAM, scope=local": 1.0, "LookSAM, k=5": 1.2, "MomentumSAM": 1.0}
     for name, expected in passes.items():
         assert float(rows[name][3]) / base == pytest.approx(expected, abs=0.05), name
-    copies = {
-        "AdamW": "0.00",
-        "SAM": "4.00",
-        "SAM, scope=local": "4.00",
-        "LookSAM, k=5": "12.00",
-        "MomentumSAM": "4.00",
-    }
-    assert {name: row[4] for name, row in rows.items() if name in copies} == copies
+    copies = {"AdamW": 0.0, "SAM": 4.0, "SAM, scope=local": 4.0, "LookSAM, k=5": 12.0, "MomentumSAM": 4.0}
+    for name, expected in copies.items():  # beside them a number for each layer
+        assert float(rows[name][4]) == pytest.approx(expected, abs=0.02), name
 
 
 @pytest.mark.matrix
