@@ -183,6 +183,16 @@ def test_learning_rates_have_the_medians_of_their_seeds(groups: list[Group]) -> 
     assert lines(pictures.by_lr, groups) == {"lamb": ([0.1, 0.3], [math.inf, 1.0]), "adamw": ([0.1, 0.2], [2.5, 4.0])}
 
 
+def test_of_many_runs_the_best_of_each_optimizer_are_named(tmp_path: Path) -> None:
+    for i in range(7):
+        write_run(tmp_path / f"adamw-{i}", "adamw", 0.1 + i, 0, 3.0 + i)
+        write_run(tmp_path / f"lamb-{i}", "lamb", 0.1 + i, 0, 9.5 - i)
+    many = grouped(find_runs(tmp_path))
+    for fill, options in ((pictures.curves, {"by": "step"}), (pictures.norms, {})):
+        named = [label for label in lines(fill, many, **options) if not label.startswith("_")]
+        assert sorted(named) == ["adamw, lr=0.1", "lamb, lr=6.1"]
+
+
 def test_gradient_norms_are_those_of_each_step(groups: list[Group]) -> None:
     drawn = lines(pictures.norms, groups)
     assert len(drawn) == 6 and drawn["adamw, lr=0.2"] == ([1, 2, 3], [0.5, 1.0, 1.5])

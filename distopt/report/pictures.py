@@ -11,7 +11,7 @@ from typing import Any
 
 from distopt.report.runs import Group, Run, median
 
-_MANY = 12  # groups that a legend can name; the best of more are drawn in color
+_MANY = 12  # groups that a legend can name; of more, the best of each optimizer are drawn in color
 _AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
@@ -55,22 +55,16 @@ def _save(file: Path, fill: Callable[[Any], None]) -> Path:
 
 def curves(axis: Any, groups: Sequence[Group], by: str) -> None:
     """The loss of every run, by step, tokens or seconds: a smoothed line for training, dots for validation."""
-    for number, group in enumerate(groups):
-        color = _color(number)
+    for group, style in _styled(groups):
         for i, run in enumerate(group.runs):
-            axis.plot(
-                [row[by] for row in run.train],
-                _smooth([row["loss"] for row in run.train]),
-                color=color,
-                alpha=0.3,
-                lw=0.8,
-            )
+            trained = [row[by] for row in run.train], _smooth([row["loss"] for row in run.train])
+            axis.plot(*trained, **style, alpha=0.3, lw=0.8)
             points = [row[by] for row in run.validation], [row["validation_loss"] for row in run.validation]
-            axis.plot(*points, "o-", color=color, ms=3, label=None if i else group.label)
+            axis.plot(*points, "o-", **style, ms=3, label=None if i or style["zorder"] < 2 else group.label)
     axis.set_xlabel(_AXES[by])
     axis.set_ylabel("loss, nats a token (line: train, dots: validation)")
     _bound(axis, [row["loss"] for group in groups for run in group.runs for row in run.train])
-    _legend(axis, len(groups))
+    axis.legend(fontsize=7)
 
 
 def by_lr(axis: Any, groups: Sequence[Group]) -> None:
@@ -89,19 +83,20 @@ def by_lr(axis: Any, groups: Sequence[Group]) -> None:
     axis.set_xlabel("largest learning rate")
     axis.set_ylabel("final validation loss, nats a token")
     _bound(axis, finals)
-    _legend(axis, len(points))
+    axis.legend(fontsize=7)
 
 
 def norms(axis: Any, groups: Sequence[Group]) -> None:
     """The gradient norm of every run by step."""
-    for number, group in enumerate(groups):
+    for group, style in _styled(groups):
         for i, run in enumerate(group.runs):
             steps, norms = [row["step"] for row in run.train], [row["grad_norm"] for row in run.train]
-            axis.plot(steps, norms, color=_color(number), lw=0.8, alpha=0.8, label=None if i else group.label)
+            label = None if i or style["zorder"] < 2 else group.label
+            axis.plot(steps, norms, **style, lw=0.8, alpha=0.8, label=label)
     axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_ylabel("gradient norm before clipping")
-    _legend(axis, len(groups))
+    axis.legend(fontsize=7)
 
 
 def layers(axis: Any, run: Run, key: str) -> None:
@@ -131,15 +126,18 @@ def _bound(axis: Any, values: Sequence[float]) -> None:
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
 
 
-def _legend(axis: Any, count: int) -> None:
-    if count <= 2 * _MANY:
-        axis.legend(fontsize=7)
+def _styled(groups: Sequence[Group]) -> list[tuple[Group, dict[str, Any]]]:
+    """The groups with how their lines look; of more than a legend can name, all but each optimizer's best are gray."""
+    firsts = {group.runs[0].optimizer: group for group in reversed(groups)}.values()  # the best one comes first
+    chosen = [group for group in groups if len(groups) <= _MANY or group in firsts][:_MANY]
+    gray = [(group, {"color": "lightgray", "zorder": 1.0}) for group in groups if group not in chosen]
+    return gray + [(group, {"color": _color(i), "zorder": 2.0}) for i, group in enumerate(chosen)]
 
 
 def _color(number: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["tab20"](number % 20) if number < _MANY else "lightgray"
+    return colormaps["tab20"](number % 20)
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
