@@ -162,6 +162,7 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[bytes], sec
         time.sleep(0.01)
 
 
+@pytest.mark.matrix
 def test_killed_workers_and_killed_launches(tmp_path: Path) -> None:
     """kill -9 of one worker: the launch ends, with an error. kill -9 of all: nothing ends well. Both go on.
 
@@ -203,7 +204,13 @@ def test_killed_workers_and_killed_launches(tmp_path: Path) -> None:
     assert killed_run == undisturbed and len(killed_run) == 80
 
 
-@pytest.mark.parametrize("launcher", [None, [sys.executable, "-m", "distopt.train"]], ids=["two", "one"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(None, id="two"),
+        pytest.param([sys.executable, "-m", "distopt.train"], id="one", marks=pytest.mark.matrix),
+    ],
+)
 def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[str] | None) -> None:
     """The launcher passes SIGINT on, and shows a traceback of its own. A rank that waited for the other showed one too,
     of a connection that was reset."""
@@ -229,7 +236,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("word", "expected"), REFUSED.items(), ids=REFUSED)
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [pytest.param(*row, id=row[0], marks=[pytest.mark.matrix] * (i > 0)) for i, row in enumerate(REFUSED.items())],
+)
 def test_a_launch_with_bad_input_ends(tmp_path: Path, word: str, expected: str) -> None:
     """Each rank ends with 1 and one line, which torchrun repeats at the end of its report.
 

@@ -110,6 +110,7 @@ def test_the_accelerate_script_under_accelerate_launch(tmp_path: Path) -> None:
     assert "zero=3 was asked, Accelerate prepared DDP" in ended.err and "silently drops" in ended.err
 
 
+@pytest.mark.matrix
 def test_a_model_is_fine_tuned_exported_and_answers(tmp_path: Path) -> None:
     env = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(

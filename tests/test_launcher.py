@@ -168,6 +168,7 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.matrix
 def test_a_sweep_of_distopt(tmp_path: Path) -> None:
     """The jobs train in their own folders, where the launcher's log is too, and what they return is their loss."""
     jobs.write_text(tmp_path)

@@ -49,7 +49,8 @@ def two_machines(cwd: Path, words: list[str]) -> Iterator[tuple[list[subprocess.
         yield processes, errors
 
 
-@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.matrix), 1])
+@pytest.mark.matrix
+@pytest.mark.parametrize("dead", [0, 1])
 def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead: int) -> None:
     """kill -9 to everything of one machine: the other ends by itself, with an error, and nothing is lost.
 

@@ -87,6 +87,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: sign
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 
 
+@pytest.mark.matrix
 def test_a_launch_that_is_asked_to_stop_goes_on_bit_for_bit(cwd: Path) -> None:
     """SIGTERM to `accelerate launch`, which hands it on: what a preempted job gets."""
     run = cwd / "runs" / "stopped"

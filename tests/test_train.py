@@ -184,7 +184,11 @@ RESUMED: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("changes", RESUMED.values(), ids=RESUMED)
+# What takes longest is for `make matrix`: tests/test_resume.py has every engine, without processes that are killed.
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(row, id=name, marks=[pytest.mark.matrix] * ("deepspeed" in name)) for name, row in RESUMED.items()],
+)
 def test_a_killed_run_goes_on_bit_for_bit(cwd: Path, changes: dict[str, str]) -> None:
     """kill -9 of one rank in the middle of step 7, resumed from the checkpoint of step 4: as if nothing had been."""
     same = {**DROPOUT, **changes, "train__steps": "9"}
