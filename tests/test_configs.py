@@ -333,7 +333,7 @@ def test_the_compared_are_those_of_the_seed_table_at_the_same_number_of_gradient
     """SAM takes two a step, and everything else, but for AdamW alone and the place of the runs, is alike."""
     every, sam = composed("experiment=compare"), composed("experiment=compare_sam")
     swept = [swept_by(f"experiment={name}") for name in ("compare", "compare_sam")]
-    assert swept[0] == ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lamb"]
+    assert swept[0] == ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lamb", "lars"]
     assert swept[1] == ["adamw"] and not every.sam and sam.sam._target_ == "distopt.SAM"
     halved = ["train.steps", "evaluation.every", "schedule.warmup_steps"]
     plain, half = ([OmegaConf.select(cfg, name) for name in halved] for cfg in (every, sam))
