@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distopt import ranks
 from distopt.clip import grad_norms
+from distopt.sam import SAM
+
+_UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
 
 
 @torch.no_grad()
@@ -27,3 +32,19 @@ def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str
         "trust_ratio": {names[p]: float(ratio) for p, ratio in ratios.items() if p in names},
     }
     return {what: values for what, values in found.items() if any(values.values())}
+
+
+def blame(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
+    """Says which layers' gradients are not finite; asked of all ranks together."""
+
+    def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:
+        return [name for name, p in model.named_parameters() if p in norms and not norms[p].isfinite()]
+
+    # With SAM's scope=local only the rank that broke knows it.
+    ascents = ranks.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
+    layers = next(filter(None, ascents), None) or bad(grad_norms(stepper))
+    where = f"{len(layers)} layers are not finite, the first is {layers[0]}. " if layers else f"{_UNTOLD}. "
+    return (
+        f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
+        "Lower optimizer.lr or raise schedule.warmup_steps"
+    )

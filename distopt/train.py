@@ -8,7 +8,6 @@ import io
 import math
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,19 +18,16 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
-from distopt.clip import grad_norms
-from distopt.diagnostics import by_layer
+from distopt.diagnostics import blame, by_layer
 from distopt.engine import Engine
 from distopt.errors import end_on_interrupt, one_line_errors
 from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
-from distopt.sam import SAM
 from distopt.saver import Saver
 from distopt.step import update
 from distopt.stop import Stopped, StopSignal
@@ -306,25 +302,6 @@ def trackers(names: str | list[str] | None) -> list[str]:
         if name not in {str(tracker.value) for tracker in get_available_trackers()}:
             raise ValueError(f"trackers: {name} is not installed: pip install {name}")
     return names
-
-
-def blame(model: torch.nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
-    """Says which layers' gradients are not finite; asked of all ranks together."""
-
-    def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:
-        return [name for name, p in model.named_parameters() if p in norms and not norms[p].isfinite()]
-
-    # With SAM's scope=local only the rank that broke knows it.
-    ascents = ranks.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
-    layers = next(filter(None, ascents), None) or bad(grad_norms(stepper))
-    where = f"{len(layers)} layers are not finite, the first is {layers[0]}. " if layers else f"{UNTOLD}. "
-    return (
-        f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
-        "Lower optimizer.lr or raise schedule.warmup_steps"
-    )
-
-
-UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

@@ -76,6 +76,11 @@ def numel(layers: Iterable[Layer], trained: bool = False) -> int:
     return sum(layer.numel for layer in layers if layer.trained or not trained)
 
 
+def rows(layers: Iterable[Layer], world: int, trained: bool = False) -> int:
+    """Elements of the same that a rank holds at most, where each layer is cut by rows."""
+    return sum(layer.rows(world) for layer in layers if layer.trained or not trained)
+
+
 def every_layer(units: Units) -> list[Layer]:
     """All layers."""
     return [layer for unit in units for layer in unit]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from distopt.engine.base import Engine, check_switch
-from distopt.engine.footprint import Collective, Footprint, Layer, Units, every_layer, numel
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel, rows
 from distopt.sam import SAM
 
 
@@ -101,8 +101,8 @@ class FSDP2(Engine):
         outside = width * (numel(root) + (0 if self.reshard_after_forward else sum(map(numel, inner))))
         whole = outside + width * numel(root) + (width * (1 + 2 * self.reshard_after_forward) + 4) * block
         return Footprint(
-            parameters=sum(4 * layer.rows(ranks) for layer in layers),
-            gradients=sum(4 * layer.rows(ranks) for layer in layers if layer.trained),
+            parameters=4 * rows(layers, ranks),
+            gradients=4 * rows(layers, ranks, trained=True),
             state=sum(4 * layer.slots * layer.rows(ranks) for layer in layers),
             gathered=whole,
             outside=outside,
@@ -113,17 +113,13 @@ class FSDP2(Engine):
         ranks, width = world // self.replicas, 2 if self.bf16 else 4
         layers, inner = every_layer(units), [layer for unit in units[:-1] for layer in unit]
         reduced = passes if self.sync_each_batch else 1
-
-        def rows(of: Iterable[Layer]) -> int:
-            return sum(layer.rows(ranks) for layer in of)
-
-        trained = 4 * rows(layer for layer in layers if layer.trained)
+        trained = 4 * rows(layers, ranks, trained=True)
         sent = [
-            Collective("all_gather", width * ranks * rows(layers), ranks, passes, "forward"),
+            Collective("all_gather", width * ranks * rows(layers, ranks), ranks, passes, "forward"),
             Collective("reduce_scatter", ranks * trained, ranks, reduced, "backward"),
         ]
         if self.reshard_after_forward:
-            sent.append(Collective("all_gather", width * ranks * rows(inner), ranks, passes, "backward"))
+            sent.append(Collective("all_gather", width * ranks * rows(inner, ranks), ranks, passes, "backward"))
         if self.replicas > 1:
             sent.append(Collective("all_reduce", trained, self.replicas, reduced, "backward", across=True))
         return sent

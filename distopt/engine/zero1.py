@@ -11,7 +11,7 @@ from torch import nn
 
 from distopt import layout
 from distopt.engine.ddp import DDP
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
+from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel, rows
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,9 +73,9 @@ class Zero1(DDP):
         return replace(super().footprint(units, world), state=state)
 
     def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        trained = [layer for layer in every_layer(units) if layer.trained]
-        padded = world * sum(layer.rows(world) for layer in trained)
+        layers = every_layer(units)
+        padded = world * rows(layers, world, trained=True)
         return [
             Collective("reduce_scatter", (2 if self.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
-            Collective("all_gather", 4 * numel(trained), world, 1, "step"),
+            Collective("all_gather", 4 * numel(layers, trained=True), world, 1, "step"),
         ]

@@ -1,7 +1,8 @@
-"""Rows of many parameters side by side: one matrix with a row for each rank, which one collective moves."""
+"""Rows of many parameters, one run for each rank: in a matrix that one collective moves, or where they lie."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,6 +22,15 @@ def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
     step = width(param, world)
     start = min(rank * step, param.numel())
     return start, min(step, param.numel() - start)
+
+
+def spoil(tensors: Sequence[Tensor], world: int, rank: int) -> None:
+    """Makes nan of all rows but a rank's own, so that whoever reads there sees that no rank has meant it."""
+    for tensor in tensors:
+        start, count = span(tensor, world, rank)
+        flat = tensor.view(-1)
+        flat[:start].fill_(math.nan)
+        flat[start + count :].fill_(math.nan)
 
 
 def pack(matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: DDP of torch 2.13 compares the annotations of a hook with types.
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.rows import pack, span, width
+from distopt.layout.rows import pack, span, spoil, width
 from distopt.layout.zero1 import Zero1Layout, over_gloo, zero1
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
         world, rank = group.size(), group.rank()
         buffer, grads = bucket.buffer(), bucket.gradients()
         widths = [width(g, world) for g in grads]
-        spans = [span(g, world, rank) for g in grads]
         gloo = over_gloo(group, buffer.device)
         # Over gloo others' rows only. What pads them is not read.
         send = buffer.new_empty(world - gloo, sum(widths), dtype=dtype or buffer.dtype)
@@ -73,7 +71,7 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
         work = (_all_to_all if gloo else _reduce_scatter)(send, group)
 
         def unpack_mean(future: Future[list[Tensor]]) -> Tensor:
-            mine = [g.view(-1).narrow(0, *at) for g, at in zip(grads, spans)]
+            mine = [g.view(-1).narrow(0, *span(g, world, rank)) for g in grads]
             arrived = _sum(future.value()[0].view(-1, sum(widths)), buffer.dtype)
             rows = [row[: to.numel()] for row, to in zip(arrived.split(widths), mine)]
             mean = [to.to(arrived.dtype) for to in mine] if gloo else rows
@@ -81,9 +79,7 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
                 torch._foreach_add_(mean, rows)
             torch._foreach_div_(mean, world)
             torch._foreach_copy_(mine, mean)
-            for g, (start, count) in zip(grads, spans):  # whoever reads there reads what no rank has
-                g.view(-1)[:start].fill_(math.nan)
-                g.view(-1)[start + count :].fill_(math.nan)
+            spoil(grads, world, rank)
             return buffer
 
         return work.get_future().then(unpack_mean)

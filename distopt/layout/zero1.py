@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout.rows import span, swap, unpack, width
+from distopt.layout.rows import span, spoil, swap, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
@@ -167,12 +166,7 @@ class _Gather:
 
     def mark(self) -> None:
         """Makes nan of the other ranks' rows, which are still those of before."""
-        world, rank = self._layout.mesh.size(), self._layout.mesh.get_local_rank()
-        for p in self._params:
-            start, count = span(p, world, rank)
-            flat = p.view(-1)
-            flat[:start].fill_(math.nan)
-            flat[start + count :].fill_(math.nan)
+        spoil(self._params, self._layout.mesh.size(), self._layout.mesh.get_local_rank())
 
     def finish(self) -> None:
         for work in self._works:

@@ -55,12 +55,12 @@ def _save(file: Path, fill: Callable[[Any], None]) -> Path:
 
 def curves(axis: Any, groups: Sequence[Group], by: str) -> None:
     """The loss of every run, by step, tokens or seconds: a smoothed line for training, dots for validation."""
-    for group, style in _styled(groups):
+    for group, style, label in _styled(groups):
         for i, run in enumerate(group.runs):
             trained = [row[by] for row in run.train], _smooth([row["loss"] for row in run.train])
             axis.plot(*trained, **style, alpha=0.3, lw=0.8)
             points = [row[by] for row in run.validation], [row["validation_loss"] for row in run.validation]
-            axis.plot(*points, "o-", **style, ms=3, label=None if i or style["zorder"] < 2 else group.label)
+            axis.plot(*points, "o-", **style, ms=3, label=None if i else label)
     axis.set_xlabel(_AXES[by])
     axis.set_ylabel("loss, nats a token (line: train, dots: validation)")
     _bound(axis, [row["loss"] for group in groups for run in group.runs for row in run.train])
@@ -88,11 +88,10 @@ def by_lr(axis: Any, groups: Sequence[Group]) -> None:
 
 def norms(axis: Any, groups: Sequence[Group]) -> None:
     """The gradient norm of every run by step."""
-    for group, style in _styled(groups):
+    for group, style, label in _styled(groups):
         for i, run in enumerate(group.runs):
             steps, norms = [row["step"] for row in run.train], [row["grad_norm"] for row in run.train]
-            label = None if i or style["zorder"] < 2 else group.label
-            axis.plot(steps, norms, **style, lw=0.8, alpha=0.8, label=label)
+            axis.plot(steps, norms, **style, lw=0.8, alpha=0.8, label=None if i else label)
     axis.set_yscale("log")
     axis.set_xlabel("step")
     axis.set_ylabel("gradient norm before clipping")
@@ -126,12 +125,13 @@ def _bound(axis: Any, values: Sequence[float]) -> None:
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
 
 
-def _styled(groups: Sequence[Group]) -> list[tuple[Group, dict[str, Any]]]:
-    """The groups with how their lines look; of more than a legend can name, all but each optimizer's best are gray."""
+def _styled(groups: Sequence[Group]) -> list[tuple[Group, dict[str, Any], str | None]]:
+    """The groups with how their lines look and are named; of more than a legend can name, all but each optimizer's best
+    are gray, have no name and lie below."""
     firsts = {group.runs[0].optimizer: group for group in reversed(groups)}.values()  # the best one comes first
     chosen = [group for group in groups if len(groups) <= _MANY or group in firsts][:_MANY]
-    gray = [(group, {"color": "lightgray", "zorder": 1.0}) for group in groups if group not in chosen]
-    return gray + [(group, {"color": _color(i), "zorder": 2.0}) for i, group in enumerate(chosen)]
+    gray = [(group, {"color": "lightgray", "zorder": 1.0}, None) for group in groups if group not in chosen]
+    return gray + [(group, {"color": _color(i), "zorder": 2.0}, group.label) for i, group in enumerate(chosen)]
 
 
 def _color(number: int) -> Any:
