@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import NoReturn
 
 from distopt import ranks
@@ -49,23 +48,6 @@ def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def end_on_interrupt() -> None:
-    """From now on Ctrl-C ends this process at once, with exit code 130 and a line of the first one.
-
-    A KeyboardInterrupt would come too late in a rank that waits for another: that has gone, which is the error shown.
-    """
-    if os.environ.get("RANK") not in (None, "0"):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the middle of a collective too
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.stdout.flush()
-        os.write(2, b"\ndistopt: interrupted; train.resume=auto goes on from the last checkpoint\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, end)
 
 
 def _tell_launcher(line: str) -> None:

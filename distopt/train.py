@@ -23,8 +23,9 @@ from distopt import cli, pretrained, ranks
 from distopt import run as runs
 from distopt.checkpoint import load_checkpoint
 from distopt.diagnostics import blame, by_layer
+from distopt.ending import end_of_process, end_on_interrupt
 from distopt.engine import Engine
-from distopt.errors import end_on_interrupt, one_line_errors
+from distopt.errors import one_line_errors
 from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
@@ -316,7 +317,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
     end_on_interrupt()
-    with one_line_errors(), cli.explained():
+    with end_of_process(), one_line_errors(), cli.explained():
         job()
 
 

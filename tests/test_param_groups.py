@@ -151,16 +151,18 @@ def test_fsdp2_gives_the_sharded_parameters(one_rank: None) -> None:
 ZERO_INIT = """
 import deepspeed.ops, torch.distributed as dist
 from torch import nn
+from distopt.ending import end_of_process
 from distopt.param_groups import param_groups
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else one minute of compiling an op that is not used
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}):
-    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-assert [p.ndim for p in model.parameters()] == [1, 1, 1, 1], "zero.Init shows the shapes: ds_shape may go"
-names = {id(p): name for name, p in model.named_parameters()}
-decay, plain = ([names[id(p)] for p in group["params"]] for group in param_groups(model))
-assert (decay, plain) == (["0.weight"], ["0.bias", "1.weight", "1.bias"]), (decay, plain)
+with end_of_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}):
+        model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    assert [p.ndim for p in model.parameters()] == [1, 1, 1, 1], "zero.Init shows the shapes: ds_shape may go"
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, plain = ([names[id(p)] for p in group["params"]] for group in param_groups(model))
+    assert (decay, plain) == (["0.weight"], ["0.bias", "1.weight", "1.bias"]), (decay, plain)
 """
 
 
