@@ -272,11 +272,11 @@ def micro_batch_size(batch_size: int, micro_batch_size: int | None, world: int) 
 
 
 def refuse_other_run(checkpoint: Path, saved: dict[str, Any], mine: dict[str, Any], step: int, steps: int) -> None:
-    """A checkpoint is gone on with only where the batches continue, and where something is left to do."""
+    """A checkpoint is gone on with only where the batches continue, and not by a shorter run."""
     for name, value in mine.items():
         if saved.get(name) != value:
             raise ValueError(f"{checkpoint} was trained with {name} {saved.get(name)}, now it is {value}: start anew")
-    if step >= steps:
+    if step > steps:
         raise ValueError(f"{checkpoint} is already at step {step} of {steps}: raise train.steps to go on")
 
 

@@ -684,7 +684,7 @@ MISMATCHED: dict[str, tuple[str, ...]] = {
     ),
     "+model.config.activation_function=relu": ("model.config.activation_function gelu_new, now it is relu",),
     "optimizer=lamb": ("the checkpoint is of AdamW", "this run has LAMB"),
-    "train.steps=8": ("is already at step 8 of 8: raise train.steps",),
+    "train.steps=7": ("is already at step 8 of 7: raise train.steps",),
     "train.batch_size=4": ("was trained with batch_size 8, now it is 4",),
     "seed=1": ("was trained with seed 0, now it is 1",),
     "data.validation_fraction=0.2": ("was trained with data",),
@@ -712,6 +712,19 @@ def test_what_the_model_does_not_compute_with_may_change(finished: Path, cwd: Pa
     (ended,) = jobs.run(cwd, [*overrides(train__resume="auto", **LONGER, **words), "+model.config.eos_token_id=10"])
     assert ended.code == 0, ended.err
     assert steps(done) == list(range(1, 11))
+
+
+def test_a_run_that_ended_after_its_last_checkpoint_is_ended(finished: Path, cwd: Path) -> None:
+    """It was refused for having nothing left to do, and a sweep that was interrupted there could never be finished."""
+    done = copied(finished, cwd)
+    (done / "curves.png").unlink()
+    before = rows(done)
+    (ended,) = jobs.run(cwd, overrides(train__resume="auto", **{**LONGER, "train__steps": "8"}))
+    assert ended.code == 0, ended.err
+    loss = before[-1]["validation_loss"]
+    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "go on: " in ended.out
+    assert rows(done) == before
+    assert (done / "curves.png").is_file() and checkpoints(done) == ["step_00000004", "step_00000008"]
 
 
 def test_only_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(finished: Path) -> None:
