@@ -13,8 +13,8 @@ from distopt.cost import GIB, Cluster, Stage, stages
 from distopt.engine import Engine
 from distopt.engine.footprint import Collective, Footprint, every_layer, numel
 from distopt.errors import one_line_errors
+from distopt.options import CONF, make
 from distopt.rehearsal import Rehearsal, rehearse
-from distopt.train import CONF, make
 
 _MOST = 2**16  # GPUs: where the search for the smallest cluster ends
 

@@ -15,7 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import distopt
-from distopt.train import CONF
+from distopt.options import CONF
 from tests import jobs, pages
 
 PAGES = [jobs.ROOT / "README.md", *sorted((jobs.ROOT / "docs").rglob("*.md"))]

@@ -23,10 +23,10 @@ from distopt.cost import Cluster
 from distopt.engine import DDP, FSDP2, Engine
 from distopt.engine.footprint import Collective
 from distopt.model import LanguageModel, blocks
+from distopt.options import CONF
 from distopt.plan import Plan, make_plan, smaller, smallest, verdict
 from distopt.rehearsal import Rehearsal, rehearse
 from distopt.step import update
-from distopt.train import CONF
 from tests.distributed import run
 from tests.engines import CPU, DEEPSPEED, ENGINES
 from tests.jobs import ENVIRONMENT, ROOT

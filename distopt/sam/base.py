@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from distopt.clip import layout_of
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.randomness import random_state, set_random_state
+from distopt.sam.around import Around
 from distopt.sam.checks import positive
 from distopt.sam.rounding import perturb_, warn_of_rounding
 
 
-class SAM(torch.optim.Optimizer):
+class SAM(Around):
     r"""Sharpness-aware minimization (SAM) around any torch optimizer.
 
         perturb:  p <- p + rho * g / |g|     the norm over all parameters and ranks; g is the gradient at p
@@ -76,8 +77,7 @@ class SAM(torch.optim.Optimizer):
         scope: str = "global",
         model: nn.Module | None = None,
     ) -> None:
-        # Optimizer.__init__ is not called: it would make param groups of our own, which schedules would move in vain.
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.rho = positive("rho", rho)
         for group in optimizer.param_groups:
             positive("rho of a param group", group.get("rho", rho))
@@ -92,24 +92,6 @@ class SAM(torch.optim.Optimizer):
         self._staged: _Staged | None = None
         self._norms: Tensor | None = None
         self.measured = False  # whether `perturb` has found out what rounding leaves
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = param_groups
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's own."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
 
     @property
     def ascends(self) -> bool:
@@ -263,18 +245,9 @@ class SAM(torch.optim.Optimizer):
         for name in self.buffers:
             self._make(self._layout(), params, name)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         positive("rho of a param group", param_group.get("rho", self.rho))
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
+        super().add_param_group(param_group)
 
     def _layout(self) -> ShardLayout:
         layout = getattr(self.optimizer, "layout", None)
@@ -323,18 +296,6 @@ class SAM(torch.optim.Optimizer):
         for p in owners:
             if buffer not in self.state[p]:
                 self.state[p][buffer] = layout.zeros(p)
-
-    def __getattr__(self, name: str) -> Any:
-        # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
-        if name == "optimizer":
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "step"}  # which a schedule wraps
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rho={self.rho}, optimizer={self.optimizer!r})"

@@ -1,0 +1,57 @@
+"""An optimizer around another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Around(torch.optim.Optimizer):
+    """To schedules, clipping, scalers and checkpoints it is the optimizer that it is around."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        # Optimizer.__init__ is not called: it would make param groups of our own, which schedules would move in vain.
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's own."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # which a schedule wraps
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
