@@ -31,7 +31,7 @@ check: install
 # All of the equivalence matrix, and its table in the README, with all other tests; `make test` runs a part of both.
 # A file's tests stay together, since one process has to see all cells of the table.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=README.md
 
 format: install
 	$(BIN)/ruff format .
