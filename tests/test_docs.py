@@ -110,6 +110,15 @@ def test_commands_that_do_not_run_exist() -> None:
     assert seen > 10
 
 
+@pytest.mark.parametrize("target", ["matrix", "gpu"])
+def test_make_gives_pytest_what_it_knows(target: str) -> None:
+    """`make matrix` did not: a file behind `--table` was taken for tests, and what knows --table was not read."""
+    recipe = subprocess.run(["make", "-n", target], cwd=jobs.ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = (line for line in recipe.splitlines() if "-m pytest" in line)
+    done = subprocess.run(f"{command} --markers", shell=True, cwd=jobs.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     """Strictly: a link or an anchor that leads nowhere, and a name that the reference does not find, fail."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/site/mkdocs.yml", "-d", tmp_path]
