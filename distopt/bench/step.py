@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import statistics
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import distopt
+from distopt.bench import memory
 
 Shapes = list[tuple[int, ...]]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -192,7 +188,7 @@ def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.d
     extra = {}
     for name, step in steps.items():
         step()  # makes the state
-        with _watched(device) as peak:
+        with memory.watched(device) as peak:
             step()
         extra[name] = peak[0]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -215,55 +211,3 @@ def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.d
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-@contextlib.contextmanager
-def _watched(device: torch.device) -> Iterator[list[int]]:
-    """The most memory that a block takes beyond what there was, in bytes."""
-    peak = [0]
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated() - before
-        return
-    before = _resident("VmRSS") if _forget_peak() else 0
-    with _Allocations(peak):
-        yield peak
-    if before:  # what kernels allocate, torch's and ours, no operator returns
-        peak[0] = max(peak[0], _resident("VmHWM") - before)
-
-
-def _forget_peak() -> bool:
-    """Has Linux count the peak of this process's memory anew; False where it cannot."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or a temporary might lie in what was freed before
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
-        return False
-    return True
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-class _Allocations(TorchDispatchMode):
-    """The most that lives at one time of what operators make; views and what is updated in place cost nothing."""
-
-    def __init__(self, peak: list[int]) -> None:
-        super().__init__()
-        self.peak = peak
-        self.held: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in tree_leaves(made):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                storage = t.untyped_storage()
-                self.held[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(storage, self.held.pop, storage.data_ptr(), None)
-        self.peak[0] = max(self.peak[0], sum(self.held.values()))
-        return made
