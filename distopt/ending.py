@@ -14,7 +14,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def end_of_process() -> Iterator[None]:
-    """Around all that a process does: it ends here, with the code that was asked for, else 0.
+    """Around all that a process does: it ends here, with the code that was asked for, else 0; other exceptions pass.
 
     It ends as multiprocessing's children do: threads are waited for and what was registered with atexit runs, but the
     interpreter is not taken down. While that happens, a worker of gloo that lets go of a tensor aborts the process
