@@ -29,7 +29,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
     One process, DDP: `zero` 0 or None keeps whole state on every process, 1 cuts it up (ZeRO-1) and moves no byte more:
         each process gets the gradients of the rows that it steps, and in others nan. `accelerator.clip_grad_norm_`
-        knows of that. Where it cannot be (fp16's loss scaler, sync_each_batch, a communication hook of DDP)
+        knows of that. Where it cannot be (fp16's loss scaler, a communication hook of DDP)
         gradients are whole, and half as much again is moved. `save_state` writes
         model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with `zero` 0
         or 1. Every process has to call them, on a file system that all of them see. Schedules, random numbers and

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 def zero1_layout(accelerator: Accelerator, model: nn.Module, optimizer: ShardedOptimizer) -> ShardLayout:
     """ZeRO-1's layout; where all who read gradients can be told, those are reduce-scattered (`zero1_scattered`).
 
-    Not where DDP has a communication hook of the script's, where a loss scaler looks for inf in whole gradients (fp16),
-    and not with sync_each_batch, which adds to gradients that are exchanged already.
+    Not where DDP has a communication hook of the script's, and not where a loss scaler looks for inf in full gradients
+    (fp16).
     """
     ddp = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
-    each_batch = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-    if ddp is None or ddp._comm_hooks or accelerator.scaler is not None or each_batch:
+    if ddp is None or ddp._comm_hooks or accelerator.scaler is not None:
         return layout.zero1(model)
     _clip_rows(accelerator, optimizer)
     return layout.zero1_scattered(ddp)

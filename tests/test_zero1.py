@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -129,6 +130,90 @@ def test_a_rank_has_the_mean_of_its_rows_and_nan_elsewhere(
         assert others
 
 
+def accumulated(passes: str, view: bool, set_to_none: bool) -> list[tuple[float, bool]]:
+    """For each step: how far this rank's rows are from plain DDP's, and whether all others are nan.
+
+    passes: in order, `S` for one that exchanges, `n` for one under no_sync, both of which leave `seldom` out; `U`, `u`
+    for those that use every parameter.
+    """
+    scattered, plain = wrapped(view=view), wrapped(view=view)
+    optimizer = distopt.SGD(trained(scattered), lr=0.1)
+    optimizer.bind(layout.zero1_scattered(scattered))
+    seen = []
+    for step in range(3):
+        for model in (scattered, plain):
+            model.zero_grad(set_to_none=set_to_none)
+            for i, kind in enumerate(passes):
+                with contextlib.nullcontext() if kind.isupper() else model.no_sync():
+                    model(dist.get_rank() + 10 * i + step, step=0 if kind in "Uu" else 1).backward()
+        error, others = 0.0, True
+        for p, q in zip(trained(scattered), trained(plain), strict=True):
+            if q.grad is None:
+                assert p.grad is None
+                continue
+            mine = rows(p)
+            error = max(error, distance([p.grad[mine]], [q.grad[mine]]) if mine.any() else 0.0)
+            others &= bool(p.grad[~mine].isnan().all())
+        seen.append((error, others))
+        optimizer.step()
+        scattered.load_state_dict(plain.state_dict())
+    return seen
+
+
+@pytest.mark.parametrize("view", [True, False], ids=["views", "copies"])
+@pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zeros"])
+def test_gradients_may_be_exchanged_several_times_per_step(view: bool, set_to_none: bool) -> None:
+    """Accelerate's own nlp_example accumulates so for large batches, and trained to nan: a pass added to the nan of the
+    one before."""
+    for passes in ("SS", "SSS", "SnS", "nSnS", "US", "SU", "uS", "SuS", "UnS"):
+        for seen in run(3, accumulated, passes, view, set_to_none):
+            assert all(error < 1e-14 and others for error, others in seen), (passes, seen)
+
+
+def stepped_alone(then_exchanged: bool) -> float:
+    """A step whose gradients were not exchanged, or were exchanged at last."""
+    model = wrapped()
+    optimizer = distopt.SGD(trained(model), lr=0.1)
+    optimizer.bind(layout.zero1_scattered(model))
+    model(dist.get_rank()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with model.no_sync():
+        model(dist.get_rank()).backward()
+    if then_exchanged:
+        model(dist.get_rank(), step=1).backward()
+    distopt.clip_grad_norm_(optimizer, 1.0)
+    optimizer.step()
+    return sum(p.detach().sum().item() for p in model.parameters())
+
+
+def test_a_step_with_gradients_of_one_rank_is_refused() -> None:
+    """Each rank would step its rows by its own samples and send them as everybody's."""
+    first, second = run(2, stepped_alone, True)
+    assert first == second and math.isfinite(first)
+    with pytest.raises(RankError, match=r"this rank's alone.*outside of no_sync, or use plain DDP") as error:
+        run(2, stepped_alone, False)
+    assert error.value.kind == "ValueError"
+
+
+def joined(make: Callable[[DistributedDataParallel], Any]) -> None:
+    model = wrapped()
+    optimizer = distopt.SGD(trained(model), lr=0.1)
+    optimizer.bind(make(model))
+    with model.join():
+        for _ in range(1 + dist.get_rank()):
+            model(dist.get_rank()).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("make", [layout.zero1, layout.zero1_scattered])
+def test_unlike_numbers_of_steps_are_refused_at_the_first(make: Callable[[DistributedDataParallel], Any]) -> None:
+    """A rank without inputs takes no step, and the others waited for its rows for ever."""
+    with pytest.raises(RankError, match=r"runs under Join.*even_batches=True") as error:
+        run(2, joined, make)
+    assert error.value.kind == "ValueError"
+
+
 def steps(make: Callable[[DistributedDataParallel], Any], sam: bool) -> tuple[list[list[Tensor]], float]:
     """The parameters after each step, and the last norm."""
     model = wrapped()
@@ -215,7 +300,8 @@ def reads() -> dict[str, bool]:
     seen["torch's clip"] = bad([torch.nn.utils.clip_grad_norm_(copies(model), 1.0)])
     seen["distopt's clip"] = bad([distopt.clip_grad_norm_(optimizer, 1.0)])
     model(dist.get_rank()).backward()  # without zero_grad
-    seen["added to"] = bad([distopt.clip_grad_norm_(optimizer)])
+    seen["torch's clip of a sum"] = bad([torch.nn.utils.clip_grad_norm_(copies(model), 1.0)])
+    seen["distopt's clip of a sum"] = bad([distopt.clip_grad_norm_(optimizer)])
 
     def step() -> None:
         optimizer.zero_grad()
@@ -250,7 +336,8 @@ def test_a_read_of_what_is_not_there_shows() -> None:
         assert seen == {
             "torch's clip": True,
             "distopt's clip": False,
-            "added to": True,
+            "torch's clip of a sum": True,
+            "distopt's clip of a sum": False,
             "weights on their way": True,
             "state dict": False,
             "loaded": False,

@@ -24,8 +24,8 @@ def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
     return start, min(step, param.numel() - start)
 
 
-def spoil(tensors: Sequence[Tensor], world: int, rank: int) -> None:
-    """Makes nan of all rows but a rank's own, so that whoever reads there sees that no rank has meant it."""
+def poison_remote_rows(tensors: Sequence[Tensor], world: int, rank: int) -> None:
+    """Fills the rows that other ranks own with NaN, so that a stale read of them is seen."""
     for tensor in tensors:
         start, count = span(tensor, world, rank)
         flat = tensor.view(-1)

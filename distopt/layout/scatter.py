@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.rows import pack, span, spoil, width
+from distopt.layout.exchange import GradientExchange
+from distopt.layout.rows import pack, span, width
 from distopt.layout.zero1 import Zero1Layout, over_gloo, zero1
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ def zero1_scattered(
 
     After a backward pass that exchanges, `.grad` is the mean over the ranks in the rows that this rank steps, and nan
     in all others. So clip by `distopt.clip_grad_norm_`: torch's function sees nan, and so does its GradScaler (fp16),
-    which would skip every step. Clear the gradients before the next backward pass, or their sum is nan too. SAM
-    perturbs rows and sends them: 4 (N-1)/N psi a step.
+    which would skip every step. A later backward pass may add to such gradients: their sum is right again once it has
+    exchanged them. `step` raises ValueError for gradients that were not exchanged since (`no_sync`), and the forward
+    pass under torch's Join, where ranks take unlike numbers of steps. SAM perturbs rows and sends them:
+    4 (N-1)/N psi per step.
 
     model: DDP, before its first backward pass. mesh: as for `zero1`; it has to be of DDP's own ranks.
     reduce_dtype: in which gradients are sent, as FSDP2's; None for their own. bfloat16 halves the bytes; on the CPU the
@@ -48,19 +51,24 @@ def zero1_scattered(
         raise ValueError(f"the reduce-scatter is a hook of DDP, got {type(model).__name__}: wrap it, or use zero1")
     if model._comm_hooks:
         raise ValueError("DDP has a communication hook already, and takes only one: use zero1, which needs none")
-    layout = zero1(model.module, mesh)
+    layout = zero1(model, mesh)
     if dist.get_process_group_ranks(layout.mesh.get_group()) != dist.get_process_group_ranks(model.process_group):
         raise ValueError("the mesh and DDP's process_group are not the same ranks in the same order: give it DDP's")
+    exchange = None
     if layout.mesh.size() > 1:
-        model.register_comm_hook(layout.mesh.get_group(), _hook(reduce_dtype))
-    return layout.scattered(model.module, units)
+        exchange = GradientExchange(model)
+        model.register_comm_hook(layout.mesh.get_group(), _hook(reduce_dtype, exchange))
+    return layout.scattered(model.module, units, exchange)
 
 
-def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradBucket], Future[Tensor]]":
+def _hook(
+    dtype: torch.dtype | None, exchange: GradientExchange
+) -> "Callable[[dist.ProcessGroup, dist.GradBucket], Future[Tensor]]":
     def reduce_scatter_rows(group: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[Tensor]:
         """Leaves the mean in the bucket's rows that this rank steps, and nan elsewhere."""
         world, rank = group.size(), group.rank()
-        buffer, grads = bucket.buffer(), bucket.gradients()
+        buffer, params, grads = bucket.buffer(), bucket.parameters(), bucket.gradients()
+        exchange.before(params, grads)
         widths = [width(g, world) for g in grads]
         gloo = over_gloo(group, buffer.device)
         # Over gloo others' rows only. What pads them is not read.
@@ -79,7 +87,7 @@ def _hook(dtype: torch.dtype | None) -> "Callable[[dist.ProcessGroup, dist.GradB
                 torch._foreach_add_(mean, rows)
             torch._foreach_div_(mean, world)
             torch._foreach_copy_(mine, mean)
-            spoil(grads, world, rank)
+            exchange.after(params, grads)
             return buffer
 
         return work.get_future().then(unpack_mean)

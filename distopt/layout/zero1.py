@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.rows import span, spoil, swap, unpack, width
+from distopt.layout.exchange import GradientExchange, refuse_join
+from distopt.layout.rows import poison_remote_rows, span, swap, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Zero1Layout(ShardLayout):
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
     units: tuple[frozenset[Tensor], ...] = ()
+    exchange: GradientExchange | None = None
     _coming: list[_Gather] = field(default_factory=list, init=False, repr=False)
     _whole = False  # also of one rank, whose state is a DTensor
 
@@ -48,6 +51,12 @@ class Zero1Layout(ShardLayout):
             return [tensor.to_local().view(-1)]
         (segment,) = self.segments[owner]
         return [tensor.view(-1).narrow(0, segment.start, segment.numel)]
+
+    def grads(self, owners: Sequence[Tensor]) -> list[Tensor]:
+        """As in the base class. Raises ValueError for gradients that no backward pass has exchanged."""
+        if self.exchange is not None:
+            self.exchange.check(owners)
+        return super().grads(owners)
 
     def touched(self, owners: Iterable[Tensor]) -> list[Tensor]:
         return [p.detach() for p in owners]
@@ -89,11 +98,11 @@ class Zero1Layout(ShardLayout):
         while self._coming and (params is None or any(gather.holds(params) for gather in self._coming)):
             self._coming.pop(0).finish()
 
-    def scattered(self, model: nn.Module, units: Sequence[nn.Module]) -> Zero1Layout:
+    def scattered(self, model: nn.Module, units: Sequence[nn.Module], exchange: GradientExchange | None) -> Zero1Layout:
         """The same rows where gradients are right in them only; with the hooks of the model that wait for units."""
         inside = [frozenset(unit.parameters()) for unit in units]
         held = [frozenset(model.parameters()).difference(*inside), *inside] if units else []
-        layout = replace(self, gradients=None, units=tuple(held))
+        layout = replace(self, gradients=None, units=tuple(held), exchange=exchange)
         for unit, params in zip((model, *units), held):
             unit.register_forward_pre_hook(lambda module, args, params=params: layout.wait(params))
         for module in model.modules() if units else ():
@@ -133,6 +142,9 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
             raise ValueError(f"{name} is sharded already ({p.placements}): zero1 is for DDP; FSDP2 needs no layout")
         if not p.is_contiguous():
             raise ValueError(f"{name} is not contiguous, so its rows cannot be cut: make it contiguous first")
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.register_forward_pre_hook(refuse_join)
     device = params[0].device if params else torch.device("cpu")
     mesh = mesh or init_device_mesh(device.type, (dist.get_world_size(),))
     world, rank = mesh.size(), mesh.get_local_rank()
@@ -166,7 +178,7 @@ class _Gather:
 
     def mark(self) -> None:
         """Makes nan of the other ranks' rows, which are still those of before."""
-        spoil(self._params, self._layout.mesh.size(), self._layout.mesh.get_local_rank())
+        poison_remote_rows(self._params, self._layout.mesh.size(), self._layout.mesh.get_local_rank())
 
     def finish(self) -> None:
         for work in self._works:
