@@ -304,7 +304,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(member: Member, which: int, val
         ),
         (
             lambda sgd: SAM(sgd).add_param_group({"params": leaves(), "rho": 0.1}),
-            "rho=0.1, an option that SGD does not have: SAM's radius of a group is called sam_rho",
+            "rho=0.1, which is no option of SGD: SAM's radius for a group is called sam_rho",
         ),
         (lambda sgd: SAM(SAM(sgd)), "the optimizer is a SAM already, and SAM around SAM is neither: use one"),
         (lambda sgd: distopt.LookSAM(distopt.ASAM(sgd)), "the optimizer is a ASAM already"),

@@ -142,7 +142,7 @@ class SAM(Around):
         """
         if "rho" in group and "rho" not in self.optimizer.defaults:
             raise ValueError(
-                f"a param group has rho={group['rho']!r}, an option that {type(self.optimizer).__name__} has not: "
+                f"a param group has rho={group['rho']!r}, which is no option of {type(self.optimizer).__name__}: "
                 "SAM's radius for a group is called sam_rho"
             )
         return bounded("sam_rho of a param group", group["sam_rho"], 0.0) if "sam_rho" in group else self.rho
