@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable
 from types import TracebackType
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
 
@@ -29,16 +30,11 @@ class GradientWatch:
         self.found = self.changed = self.added = False
 
     def __enter__(self) -> GradientWatch:
-        self._before = [_Mark(p) for p in self._params]
-        marks = [mark for mark in self._before if mark.present]
-        self.found = bool(marks)
+        self._marks = [_Mark(p, p.grad) for p in self._params if p.grad is not None]
+        self.found = bool(self._marks)
         # A parameter which FSDP2 shards is no leaf of the graph: hooks see the others only, `_Mark.grew` those.
-        leaves = [m.param for m in marks if m.param.requires_grad and not hasattr(m.param, "placements")]
-
-        def at_first_gradient(_: Tensor) -> None:
-            self.added = any(mark.untouched for mark in marks)
-
-        self._hook = register_multi_grad_hook(leaves, at_first_gradient, mode="any") if leaves else None
+        leaves = [mark.param for mark in self._marks if mark.param.requires_grad and not _is_sharded(mark.param)]
+        self._hook = register_multi_grad_hook(leaves, self._at_first_gradient, mode="any") if leaves else None
         return self
 
     def __exit__(
@@ -46,43 +42,46 @@ class GradientWatch:
     ) -> None:
         if self._hook is not None:
             self._hook.remove()
-        self.changed = not all(mark.untouched for mark in self._before)
-        self.added = self.added or any(mark.grew for mark in self._before)
+        came = sum(p.grad is not None for p in self._params) != len(self._marks)
+        self.changed = came or not all(mark.untouched for mark in self._marks)
+        self.added = self.added or any(mark.grew for mark in self._marks)
+
+    def _at_first_gradient(self, _: Tensor) -> None:
+        self.added = any(mark.untouched for mark in self._marks)
 
 
 class _Mark:
     """A parameter's gradient as it was: which tensor, and how often that had been written to."""
 
-    def __init__(self, param: Tensor) -> None:
+    __slots__ = ("_grad", "_writes", "param")
+
+    def __init__(self, param: Tensor, grad: Tensor) -> None:
         self.param = param
-        self._grad = None if param.grad is None else weakref.ref(param.grad)
-        self._version, self._writes = (0, 0) if param.grad is None else _writes(param.grad)
-
-    @property
-    def present(self) -> bool:
-        return self._grad is not None
-
-    @property
-    def same(self) -> bool:
-        """Whether it is still that tensor; of one that has been freed the address may be another's by now."""
-        grad = self.param.grad
-        return grad is None if self._grad is None else grad is not None and grad is self._grad()
+        self._grad = weakref.ref(grad)
+        self._writes = _writes(grad)
 
     @property
     def untouched(self) -> bool:
-        grad = self.param.grad
-        return self.same and (grad is None or _writes(grad) == (self._version, self._writes))
+        grad = self.param.grad  # the address of one that has been freed may be another's by now
+        return grad is not None and grad is self._grad() and _writes(grad) == self._writes
 
     @property
     def grew(self) -> bool:
         """Whether FSDP2 has added to it, which torch 2.13 does on the local shard; clearing writes to both."""
         grad = self.param.grad
-        if grad is None or not hasattr(grad, "placements") or not self.same:
+        if grad is None or not _is_sharded(grad) or grad is not self._grad():
             return False
-        version, writes = _writes(grad)
-        return version == self._version and writes != self._writes
+        before, now = self._writes, _writes(grad)
+        return now[0] == before[0] and now[1] != before[1]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")
 
 
 def _writes(grad: Tensor) -> tuple[int, int]:
     """How often a gradient, and its local shard, have been written to."""
-    return grad._version, local(grad)._version
+    if not _is_sharded(grad):
+        return grad._version, 0
+    with torch.no_grad():  # where a local shard is no operation of the graph
+        return grad._version, local(grad)._version
