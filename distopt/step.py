@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distopt.randomness import random_state, set_random_state
+from distopt.randomness import random_state, same_random_numbers
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -80,19 +81,15 @@ def sharpness_aware(
     Raises ValueError for a SAM that the engine cannot run.
     """
     engine.check_sam(sam)
-    device = batches[0].device
-    random, losses = random_state(device), []
+    start, losses = random_state(batches[0].device), []
     if sam.first_pass:
         exchange = sam.scope == "global" or not sam.ascends
         losses.append(backward(engine, model, batches, loss, sam.loss, exchange))
-    after = random_state(device)
     with engine.perturbed(model, sam):
         if sam.ascends or not sam.first_pass:
             engine.zero_grad(model, sam)
-            set_random_state(random, device)
-            losses.append(backward(engine, model, batches, loss, sam.loss))
-    if sam.first_pass:
-        set_random_state(after, device)
+            with same_random_numbers(start) if sam.first_pass else contextlib.nullcontext():
+                losses.append(backward(engine, model, batches, loss, sam.loss))
     return losses[0]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,16 @@ from torch.optim import Optimizer
 from distopt.attach import attach_deepspeed, check_processes
 from distopt.attach_sam import attach_sam, sam_of
 from distopt.engine.fsdp2 import leave_pass, reshard
-from distopt.randomness import random_state, set_random_state
+from distopt.randomness import RandomState, random_state, same_random_numbers
 from distopt.sam import SAM
+
+# What these of TRL 1.16 put around the Trainer's training_step (offloaded activations) leaves no trace.
+_SAME_IN_BOTH_PASSES = (
+    "trl.trainer.sft_trainer.SFTTrainer",
+    "trl.trainer.reward_trainer.RewardTrainer",
+    "trl.trainer.dpo_trainer.DPOTrainer",
+    "trl.trainer.kto_trainer.KTOTrainer",
+)
 
 
 class ShardedTrainerMixin:
@@ -58,21 +67,30 @@ class SAMTrainerMixin(ShardedTrainerMixin):
     The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
     steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
     overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
-    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. Does all that
-    `ShardedTrainerMixin` does.
+    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. The second pass
+    leaves no trace in the Trainer's own numbers and metrics (`self.count += 1`, TRL's `_metrics`), so that nothing is
+    counted twice. Does all that `ShardedTrainerMixin` does.
 
-    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; and
-    where scope=local meets FSDP2.
+    A subclass may have its own `compute_loss`. With its own `training_step` or `_prepare_inputs`, which may keep state
+    between calls, it is refused, unless its class attribute `same_in_both_passes` is True: called again with the same
+    micro-batch they compute the same. Those of TRL's SFT, Reward, DPO and KTO trainers do.
+
+    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; where
+    scope=local meets FSDP2; and for a Trainer whose passes may differ (TRL's GRPO, RLOO and others that generate).
 
     Args: as Trainer, and
         sam: makes a SAM of the optimizer; None trains without.
     """
 
+    same_in_both_passes = False
+
     def __init__(self, *args: Any, sam: Callable[[torch.optim.Optimizer], SAM] | None = None, **kwargs: Any) -> None:
         self._make_sam = sam
         self._sam: SAM | None = None
         self._batches: list[Any] = []
-        self._random: list[Tensor] = []
+        self._start: RandomState = random_state()
+        if sam is not None:
+            self._check_passes()
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -82,7 +100,26 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             optimizer = self.optimizer = self._make_sam(optimizer)
         attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
         self._sam = sam_of(optimizer)
+        if self._sam is not None:
+            self._check_passes()
         return optimizer
+
+    def _check_passes(self) -> None:
+        """Raises ValueError where a micro-batch that is passed again may not be the same computation."""
+        kinds = type(self).__mro__
+        inner = kinds[kinds.index(SAMTrainerMixin) + 1 :]  # what runs in each pass
+        for kind, names in [(kind, ("training_step", "_prepare_inputs")) for kind in inner] + [
+            (kind, ("_prepare_inputs",)) for kind in kinds if kind not in inner
+        ]:
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            if self.same_in_both_passes or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES:
+                continue
+            if own := [name for name in names if name in vars(kind)]:
+                raise ValueError(
+                    f"{kind.__name__} has its own {own[0]}, which SAM's second pass would call again, at perturbed "
+                    "weights, and which may count or generate anew, as that of TRL's GRPO does: train without sam, or "
+                    "set the class attribute same_in_both_passes = True if it keeps no state between calls"
+                )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step, remembered for the second pass."""
@@ -92,11 +129,11 @@ class SAMTrainerMixin(ShardedTrainerMixin):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, and after the last micro-batch of a step SAM's second pass over all of them."""
-        sam, device = self._sam, self.args.device  # type: ignore[attr-defined]
+        sam = self._sam
         if sam is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if inputs is self._batches[0]:
-            self._random = random_state(device)
+            self._start = random_state(self.args.device)  # type: ignore[attr-defined]
         try:
             if not sam.first_pass:  # for each micro-batch, since between them the Trainer shows the weights to others
                 with sam.perturbed():
@@ -108,11 +145,10 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():  # type: ignore[attr-defined]
                 loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
             if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-                after = random_state(device)
                 with sam.perturbed():
                     if sam.ascends:
-                        self._second_pass(model, num_items_in_batch)
-                set_random_state(after, device)
+                        with same_random_numbers(self._start), _unrecorded(self):
+                            self._second_pass(model, num_items_in_batch)
                 reshard(model)
             return loss
         except BaseException:
@@ -124,9 +160,27 @@ class SAMTrainerMixin(ShardedTrainerMixin):
     def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> None:
         reshard(model)
         model.zero_grad()
-        set_random_state(self._random, self.args.device)  # type: ignore[attr-defined]
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]
                 super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
         super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _unrecorded(trainer: Any) -> Iterator[None]:
+    """A block that leaves no trace in a Trainer's own numbers, and in its dictionaries of metrics.
+
+    TRL's trainers add to `_metrics` and `_total_train_tokens` (1.16) whenever they compute a loss.
+    """
+    own = vars(trainer)
+    kept = {name: value for name, value in own.items() if type(value) in (int, float) or _holds_metrics(name, value)}
+    own.update({name: copy.deepcopy(value) for name, value in kept.items()})
+    try:
+        yield
+    finally:
+        own.update(kept)
+
+
+def _holds_metrics(name: str, value: object) -> bool:
+    return isinstance(value, dict) and "metrics" in name

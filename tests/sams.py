@@ -54,7 +54,7 @@ class Member:
     def groups(self, row: Row, params: list[torch.Tensor]) -> list[dict[str, Any]]:
         """Those of the row; the second with a rho of its own."""
         matrices, others = row.groups(params)
-        return [matrices, others | {"rho": RHO_OTHERS}]
+        return [matrices, others | {"sam_rho": RHO_OTHERS}]
 
     def expected(self, row: Row, params: list[torch.Tensor], task: Task, steps: int) -> list[list[torch.Tensor]]:
         """The parameters after each step, by the oracles, in `groups`."""

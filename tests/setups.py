@@ -92,6 +92,12 @@ def trainer() -> dict[str, Any]:
     return {"transformers": transformers, "model": model, "args": args, "data": data}
 
 
+def normed_model() -> dict[str, Any]:
+    """A model with a norm layer, by name."""
+    layers = {"linear": nn.Linear(8, 16), "norm": nn.LayerNorm(16)}
+    return {"distopt": distopt, "model": nn.ModuleDict(layers)}
+
+
 def sam_loop() -> dict[str, Any]:
     """A SAM with its closure, and what a script of Accelerate has before it prepares."""
     from accelerate import Accelerator

@@ -294,8 +294,21 @@ def test_a_step_that_is_left_out_leaves_no_trace(member: Member, which: int, val
         (lambda sgd: distopt.PreconditionedSAM(sgd), "SGD has no second moments: use Adam, AdamW, LAMB or RMSprop"),
         (lambda sgd: distopt.FunctionalSAM(sgd), "SGD has no second moments"),
         (lambda sgd: distopt.PreconditionedSAM(distopt.AdamW(leaves()), eps=0), "eps must be a number > 0, got 0"),
-        (lambda sgd: SAM(distopt.SGD([{"params": leaves(), "rho": -1}])), "rho of a param group must be a number > 0"),
-        (lambda sgd: SAM(sgd).add_param_group({"params": leaves(), "rho": 0}), "rho of a param group must be a number"),
+        (
+            lambda sgd: SAM(distopt.SGD([{"params": leaves(), "sam_rho": -1}])),
+            "sam_rho of a param group must be a number >= 0, got -1",
+        ),
+        (
+            lambda sgd: SAM(sgd).add_param_group({"params": leaves(), "sam_rho": "wide"}),
+            "sam_rho of a param group must",
+        ),
+        (
+            lambda sgd: SAM(sgd).add_param_group({"params": leaves(), "rho": 0.1}),
+            "rho=0.1, which is no option of SGD: SAM's radius for a group is called sam_rho",
+        ),
+        (lambda sgd: SAM(SAM(sgd)), "the optimizer is a SAM already, and SAM around SAM is neither: use one"),
+        (lambda sgd: distopt.LookSAM(distopt.ASAM(sgd)), "the optimizer is a ASAM already"),
+        (lambda sgd: SAM(sgd.param_groups), "SAM goes around an optimizer, got list: make one first"),
         (
             lambda sgd: distopt.MomentumSAM(torch.optim.RMSprop(leaves())),
             "RMSprop has no momentum to perturb along: give it some, or use SAM",
@@ -519,17 +532,20 @@ def put_back(kind: str) -> list[str]:
     for name, sam in sams.items():
         params = [p for p in models[name].parameters() if p.requires_grad]
         before = values(params)
-        sam.param_groups[0]["sam_steps"] = 0  # of a cycle the step that ascends
+        for group in sam.param_groups:
+            group["sam_steps"] = 0  # of a cycle the step that ascends
         sam.perturb()
         layout = sam._perturbed.layout
         mine = sum(shard.numel() for shard in layout.weights(sam._perturbed.owners))
         held = sum(b.numel() for b in before)
-        extra = len(sam._perturbed.first) > 0
+        kept = sam._perturbed.first
         if sum(copy.numel() for _, copy in sam._perturbed.copies) != held or mine > held:
             wrong.append(f"{name}: copies")
         if kind == "zero1" and sam.uses_state and mine > 0.7 * held:
             wrong.append(f"{name}: moves more than its rows")
-        if extra != sam.keeps_first or sum(g.numel() for g in sam._perturbed.first) not in (0, mine):
+        if (kept is not None) != sam.keeps_first or sum(g.numel() for gs in (kept or {}).values() for g in gs) != (
+            mine if sam.keeps_first else 0
+        ):
             wrong.append(f"{name}: gradients")
         if any(torch.equal(local(p), b) for p, b in zip(params, before) if b.numel()):
             wrong.append(f"{name}: moved nothing")

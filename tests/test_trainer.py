@@ -357,6 +357,32 @@ def test_the_statistics_of_batch_norm_are_those_of_the_first_pass(tmp_path: Path
     assert counted == 2 * STEPS
 
 
+def test_a_trainer_whose_passes_may_differ_is_refused() -> None:
+    """Unless it says that they do not; its own compute_loss is what a subclass is for."""
+    from transformers import Trainer
+
+    from distopt.trainer import SAMTrainerMixin
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise Stop
+
+    made = type("Made", (Trainer,), {"__init__": stop})
+    for name, below, above in (
+        ("training_step", True, False),  # above the mixin's it is called for the first pass alone
+        ("_prepare_inputs", True, True),
+        ("compute_loss", False, False),
+    ):
+        inner = type("Inner", (made,), {name: stop})
+        outer = type("Outer", (SAMTrainerMixin, made), {name: stop})
+        for kind, refused in ((type("Both", (SAMTrainerMixin, inner), {}), below), (outer, above)):
+            message = rf"has its own {name}, which SAM's second pass would call again"
+            with pytest.raises(ValueError, match=message) if refused else pytest.raises(Stop):
+                kind(**SAM)
+            for allowed, options in ((kind, {}), (type("Declared", (kind,), {"same_in_both_passes": True}), SAM)):
+                with pytest.raises(Stop):
+                    allowed(**options)
+
+
 def twice(folder: Path) -> int:
     made = trainer(folder, "ddp", STEPS, SGD | {"sam": partial(distopt.LookSAM, rho=0.1, interval=2)})
     made.train()

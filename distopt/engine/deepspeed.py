@@ -63,6 +63,11 @@ class DeepSpeed(Engine):
                 f"{type(sam).__name__} with scope={sam.scope} does not run under DeepSpeed, which owns the gradients: "
                 "only SAM with scope=global does; use engine=zero1 or fsdp2"
             )
+        if any(sam.radius(group) == 0.0 for group in sam.param_groups):
+            raise ValueError(
+                "a param group has sam_rho=0, which takes it out of SAM's norm; under DeepSpeed that is the norm which "
+                "DeepSpeed has of all gradients: use engine=zero1 or fsdp2"
+            )
 
     def build(
         self,
@@ -148,7 +153,7 @@ class DeepSpeed(Engine):
             for group in sam.param_groups:
                 for flat in group["params"]:
                     copies.append((flat, flat.detach().clone()))
-                    flat.data.add_(flat.grad, alpha=group.get("rho", sam.rho) / norm if norm > 0.0 else 0.0)
+                    flat.data.add_(flat.grad, alpha=sam.radius(group) / norm if norm > 0.0 else 0.0)
 
         try:
             with _unclipped(zero), _stepping_by(sam.optimizer, ascend):

@@ -31,12 +31,13 @@ class ASAM(SAM):
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.5,
+        *,
         eta: float = 0.01,
         interval: int = 1,
         scope: str = "global",
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, rho, interval, scope, model)
+        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model)
         self.eta = bounded("eta", eta, 0.0)
 
     def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

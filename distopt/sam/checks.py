@@ -24,15 +24,20 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def buffers_of(optimizer: torch.optim.Optimizer) -> set[str]:
-    """The names of the state buffers that an optimizer will have, distopt's or torch's."""
-    groups = optimizer.param_groups
-    if hasattr(optimizer, "slots"):
-        return {name for group in groups for name in optimizer.slots(group)}
-    found = {"momentum_buffer"} if any(group.get("momentum") for group in groups) else set()
-    for option, names in {"betas": ("exp_avg", "exp_avg_sq"), "alpha": ("square_avg",), "lr_decay": ("sum",)}.items():
-        found |= set(names) if any(option in group for group in groups) else set()
-    return found
+def check_inner(optimizer: Any, kind: type) -> None:
+    """Raises ValueError for what is no optimizer, and for one with another SAM (of this kind) inside."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"SAM goes around an optimizer, got {type(optimizer).__name__}: make one first, as in "
+            "SAM(distopt.AdamW(model.parameters(), lr=1e-3), rho=0.05)"
+        )
+    inner: Any = optimizer
+    while inner is not None:
+        if isinstance(inner, kind):
+            raise ValueError(
+                f"the optimizer is a {type(inner).__name__} already, and SAM around SAM is neither: use one"
+            )
+        inner = getattr(inner, "optimizer", None)
 
 
 def _is_number(value: object) -> bool:

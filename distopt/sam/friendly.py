@@ -37,12 +37,13 @@ class FriendlySAM(SAM):
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.05,
+        *,
         sigma: float = 1.0,
         decay: float = 0.6,
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, rho, interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model)
         self.sigma = bounded("sigma", sigma, 0.0, 1.0)
         self.decay = bounded("decay", decay, 0.0, 1.0)
 

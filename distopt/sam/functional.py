@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,16 @@ class FunctionalSAM(PreconditionedSAM):
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.05,
+        *,
         precondition: bool = True,
         eps: float = 1e-8,
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
         self.precondition = self.uses_state = precondition
-        super().__init__(optimizer, rho, eps, interval, model)
+        super().__init__(optimizer, rho, eps=eps, interval=interval, model=model)
         self._slopes: list[Tensor] = []
+        self._in_closure = False
 
     def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return super().ascent(layout, owners) if self.precondition else SAM.ascent(self, layout, owners)
@@ -80,6 +83,13 @@ class FunctionalSAM(PreconditionedSAM):
         return (outputs * self._slopes.pop(0)).sum()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._perturbed is None:
+        if self._perturbed is None and not self._in_closure:
             self._slopes = []  # of a step that was given up
         super().zero_grad(set_to_none)
+
+    def _both_passes(self, closure: Callable[[], Any]) -> Any:
+        self._slopes, self._in_closure = [], True  # a closure may clear between its loss and the backward pass
+        try:
+            return super()._both_passes(closure)
+        finally:
+            self._in_closure = False

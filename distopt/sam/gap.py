@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
-from distopt.sam.base import SAM
+from distopt.sam.base import SAM, paired
 from distopt.sam.checks import bounded
 
 
@@ -33,19 +33,20 @@ class GSAM(SAM):
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.05,
+        *,
         alpha: float = 0.4,
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, rho, interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: list[Tensor]) -> None:
-        if not first:  # a step that did not ascend
+    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
+        if first is None:  # a step that did not ascend
             return
-        grads = layout.grads(owners)
-        dots, squares = layout.dots(layout.layers(owners), (first, grads), (grads, grads))
+        before, after = paired(layout, owners, first)
+        dots, squares = layout.dots(layout.layers(owners), (before, after), (after, after))
         along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
-        for g, second in zip(first, grads, strict=True):
+        for g, second in zip(before, after, strict=True):
             perpendicular = g - along.to(g.dtype) * second
             second.sub_(perpendicular, alpha=self.alpha)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
-from distopt.sam.base import SAM
+from distopt.sam.base import SAM, paired
 from distopt.sam.checks import bounded
 
 
@@ -30,31 +30,34 @@ class LookSAM(SAM):
     """
 
     keeps_first = True
+    always_descends = True
     buffers = ("sam_look",)
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.05,
+        *,
         interval: int = 5,
         alpha: float = 0.7,
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, rho, interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: list[Tensor]) -> None:
-        grads = layout.grads(owners)
-        layers = layout.layers(owners)
-        if first:
-            dots, squares = layout.dots(layers, (first, grads), (first, first))
+    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
+        if first is not None:
+            params = list(dict.fromkeys((*first, *owners)))
+            before, after = paired(layout, params, first)
+            dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
             along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
-            for g, second in zip(first, grads, strict=True):
+            for g, second in zip(before, after, strict=True):
                 g.mul_(-along.to(g.dtype)).add_(second)
-            self._stage(layout, owners, "sam_look", first)
+            self._stage(layout, params, "sam_look", before)
         else:
-            look = self._shards(layout, owners, "sam_look")
-            of_grads, of_look = (torch.linalg.vector_norm(norms) for norms in layout.norms(layers, grads, look))
+            grads, look = layout.grads(owners), self._shards(layout, owners, "sam_look")
+            norms = layout.norms(layout.layers(owners), grads, look)
+            of_grads, of_look = (torch.linalg.vector_norm(each) for each in norms)
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
-            for g, v in zip(grads, look):
+            for g, v in zip(grads, look, strict=True):
                 g.add_(v * ratio.to(v.dtype))

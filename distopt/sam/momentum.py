@@ -7,9 +7,7 @@ from torch import Tensor
 
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
-from distopt.sam.checks import buffers_of
-
-_NAMES = ("momentum_buffer", "exp_avg")
+from distopt.sam.moments import FIRST, moment_of, state_names
 
 
 class MomentumSAM(SAM):
@@ -29,7 +27,8 @@ class MomentumSAM(SAM):
     Args: as `SAM`, and
         rho: 0.3 for SGD in the paper's code, 1 for AdamW.
 
-    Raises ValueError for an optimizer without momentum (SGD with momentum, Adam, AdamW, LAMB, LARS have it).
+    Raises ValueError for an optimizer without momentum (SGD with momentum, Adam, AdamW, LAMB, LARS have it): when it is
+    made or, around an optimizer that is neither distopt's nor torch's, at the second step.
 
     Reference: Becker, Altrock, Risse, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, 2024,
     arXiv 2401.12033.
@@ -38,18 +37,24 @@ class MomentumSAM(SAM):
     first_pass = False
     uses_state = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.3, interval: int = 1) -> None:
-        super().__init__(optimizer, rho, interval)
-        if not buffers_of(optimizer) & set(_NAMES):
-            raise ValueError(f"{type(optimizer).__name__} has no momentum to perturb along: give it some, or use SAM")
+    def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.3, *, interval: int = 1) -> None:
+        super().__init__(optimizer, rho, interval=interval)
+        names = state_names(optimizer)
+        if names is not None and names.isdisjoint(FIRST):
+            raise self._no_momentum()
 
     def owners(self) -> list[Tensor]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        return [p for p in params if p.requires_grad and self._momentum(p) is not None]
+        params = [p for group in self.param_groups if self.radius(group) > 0.0 for p in group["params"]]
+        found = [p for p in params if p.requires_grad and self._momentum(p) is not None]
+        if self._stepped and params and not found and not any(self._momentum(p) is not None for p in self.state):
+            raise self._no_momentum()
+        return found
+
+    def _no_momentum(self) -> ValueError:
+        return ValueError(f"{type(self.optimizer).__name__} has no momentum to perturb along: give it some, or use SAM")
 
     def _momentum(self, param: Tensor) -> Tensor | None:
-        state = self.state.get(param, {})
-        return next((state[name] for name in _NAMES if state.get(name) is not None), None)
+        return moment_of(self.state.get(param, {}), FIRST, param)
 
     def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         momenta = [shard for p in owners for shard in layout.split(p, self._momentum(p))]  # type: ignore[arg-type]

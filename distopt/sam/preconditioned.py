@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
-from distopt.sam.checks import buffers_of, positive
-
-_NAMES = ("exp_avg_sq", "square_avg", "sum")
+from distopt.sam.checks import positive
+from distopt.sam.moments import SECOND, moment_of, state_names
 
 
 class PreconditionedSAM(SAM):
@@ -26,7 +25,8 @@ class PreconditionedSAM(SAM):
     Args: as `SAM`, and
         eps: > 0.
 
-    Raises ValueError for an optimizer without second moments.
+    Raises ValueError for an optimizer without a second moment for each element (Adafactor's are for rows and columns):
+    when it is made or, around an optimizer that is neither distopt's nor torch's, at the second step.
 
     Reference: Singh, Mobahi, Agarwala, Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
     ICML 2025, arXiv 2502.02407.
@@ -38,20 +38,32 @@ class PreconditionedSAM(SAM):
         self,
         optimizer: torch.optim.Optimizer,
         rho: float = 0.05,
+        *,
         eps: float = 1e-8,
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(optimizer, rho, interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model)
         self.eps = positive("eps", eps)
-        if self.uses_state and not buffers_of(optimizer) & set(_NAMES):
-            raise ValueError(f"{type(optimizer).__name__} has no second moments: use Adam, AdamW, LAMB or RMSprop")
+        names = state_names(optimizer) if self.uses_state else None
+        if names is not None and names.isdisjoint(SECOND):
+            raise self._no_moments()
 
     def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         directions = []
         for p in owners:
-            grads, state = layout.grads([p]), self.state.get(p, {})
-            moment = next((state[n] for n in _NAMES if n in state), None)
+            grads, moment = layout.grads([p]), self._moment(p)
             moments = layout.split(p, moment) if moment is not None else [torch.zeros_like(g) for g in grads]
-            directions += [g / v.sqrt().add_(self.eps) for g, v in zip(grads, moments)]
+            directions += [g / v.sqrt().add_(self.eps) for g, v in zip(grads, moments, strict=True)]
         return directions, directions
+
+    def _moment(self, param: Tensor) -> Tensor | None:
+        """None before the parameter's first step; raises ValueError where it has been stepped without one."""
+        state = self.state.get(param, {})
+        moment = moment_of(state, SECOND, param)
+        if moment is None and (state or (self._stepped and not self.state)):
+            raise self._no_moments()
+        return moment
+
+    def _no_moments(self) -> ValueError:
+        return ValueError(f"{type(self.optimizer).__name__} has no second moments: use Adam, AdamW, LAMB or RMSprop")

@@ -1,0 +1,56 @@
+"""Which moments an optimizer keeps in its state, asked of the state and not guessed from the names of its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIRST = ("momentum_buffer", "exp_avg")
+SECOND = ("exp_avg_sq", "square_avg", "sum")
+
+
+def state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    """The names of the state buffers that an optimizer will have; None where only its state after a step can tell.
+
+    An optimizer of distopt says so. One of torch takes a step, with its groups' options, of a parameter of four zeros.
+    """
+    if hasattr(optimizer, "slots"):
+        return {name for group in optimizer.param_groups for name in optimizer.slots(group)}
+    if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
+        return None  # which may step others inside of it, and has rules for its parameters
+    return _names_after_a_step(optimizer)
+
+
+def moment_of(state: dict[str, Any], names: tuple[str, ...], param: Tensor) -> Tensor | None:
+    """The first of these buffers in a parameter's state, if it is of the parameter's shape."""
+    found = (state[name] for name in names if isinstance(state.get(name), Tensor))
+    return next((moment for moment in found if moment.shape == param.shape), None)
+
+
+def _names_after_a_step(optimizer: torch.optim.Optimizer) -> set[str] | None:
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)  # a schedule's, which steps the optimizer itself
+    twin._optimizer_step_pre_hooks = OrderedDict()
+    twin._optimizer_step_post_hooks = OrderedDict()
+    scratch = [torch.zeros(2, 2) for _ in optimizer.param_groups]
+    for p in scratch:
+        p.grad = torch.zeros_like(p)
+    options = {"lr": 0.0, "capturable": False, "fused": None, "differentiable": False}
+    twin.state = defaultdict(dict)
+    twin.param_groups = [
+        {**group, **{k: v for k, v in options.items() if k in group}, "params": [p]}
+        for group, p in zip(optimizer.param_groups, scratch)
+    ]
+    if isinstance(optimizer, torch.optim.Adagrad):  # which has its state from the beginning
+        return {name for state in optimizer.state.values() for name in state}
+    try:
+        with torch.no_grad():
+            inspect.unwrap(type(optimizer).step)(twin)  # without hooks
+    except (TypeError, RuntimeError):  # LBFGS needs a closure, SparseAdam sparse gradients
+        return None
+    return {name for state in twin.state.values() for name, value in state.items() if value is not None}
