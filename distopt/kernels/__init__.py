@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.cpu import compiled, fits
-from distopt.kernels.triton_move import triton_moves
+from distopt.kernels.triton_move import triton_moves, unfit
 from distopt.layout import squared_norms
 from distopt.move import Move
 from distopt.shards import Shards
@@ -31,15 +31,20 @@ def moves(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
     chosen, left = triton_moves(name, shards) if name else ([], list(range(len(shards.params))))
-    if left and shards.group["capturable"]:
+    if chosen and not left:
+        return chosen
+    return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
+
+
+def check_capturable(optimizer: Any, shards: Shards) -> None:
+    """Raises ValueError where shards of a capturable group have no kernel of Triton's."""
+    left = unfit(shards) if getattr(type(optimizer).directions, "kernel", "") else list(range(len(shards.params)))
+    if left:
         raise ValueError(
             f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
             f"{shards.params[left[0]].dtype} on {shards.params[left[0]].device}) have none: they are for rules of "
             "distopt on contiguous float32 weights on a GPU; or give capturable=False"
         )
-    if chosen and not left:
-        return chosen
-    return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
 
 
 def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
