@@ -48,6 +48,10 @@ def check_capturable(optimizer: Any, shards: Shards) -> None:
 
 
 def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
+    kinds = dict.fromkeys(g.dtype for g in shards.grads)
+    if name and len(kinds) > 1:  # beside masters, whose gradients have 16 bits, the others keep their kernel
+        alike = [[i for i, g in enumerate(shards.grads) if g.dtype is kind] for kind in kinds]
+        return [move for indices in alike for move in _others(optimizer, name, shards.part(indices))]
     fitting = fits(shards) if name else []
     if not fitting:
         return [Move(optimizer, shards)]

@@ -26,6 +26,7 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
     element's p, d and factor: no random numbers are drawn, and it is the same wherever the element lies.
     """
     rounded = [w.dtype == torch.bfloat16 for w in weights]
+    directions = [d if low else d.to(w.dtype) for w, d, low in zip(weights, directions, rounded)]  # of float32 state
     exact = [i for i, low in enumerate(rounded) if not low]
     if exact:
         moving, along, by = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))
