@@ -212,14 +212,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
         """An optimizer of copies of the parameters, those of `copy.deepcopy((model, optimizer))`; with its layout.
 
-        As in torch, hooks are not copied, and neither is a closure or a schedule that wraps `step`.
+        As in torch, hooks are not copied, nor is what a schedule has made of `step`.
         Raises ValueError for one that is bound to DeepSpeed's partitions.
         """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         if self._bound is not None:
             self._bound.wait()
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # torch 2.13 fails to copy a DTensor that has a gradient; plain parameters are copied without theirs.
+        grads = [(p, p.grad) for group in self.param_groups for p in group["params"] if hasattr(p, "placements")]
+        try:
+            for p, _ in grads:
+                p.grad = None
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        finally:
+            for p, grad in grads:
+                p.grad = grad
         if self._bound is not None:
             new._bound = self._bound.moved(lambda param: copy.deepcopy(param, memo))
         return new
