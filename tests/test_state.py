@@ -363,6 +363,7 @@ def test_what_norms_keep_is_bounded() -> None:
         distopt.clip_grad_norm_(opt, 1.0)
         opt.step()
         if step in (99, 199):
+            opt.zero_grad()
             gc.collect()
             counts.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
     assert counts[1] <= counts[0]
