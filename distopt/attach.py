@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None = None) -> None:
     """Gives the optimizer the layout of what `accelerator.prepare` made, and makes save_state and load_state right.
 
-    Every process has to call it, once, after `prepare` and before the first step.
+    Every process has to call it, once, after `prepare`. State of earlier steps is sharded as the model's layout says.
 
     One process, DDP: `zero` 0 or None keeps whole state on every process, 1 cuts it up (ZeRO-1) and moves no byte more:
         each process gets the gradients of the rows that it steps, and in others nan. `accelerator.clip_grad_norm_`
@@ -45,7 +45,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
     Warns if a scheduler was prepared so that Accelerate steps it once per process.
     Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
-    be the unsharded one, for more than one model, for state from earlier steps that would be lost, and for
+    be the unsharded one, for more than one model, for state of parameters that `prepare` has replaced, and for
     FriendlySAM under fp16's loss scale.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -84,8 +84,6 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     forget(accelerator)
     if zero == 1:
         inner = _distopt(optimizer)
-        if any(inner.state.values()):
-            raise ValueError("zero=1, but the optimizer has stepped, with whole state: call attach before, or zero=0")
         if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         inner.bind(zero1_layout(accelerator, model, inner))

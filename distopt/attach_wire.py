@@ -50,7 +50,7 @@ def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
             raise ValueError(f"norm_type={norm_type} under zero=1, where norms over all ranks are 2-norms: use 2")
         owners = [p for p in parameters if p.grad is not None]
         if not owners:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32)
         shards = layout_of(stepped)
         (norms,) = shards.norms(shards.layers(owners), shards.grads(owners))
         norm = torch.linalg.vector_norm(norms).to(owners[0].dtype)

@@ -193,6 +193,8 @@ def load_checkpoint(
         manifest.check_model(content["parameters"], manifest.described(contents.tensors))
         manifest.check_optimizer(content, type(optimizer).__name__, contents.state)
         manifest.check_groups(training["param_groups"], contents.groups)
+        described = {name: manifest.described(buffers) for name, buffers in contents.state.items()}
+        manifest.check_state(content["state"], described)
         manifest.check_schedule(content["schedule"], _kind(schedule))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -61,7 +61,14 @@ class Contents:
         # where there are gradients, and drops the state of frozen parameters.
         index = {name: i for i, name in enumerate(name for group in self.groups for name in group["params"])}
         numbered = {index[name]: buffers for name, buffers in read["optimizer"]["state"].items()}
-        groups = [{**group, "params": [index[name] for name in group["params"]]} for group in groups]
+        # The groups hold the same parameters, perhaps in another order: in ours, since they are filled by position.
+        groups = [
+            {
+                **{key: value for key, value in saved.items() if key != "param_names"},
+                "params": list(map(index.get, own)),
+            }
+            for saved, own in zip(groups, (group["params"] for group in self.groups))
+        ]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 

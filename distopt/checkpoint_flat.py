@@ -75,7 +75,7 @@ class FlatContents:
             if like.get(name) != ours:
                 raise ValueError(f"the state of {name} is {like.get(name)} in the checkpoint, {ours} here")
             state[name] = {key: self._rows(t) for key, t in buffers.items() if key != "step"}
-            state[name]["step"] = torch.zeros(())
+            state[name]["step"] = torch.zeros((), dtype=torch.float32)
         return {"model": {name: self._rows(t) for name, t in self.tensors.items()}, "optimizer": {"state": state}}
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class FlatContents:
                     f"parameters of one group have taken {sorted(steps)} steps: DeepSpeed steps them together, so "
                     "give those that had no gradient at some steps a param group of their own, or use another engine"
                 )
-            self.optimizer.state[part.flat]["step"] = torch.tensor(steps.pop())
+            self.optimizer.state[part.flat]["step"] = torch.tensor(steps.pop(), dtype=torch.float32)
         for name, value in read["model"].items():
             whole = self._gathered(value).view(-1)
             if name in self.buffers:
@@ -106,7 +106,7 @@ class FlatContents:
             for key in self._names(p):
                 self.layout.spread(p, self._gathered(state[name][key]).view(-1), self._values(key))
         for group, saved in zip(self.optimizer.param_groups, groups):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _held(self, param: Tensor) -> dict[str, Tensor]:
         """The state of the partition that a parameter lies in."""

@@ -88,16 +88,38 @@ def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError unless a checkpoint is of this class of optimizer and has the buffers that this one has."""
+    """Raises ValueError unless a checkpoint is of this class of optimizer and has the buffers that this one has.
+
+    Float32 masters may be missing, since they are made of the weights.
+    """
     there, here = (
         sorted({buffer for buffers in states.values() for buffer in buffers}) for states in (saved["state"], state)
     )
     # torch's optimizers have no state before their first step, which tells nothing.
-    if saved["optimizer"] != kind or (there and here and there != here):
+    differ = set(there) ^ set(here) - ({"master"} - set(there))
+    if saved["optimizer"] != kind or (there and here and differ):
         states = [", ".join(buffers) or "none" for buffers in (there, here)]
         raise ValueError(
             f"the checkpoint is of {saved['optimizer']} (state: {states[0]}), this run has {kind} (state: {states[1]})"
         )
+
+
+def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError for the first parameter whose state a checkpoint has without one of our buffers, or otherwise.
+
+    saved, ours: the description of each buffer, by the names of parameter and buffer. Parameters without any state,
+    there or here, are not compared; nor are dtypes, which loading casts.
+    """
+    for name, buffers in ours.items():
+        there = saved.get(name, {})
+        for buffer, description in buffers.items() if there else ():
+            if buffer not in there:
+                if buffer == "master":
+                    continue
+                raise ValueError(f"the state of {name} has no {buffer} in the checkpoint, only {', '.join(there)}")
+            shapes = [None if each is None else each[0] for each in (there[buffer], description)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{buffer} of {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the optimizer")
 
 
 def check_groups(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -14,7 +17,9 @@ from distopt import kernels
 from distopt import layout as layouts
 from distopt.hyperparameters import check_group
 from distopt.layout import FlatLayout, ShardLayout
+from distopt.masters import Masters
 from distopt.shards import Shards
+from distopt.state import Settled, read_state_dict
 
 # What the driver itself asks of a group, for rules that do not name it.
 _COMMON = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
@@ -28,7 +33,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     A subclass gives the names of its state buffers (`slots`) and its rule (`directions`); neither knows of ranks or of
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
-    after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`,
+    after construction and all ranks must hold the same keys; it is sharded as the layout says, also where it was loaded
+    or made before the layout was known. Parameters of 16 bits are stepped by float32 masters, which are part of their
+    state (`master`) on every layout. Every group may set `maximize`, `trust_ratio`,
     `trust_clip` and `capturable`, also of a subclass that does not name them.
     """
 
@@ -36,8 +43,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._bound: ShardLayout | None = None
         self._inferred: ShardLayout | None = None
         self._given: list[weakref.ref[Tensor]] = []
-        self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._ratios: list[tuple[list[int], Tensor]] = []  # of the last step, by layer
+        self._forget()
         super().__init__(params, _COMMON | defaults)
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -51,11 +58,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def bind(self, layout: ShardLayout) -> None:
         """Takes the layout from an engine whose parameters do not tell it themselves (ZeRO-1, DeepSpeed).
 
-        Raises ValueError for DeepSpeed's where a group is capturable: its partitions share one step count.
+        State that is there already is laid out anew at the next step.
+        Raises ValueError for DeepSpeed's where a group is capturable: its partitions share one step count; and where
+        all state is of parameters that are not in the layout, since it would be lost.
         """
         if isinstance(layout, FlatLayout) and any(group["capturable"] for group in self.param_groups):
             raise ValueError("capturable=True under DeepSpeed, which calls step() once for each partition: give False")
+        self._refuse_lost_state(layout)
+        if self._bound is not None:
+            self._bound.wait()
         self._bound = layout
+        self._forget()
 
     @property
     def layout(self) -> ShardLayout:
@@ -75,7 +88,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return self._bound
         if self._inferred is None or not all(p in self._inferred for p in params):
             self._refuse_unknown(params)
-            self._inferred = layouts.of(params)
+            inferred = layouts.of(params)
+            self._refuse_lost_state(inferred)
+            self._inferred = inferred
         return self._inferred
 
     @overload
@@ -95,7 +110,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
-        work = self.rate(layout, [self._shards(layout, i, owners[i]) for i in numbers])
+        # All of them before a step is counted, so that one that is refused moves nothing.
+        found = [self._shards(layout, i, owners[i]) for i in numbers]
+        work = self.rate(layout, [self._counted(layout, i, owners[i], shards) for i, shards in zip(numbers, found)])
         moves = [move for shards in work for move in kernels.moves(self, shards)]
         for move in moves:
             if not self.trusts(move.group):
@@ -127,10 +144,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return work
 
     def init_state(self) -> None:
-        """Makes the state of every trainable parameter that has none: zeros, as before the first step."""
+        """Makes the state of every trainable parameter that has none: zeros, as before the first step.
+
+        Lays out what is there as the layout says: every rank has to call it.
+        """
         layout = self.layout
         for i, group in enumerate(self.param_groups):
-            self._init_states(layout, group, layout.owners(i, group["params"]))
+            self._settle(layout, i, layout.owners(i, group["params"]))
+
+    def required(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of what a loaded state has to have, for parameters of the group that have any."""
+        return (*self.slots(group), "step")
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
         """The first value of one state buffer."""
@@ -152,56 +176,90 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Refuses, by ValueError, combinations of options that the rule does not have."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but a parameter that has a float32 master keeps it, and its state, in float32."""
-        super().load_state_dict(state_dict)
-        index = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(index, (p for group in self.param_groups for p in group["params"])):
-            saved = state_dict["state"].get(i, {})
-            if "master" in saved:  # torch has cast all of it to the parameter's dtype
-                self.state[p].update({k: v.to(p.device, copy=True) for k, v in saved.items() if k != "step"})
+        """As in torch, and checked before anything changes; float32 state of 16-bit parameters stays float32.
+
+        Parameters are matched by name where the groups here and there have `param_names`, else by position. Shapes are
+        those of whole parameters: what is sharded otherwise than this optimizer's parameters is laid out anew at the
+        next step.
+
+        Raises ValueError for a state of other shapes, with a buffer missing, or of other options, groups or names.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = result if (result := pre_hook(self, state_dict)) is not None else state_dict
+        # Not by torch's (2.13), which casts all state to the parameter's dtype, and finds out in the step what lacks.
+        self.__setstate__(read_state_dict(self, state_dict))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in torch: what is pickled has no layout, and its state is laid out by the one it is given afterwards."""
+        if isinstance(self._bound, FlatLayout):
+            self._bound.moved(lambda param: param)  # says why not
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Also reached from load_state_dict, with groups that a torch.optim optimizer may have saved.
-        # What they do not say stays as it is in the groups we have; unpickled, we have none but those.
-        groups = self.__dict__.get("param_groups", state["param_groups"])
-        for group in state["param_groups"]:
-            if group.get("amsgrad"):
-                raise ValueError("the state dict has amsgrad=True, which distopt has not: its update would differ")
+        defaults = state.get("defaults") or self.defaults
+        state = {**state, "defaults": dict(defaults)}
         super().__setstate__(state)
+        self.defaults = defaults  # without what torch 2.13 adds to them, which groups added later would have
+        self.state = defaultdict(dict, self.state)
         given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
-        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {}), ("_ratios", [])):
+        for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_ratios", [])):
             self.__dict__.setdefault(name, empty)
-        for group, own in zip(self.param_groups, groups):
-            group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
-            if not group["capturable"] and isinstance(group["lr"], Tensor):
-                group["lr"] = float(group["lr"])
-            for name, value in self.defaults.items():
-                group.setdefault(name, own.get(name, value))
-            for p, values in ((p, self.state[p]) for p in group["params"] if p in self.state):
-                if values.get("momentum_buffer") is not None:
-                    values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
-                if "step" in values:  # torch's fused optimizers keep it on the device, where reading it waits
-                    device = p.device if group["capturable"] else "cpu"
-                    # A copy, since what it was loaded from may be an optimizer's that goes on counting.
-                    values["step"] = torch.as_tensor(values["step"]).to(device, torch.float32, copy=True)
+        self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedOptimizer:
+        """An optimizer of copies of the parameters, those of `copy.deepcopy((model, optimizer))`; with its layout.
+
+        As in torch, hooks are not copied, nor is what a schedule has made of `step`.
+        Raises ValueError for one that is bound to DeepSpeed's partitions.
+        """
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        if self._bound is not None:
+            self._bound.wait()
+        # torch 2.13 fails to copy a DTensor that has a gradient; plain parameters are copied without theirs.
+        grads = [(p, p.grad) for group in self.param_groups for p in group["params"] if hasattr(p, "placements")]
+        try:
+            for p, _ in grads:
+                p.grad = None
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        finally:
+            for p, grad in grads:
+                p.grad = grad
+        if self._bound is not None:
+            new._bound = self._bound.moved(lambda param: copy.deepcopy(param, memo))
+        return new
 
     def _shards(self, layout: ShardLayout, number: int, owners: list[Tensor]) -> Shards:
-        """This rank's shards of the group's parameters that have a gradient (the owners); counts their step."""
+        """This rank's shards of the group's parameters that have a gradient (the owners), before their step counts."""
         group = self.param_groups[number]
-        self._init_states(layout, group, layouts.trained(group["params"]))
-        if any(p.grad.is_sparse for p in owners):  # type: ignore[union-attr]
-            raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
-        states = [self.state[p] for p in owners]
-        counts = self._count(number, states)
-        params = layout.shards(owners, [state.get("master", p) for state, p in zip(states, owners)])
+        self._settle(layout, number, layouts.trained(group["params"]))
         grads = layout.grads(owners)
         if group["maximize"] and grads:
             grads = list(torch._foreach_neg(grads))
+        states = [self.state[p] for p in owners]
+        params = layout.shards(owners, [self._stepped(layout, p, state, group) for p, state in zip(owners, states)])
         buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in self.slots(group)}
+        shards = Shards(group, layout.layers(owners), params, grads, buffers, [0.0] * len(params))
+        if group["capturable"]:
+            kernels.check_capturable(self, shards)
+        return shards
+
+    def _stepped(self, layout: ShardLayout, param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """What a step moves: the parameter, or its master."""
+        if param.dtype.itemsize >= 4:
+            return param
+        return self._masters.refresh(layout, param, state["master"], always=group["capturable"])
+
+    def _counted(self, layout: ShardLayout, number: int, owners: list[Tensor], shards: Shards) -> Shards:
+        """The shards that are not empty, with the counts of their parameters' steps, this one included."""
+        counts = self._count(number, [self.state[p] for p in owners])
         steps = [count for p, count in zip(owners, counts) for _ in layout.segments[p]]
-        shards = Shards(group, layout.layers(owners), params, grads, buffers, steps)
-        held = [i for i, p in enumerate(params) if p.numel()]
-        return shards if len(held) == len(params) else shards.part(held)
+        held = [i for i, p in enumerate(shards.params) if p.numel()]
+        shards = replace(shards, steps=steps)
+        return shards if len(held) == len(shards.params) else shards.part(held)
 
     def _count(self, number: int, states: list[dict[str, Any]]) -> list[Any]:
         """Counts a step of each of the group's states, and returns how many there are: on the device, if capturable.
@@ -214,7 +272,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.param_groups[number]["capturable"]:
             torch._foreach_add_(steps, 1.0)  # in place: a graph counts at each replay
             return steps
-        whole, views = self._counts.get(number, (torch.zeros(0), ()))
+        whole, views = self._counts.get(number, (steps[0], ()))
         if len(steps) == len(views) and all(map(operator.is_, steps, views)):
             return whole.add_(1.0).tolist()
         # New tensors: DeepSpeed's stage-3 loading shares one among partitions.
@@ -227,22 +285,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _publish(self, layout: ShardLayout, owners: list[Tensor]) -> None:
         """Rounds the masters, if there are any, to the parameters, and gives other ranks their copies."""
         for p in owners:
-            if p.dtype.itemsize < 4 and "master" in self.state[p]:
-                torch._foreach_copy_(layout.split(p, p), layout.split(p, self.state[p]["master"]))
+            if p.dtype.itemsize < 4:
+                self._masters.publish(layout, p, self.state[p]["master"])
         layout.publish(owners)
 
-    def _init_states(self, layout: ShardLayout, group: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """Makes what the parameters of the group lack of their state."""
-        names = self.slots(group)
-        for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-            if p.dtype.itemsize < 4 and "master" not in state and (master := layout.master(p)) is not None:
-                state["master"] = master
-            for name in names:
-                if state.get(name) is None:
-                    state[name] = self.init_slot(layout, group, name, p)
+    def _settle(self, layout: ShardLayout, number: int, params: list[Tensor]) -> None:
+        """Makes what the parameters of a group lack of their state, and lays out what came from elsewhere."""
+        settled = self._settled.setdefault(number, Settled())
+        settled.settle(self, layout, self.param_groups[number], params)
+
+    def _forget(self) -> None:
+        """Of a state that was exchanged: the next step looks at all of it."""
+        self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._settled: dict[int, Settled] = {}
+        self._masters = Masters()
 
     def _check_capture(self) -> None:
         """A graph would repeat the step count of its capture for ever."""
@@ -265,4 +321,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "silently wrong; call optimizer.bind(layout) with the engine's layout, or in a Trainer mix in "
                 "distopt.trainer.ShardedTrainerMixin (DeepSpeed at stage 0 in 16 bits steps before it can have one: "
                 "use stage 1, or DDP)"
+            )
+
+    def _refuse_lost_state(self, layout: ShardLayout) -> None:
+        """State whose parameters an engine has replaced, all of them, would be begun anew without a word."""
+        held = [p for p, state in self.state.items() if state]
+        if held and not any(p in layout for p in held):
+            raise ValueError(
+                f"the optimizer has state of {len(held)} parameters, none of which is in the layout: the engine has "
+                "replaced them; load the state afterwards, or clear optimizer.state to begin with zeros"
             )

@@ -93,7 +93,7 @@ def refuse_swept_ranks() -> None:
 def dry_run(engine: Engine, make_optimizer: Any, make_schedule: Any, make_sam: Any, options: DictConfig) -> None:
     """Makes optimizer, schedule and SAM for one small tensor: what they refuse they refuse now."""
     try:
-        optimizer = make_optimizer([torch.zeros(2, 2, requires_grad=True)])
+        optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
         make_schedule(optimizer, total_steps=options.steps)
         if make_sam:
             engine.check_sam(make_sam(optimizer))

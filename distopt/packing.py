@@ -240,7 +240,7 @@ def check_apart(engine: Engine, model: nn.Module, device: torch.device, vocabula
         with engine.autocast(device):
             first, second = model(input_ids=tokens, position_ids=positions).logits[:, 8:].float()
     except TypeError:
-        first, second = torch.zeros(1), torch.ones(1)
+        first, second = torch.zeros(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
     model.train()
     engine.refresh(model)
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max())):

@@ -108,7 +108,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
     rehearsal = rehearse(engine, make(cfg.model), make(cfg.param_groups), make_optimizer, *sizes)
-    optimizer = make_optimizer([torch.zeros(2, 2, requires_grad=True)])  # which tells its options
+    optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])  # which tells its options
     sam = make_sam(optimizer) if make_sam else None
     if sam is not None:
         engine.check_sam(sam)

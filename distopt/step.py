@@ -106,7 +106,7 @@ def backward(
     pass_loss: how the loss of the outputs is computed where that depends on the pass (`SAM.loss`).
     exchange: average the gradient over the ranks.
     """
-    total = torch.zeros((), device=batches[0].device)
+    total = torch.zeros((), dtype=torch.float32, device=batches[0].device)
     for i, batch in enumerate(batches):
         with engine.sync(model, last=exchange and i == len(batches) - 1):
             with engine.autocast(batch.device):

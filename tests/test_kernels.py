@@ -142,10 +142,20 @@ def test_threads_change_nothing(row: Row, threads: None) -> None:
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_take_the_rule(dtype: torch.dtype, calls: list[str]) -> None:
     train(ROWS[0], dtype)
     assert not calls
+
+
+def test_masters_of_bfloat16_and_float32_weights_beside_them_have_kernels(calls: list[str]) -> None:
+    """A group of both fell back to the rule for the float32 weights, whose gradients have another dtype."""
+    low, full = (torch.ones(3, 4, dtype=dtype, requires_grad=True) for dtype in (torch.bfloat16, torch.float32))
+    opt = distopt.AdamW([low, full], lr=1.0)
+    low.grad, full.grad = torch.ones_like(low), torch.ones_like(full)
+    opt.step()
+    assert calls == ["adamw", "adamw"]
+    assert torch.equal(opt.state[low]["master"], full.detach())
 
 
 def test_what_does_not_lie_flat_takes_the_rule(calls: list[str]) -> None:

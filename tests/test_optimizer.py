@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
 from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
@@ -418,43 +419,50 @@ def test_an_error_on_ranks_reaches_the_test() -> None:
     assert error.value.kind == "RuntimeError"
 
 
-# ZeRO-1 with parameters of 16 bits.
+# Parameters of 16 bits.
 
 
-def train_masters(row: Row) -> tuple[bool, set[torch.dtype], float]:
+def train_masters(row: Row, kind: str) -> tuple[bool, set[torch.dtype], float]:
     """bfloat16 parameters stepped by float32 masters, with the state saved and loaded on the way: whether every step
     gave the rounded masters of the unsharded run, what the state is kept in, and its share of the whole state."""
     start = [p.to(torch.bfloat16) for p in initial((5, 3), (4,), (6, 2))]
-    params = [nn.Parameter(p.clone()) for p in start]
+    ranks = mesh((dist.get_world_size(),), ("shard",))
+
+    def laid_out(t: Tensor) -> Tensor:
+        return distribute_tensor(t, ranks, [Shard(0)]) if kind == "fsdp2" else t.clone()
+
+    params = [nn.Parameter(laid_out(p)) for p in start]
     masters = [p.float().requires_grad_() for p in start]
     opt, whole_opt = row.make(row.groups(params)), row.make(row.groups(masters))
-    model = nn.ParameterList(params)
-    opt.bind(distopt.layout.zero1(model, mesh((dist.get_world_size(),), ("shard",))))
+    if kind == "zero1":
+        opt.bind(distopt.layout.zero1(nn.ParameterList(params), ranks))
     same = True
     for step in range(10):
         for i, (p, master) in enumerate(zip(params, masters)):
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
-            p.grad = noise.to(torch.bfloat16)
-            master.grad = p.grad.float()
+            p.grad = laid_out(noise.to(torch.bfloat16))
+            master.grad = noise.to(torch.bfloat16).float()
         opt.step()
         whole_opt.step()
-        close = [torch.isclose(p, m.to(torch.bfloat16), rtol=2**-7, atol=0).all() for p, m in zip(params, masters)]
+        now = [p.full_tensor() if kind == "fsdp2" else p for p in params]
+        close = [torch.isclose(p, m.to(torch.bfloat16), rtol=2**-7, atol=0).all() for p, m in zip(now, masters)]
         same = same and all(close)
         if step == 5:
             opt.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
     kept = [local(t) for values in opt.state.values() for key, t in values.items() if key != "step"]
-    difference = max(distance([p.float()], [m]) for p, m in zip(params, masters))
+    difference = max(distance([p.float()], [m]) for p, m in zip(now, masters))
     return bool(same), {t.dtype for t in kept}, float(difference)
 
 
 @every_row
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_zero1_keeps_masters_of_16_bit_parameters(row: Row, world: int) -> None:
+def test_16_bit_parameters_have_masters_on_every_layout(row: Row, world: int) -> None:
     """Without masters, steps below half a unit in the last place of bfloat16 are lost, and weights stop moving."""
-    for same, dtypes, difference in run(world, train_masters, row):
-        assert same
-        assert dtypes == {torch.float32}
-        assert difference < 2**-8  # half a unit in the last place
+    for kind in ("replicated", "zero1", "fsdp2"):
+        for same, dtypes, difference in run(world, train_masters, row, kind):
+            assert same, kind
+            assert dtypes == {torch.float32}
+            assert difference < 2**-8  # half a unit in the last place
 
 
 def share(numels: str, world: int) -> float:

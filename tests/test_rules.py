@@ -123,14 +123,16 @@ def test_a_parameter_without_gradient_stands_still(row: Row) -> None:
 
 @every_row
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_parameters_and_state_keep_their_dtype(row: Row, dtype: torch.dtype) -> None:
+def test_parameters_keep_their_dtype_and_state_has_float32_or_wider(row: Row, dtype: torch.dtype) -> None:
     params = [p.requires_grad_() for p in initial((5, 3), (7,), dtype=dtype)]
     exact = row.expected(params, oracles.gradient_of(pull), 3)[-1]
     opt = row.make(row.groups(params))
     for ours in trajectory(opt, params, 3):
         assert {p.dtype for p in ours} == {dtype}
     state = {name: value.dtype for p in params for name, value in opt.state[p].items()}
-    assert state == {name: torch.float32 if name == "step" else dtype for name in state}
+    wide = torch.promote_types(dtype, torch.float32)
+    assert state == {name: torch.float32 if name == "step" else wide for name in state}
+    assert ("master" in state) == (dtype == torch.bfloat16)
     # Three steps from below 0.5, each rounded to 8 bits.
     assert distance(ours, exact) < (0.02 if dtype == torch.bfloat16 else 1e-13)
 

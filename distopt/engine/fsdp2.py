@@ -75,6 +75,9 @@ class FSDP2(Engine):
             param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32 if self.bf16 else None
         )
         self._checkpoint_activations(model)
+        if empty := [name for name, p in model.named_parameters() if p.numel() == 0]:
+            # torch 2.13 raises in the first backward pass: _chunk_cat expects non-empty tensor
+            raise ValueError(f"{empty[0]} has no elements, which FSDP2 cannot shard: remove it, or use engine=zero1")
         for unit in (*blocks, model):
             fill(unit, device)
             # What lies outside of the blocks is needed again at once by the backward pass: it stays.

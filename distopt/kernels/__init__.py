@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.cpu import compiled, fits
-from distopt.kernels.triton_move import triton_moves
+from distopt.kernels.triton_move import triton_moves, unfit
 from distopt.layout import squared_norms
 from distopt.move import Move
 from distopt.shards import Shards
@@ -31,18 +31,27 @@ def moves(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
     chosen, left = triton_moves(name, shards) if name else ([], list(range(len(shards.params))))
-    if left and shards.group["capturable"]:
-        raise ValueError(
-            f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
-            f"{shards.params[left[0]].dtype} on {shards.params[left[0]].device}) have none: they are for rules of "
-            "distopt on contiguous float32 weights on a GPU; or give capturable=False"
-        )
     if chosen and not left:
         return chosen
     return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
 
 
+def check_capturable(optimizer: Any, shards: Shards) -> None:
+    """Raises ValueError where shards of a capturable group have no kernel of Triton's."""
+    left = unfit(shards) if getattr(type(optimizer).directions, "kernel", "") else list(range(len(shards.params)))
+    if left:
+        raise ValueError(
+            f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
+            f"{shards.params[left[0]].dtype} on {shards.params[left[0]].device}) have none: they are for rules of "
+            "distopt on contiguous float32 weights on a GPU; or give capturable=False"
+        )
+
+
 def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
+    kinds = dict.fromkeys(g.dtype for g in shards.grads)
+    if name and len(kinds) > 1:  # beside masters, whose gradients have 16 bits, the others keep their kernel
+        alike = [[i for i, g in enumerate(shards.grads) if g.dtype is kind] for kind in kinds]
+        return [move for indices in alike for move in _others(optimizer, name, shards.part(indices))]
     fitting = fits(shards) if name else []
     if not fitting:
         return [Move(optimizer, shards)]

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.layout.device_lists import DeviceLists, sent
 from distopt.shards import Shards
 
 DEVICES = ("cuda",)  # torch calls AMD's so too
 _GRADS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _ALIGNMENT = 16  # bytes: the most that one load takes
+_lists = DeviceLists()  # of addresses too, which are integers, so that what is kept is never old
 
 
 @functools.cache
@@ -47,9 +49,9 @@ class TritonMove:
         columns = [[t.data_ptr() for t in tensors] for tensors in (shards.params, shards.grads, *buffers)]
         aligned = all(address % _ALIGNMENT == 0 for column in columns for address in column)
         columns += [[0] * len(numels)] * (5 - len(columns))
-        self._table = _sent(tuple(chain.from_iterable(zip(*columns, numels, firsts))), self._device)
+        self._table = _lists.get(tuple(chain.from_iterable(zip(*columns, numels, firsts))), self._device)
         scales = [*scales, torch.ones_like(scales[0]) * self.group["lr"]]
-        self._scales = _copied(torch.stack(scales, 1).float(), self._device)
+        self._scales = sent(torch.stack(scales, 1).float(), self._device)
         if shards.rates is not None:
             self._scales[:, 1] = torch.stack(shards.rates)
         grad = shards.grads[0].dtype
@@ -74,7 +76,7 @@ class TritonMove:
     def apply(self, factors: Tensor) -> None:
         """factors: by layer, on the device."""
         scales = self._scales.clone()
-        scales[:, 2] *= factors[_sent(tuple(self.layers), self._device)]
+        scales[:, 2] *= factors[_lists.get(tuple(self.layers), self._device)]
         self._launch(kernels().APPLY, scales)
 
     def _launch(self, mode: int, scales: Tensor, pieces: Tensor | None = None) -> None:
@@ -103,14 +105,26 @@ def triton_moves(name: str, shards: Shards) -> tuple[list[TritonMove], list[int]
 
     They are for float32 weights and state, flat in a GPU's memory; gradients may have 16 bits.
     """
-    kinds: dict[Any, list[int]] = {}
-    for i, row in enumerate(zip(shards.params, shards.grads, *shards.buffers.values())):
-        kinds.setdefault(_kind(*row), []).append(i)
+    kinds = _kinds(shards)
     left = kinds.pop(None, [])
     if kinds and kernels() is None:
         return [], list(range(len(shards.params)))
     alike = [shards if len(numbers) == len(shards.params) else shards.part(numbers) for numbers in kinds.values()]
     return [_RULES[name](part) for part in alike], left
+
+
+def unfit(shards: Shards) -> list[int]:
+    """The numbers of the shards that the kernels are not for; all of them where there are no kernels."""
+    left = _kinds(shards).get(None, [])
+    return left if kernels() is not None else list(range(len(shards.params)))
+
+
+def _kinds(shards: Shards) -> dict[Any, list[int]]:
+    """The numbers of the shards by what they have in common; None for what is not for the kernels."""
+    kinds: dict[Any, list[int]] = {}
+    for i, row in enumerate(zip(shards.params, shards.grads, *shards.buffers.values())):
+        kinds.setdefault(_kind(*row), []).append(i)
+    return kinds
 
 
 def _kind(param: Tensor, grad: Tensor, *buffers: Tensor) -> Any:
@@ -121,29 +135,6 @@ def _kind(param: Tensor, grad: Tensor, *buffers: Tensor) -> Any:
     if not all(t.is_contiguous() and (t is grad or t.dtype is torch.float32) for t in row):
         return None
     return param.device, grad.dtype, all(t.data_ptr() % _ALIGNMENT == 0 for t in row)
-
-
-def _sent(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers on the device, kept there for the next step. Addresses are numbers, so that what is kept is never old."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # what a graph makes belongs to it alone
-        return _made(numbers, device)
-    return _kept(numbers, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _made(numbers, device)
-
-
-def _made(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return _copied(torch.tensor(numbers, dtype=torch.int64), device)
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device: from pinned memory, which torch 2.13 does not use again in a captured graph."""
-    if tensor.device == device:
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,19 +1,23 @@
 """Where each layer lives: the only thing an engine has to tell an optimizer."""
 
 from distopt.layout.deepspeed import FlatLayout, deepspeed
+from distopt.layout.fit import check_shape, fit
 from distopt.layout.scatter import zero1_scattered
-from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained
+from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained, wide
 from distopt.layout.zero1 import zero1
 
 __all__ = [
     "FlatLayout",
     "Segment",
     "ShardLayout",
+    "check_shape",
     "deepspeed",
+    "fit",
     "local",
     "of",
     "squared_norms",
     "trained",
+    "wide",
     "zero1",
     "zero1_scattered",
 ]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distopt.layout.shards import Segment, ShardLayout, of, trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Piece(NamedTuple):
@@ -37,6 +40,12 @@ class FlatLayout(ShardLayout):
     """
 
     partitions: tuple[Partition, ...] = ()
+
+    def moved(self, copied: Callable[[Tensor], Tensor]) -> Self:
+        raise ValueError(
+            "the optimizer is bound to DeepSpeed's partitions, which a copy would not be: copy the model, make another "
+            "optimizer from the copy and load this one's checkpoint into it (distopt.load_checkpoint)"
+        )
 
     def owners(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         return [partition.flat for partition in self.partitions if partition.group == group]

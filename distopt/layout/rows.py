@@ -24,6 +24,12 @@ def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
     return start, min(step, param.numel() - start)
 
 
+def rows_of(param: Tensor, world: int, rank: int) -> int:
+    """How many rows of a parameter, which may have no elements, go to a rank."""
+    step = -(-_rows(param) // world)
+    return max(0, min(step, _rows(param) - rank * step))
+
+
 def poison_remote_rows(tensors: Sequence[Tensor], world: int, rank: int) -> None:
     """Fills the rows that other ranks own with NaN, so that a stale read of them is seen."""
     for tensor in tensors:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distopt.layout.device_lists import DeviceLists
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Self
 
 # torch 2.13 on the CPU sums the squares of a float32 tensor in a few long chains: `vector_norm` of 5e7 random numbers
 # is off by 4e-3, of 65,536 equal ones by 4e-5. Rows of this length keep the error below 3e-7, at the same speed.
@@ -55,7 +61,7 @@ class ShardLayout:
     model: ShardLayout | None = None
     gradients: ShardLayout | None = None
     wire: torch.device | None = None
-    _indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _indices: DeviceLists = field(default_factory=DeviceLists, init=False, repr=False)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self.segments
@@ -101,7 +107,12 @@ class ShardLayout:
         return self.shards(owners, [p.detach() for p in owners])
 
     def grads(self, owners: Sequence[Tensor]) -> list[Tensor]:
-        """Local views of the owners' gradients, which have to be there, in the order of `weights`."""
+        """Local views of the owners' gradients, which have to be there, in the order of `weights`.
+
+        Raises ValueError for a sparse gradient.
+        """
+        if any(p.grad.layout is not torch.strided for p in owners):  # type: ignore[union-attr]
+            raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
         return self.shards(owners, [p.grad for p in owners])  # type: ignore[misc]
 
     def shards(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -110,13 +121,41 @@ class ShardLayout:
             return list(tensors)
         return [shard for p, tensor in zip(owners, tensors) for shard in self.split(p, tensor)]
 
-    def zeros(self, owner: Tensor) -> Tensor:
-        """A new state buffer for a parameter, cut up as this rank steps it."""
-        return torch.zeros_like(owner, requires_grad=False)
+    def placement(self, owner: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
+        """The mesh and the placements of a parameter's state; None where the state is a plain tensor."""
+        if not hasattr(owner, "placements"):
+            return None
+        return owner.device_mesh, tuple(owner.placements)  # type: ignore[attr-defined]
 
-    def master(self, owner: Tensor) -> Tensor | None:
-        """A copy of a parameter's shard in float32 that is stepped in its place, where the layout keeps one."""
-        return None
+    def zeros(self, owner: Tensor) -> Tensor:
+        """A new state buffer for a parameter: sharded as this rank steps the parameter, in float32 or wider."""
+        return torch.zeros_like(owner, dtype=wide(owner.dtype), requires_grad=False)
+
+    def master(self, owner: Tensor) -> Tensor:
+        """The float32 copy of a 16-bit parameter that the optimizer steps in its place, sharded as its state is."""
+        return owner.detach().to(wide(owner.dtype), copy=True)
+
+    def refresh_master(self, owner: Tensor, master: Tensor) -> None:
+        """Gives a master those weights of its parameter that it does not round to: somebody has changed them.
+
+        Elementwise, so that the other weights keep what 16 bits do not hold. Nothing is read back to the host.
+        """
+        for weight, exact in zip(self.split(owner, owner.detach()), self.split(owner, master)):
+            exact.copy_(torch.where(exact.to(weight.dtype) == weight, exact, weight.to(exact.dtype)))
+
+    def round_master(self, owner: Tensor, master: Tensor) -> None:
+        """Gives a parameter the weights of its master, rounded to the nearest."""
+        torch._foreach_copy_(self.split(owner, owner.detach()), self.split(owner, master))
+
+    def moved(self, copied: Callable[[Tensor], Tensor]) -> Self:
+        """The same layout for copies of its parameters."""
+        return replace(
+            self,
+            segments={copied(p): segments for p, segments in self.segments.items()},
+            params=tuple(copied(p) for p in self.params),
+            model=self.model and self.model.moved(copied),
+            gradients=self.gradients and self.gradients.moved(copied),
+        )
 
     def touched(self, owners: Sequence[Tensor]) -> list[Tensor]:
         """Local tensors that change when every rank moves its `weights` and publishes them."""
@@ -163,27 +202,30 @@ class ShardLayout:
         """
         sums = torch.zeros(len(columns), self.num_layers, dtype=torch.float64, device=self.device)
         if layers:
-            index, keep = self._index(tuple(layers))
-            sums.index_add_(1, index, torch.stack(columns).to(self.device)[:, keep])
+            stacked = torch.stack(columns).to(self.device)
+            if not self._all_counted:
+                keep = tuple(i for i, layer in enumerate(layers) if self.counted[layer])
+                layers, stacked = [layers[i] for i in keep], stacked[:, self._indices.get(keep, self.device)]
+            sums.index_add_(1, self._indices.get(tuple(layers), self.device), stacked)
         sums = sums.to(self.wire or self.device)
         for group in self.groups:
             dist.all_reduce(sums, group=group)
         return sums.to(self.device)
 
-    def _index(self, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The layers that this rank contributes, and where they stand in the list."""
-        # Kept, because making it copies from the host, which waits for the device.
-        if layers not in self._indices:
-            keep = [i for i, layer in enumerate(layers) if not self.counted or self.counted[layer]]
-            index = torch.tensor([layers[i] for i in keep], device=self.device, dtype=torch.int64)
-            self._indices[layers] = (index, torch.tensor(keep, device=self.device, dtype=torch.int64))
-        return self._indices[layers]
+    @functools.cached_property
+    def _all_counted(self) -> bool:
+        return all(self.counted)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; a plain tensor as it is."""
     # By attribute, since importing DTensor takes half a second that users of plain tensors need not wait.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's state, and of its master: float32, or the parameter's own where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def trained(params: Iterable[Tensor]) -> list[Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.exchange import GradientExchange, refuse_join
-from distopt.layout.rows import poison_remote_rows, span, swap, unpack, width
-from distopt.layout.shards import Segment, ShardLayout, of, trained
+from distopt.layout.rows import poison_remote_rows, rows_of, span, swap, unpack, width
+from distopt.layout.shards import Segment, ShardLayout, of, trained, wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Self
 
 # Elements of one exchange, of which two are under way: bounds their scratch memory. Below 32 MB the C library gives the
 # same memory again in the next step; above, every page of it would be new, which costs as much as sending it.
@@ -28,8 +29,8 @@ class Zero1Layout(ShardLayout):
     """Every rank steps its rows of each plain parameter, and then sends them to the others: (N-1)/N of their bytes.
 
     The state is a DTensor `Shard(0)` of the parameter's own global shape, as FSDP2 has it, so that torch's distributed
-    checkpoint moves it between engines and world sizes. Parameters of 16 bits get a float32 master, cut up alike. A 0-D
-    parameter has no rows: every rank steps it, and takes the first rank's.
+    checkpoint moves it between engines and world sizes. A 0-D parameter has no rows: every rank steps it, and takes the
+    first rank's.
 
     Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only (`zero1_scattered`).
 
@@ -64,13 +65,21 @@ class Zero1Layout(ShardLayout):
     def within(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
         return [shard for p, copy in zip(owners, touched) for shard in self.split(p, copy)]
 
-    def zeros(self, owner: Tensor) -> Tensor:
-        return self._sharded(owner, torch.zeros_like(self.split(owner, owner.detach())[0], dtype=_wide(owner.dtype)))
+    def placement(self, owner: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
+        from torch.distributed.tensor import Shard
 
-    def master(self, owner: Tensor) -> Tensor | None:
-        if owner.dtype == _wide(owner.dtype):
-            return None
-        return self._sharded(owner, self.split(owner, owner.detach())[0].to(_wide(owner.dtype), copy=True))
+        return (self.mesh, (Shard(0),)) if owner.ndim else None
+
+    def zeros(self, owner: Tensor) -> Tensor:
+        return self._sharded(owner, torch.zeros_like(self.split(owner, owner.detach())[0], dtype=wide(owner.dtype)))
+
+    def master(self, owner: Tensor) -> Tensor:
+        return self._sharded(owner, self.split(owner, owner.detach())[0].to(wide(owner.dtype), copy=True))
+
+    def moved(self, copied: Callable[[Tensor], Tensor]) -> Self:
+        """The hooks that wait for units stay with the model that has them: a step of the copy waits by itself."""
+        self.wait()
+        return replace(super().moved(copied), units=())
 
     def publish(self, owners: Iterable[Tensor]) -> None:
         """Sends this rank's rows to all others and takes theirs: one all-gather for each bucket of parameters.
@@ -122,7 +131,8 @@ class Zero1Layout(ShardLayout):
 
         if owner.ndim == 0:
             return rows.view(())
-        local = rows.view(-1, *owner.shape[1:])
+        count = rows_of(owner, self.mesh.size(), self.mesh.get_local_rank())
+        local = rows.view(count, *owner.shape[1:])
         return DTensor.from_local(
             local, self.mesh, [Shard(0)], run_check=False, shape=owner.shape, stride=owner.stride()
         )
@@ -213,7 +223,3 @@ def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
                 bucket, held = [], p.numel()
             bucket.append(p)
         yield bucket
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -107,6 +107,9 @@ class SGD(ShardedOptimizer):
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
+    def required(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()  # torch's counts no steps, and its momentum begins at the first gradient
+
     def check(self, group: dict[str, Any]) -> None:
         if group["nesterov"] and (group["momentum"] == 0.0 or group["dampening"] != 0.0):
             raise ValueError(

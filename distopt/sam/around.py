@@ -46,7 +46,7 @@ class Around(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
-        if name == "optimizer":
+        if name in ("optimizer", "__deepcopy__"):  # the optimizer's own would copy it without this
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 

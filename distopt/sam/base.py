@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.clip import layout_of
-from distopt.layout import FlatLayout, ShardLayout
+from distopt.layout import FlatLayout, ShardLayout, fit
 from distopt.randomness import random_state, same_random_numbers
 from distopt.sam.around import Around
 from distopt.sam.checks import bounded, check_inner, positive
@@ -160,7 +160,10 @@ class SAM(Around):
         """
         if self._perturbed is not None:
             raise RuntimeError("perturb() was called twice without restore() between")
-        layout, owners = self._layout(), self.owners()
+        layout = self._layout()
+        if self.uses_state and hasattr(self.optimizer, "init_state"):
+            self.optimizer.init_state()  # which lays out what was loaded
+        owners = self.owners()
         self._perturbed, self._staged, self._norms, self._visited = _Perturbed(layout, owners), None, None, True
         if not self.ascends:
             return torch.zeros((), dtype=torch.float64, device=layout.device)
@@ -351,8 +354,14 @@ class SAM(Around):
 
     def _shards(self, layout: ShardLayout, owners: list[Tensor], buffer: str) -> list[Tensor]:
         """Shards of a state buffer of our own, to be read; the optimizer's state dict holds it. Zeros at first."""
-        held = [self.state.get(p, {}).get(buffer) for p in owners]
-        return [s for p, b in zip(owners, held) for s in layout.split(p, layout.zeros(p) if b is None else b)]
+        shards = []
+        for p in owners:
+            held = self.state.get(p, {}).get(buffer)
+            value = layout.zeros(p) if held is None else fit(layout, p, held, buffer)
+            if held is not None and held is not value:  # a state that was loaded, or made for another layout
+                self.state[p][buffer] = value
+            shards += layout.split(p, value)
+        return shards
 
     def _stage(self, layout: ShardLayout, owners: list[Tensor], buffer: str, values: list[Tensor]) -> None:
         """Gives a state buffer of our own new values, once the step is taken: one that is left out moves no state."""

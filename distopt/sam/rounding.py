@@ -25,15 +25,17 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
     by too much: a move of less than a 512th of it is lost. With u the moves are right in the mean. u is a hash of the
     element's p, d and factor: no random numbers are drawn, and it is the same wherever the element lies.
     """
-    rounded = [w.dtype == torch.bfloat16 for w in weights]
-    exact = [i for i, low in enumerate(rounded) if not low]
+    exact = [i for i, (w, d) in enumerate(zip(weights, directions)) if w.dtype == d.dtype != torch.bfloat16]
     if exact:
         moving, along, by = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))
         torch._foreach_addcmul_(moving, along, by)
-    for w, d, factor in (each for each, low in zip(zip(weights, directions, factors), rounded) if low):
+    for i in sorted(set(range(len(weights))) - set(exact)):
+        w, d, factor = weights[i], directions[i], factors[i]
         moved = torch.addcmul(w.float(), d.float(), factor.float())
-        floor = _dither(w, d, factor).add_(moved.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
-        w.copy_(torch.where(moved.isfinite(), floor, moved))
+        if w.dtype == torch.bfloat16:
+            floor = _dither(w, d, factor).add_(moved.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+            moved = torch.where(moved.isfinite(), floor, moved)
+        w.copy_(moved)  # float16 weights along float32 state are rounded to the nearest
 
 
 def _dither(weight: Tensor, direction: Tensor, factor: Tensor) -> Tensor:

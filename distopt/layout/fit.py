@@ -1,0 +1,48 @@
+"""State that comes from elsewhere, laid out as a layout has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distopt.layout.shards import ShardLayout, wide
+
+
+def fit(layout: ShardLayout, param: Tensor, value: Tensor, name: str) -> Tensor:
+    """A state buffer as the layout has those of its parameter: its shape, dtype, device and placements.
+
+    A full tensor is sharded to this rank's part. A DTensor of another mesh or other placements is gathered first, so
+    that every rank has to call it.
+
+    name: of the buffer, for the error.
+    Raises ValueError for a tensor of another full shape.
+    """
+    check_shape(param, value, name)
+    from_, to = getattr(value, "device_mesh", None), layout.placement(param)
+    held = None if from_ is None else (from_, tuple(value.placements))  # type: ignore[attr-defined]
+    if held != to:
+        full = value if held is None else value.full_tensor()  # type: ignore[attr-defined]
+        value = full if to is None else _part(full, *to)
+    return value.to(param.device, wide(param.dtype))
+
+
+def check_shape(param: Tensor, value: Any, name: str) -> None:
+    """Raises ValueError unless a state buffer is a tensor of its parameter's full shape."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state {name} is a {type(value).__name__}, not a tensor")
+    if value.shape != param.shape:
+        raise ValueError(
+            f"the state {name} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: load a state that "
+            "was saved with parameters of the same shapes, or delete the parameter's entry to start it from zeros"
+        )
+
+
+def _part(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """This rank's part of a tensor that every rank has, in memory of its own."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    part = distribute_tensor(full, mesh, placements, src_data_rank=None)
+    mine = part.to_local().clone()  # a view would keep the full tensor
+    return DTensor.from_local(mine, mesh, placements, run_check=False, shape=part.shape, stride=part.stride())
