@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from distopt import kernels
 from distopt import layout as layouts
-from distopt.hyperparameters import check_group
+from distopt.hyperparameters import check_group, check_values
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.shards import Shards
+from distopt.torch_options import TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
 
 # What the driver itself asks of a group, for rules that do not name it.
 _COMMON = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
@@ -29,10 +30,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     A subclass gives the names of its state buffers (`slots`) and its rule (`directions`); neither knows of ranks or of
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
     after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`,
-    `trust_clip` and `capturable`, also of a subclass that does not name them.
+    `trust_clip` and `capturable`, also of a subclass that does not name them. Options of torch that have no meaning
+    here (`fused`, `foreach`) are taken and dropped, those that would change an update are refused.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **torch_options: Any) -> None:
+        if unknown := torch_options.keys() - self.torch_options.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
+        check_torch_options(torch_options, self.torch_options)
         self._bound: ShardLayout | None = None
         self._inferred: ShardLayout | None = None
         self._given: list[weakref.ref[Tensor]] = []
@@ -82,6 +89,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update; the closure, if given, clears the gradients, computes the loss, backpropagates and returns it."""
@@ -90,9 +98,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
+        for group in self.param_groups:
+            check_values(group)
+            check_torch_options(group, self.torch_options)
         layout = self.layout
         self._ratios = []
-        owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        owners = [layouts.with_gradient(group["params"]) for group in self.param_groups]
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
         work = self.rate(layout, [self._shards(layout, i, owners[i]) for i in numbers])
@@ -141,6 +152,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_torch_options(group, self.torch_options)
+            drop_torch_options(group)
             check_group(group, self.defaults)
             self.check(group)
         except ValueError:
@@ -165,18 +178,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # What they do not say stays as it is in the groups we have; unpickled, we have none but those.
         groups = self.__dict__.get("param_groups", state["param_groups"])
         for group in state["param_groups"]:
-            if group.get("amsgrad"):
-                raise ValueError("the state dict has amsgrad=True, which distopt has not: its update would differ")
+            check_torch_options(group, self.torch_options)
+        for group in state["param_groups"]:
+            drop_torch_options(group)
         super().__setstate__(state)
         given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
         for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {}), ("_ratios", [])):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
             group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
-            if not group["capturable"] and isinstance(group["lr"], Tensor):
-                group["lr"] = float(group["lr"])
+            if isinstance(group["lr"], Tensor) and group["params"]:
+                group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
             for name, value in self.defaults.items():
-                group.setdefault(name, own.get(name, value))
+                if name not in TORCH_OPTIONS:  # torch's own __setstate__ adds one to the defaults
+                    group.setdefault(name, own.get(name, value))
             for p, values in ((p, self.state[p]) for p in group["params"] if p in self.state):
                 if values.get("momentum_buffer") is not None:
                     values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps
@@ -188,9 +203,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _shards(self, layout: ShardLayout, number: int, owners: list[Tensor]) -> Shards:
         """This rank's shards of the group's parameters that have a gradient (the owners); counts their step."""
         group = self.param_groups[number]
+        if isinstance(group["lr"], Tensor) and group["lr"].is_cpu:
+            group = group | {"lr": group["lr"].item()}  # on a GPU it stays where a graph reads it
         self._init_states(layout, group, layouts.trained(group["params"]))
-        if any(p.grad.is_sparse for p in owners):  # type: ignore[union-attr]
-            raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
         states = [self.state[p] for p in owners]
         counts = self._count(number, states)
         params = layout.shards(owners, [state.get("master", p) for state, p in zip(states, owners)])

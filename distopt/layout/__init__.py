@@ -2,7 +2,7 @@
 
 from distopt.layout.deepspeed import FlatLayout, deepspeed
 from distopt.layout.scatter import zero1_scattered
-from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained
+from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained, with_gradient
 from distopt.layout.zero1 import zero1
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "of",
     "squared_norms",
     "trained",
+    "with_gradient",
     "zero1",
     "zero1_scattered",
 ]

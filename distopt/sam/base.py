@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.clip import layout_of
-from distopt.layout import FlatLayout, ShardLayout
+from distopt.layout import FlatLayout, ShardLayout, with_gradient
 from distopt.randomness import random_state, set_random_state
 from distopt.sam.around import Around
 from distopt.sam.checks import positive
@@ -111,12 +111,13 @@ class SAM(Around):
 
     def owners(self) -> list[Tensor]:
         """The parameters that are perturbed."""
-        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return with_gradient(p for group in self.param_groups for p in group["params"])
 
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
         """The loss of a model's outputs in the pass that runs."""
         return criterion(outputs)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def perturb(self) -> Tensor:
         """Moves the weights to the worst point nearby; returns the norm |m|, the same on every rank.
@@ -171,6 +172,7 @@ class SAM(Around):
         self.measured = True  # also where the warning is an error
         self.measured = warn_of_rounding(layout, layers, before, after, moves, self.compute_dtype)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the weights back, bit for bit, and makes of the gradients what the step is to take."""
@@ -185,6 +187,7 @@ class SAM(Around):
         """
         return {} if self._norms is None else dict(zip(self._layout().params, self._norms))
 
+    @torch._disable_dynamo
     def give_up(self) -> None:
         """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
         self._put_back()
@@ -200,6 +203,7 @@ class SAM(Around):
             raise
         self.restore()
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the optimizer; with a closure both passes around it, and the loss of the first.
 
