@@ -88,7 +88,7 @@ def _check(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, bound: str) -> None:
-    if not _is_number(value) or not low <= value < high:
+    if not _is_number(value) or not low <= float(value) < high:  # numpy's float32 overflows beside a large bound
         raise ValueError(f"{name} must be {bound}, got {_shown(value)}")
 
 
