@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from distopt import layout as layouts
+from distopt.eager import eager_island
 from distopt.layout import ShardLayout
 
 
-@torch._disable_dynamo
+@eager_island
 @torch.no_grad()
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> Tensor:
     r"""Scales the gradients of an optimizer so that their norm over all parameters and ranks is at most `max_norm`.
@@ -35,7 +36,7 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     return total
 
 
-@torch._disable_dynamo
+@eager_island
 @torch.no_grad()
 def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and their global norm: what `clip_grad_norm_` begins with, at its cost."""
@@ -50,7 +51,7 @@ def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
         scale_(grads, torch.where(total <= max_norm, 1.0, max_norm / total))
 
 
-@torch._disable_dynamo
+@eager_island
 @torch.no_grad()
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """The gradient norm of each whole layer, by parameter: where a gradient vanishes, explodes or is nan.

@@ -44,7 +44,7 @@ def check_group(group: MutableMapping[str, Any], defaults: Mapping[str, Any]) ->
             raise ValueError(f"unknown option {name!r} in a param group: did you mean {meant[0]!r}?")
     for name, value in group.items():
         if name == "betas":
-            group[name] = type(value)(map(_plain, value))
+            group[name] = (list if isinstance(value, list) else tuple)(map(_plain, value))
         elif name in _BOUNDS:
             group[name] = _plain(value)
     for param in group["params"]:

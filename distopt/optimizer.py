@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distopt import kernels
 from distopt import layout as layouts
+from distopt.eager import eager_island
 from distopt.hyperparameters import check_group, check_values
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.shards import Shards
@@ -89,7 +90,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo
+    @eager_island
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update; the closure, if given, clears the gradients, computes the loss, backpropagates and returns it."""
@@ -187,11 +188,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.__dict__.setdefault(name, empty)
         for group, own in zip(self.param_groups, groups):
             group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
-            if isinstance(group["lr"], Tensor) and group["params"]:
-                group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
             for name, value in self.defaults.items():
                 if name not in TORCH_OPTIONS:  # torch's own __setstate__ adds one to the defaults
                     group.setdefault(name, own.get(name, value))
+            if isinstance(group["lr"], Tensor) and group["params"]:
+                group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
             for p, values in ((p, self.state[p]) for p in group["params"] if p in self.state):
                 if values.get("momentum_buffer") is not None:
                     values.setdefault("step", torch.tensor(1.0))  # torch.optim.SGD counts no steps

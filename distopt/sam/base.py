@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.clip import layout_of
+from distopt.eager import eager_island
 from distopt.layout import FlatLayout, ShardLayout, with_gradient
 from distopt.randomness import random_state, set_random_state
 from distopt.sam.around import Around
@@ -117,7 +118,7 @@ class SAM(Around):
         """The loss of a model's outputs in the pass that runs."""
         return criterion(outputs)
 
-    @torch._disable_dynamo
+    @eager_island
     @torch.no_grad()
     def perturb(self) -> Tensor:
         """Moves the weights to the worst point nearby; returns the norm |m|, the same on every rank.
@@ -172,7 +173,7 @@ class SAM(Around):
         self.measured = True  # also where the warning is an error
         self.measured = warn_of_rounding(layout, layers, before, after, moves, self.compute_dtype)
 
-    @torch._disable_dynamo
+    @eager_island
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the weights back, bit for bit, and makes of the gradients what the step is to take."""
@@ -187,7 +188,7 @@ class SAM(Around):
         """
         return {} if self._norms is None else dict(zip(self._layout().params, self._norms))
 
-    @torch._disable_dynamo
+    @eager_island
     def give_up(self) -> None:
         """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
         self._put_back()
@@ -203,7 +204,7 @@ class SAM(Around):
             raise
         self.restore()
 
-    @torch._disable_dynamo
+    @eager_island
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the optimizer; with a closure both passes around it, and the loss of the first.
 
