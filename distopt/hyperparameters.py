@@ -9,7 +9,6 @@ from collections.abc import Mapping, MutableMapping
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # name: (low, high, what the bound says); high is open for the decay rates, where 1 would keep the first value for ever.
@@ -93,8 +92,10 @@ def _check_number(name: str, value: Any, low: float, high: float, bound: str) ->
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:
-    if lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex():
-        raise ValueError(f"lr must be a number >= 0 or a tensor of one, got {lr.dtype} of shape {list(lr.shape)}")
+    if lr.numel() != 1 or not lr.is_floating_point():  # schedules fill an integer with 0
+        raise ValueError(
+            f"lr must be a number >= 0 or a floating-point tensor of one, got {lr.dtype} of shape {list(lr.shape)}"
+        )
     if not lr.is_cpu and capturable is not True:
         raise ValueError(
             f"lr is a tensor on {lr.device}, for whose value every step would wait: give capturable=True, or a number, "

@@ -32,7 +32,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
     after construction and all ranks must hold the same keys. Every group may set `maximize`, `trust_ratio`,
     `trust_clip` and `capturable`, also of a subclass that does not name them. Options of torch that have no meaning
-    here (`fused`, `foreach`) are taken and dropped, those that would change an update are refused.
+    here (`fused`, `foreach`) are taken and dropped, those that would change an update are refused; `torch_options` says
+    which, and a rule that has one of them leaves it out there.
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
@@ -154,7 +155,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_torch_options(group, self.torch_options)
-            drop_torch_options(group)
+            drop_torch_options(group, self.torch_options)
             check_group(group, self.defaults)
             self.check(group)
         except ValueError:
@@ -181,7 +182,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in state["param_groups"]:
             check_torch_options(group, self.torch_options)
         for group in state["param_groups"]:
-            drop_torch_options(group)
+            drop_torch_options(group, self.torch_options)
         super().__setstate__(state)
         given = [weakref.ref(p) for group in self.param_groups for p in group["params"]]
         for name, empty in (("_bound", None), ("_inferred", None), ("_given", given), ("_counts", {}), ("_ratios", [])):
@@ -189,7 +190,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, groups):
             group["capturable"] = own.get("capturable", False)  # how it runs, which a checkpoint does not say
             for name, value in self.defaults.items():
-                if name not in TORCH_OPTIONS:  # torch's own __setstate__ adds one to the defaults
+                if name not in self.torch_options:  # torch's own __setstate__ adds one to the defaults
                     group.setdefault(name, own.get(name, value))
             if isinstance(group["lr"], Tensor) and group["params"]:
                 group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")

@@ -42,13 +42,12 @@ TORCH_OPTIONS: dict[str, Accepted] = {
 
 def check_torch_options(options: Mapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
     """Raises ValueError for the first of torch's options that would change an update."""
-    for name in accepted.keys() & options.keys():
-        values, remedy = accepted[name]
-        if not any(options[name] is value for value in values):
+    for name, (values, remedy) in accepted.items():  # in the table's order, so that all ranks say the same
+        if name in options and not any(options[name] is value for value in values):
             raise ValueError(f"{name}={options[name]!r}: {remedy}")
 
 
-def drop_torch_options(group: MutableMapping[str, Any]) -> None:
+def drop_torch_options(group: MutableMapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
     """Takes them out of a param group, so that a state dict does not depend on who made or saved the group."""
-    for name in TORCH_OPTIONS.keys() & group.keys():
+    for name in accepted.keys() & group.keys():
         del group[name]

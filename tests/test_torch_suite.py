@@ -410,7 +410,7 @@ def test_what_are_no_parameters(cls: Any) -> None:
 
 # (class, arguments, what torch says of them, what ours say: None where they are taken)
 BAD: list[tuple[Any, dict[str, Any], str, str | None]] = [
-    *[(cls, {"lr": LR2}, "Tensor lr must be 1-element", r"lr must be a number >= 0 or a tensor of one, got .*\[2\]")
+    *[(cls, {"lr": LR2}, "Tensor lr must be 1-element", r"lr must be .* or a floating-point tensor of one, got .*\[2\]")
       for cls in CLASSES for LR2 in [torch.tensor([0.001, 0.001])]],
     (Adagrad, {"lr_decay": -0.5}, "Invalid lr_decay value: -0.5", "lr_decay must be a number >= 0, got -0.5"),
     (RMSprop, {"momentum": -1.0}, "Invalid momentum value: -1.0", r"momentum must be a number in \[0, 1\), got -1.0"),
@@ -514,7 +514,8 @@ def test_momentum_may_be_switched_on_for_rmsprop_too() -> None:
         ({"lr": True}, "lr must be a finite number, got True"),
         ({"lr": None}, "lr must be a finite number, got None"),
         ({"lr": 10**400}, "lr must be a finite number, got an integer beyond the largest float"),
-        ({"lr": torch.tensor([0.1, 0.1])}, r"lr must be a number >= 0 or a tensor of one, got torch.float32 of shape"),
+        ({"lr": torch.tensor([0.1, 0.1])}, r"lr must be .* a floating-point tensor of one, got torch.float32 of shape"),
+        ({"lr": torch.tensor(1)}, r"lr must be .* a floating-point tensor of one, got torch.int64 of shape \[\]"),
         ({"lr": torch.tensor(float("nan"))}, "lr must be a finite number, got nan"),
         ({"lr": torch.tensor(0.1, device="meta")}, "lr is a tensor on meta"),
         ({"betas": (1.0, 0.9)}, r"betas must be two numbers in \[0, 1\), got \(1.0, 0.9\)"),
@@ -666,3 +667,23 @@ def test_a_profiler_sees_the_step() -> None:
         opt.zero_grad()
     names = {event.key for event in profile.key_averages()}
     assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
+
+
+def test_a_rule_may_have_an_option_that_torch_has_too() -> None:
+    class Own(distopt.ShardedOptimizer):
+        torch_options = {k: v for k, v in distopt.ShardedOptimizer.torch_options.items() if k != "amsgrad"}  # noqa: RUF012
+
+        def __init__(self, params: Any, lr: float = 0.5, amsgrad: bool = True) -> None:
+            super().__init__(params, {"lr": lr, "amsgrad": amsgrad})
+
+        def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+            return ()
+
+        def directions(self, shards: Any) -> list[Tensor]:
+            assert shards.group["amsgrad"] is True
+            return [g.clone() for g in shards.grads]
+
+    params = layer()
+    opt = Own(params)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    walk(opt, params, 1)
