@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from distopt import layout as layouts
+from distopt.eager import eager_island
 from distopt.layout import ShardLayout
 
 
+@eager_island
 @torch.no_grad()
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> Tensor:
     r"""Scales the gradients of an optimizer so that their norm over all parameters and ranks is at most `max_norm`.
@@ -24,15 +27,16 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     optimizer: any torch optimizer; it must hold the model's own parameters.
     max_norm: >= 0; inf measures and does not clip.
     Returns the global norm before clipping, a float64 scalar, the same on every rank.
-    Raises ValueError for a max_norm that is negative or nan.
+    Raises TypeError for parameters in the optimizer's place, ValueError for a max_norm that is negative or no number.
     """
-    if not max_norm >= 0.0:
+    if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
     grads, total = measure(optimizer)
     clip_(grads, total, max_norm)
     return total
 
 
+@eager_island
 @torch.no_grad()
 def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and their global norm: what `clip_grad_norm_` begins with, at its cost."""
@@ -47,6 +51,7 @@ def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
         scale_(grads, torch.where(total <= max_norm, 1.0, max_norm / total))
 
 
+@eager_island
 @torch.no_grad()
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """The gradient norm of each whole layer, by parameter: where a gradient vanishes, explodes or is nan.
@@ -65,7 +70,16 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
-    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters."""
+    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters.
+
+    Raises TypeError for what is no optimizer.
+    """
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"expected an optimizer, which knows how its parameters are sharded, got {type(optimizer).__name__}: call "
+            "distopt.clip_grad_norm_(optimizer, max_norm), or torch.nn.utils.clip_grad_norm_ for parameters without "
+            "ZeRO-1 or DeepSpeed"
+        )
     if hasattr(optimizer, "layout"):
         return optimizer.layout.gradients or optimizer.layout
     return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
@@ -73,7 +87,7 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and the norm of each layer over all ranks."""
-    owners = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    owners = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
     grads = layout.grads(owners)
     (norms,) = layout.norms(layout.layers(owners), grads)
     return grads, norms

@@ -6,7 +6,7 @@ import copy
 import operator
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, overload
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from distopt import kernels
 from distopt import layout as layouts
-from distopt.hyperparameters import check_group
+from distopt.eager import eager_island
+from distopt.hyperparameters import check_group, check_values
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.masters import Masters
 from distopt.shards import Shards
 from distopt.state import Settled, read_state_dict
+from distopt.torch_options import TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
 
 # What the driver itself asks of a group, for rules that do not name it.
 _COMMON = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
@@ -35,11 +37,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `lr`. State is made at the first step, for every trainable parameter of a group, because engines swap parameters
     after construction and all ranks must hold the same keys; it is sharded as the layout says, also where it was loaded
     or made before the layout was known. Parameters of 16 bits are stepped by float32 masters, which are part of their
-    state (`master`) on every layout. Every group may set `maximize`, `trust_ratio`,
-    `trust_clip` and `capturable`, also of a subclass that does not name them.
+    state (`master`) on every layout. Every group may set `maximize`, `trust_ratio`, `trust_clip` and `capturable`, also
+    of a subclass that does not name them. Options of torch that have no meaning here (`fused`, `foreach`) are taken and
+    dropped, those that would change an update are refused; `torch_options` says which, and a rule that has one of them
+    leaves it out there.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+    torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **torch_options: Any) -> None:
+        if unknown := torch_options.keys() - self.torch_options.keys():
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
+        check_torch_options(torch_options, self.torch_options)
         self._bound: ShardLayout | None = None
         self._inferred: ShardLayout | None = None
         self._given: list[weakref.ref[Tensor]] = []
@@ -97,6 +106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @eager_island
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update; the closure, if given, clears the gradients, computes the loss, backpropagates and returns it."""
@@ -105,9 +115,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
+        for group in self.param_groups:
+            check_values(group)
+            check_torch_options(group, self.torch_options)
         layout = self.layout
         self._ratios = []
-        owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        owners = [layouts.with_gradient(group["params"]) for group in self.param_groups]
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
         # All of them before a step is counted, so that one that is refused moves nothing.
@@ -165,6 +178,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_torch_options(group, self.torch_options)
+            drop_torch_options(group, self.torch_options)
             check_group(group, self.defaults)
             self.check(group)
         except ValueError:
@@ -235,6 +250,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _shards(self, layout: ShardLayout, number: int, owners: list[Tensor]) -> Shards:
         """This rank's shards of the group's parameters that have a gradient (the owners), before their step counts."""
         group = self.param_groups[number]
+        if isinstance(group["lr"], Tensor) and group["lr"].is_cpu:
+            group = group | {"lr": group["lr"].item()}  # on a GPU it stays where a graph reads it
         self._settle(layout, number, layouts.trained(group["params"]))
         grads = layout.grads(owners)
         if group["maximize"] and grads:

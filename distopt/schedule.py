@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, under `torch.optim.lr_scheduler.LambdaLR`.
+"""Learning-rate schedules: pure functions of the step, under torch's `LambdaLR`.
 
     lr_t = lr * factor(t)        t = 0 .. total_steps - 1 counts optimizer steps; every param group keeps its own lr
 
@@ -13,6 +13,9 @@ reach it one step after the run). No warmup (0) is the same as a warmup of 1: st
 Step a schedule once per optimizer step, on every rank, and keep it out of `accelerator.prepare`: a prepared schedule
 advances once per process, so the learning rate would depend on the number of processes.
 
+A param group that is added in mid-run follows the same curve from the schedule's next step on, with the lr that it was
+given as its peak.
+
 A schedule's `state_dict` holds its position and the groups' base learning rates, not its shape, which belongs to the
 configuration: a run that is resumed with a larger `total_steps` follows the longer schedule from where it is.
 
@@ -24,7 +27,9 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -32,35 +37,53 @@ from torch.optim.lr_scheduler import LambdaLR
 # any other callable it saves the attributes, and restoring them would undo a change of the configuration.
 
 
-def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.1) -> LambdaLR:
+class WarmupLR(LambdaLR):
+    """A `LambdaLR` with one factor for all param groups, also for those that are added after it was made."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        self._follow()
+        return super().get_lr()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.lr_lambdas = self.lr_lambdas[:1] * len(state_dict["lr_lambdas"])
+        super().load_state_dict(state_dict)
+
+    def _follow(self) -> None:
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            lr = group["lr"]
+            self.base_lrs.append(group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr))
+        self.lr_lambdas = self.lr_lambdas[:1] * len(self.base_lrs)
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.1) -> WarmupLR:
     """Linear warmup, then half a cosine down to `final_lr_ratio` at the last step; see `cosine_factor`."""
     _check(warmup_steps, total_steps, final_lr_ratio)
     factor = partial(cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps, final_lr_ratio=final_lr_ratio)
-    return LambdaLR(optimizer, factor)
+    return WarmupLR(optimizer, factor)
 
 
-def warmup_linear(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.0) -> LambdaLR:
+def warmup_linear(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.0) -> WarmupLR:
     """Linear warmup, then a straight line down to `final_lr_ratio` at the last step; see `linear_factor`."""
     _check(warmup_steps, total_steps, final_lr_ratio)
     factor = partial(linear_factor, warmup_steps=warmup_steps, total_steps=total_steps, final_lr_ratio=final_lr_ratio)
-    return LambdaLR(optimizer, factor)
+    return WarmupLR(optimizer, factor)
 
 
-def warmup_constant(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> LambdaLR:
+def warmup_constant(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> WarmupLR:
     """Linear warmup, then the peak for ever; `total_steps` only checks that the warmup ends within the run."""
     _check(warmup_steps, total_steps)
-    return LambdaLR(optimizer, partial(constant_factor, warmup_steps=warmup_steps))
+    return WarmupLR(optimizer, partial(constant_factor, warmup_steps=warmup_steps))
 
 
-def warmup_inverse_sqrt(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> LambdaLR:
+def warmup_inverse_sqrt(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> WarmupLR:
     """Linear warmup, then 1 / sqrt(t) for ever; `total_steps` only checks the warmup; see `inverse_sqrt_factor`."""
     _check(warmup_steps, total_steps)
-    return LambdaLR(optimizer, partial(inverse_sqrt_factor, warmup_steps=warmup_steps))
+    return WarmupLR(optimizer, partial(inverse_sqrt_factor, warmup_steps=warmup_steps))
 
 
 def warmup_stable_decay(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, decay_steps: int, final_lr_ratio: float = 0.0
-) -> LambdaLR:
+) -> WarmupLR:
     """Linear warmup, the peak, then a straight line over the last `decay_steps` steps; see `stable_decay_factor`.
 
     Raises ValueError, beside the above, unless `decay_steps` is in [1, total_steps - max(warmup_steps, 1)].
@@ -79,7 +102,7 @@ def warmup_stable_decay(
         decay_steps=decay_steps,
         final_lr_ratio=final_lr_ratio,
     )
-    return LambdaLR(optimizer, factor)
+    return WarmupLR(optimizer, factor)
 
 
 def constant_factor(step: int, warmup_steps: int) -> float:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt.hyperparameters import check_group
+from distopt.hyperparameters import check_values
 from distopt.layout import ShardLayout, check_shape, fit, wide
+from distopt.torch_options import check_torch_options, drop_torch_options
 
 if TYPE_CHECKING:
     from distopt.optimizer import ShardedOptimizer
@@ -79,15 +80,15 @@ def _bare(name: str) -> str:
 
 def _complete(optimizer: ShardedOptimizer, group: Group, own: Group) -> None:
     """Makes a saved param group one of the optimizer's; raises ValueError for options that it cannot have."""
-    if group.get("amsgrad"):
-        raise ValueError("the state dict has amsgrad=True, which distopt has not: its update would differ")
+    check_torch_options(group, optimizer.torch_options)
+    drop_torch_options(group, optimizer.torch_options)
     group["params"] = own["params"]
     group.pop("param_names", None)
     kept = {name: own[name] for name in ("param_names", "capturable") if name in own}
     group |= {name: own.get(name, value) for name, value in optimizer.defaults.items() if name not in group} | kept
-    if not group["capturable"] and isinstance(group["lr"], Tensor):
-        group["lr"] = float(group["lr"])
-    check_group(group, optimizer.defaults)
+    if isinstance(group["lr"], Tensor) and group["params"]:
+        group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
+    check_values(group)
     optimizer.check(group)
 
 

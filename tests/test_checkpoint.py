@@ -413,7 +413,7 @@ def test_of_another_optimizer_or_schedule(tmp_path: Path) -> None:
     refused(path, double, swapped, "last.weight is in param group 0 of the checkpoint only")
     fits = distopt.LAMB([{"params": weights}, {"params": others}], lr=0.1)
     constant = torch.optim.lr_scheduler.ConstantLR(fits)
-    refused(path, double, fits, "has LambdaLR, this run has ConstantLR", schedule=constant)
+    refused(path, double, fits, "has WarmupLR, this run has ConstantLR", schedule=constant)
     foreign = distopt.LAMB(Net().parameters(), lr=0.1)
     refused(path, double, foreign, r"parameters of the optimizer are not the model's, the first of shape \[2, 3\]")
 

@@ -144,3 +144,19 @@ def test_clips_by_the_norm_over_all_ranks(kind: str, world: int, optimizer: str,
         assert each == pytest.approx(norms, rel=1e-12)
         clipped = [p.grad * min(1.0, max_norm / norm) for p in trainable if p.grad is not None]
         assert distance(grads, clipped) < 1e-12
+
+
+@pytest.mark.parametrize("bad", ["1.0", None, True, [1.0]], ids=str)
+def test_what_is_no_max_norm(bad: Any) -> None:
+    _, opt, _ = graded()
+    with pytest.raises(ValueError, match=r"max_norm must be >= 0, got .*; give inf to measure"):
+        distopt.clip_grad_norm_(opt, bad)
+
+
+@pytest.mark.parametrize("function", [distopt.clip_grad_norm_, distopt.grad_norms], ids=lambda f: f.__name__)
+def test_parameters_are_no_optimizer(function: Any) -> None:
+    """torch's function takes them, and says nothing of where their shards are: an AttributeError of `param_groups`."""
+    model = torch.nn.Linear(2, 2)
+    for given in (model.parameters(), [*model.parameters()], model.weight, model):
+        with pytest.raises(TypeError, match=rf"expected an optimizer.* got {type(given).__name__}: call distopt.clip"):
+            function(given)

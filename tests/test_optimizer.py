@@ -219,8 +219,14 @@ BAD: list[tuple[type[torch.optim.Optimizer], dict[str, Any], str]] = [
         (cls, {name: value}, rf"{name} must be a number >= 0, got {re.escape(repr(value))}")
         for cls in (SGD, Adagrad, RMSprop, Adam, AdamW, LAMB, LARS)
         for name in ("lr", "weight_decay")
-        for value in (-1e-9, math.nan, math.inf, "0.1", None, True, torch.tensor(0.1))
+        for value in (-1e-9, math.nan, math.inf, "0.1", None, True)
     ],
+    *[
+        (cls, {"weight_decay": torch.tensor(0.1)}, "weight_decay must be a number >= 0, got tensor")
+        for cls in (SGD, AdamW)
+    ],
+    (AdamW, {"lr": 10**400}, "lr must be a number >= 0, got an integer beyond the largest float"),
+    (AdamW, {"lr": [0.1] * 100}, r"lr must be a number >= 0, got \[0.1, 0.1.{40,60}\.\.\.$"),
     *[(cls, {"eps": -1.0}, "eps must be a number >= 0, got -1.0") for cls in (Adagrad, RMSprop, Adam, AdamW, LAMB)],
     *[
         (cls, {"momentum": value}, rf"momentum must be a number in \[0, 1\), got {value}")

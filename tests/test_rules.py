@@ -277,12 +277,10 @@ def test_amsgrad_is_refused_and_nothing_is_loaded() -> None:
     p.grad = torch.ones(2)
     theirs.step()
     ours = AdamW([p])
-    with pytest.raises(ValueError, match=r"amsgrad=True.*would differ"):
+    with pytest.raises(ValueError, match=r"amsgrad=True: distopt keeps no maximum"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0]["lr"] == 1e-3
     assert not ours.state
-    with pytest.raises(TypeError, match="amsgrad"):
-        AdamW([p], amsgrad=True)
 
 
 def test_what_a_state_dict_does_not_say_stays_as_it_was() -> None:

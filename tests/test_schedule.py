@@ -127,6 +127,34 @@ def test_every_group_keeps_its_own_rate(make: Callable) -> None:
 
 
 @every_schedule
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_a_group_that_is_added_follows_from_the_next_step_on(make: Callable, tensor: bool) -> None:
+    """As a head that is thawed; torch's LambdaLR ends in "zip() argument 2 is shorter than argument 1" there."""
+    opt = optimizer(1.0)
+    lr_schedule = make(opt, warmup_steps=5, total_steps=TOTAL)
+    for step in range(TOTAL):
+        if step == 3:
+            lr = torch.tensor(0.25, dtype=torch.float64) if tensor else 0.25
+            opt.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": lr})
+        if step > 3:
+            whole, quarter = (group["lr"] for group in opt.param_groups)
+            assert quarter == pytest.approx(0.25 * whole, rel=1e-15)
+        opt.step()
+        lr_schedule.step()
+    assert lr_schedule.base_lrs == [1.0, 0.25]
+
+    resumed = optimizer(1.0)  # as the run was: the group is added, then the state loaded
+    again = make(resumed, warmup_steps=5, total_steps=TOTAL)
+    resumed.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 9.0})
+    resumed.load_state_dict(opt.state_dict())
+    again.load_state_dict(lr_schedule.state_dict())
+    for o, s in ((opt, lr_schedule), (resumed, again)):
+        o.step()
+        s.step()
+    assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in opt.param_groups]
+
+
+@every_schedule
 @pytest.mark.parametrize("stop", [1, 4, 5, 15, TOTAL])
 def test_resuming_gives_the_same_rates(make: Callable, stop: int) -> None:
     opt = optimizer(1.0)

@@ -3,7 +3,7 @@
 from distopt.layout.deepspeed import FlatLayout, deepspeed
 from distopt.layout.fit import check_shape, fit
 from distopt.layout.scatter import zero1_scattered
-from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained, wide
+from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained, wide, with_gradient
 from distopt.layout.zero1 import zero1
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "squared_norms",
     "trained",
     "wide",
+    "with_gradient",
     "zero1",
     "zero1_scattered",
 ]

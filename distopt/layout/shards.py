@@ -233,6 +233,14 @@ def trained(params: Iterable[Tensor]) -> list[Tensor]:
     return [p for p in params if p.requires_grad or p.grad is not None]
 
 
+def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that have a gradient. Raises ValueError for a sparse one."""
+    found = [p for p in params if p.grad is not None]
+    if any(p.grad.is_sparse for p in found):  # type: ignore[union-attr]
+        raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
+    return found
+
+
 def of(params: Iterable[Tensor]) -> ShardLayout:
     """The layout that the parameters themselves tell: plain ones are whole on every rank, DTensors lie as placed.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,11 @@ from distopt.kernels import kernel
 from distopt.layout import ShardLayout, local
 from distopt.optimizer import ShardedOptimizer
 from distopt.shards import Shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 def adagrad(
@@ -45,7 +50,7 @@ class Adagrad(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; a number, or a tensor of one.
         lr_decay: the rate falls as 1 / (1 + (step - 1) * lr_decay), >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
         initial_accumulator_value: where the sum starts, >= 0.
@@ -54,6 +59,7 @@ class Adagrad(ShardedOptimizer):
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
         capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
+        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
 
     Reference: Duchi, Hazan, Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
     JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html
@@ -72,6 +78,7 @@ class Adagrad(ShardedOptimizer):
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -86,6 +93,7 @@ class Adagrad(ShardedOptimizer):
                 trust_clip=trust_clip,
                 capturable=capturable,
             ),
+            **torch_options,
         )
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:

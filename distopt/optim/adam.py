@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,12 @@ from torch import Tensor
 from distopt.kernels import kernel
 from distopt.optimizer import ShardedOptimizer
 from distopt.shards import Shards
+from distopt.torch_options import TORCH_OPTIONS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 def adam(
@@ -47,7 +53,7 @@ class Adam(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; a number, or a tensor of one.
         betas: decay of the two moments, each in [0, 1).
         eps: keeps the quotient finite, >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
@@ -55,6 +61,7 @@ class Adam(ShardedOptimizer):
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
         capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
+        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
 
     Reference: Kingma, Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, arXiv 1412.6980.
     """
@@ -71,6 +78,7 @@ class Adam(ShardedOptimizer):
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -84,6 +92,7 @@ class Adam(ShardedOptimizer):
                 trust_clip=trust_clip,
                 capturable=capturable,
             ),
+            **torch_options,
         )
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -123,6 +132,10 @@ class AdamW(Adam):
     Reference: Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101.
     """
 
+    torch_options = TORCH_OPTIONS | {
+        "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
+    }
+
     def __init__(
         self,
         params: Any,
@@ -135,6 +148,7 @@ class AdamW(Adam):
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -146,6 +160,7 @@ class AdamW(Adam):
             trust_ratio=trust_ratio,
             trust_clip=trust_clip,
             capturable=capturable,
+            **torch_options,
         )
 
     @kernel("adamw")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distopt.optim.adam import AdamW
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 class LAMB(AdamW):
@@ -42,6 +47,7 @@ class LAMB(AdamW):
         trust_ratio: bool = True,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -53,4 +59,5 @@ class LAMB(AdamW):
             trust_ratio=trust_ratio,
             trust_clip=trust_clip,
             capturable=capturable,
+            **torch_options,
         )

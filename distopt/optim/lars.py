@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from distopt.layout import ShardLayout
 from distopt.optim.sgd import SGD
 from distopt.optimizer import ShardedOptimizer
 from distopt.shards import Shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 class LARS(SGD):
@@ -48,6 +53,7 @@ class LARS(SGD):
         trust_ratio: bool = True,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         ShardedOptimizer.__init__(
             self,
@@ -64,6 +70,7 @@ class LARS(SGD):
                 trust_clip=trust_clip,
                 capturable=capturable,
             ),
+            **torch_options,
         )
 
     def trusts(self, group: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,11 @@ from torch import Tensor
 from distopt.kernels import kernel
 from distopt.optimizer import ShardedOptimizer
 from distopt.shards import Shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 def rmsprop(
@@ -60,7 +65,7 @@ class RMSprop(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; a number, or a tensor of one.
         alpha: decay of the moving average, in [0, 1).
         eps: keeps the quotient finite, >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
@@ -70,6 +75,7 @@ class RMSprop(ShardedOptimizer):
         trust_ratio: multiply each layer's direction by |p| / |direction|.
         trust_clip: bounds (low, high) of that ratio, or None.
         capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
+        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
 
     References:
         Tieleman, Hinton, Lecture 6.5: RMSprop, COURSERA: Neural Networks for Machine Learning, 2012.
@@ -90,6 +96,7 @@ class RMSprop(ShardedOptimizer):
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -105,6 +112,7 @@ class RMSprop(ShardedOptimizer):
                 trust_clip=trust_clip,
                 capturable=capturable,
             ),
+            **torch_options,
         )
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:

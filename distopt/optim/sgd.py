@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distopt.kernels import kernel
+from distopt.layout import ShardLayout
 from distopt.optimizer import ShardedOptimizer
 from distopt.shards import Shards
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.torch_options import TorchOptions
 
 
 def sgd(
@@ -43,7 +49,7 @@ class SGD(ShardedOptimizer):
     r"""Stochastic gradient descent, optionally with momentum.
 
         g <- g + weight_decay * p
-        v <- momentum * v + (1 - dampening) * g            v = g at the first step
+        v <- momentum * v + (1 - dampening) * g            v = g at the first step with momentum
         direction = g + momentum * v   if nesterov,   else v   (g if momentum is 0)
         p <- p - lr * direction
 
@@ -58,7 +64,7 @@ class SGD(ShardedOptimizer):
 
     Args:
         params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; a number, or a tensor of one.
         momentum: in [0, 1); 0 keeps no state but the step.
         dampening: in [0, 1].
         weight_decay: L2 penalty added to the gradient, >= 0.
@@ -67,6 +73,7 @@ class SGD(ShardedOptimizer):
         trust_ratio: multiply each layer's direction by |p| / |direction| (not on paper for SGD; see LARS).
         trust_clip: bounds (low, high) of that ratio, or None.
         capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
+        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
 
     References:
         Polyak, Some methods of speeding up the convergence of iteration methods, 1964,
@@ -88,6 +95,7 @@ class SGD(ShardedOptimizer):
         trust_ratio: bool = False,
         trust_clip: tuple[float, float] | None = None,
         capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
     ) -> None:
         super().__init__(
             params,
@@ -102,6 +110,7 @@ class SGD(ShardedOptimizer):
                 trust_clip=trust_clip,
                 capturable=capturable,
             ),
+            **torch_options,
         )
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -109,6 +118,11 @@ class SGD(ShardedOptimizer):
 
     def required(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()  # torch's counts no steps, and its momentum begins at the first gradient
+
+    def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
+        # Momentum may be switched on in mid-run: `step` counts from there, since the first gradient is not dampened.
+        self.state[param]["step"] = torch.zeros_like(self.state[param]["step"])
+        return super().init_slot(layout, group, name, param)
 
     def check(self, group: dict[str, Any]) -> None:
         if group["nesterov"] and (group["momentum"] == 0.0 or group["dampening"] != 0.0):

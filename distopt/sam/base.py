@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt.clip import layout_of
-from distopt.layout import FlatLayout, ShardLayout, fit
+from distopt.eager import eager_island
+from distopt.layout import FlatLayout, ShardLayout, fit, with_gradient
 from distopt.randomness import random_state, same_random_numbers
 from distopt.sam.around import Around
 from distopt.sam.checks import bounded, check_inner, positive
@@ -133,7 +134,8 @@ class SAM(Around):
 
     def owners(self) -> list[Tensor]:
         """The parameters that are perturbed."""
-        return [p for group in self.param_groups if self.radius(group) > 0.0 for p in group["params"] if _has_grad(p)]
+        groups = [group for group in self.param_groups if self.radius(group) > 0.0]
+        return with_gradient(p for group in groups for p in group["params"])
 
     def radius(self, group: dict[str, Any]) -> float:
         """The radius of a param group: its `sam_rho`, or `rho`.
@@ -151,6 +153,7 @@ class SAM(Around):
         """The loss of a model's outputs in the pass that runs."""
         return criterion(outputs)
 
+    @eager_island
     @torch.no_grad()
     def perturb(self) -> Tensor:
         """Moves the weights to the worst point nearby; returns the norm |m|, the same on every rank.
@@ -208,6 +211,7 @@ class SAM(Around):
         self.measured = True  # also where the warning is an error
         self.measured = warn_of_rounding(layout, layers, before, after, moves, self.compute_dtype)
 
+    @eager_island
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the weights back, bit for bit, and makes of the gradients what the step is to take."""
@@ -222,6 +226,7 @@ class SAM(Around):
         """
         return {} if self._norms is None else dict(zip(*self._norms))
 
+    @eager_island
     def give_up(self) -> None:
         """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
         self._put_back()
@@ -237,6 +242,7 @@ class SAM(Around):
             raise
         self.restore()
 
+    @eager_island
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the optimizer; with a closure both passes around it, and the loss of the first.
 
@@ -381,7 +387,7 @@ class SAM(Around):
             shard.copy_(value)
 
     def _with_gradients(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"] if _has_grad(p)]
+        return with_gradient(p for group in self.param_groups for p in group["params"])
 
     def _make(self, layout: ShardLayout, owners: list[Tensor], buffer: str) -> None:
         for p in owners:

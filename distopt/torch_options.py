@@ -1,0 +1,53 @@
+"""Options of `torch.optim` that are taken where they change nothing, and refused in a sentence where they would."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
+    from typing import TypedDict
+
+    class TorchOptions(TypedDict, total=False):
+        """Arguments of torch's constructors that ours take as well."""
+
+        foreach: bool | None
+        fused: bool | None
+        differentiable: bool
+        amsgrad: bool
+        decoupled_weight_decay: bool
+
+
+Accepted = tuple[tuple[bool | None, ...], str]
+
+_CHOICE: Accepted = ((None, False, True), "it must be true, false or None; any of them gives the same update")
+# name: (the values that change nothing, why no other is taken and what to do)
+TORCH_OPTIONS: dict[str, Accepted] = {
+    "foreach": (
+        (None, False, True),
+        "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
+    ),
+    "fused": (
+        (None, False, True),
+        "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
+    ),
+    "differentiable": ((None, False), "no gradient flows through a step of distopt: give False, or use torch.optim"),
+    "amsgrad": (
+        (None, False),
+        "distopt keeps no maximum of the second moment: give False, or use torch.optim",
+    ),
+    "decoupled_weight_decay": ((None, False), "weight decay is a part of the gradient here: use distopt.AdamW"),
+}
+
+
+def check_torch_options(options: Mapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
+    """Raises ValueError for the first of torch's options that would change an update."""
+    for name, (values, remedy) in accepted.items():  # in the table's order, so that all ranks say the same
+        if name in options and not any(options[name] is value for value in values):
+            raise ValueError(f"{name}={options[name]!r}: {remedy}")
+
+
+def drop_torch_options(group: MutableMapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
+    """Takes them out of a param group, so that a state dict does not depend on who made or saved the group."""
+    for name in accepted.keys() & group.keys():
+        del group[name]
