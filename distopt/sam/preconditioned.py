@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distopt.layout import ShardLayout
+from distopt.layout import ShardLayout, fit
 from distopt.sam.base import SAM
 from distopt.sam.checks import buffers_of, positive
 
@@ -51,7 +51,8 @@ class PreconditionedSAM(SAM):
         directions = []
         for p in owners:
             grads, state = layout.grads([p]), self.state.get(p, {})
-            moment = next((state[n] for n in _NAMES if n in state), None)
-            moments = layout.split(p, moment) if moment is not None else [torch.zeros_like(g) for g in grads]
+            moment = next((fit(layout, p, state[n], n) for n in _NAMES if n in state), None)
+            # As state has them: in float16 eps would be 0.
+            moments = layout.split(p, layout.zeros(p) if moment is None else moment)
             directions += [g / v.sqrt().add_(self.eps) for g, v in zip(grads, moments)]
         return directions, directions
