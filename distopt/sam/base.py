@@ -163,10 +163,7 @@ class SAM(Around):
         """
         if self._perturbed is not None:
             raise RuntimeError("perturb() was called twice without restore() between")
-        layout = self._layout()
-        if self.uses_state and hasattr(self.optimizer, "init_state"):
-            self.optimizer.init_state()  # which lays out what was loaded
-        owners = self.owners()
+        layout, owners = self._layout(), self.owners()
         self._perturbed, self._staged, self._norms, self._visited = _Perturbed(layout, owners), None, None, True
         if not self.ascends:
             return torch.zeros((), dtype=torch.float64, device=layout.device)

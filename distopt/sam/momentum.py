@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distopt.layout import ShardLayout
+from distopt.layout import ShardLayout, fit
 from distopt.sam.base import SAM
 from distopt.sam.moments import FIRST, moment_of, state_names
 
@@ -57,5 +57,6 @@ class MomentumSAM(SAM):
         return moment_of(self.state.get(param, {}), FIRST, param)
 
     def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        momenta = [shard for p in owners for shard in layout.split(p, self._momentum(p))]  # type: ignore[arg-type]
+        held = [fit(layout, p, self._momentum(p), "momentum") for p in owners]  # type: ignore[arg-type]
+        momenta = [shard for p, momentum in zip(owners, held) for shard in layout.split(p, momentum)]
         return list(torch._foreach_neg(momenta)) if momenta else [], momenta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distopt.layout import ShardLayout
+from distopt.layout import ShardLayout, fit
 from distopt.sam.base import SAM
 from distopt.sam.checks import positive
 from distopt.sam.moments import SECOND, moment_of, state_names
@@ -53,7 +53,9 @@ class PreconditionedSAM(SAM):
         directions = []
         for p in owners:
             grads, moment = layout.grads([p]), self._moment(p)
-            moments = layout.split(p, moment) if moment is not None else [torch.zeros_like(g) for g in grads]
+            # As state has them: in float16 eps would be 0.
+            held = layout.zeros(p) if moment is None else fit(layout, p, moment, "the second moment")
+            moments = layout.split(p, held)
             directions += [g / v.sqrt().add_(self.eps) for g, v in zip(grads, moments, strict=True)]
         return directions, directions
 
