@@ -83,7 +83,6 @@ def _complete(optimizer: ShardedOptimizer, group: Group, own: Group) -> None:
     check_torch_options(group, optimizer.torch_options)
     drop_torch_options(group, optimizer.torch_options)
     group["params"] = own["params"]
-    group.pop("param_names", None)
     kept = {name: own[name] for name in ("param_names", "capturable") if name in own}
     group |= {name: own.get(name, value) for name, value in optimizer.defaults.items() if name not in group} | kept
     if isinstance(group["lr"], Tensor) and group["params"]:

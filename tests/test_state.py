@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import gc
 import pickle
 import random
@@ -217,7 +218,7 @@ def spoiled() -> list[tuple[Callable[[dict[str, Any]], Any], str]]:
         (lambda d: d["state"][0].update(exp_avg=[1.0]), r"is a list, not a tensor"),
         (lambda d: d["param_groups"][0]["params"].pop(), r"doesn't match the size of optimizer's group: group 0 has 2"),
         (lambda d: d["param_groups"].append(d["param_groups"][0]), r"different number of parameter groups: 2"),
-        (lambda d: d["param_groups"][0].update(lr=-1.0), r"lr must be a number >= 0"),
+        (lambda d: d["param_groups"][0].update(lr=math.nan), r"lr must be a finite number"),
         (lambda d: d["param_groups"][0].update(amsgrad=True), r"amsgrad"),
     ]
 
