@@ -43,7 +43,8 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
     zero: the ZeRO stage that the script means to run, to be checked; None takes what there is.
 
-    Warns if a scheduler was prepared so that Accelerate steps it once per process.
+    Warns if a scheduler was prepared so that Accelerate steps it once per process, and if DeepSpeed clips gradients
+    although nobody asked for it.
     Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
     be the unsharded one, for more than one model, for state from earlier steps that would be lost, and for
     FriendlySAM under fp16's loss scale.
@@ -59,6 +60,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         raise ValueError("Accelerate prepared FSDP1, which hides the layers in flat parameters: set fsdp_version=2")
     if hasattr(model, "zero_optimization_stage"):
         attach_deepspeed(model, zero)
+        _warn_of_clipping(accelerator, model)
     elif any(issubclass(kind, FSDPModule) for kind in kinds):
         _attach_fsdp2(accelerator, model, optimizer, zero)
     else:
@@ -165,6 +167,18 @@ def _distopt(optimizer: Any) -> ShardedOptimizer:
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(f"zero=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero=0")
     return optimizer
+
+
+def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
+    """Accelerate 1.15 writes 1.0 into DeepSpeed's configuration where that leaves `gradient_clipping` to it."""
+    clipping = engine.gradient_clipping()
+    if clipping and accelerator.state.deepspeed_plugin.gradient_clipping == "auto":
+        warnings.warn(
+            f"DeepSpeed clips gradients to a norm of {clipping}, which Accelerate chose and nobody asked for: give "
+            "DeepSpeedPlugin(gradient_clipping=...), or gradient_clipping in DeepSpeed's configuration; 0.0 is none",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_schedulers(accelerator: Accelerator) -> None:

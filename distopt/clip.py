@@ -24,7 +24,7 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     optimizer: any torch optimizer; it must hold the model's own parameters.
     max_norm: >= 0; inf measures and does not clip.
     Returns the global norm before clipping, a float64 scalar, the same on every rank.
-    Raises ValueError for a max_norm that is negative or nan.
+    Raises ValueError for a max_norm that is negative or nan, and under DeepSpeed, which clips by itself.
     """
     if not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
@@ -51,7 +51,7 @@ def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """The gradient norm of each whole layer, by parameter: where a gradient vanishes, explodes or is nan.
 
-    One all-reduce per mesh axis that shards; 0 for a layer without gradient.
+    One all-reduce per mesh axis that shards; 0 for a layer without gradient. Raises ValueError under DeepSpeed.
     """
     layout = layout_of(optimizer)
     _, norms = _grad_norms(optimizer, layout)
@@ -65,7 +65,12 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
-    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters."""
+    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters.
+
+    Finds the layout also inside of what Accelerate and DeepSpeed put around an optimizer.
+    """
+    while not hasattr(optimizer, "layout") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     if hasattr(optimizer, "layout"):
         return optimizer.layout.gradients or optimizer.layout
     return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
@@ -73,6 +78,12 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and the norm of each layer over all ranks."""
+    if not layout.gradients_stay:
+        raise ValueError(
+            "DeepSpeed gives the optimizer its gradients for the time of a step only, so there are none to measure or "
+            "clip here: set gradient_clipping in DeepSpeed's configuration, and ask engine.get_global_grad_norm() "
+            "after a step"
+        )
     owners = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = layout.grads(owners)
     (norms,) = layout.norms(layout.layers(owners), grads)

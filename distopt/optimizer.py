@@ -32,6 +32,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `trust_clip` and `capturable`, also of a subclass that does not name them.
     """
 
+    _checked: ShardLayout | None = None  # the layout of the last step
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._bound: ShardLayout | None = None
         self._inferred: ShardLayout | None = None
@@ -91,8 +93,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_capture()
         layout = self.layout
-        self._ratios = []
+        if layout is not self._checked:  # what FSDP2 frees after a backward pass was still there for clipping
+            layouts.refuse_foreign(layout.segments)
+            self._checked = layout
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._forget_ratios(layout, [p for held in owners for p in held])
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
         work = self.rate(layout, [self._shards(layout, i, owners[i]) for i in numbers])
@@ -114,9 +119,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """The trust ratio of each layer in the last step, by parameter: of those that this rank holds a part of."""
+        """The trust ratio of each layer in the last step, by parameter: of those that this rank holds a part of.
+
+        Under DeepSpeed, which makes a step of several calls, those of all calls.
+        """
         params = self.layout.params
         return {params[layer]: ratios[layer] for layers, ratios in self._ratios for layer in layers}
+
+    def _forget_ratios(self, layout: ShardLayout, owners: list[Tensor]) -> None:
+        """Drops the ratios of the last step; where a step has several calls, those of the layers of this call."""
+        stepped = set(layout.layers(owners))
+        kept = [] if layout.gradients_stay else self._ratios
+        self._ratios = [(layers, factors) for layers, factors in kept if stepped.isdisjoint(layers)]
 
     def trusts(self, group: dict[str, Any]) -> bool:
         """Whether the trust ratio multiplies the group's directions."""

@@ -1,6 +1,7 @@
 """Where each layer lives: the only thing an engine has to tell an optimizer."""
 
 from distopt.layout.deepspeed import FlatLayout, deepspeed
+from distopt.layout.foreign import refuse_foreign
 from distopt.layout.scatter import zero1_scattered
 from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained
 from distopt.layout.zero1 import zero1
@@ -12,6 +13,7 @@ __all__ = [
     "deepspeed",
     "local",
     "of",
+    "refuse_foreign",
     "squared_norms",
     "trained",
     "zero1",

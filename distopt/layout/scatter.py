@@ -48,9 +48,7 @@ def zero1_scattered(
         raise ValueError(f"the reduce-scatter is a hook of DDP, got {type(model).__name__}: wrap it, or use zero1")
     if model._comm_hooks:
         raise ValueError("DDP has a communication hook already, and takes only one: use zero1, which needs none")
-    layout = zero1(model.module, mesh)
-    if dist.get_process_group_ranks(layout.mesh.get_group()) != dist.get_process_group_ranks(model.process_group):
-        raise ValueError("the mesh and DDP's process_group are not the same ranks in the same order: give it DDP's")
+    layout = zero1(model, mesh)
     if layout.mesh.size() > 1:
         model.register_comm_hook(layout.mesh.get_group(), _hook(reduce_dtype))
     return layout.scattered(model.module, units)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distopt.layout.foreign import refuse_foreign
+
 # torch 2.13 on the CPU sums the squares of a float32 tensor in a few long chains: `vector_norm` of 5e7 random numbers
 # is off by 4e-3, of 65,536 equal ones by 4e-5. Rows of this length keep the error below 3e-7, at the same speed.
 _ROW = 256
@@ -45,6 +47,8 @@ class ShardLayout:
     gradients: how gradients lie once they are exchanged, where that is not how the optimizer steps them. Clipping and
         SAM, which work on those, ask it.
     wire: the device that the groups communicate from, where it is not `device` (shards offloaded to the host).
+    gradients_stay: whether gradients can be read after a backward pass. DeepSpeed gives them to the optimizer for the
+        time of a call of `step`, of which it may make several, each with a part of the parameters.
     """
 
     segments: Mapping[Tensor, tuple[Segment, ...]]
@@ -55,6 +59,7 @@ class ShardLayout:
     model: ShardLayout | None = None
     gradients: ShardLayout | None = None
     wire: torch.device | None = None
+    gradients_stay: bool = True
     _indices: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -101,7 +106,14 @@ class ShardLayout:
         return self.shards(owners, [p.detach() for p in owners])
 
     def grads(self, owners: Sequence[Tensor]) -> list[Tensor]:
-        """Local views of the owners' gradients, which have to be there, in the order of `weights`."""
+        """Local views of the owners' gradients, which have to be there, in the order of `weights`.
+
+        A gradient that is a DTensor of partial sums, as sequence parallelism leaves it for the weights of norms, is
+        added up first, and replaced: then every rank has to call it.
+        """
+        for p in owners:
+            if any(placement.is_partial() for placement in getattr(p.grad, "placements", ())):
+                p.grad = p.grad.redistribute(placements=p.placements)  # type: ignore[union-attr, attr-defined]
         return self.shards(owners, [p.grad for p in owners])  # type: ignore[misc]
 
     def shards(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -195,9 +207,11 @@ def of(params: Iterable[Tensor]) -> ShardLayout:
     """The layout that the parameters themselves tell: plain ones are whole on every rank, DTensors lie as placed.
 
     DDP, FSDP2, HSDP and tensor parallelism, mixed too: a parameter that is replicated along an axis that cuts others
-    is counted once. Raises ValueError for partial placements and for meshes that are not axes of one.
+    is counted once. Raises ValueError for partial placements, for meshes that are not axes of one, and for parameters
+    that are sharded in ways that they do not tell (`refuse_foreign`).
     """
     params = list(params)
+    refuse_foreign(params)
     axes = [_sharding_groups(p) for p in params]
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for held in axes:
