@@ -34,6 +34,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with `zero` 0
         or 1. Every process has to call them, on a file system that all of them see. Schedules, random numbers and
         positions in the data stay Accelerate's.
+    Tensor parallelism without FSDP2: the parameters tell their layout. `zero` None or 0. `save_state` as under DDP.
     FSDP2: the parameters tell their layout. `zero` None, 3, or 2 (reshard_after_forward false). `save_state` is
         Accelerate's.
     DeepSpeed: binds the layout of its partitions. `zero` None or its stage. `save_state` is DeepSpeed's, for the same
@@ -70,17 +71,24 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
 
 def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None) -> None:
-    """Parameters that are whole on every process: DDP, or one process."""
+    """Full parameters on every process (DDP, or one process), or tensor parallelism over all processes."""
     ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if any(hasattr(p, "placements") for p in model.parameters()) or (accelerator.num_processes > 1 and not ddp):
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    tensor_parallel = bool(meshes) and all(mesh.size() == accelerator.num_processes for mesh in meshes)
+    if not tensor_parallel and (meshes or (accelerator.num_processes > 1 and not ddp)):
         raise ValueError(
             f"{type(model).__name__} on {accelerator.num_processes} processes ({accelerator.distributed_type}) is "
-            "neither DDP, FSDP2 nor DeepSpeed: give attach what prepare returned, or choose one of these"
+            "neither DDP, FSDP2, DeepSpeed nor tensor parallelism over all processes: give attach what prepare "
+            "returned, or choose one of these"
         )
     if zero not in (None, 0, 1):
         raise ValueError(
             f"zero={zero} was asked, Accelerate prepared {'DDP' if ddp else 'a single process'}: ask for zero=0 or 1, "
             "or launch FSDP2 or DeepSpeed on GPUs, since on the CPU Accelerate silently drops them"
+        )
+    if zero and tensor_parallel:
+        raise ValueError(
+            f"zero={zero} was asked, and tensor parallelism shards state as it does weights: ask for zero=0"
         )
     _check_parameters(model, optimizer)
     forget(accelerator)
