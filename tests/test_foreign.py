@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -222,6 +222,34 @@ def another_mesh() -> str:
 def test_a_mesh_of_others_than_the_ranks_of_ddp_is_refused() -> None:
     for rank, said in enumerate(run(2, another_mesh)):
         assert f"rows are of ranks [0, 1], and DDP exchanges gradients among ranks [{rank}]" in said
+
+
+# Experts, sharded along an axis of their own, beside layers that are sharded along all axes flattened into one.
+
+
+def beside_experts(one_mesh: bool) -> str | list[float]:
+    grid, flat = mesh((2, 2), ("ep", "dp")), mesh((4,), ("shard",))
+    values = [torch.arange(1.0, 97.0, dtype=torch.float64).view(4, 4, 6), torch.ones(8, 4, dtype=torch.float64)]
+    experts = distribute_tensor(values[0], grid, [Shard(0), Shard(1)], src_data_rank=None)
+    over, placements = (grid, [Replicate(), Shard(0)]) if one_mesh else (flat, [Shard(0)])
+    dense = distribute_tensor(values[1], over, placements, src_data_rank=None)
+    params = [nn.Parameter(p) for p in (experts, dense)]
+    for p in params:
+        p.grad = p.detach().clone()
+    try:
+        distopt.LAMB(params, lr=0.1, weight_decay=0.0).step()
+    except ValueError as error:
+        return str(error)
+    # Adam's first direction is 1 in each element, and the ratio |p| / |direction| brings it to the length of p.
+    return [float((p.detach().full_tensor() - value).norm() / value.norm()) for p, value in zip(params, values)]
+
+
+def test_experts_on_a_mesh_beside_others_are_refused_on_every_rank_and_right_on_one() -> None:
+    first, *others = run(4, beside_experts, False)
+    assert all(other == first for other in others)
+    assert "build one mesh" in first
+    for moved in run(4, beside_experts, True):
+        assert moved == pytest.approx([0.1, 0.1], rel=1e-5)
 
 
 # Sequence parallelism: the gradients of norms are sums over the ranks that nobody has added up yet.

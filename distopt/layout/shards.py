@@ -247,7 +247,10 @@ def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], d
     mesh = max((p.device_mesh for p in params if hasattr(p, "device_mesh")), key=lambda mesh: mesh.ndim)
     if not groups.keys() <= {tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)}:
         meshes = {str(p.device_mesh) for p in params if hasattr(p, "device_mesh")}
-        raise ValueError(f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh")
+        raise ValueError(
+            f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh, and where "
+            "it has an axis for experts alone, replicate the other parameters along that (as HSDP does)"
+        )
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
