@@ -34,6 +34,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with `zero` 0
         or 1. Every process has to call them, on a file system that all of them see. Schedules, random numbers and
         positions in the data stay Accelerate's.
+    Tensor parallelism without FSDP2: the parameters tell their layout. `zero` None or 0. `save_state` as under DDP.
     FSDP2: the parameters tell their layout. `zero` None, 3, or 2 (reshard_after_forward false). `save_state` is
         Accelerate's.
     DeepSpeed: binds the layout of its partitions. `zero` None or its stage. `save_state` is DeepSpeed's, for the same
@@ -43,7 +44,8 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
     zero: the ZeRO stage that the script means to run, to be checked; None takes what there is.
 
-    Warns if a scheduler was prepared so that Accelerate steps it once per process.
+    Warns if a scheduler was prepared so that Accelerate steps it once per process, and if DeepSpeed clips gradients
+    although nobody asked for it.
     Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
     be the unsharded one, for more than one model, for state of parameters that `prepare` has replaced, and for
     FriendlySAM under fp16's loss scale.
@@ -59,6 +61,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
         raise ValueError("Accelerate prepared FSDP1, which hides the layers in flat parameters: set fsdp_version=2")
     if hasattr(model, "zero_optimization_stage"):
         attach_deepspeed(model, zero)
+        _warn_of_clipping(accelerator, model)
     elif any(issubclass(kind, FSDPModule) for kind in kinds):
         _attach_fsdp2(accelerator, model, optimizer, zero)
     else:
@@ -68,17 +71,24 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
 
 def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None) -> None:
-    """Parameters that are whole on every process: DDP, or one process."""
+    """Full parameters on every process (DDP, or one process), or tensor parallelism over all processes."""
     ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if any(hasattr(p, "placements") for p in model.parameters()) or (accelerator.num_processes > 1 and not ddp):
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    tensor_parallel = bool(meshes) and all(mesh.size() == accelerator.num_processes for mesh in meshes)
+    if not tensor_parallel and (meshes or (accelerator.num_processes > 1 and not ddp)):
         raise ValueError(
             f"{type(model).__name__} on {accelerator.num_processes} processes ({accelerator.distributed_type}) is "
-            "neither DDP, FSDP2 nor DeepSpeed: give attach what prepare returned, or choose one of these"
+            "neither DDP, FSDP2, DeepSpeed nor tensor parallelism over all processes: give attach what prepare "
+            "returned, or choose one of these"
         )
     if zero not in (None, 0, 1):
         raise ValueError(
             f"zero={zero} was asked, Accelerate prepared {'DDP' if ddp else 'a single process'}: ask for zero=0 or 1, "
             "or launch FSDP2 or DeepSpeed on GPUs, since on the CPU Accelerate silently drops them"
+        )
+    if zero and tensor_parallel:
+        raise ValueError(
+            f"zero={zero} was asked, and tensor parallelism shards state as it does weights: ask for zero=0"
         )
     _check_parameters(model, optimizer)
     forget(accelerator)
@@ -163,6 +173,18 @@ def _distopt(optimizer: Any) -> ShardedOptimizer:
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(f"zero=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero=0")
     return optimizer
+
+
+def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
+    """Accelerate 1.15 writes 1.0 into DeepSpeed's configuration where that leaves `gradient_clipping` to it."""
+    clipping = engine.gradient_clipping()
+    if clipping and accelerator.state.deepspeed_plugin.gradient_clipping == "auto":
+        warnings.warn(
+            f"DeepSpeed clips gradients to a norm of {clipping}, which Accelerate chose and nobody asked for: give "
+            "DeepSpeedPlugin(gradient_clipping=...), or gradient_clipping in DeepSpeed's configuration; 0.0 is none",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_of_schedulers(accelerator: Accelerator) -> None:

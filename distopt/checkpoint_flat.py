@@ -13,6 +13,7 @@ from distopt import manifest
 from distopt.checkpoint_contents import State
 from distopt.layout import FlatLayout
 from distopt.layout.deepspeed import whole_shape
+from distopt.names import bare_name, bare_parameters
 from distopt.optimizer import ShardedOptimizer
 
 
@@ -33,9 +34,10 @@ class FlatContents:
         self.model = getattr(model, "module", model)  # without DeepSpeedEngine
         self.optimizer, self.layout = optimizer, layout
         self.mesh = init_device_mesh(layout.device.type, (dist.get_world_size(),))
-        self.params = dict(self.model.named_parameters(remove_duplicate=False))
-        self.buffers = {n: b for n, b in self.model.state_dict(keep_vars=True).items() if n not in self.params}
-        first_names = {p: name for name, p in self.model.named_parameters()}
+        self.params = bare_parameters(self.model, remove_duplicate=False)
+        kept = {bare_name(self.model, name): b for name, b in self.model.state_dict(keep_vars=True).items()}
+        self.buffers = {name: b for name, b in kept.items() if name not in self.params}
+        first_names = {p: name for name, p in bare_parameters(self.model).items()}
         self.layers = {first_names[p]: p for p in layout.params}
         self.flats = {p: part.flat for part in layout.partitions for p in part.members}
 

@@ -27,7 +27,8 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     optimizer: any torch optimizer; it must hold the model's own parameters.
     max_norm: >= 0; inf measures and does not clip.
     Returns the global norm before clipping, a float64 scalar, the same on every rank.
-    Raises TypeError for parameters in the optimizer's place, ValueError for a max_norm that is negative or no number.
+    Raises TypeError for parameters in the optimizer's place, ValueError for a max_norm that is negative or no number,
+    and under DeepSpeed, which clips by itself.
     """
     if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
@@ -56,7 +57,7 @@ def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """The gradient norm of each whole layer, by parameter: where a gradient vanishes, explodes or is nan.
 
-    One all-reduce per mesh axis that shards; 0 for a layer without gradient.
+    One all-reduce per mesh axis that shards; 0 for a layer without gradient. Raises ValueError under DeepSpeed.
     """
     layout = layout_of(optimizer)
     _, norms = _grad_norms(optimizer, layout)
@@ -72,7 +73,8 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
     """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters.
 
-    Raises TypeError for what is no optimizer.
+    Finds the layout also inside of what Accelerate and DeepSpeed put around an optimizer. Raises TypeError for what is
+    no optimizer.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
@@ -80,6 +82,8 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
             "distopt.clip_grad_norm_(optimizer, max_norm), or torch.nn.utils.clip_grad_norm_ for parameters without "
             "ZeRO-1 or DeepSpeed"
         )
+    while not hasattr(optimizer, "layout") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     if hasattr(optimizer, "layout"):
         return optimizer.layout.gradients or optimizer.layout
     return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
@@ -87,6 +91,12 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and the norm of each layer over all ranks."""
+    if not layout.gradients_stay:
+        raise ValueError(
+            "DeepSpeed gives the optimizer its gradients for the time of a step only, so there are none to measure or "
+            "clip here: set gradient_clipping in DeepSpeed's configuration, and ask engine.get_global_grad_norm() "
+            "after a step"
+        )
     owners = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
     grads = layout.grads(owners)
     (norms,) = layout.norms(layout.layers(owners), grads)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt import ranks
-from distopt.clip import grad_norms
+from distopt.clip import grad_norms, layout_of
+from distopt.names import bare_parameters
 from distopt.sam import SAM
 
 _UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
@@ -24,9 +25,9 @@ def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str
 
     clipped: what gradients were multiplied by, which the norms are without.
     """
-    norms = grad_norms(optimizer)
+    norms = _norms(optimizer)
     ratios = optimizer.trust_ratios() if hasattr(optimizer, "trust_ratios") else {}
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names = {p: name for name, p in bare_parameters(model).items()}
     found = {
         "grad_norm": {names[p]: float(norm) / clipped for p, norm in norms.items() if p in names},
         "trust_ratio": {names[p]: float(ratio) for p, ratio in ratios.items() if p in names},
@@ -38,13 +39,18 @@ def blame(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: in
     """Says which layers' gradients are not finite; asked of all ranks together."""
 
     def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:
-        return [name for name, p in model.named_parameters() if p in norms and not norms[p].isfinite()]
+        return [name for name, p in bare_parameters(model).items() if p in norms and not norms[p].isfinite()]
 
     # With SAM's scope=local only the rank that broke knows it.
     ascents = ranks.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
-    layers = next(filter(None, ascents), None) or bad(grad_norms(stepper))
+    layers = next(filter(None, ascents), None) or bad(_norms(stepper))
     where = f"{len(layers)} layers are not finite, the first is {layers[0]}. " if layers else f"{_UNTOLD}. "
     return (
         f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
         "Lower optimizer.lr or raise schedule.warmup_steps"
     )
+
+
+def _norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """The gradient norm of each layer, none where they have been freed."""
+    return grad_norms(optimizer) if layout_of(optimizer).gradients_stay else {}

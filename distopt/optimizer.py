@@ -44,6 +44,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+    _checked: ShardLayout | None = None  # the layout of the last step
 
     def __init__(self, params: Any, defaults: dict[str, Any], **torch_options: Any) -> None:
         if unknown := torch_options.keys() - self.torch_options.keys():
@@ -119,8 +120,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             check_values(group)
             check_torch_options(group, self.torch_options)
         layout = self.layout
-        self._ratios = []
+        if layout is not self._checked:  # what FSDP2 frees after a backward pass was still there for clipping
+            layouts.refuse_foreign(layout.segments)
+            self._checked = layout
         owners = [layouts.with_gradient(group["params"]) for group in self.param_groups]
+        self._forget_ratios(layout, [p for held in owners for p in held])
         # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
         numbers = [i for i, group in enumerate(self.param_groups) if group["params"]]
         # All of them before a step is counted, so that one that is refused moves nothing.
@@ -144,9 +148,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return loss
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """The trust ratio of each layer in the last step, by parameter: of those that this rank holds a part of."""
+        """The trust ratio of each layer in the last step, by parameter: of those that this rank holds a part of.
+
+        Under DeepSpeed, which makes a step of several calls, those of all calls.
+        """
         params = self.layout.params
         return {params[layer]: ratios[layer] for layers, ratios in self._ratios for layer in layers}
+
+    def _forget_ratios(self, layout: ShardLayout, owners: list[Tensor]) -> None:
+        """Drops the ratios of the last step; where a step has several calls, those of the layers of this call."""
+        stepped = set(layout.layers(owners))
+        kept = [] if layout.gradients_stay else self._ratios
+        self._ratios = [(layers, factors) for layers, factors in kept if stepped.isdisjoint(layers)]
 
     def trusts(self, group: dict[str, Any]) -> bool:
         """Whether the trust ratio multiplies the group's directions."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distopt.names import bare_parameters
+
 
 def param_groups(
     model: nn.Module, weight_decay: float = 0.01, overrides: Mapping[str, Mapping[str, Any]] | None = None
@@ -20,7 +22,8 @@ def param_groups(
     model: plain, on the meta device, or wrapped for DDP, FSDP2 or DeepSpeed. Tied weights stand once, by their first
         name; frozen parameters stand nowhere.
     weight_decay: for the parameters that decay, >= 0. It takes precedence over the optimizer's argument of that name.
-    overrides: options for the parameters in whose names a regular expression is found (`re.search`), for example
+    overrides: options for the parameters in whose names, without those of wrappers (`_orig_mod.` of `torch.compile`,
+        `module.` of DDP), a regular expression is found (`re.search`), for example
         `{"wte": {"lr": 1e-4}, r"layers\\.0\\.": {"lr": 3e-4}}`. The first expression that is found wins; its options
         are merged over those above, so a bias keeps `weight_decay=0.0` unless the expression says otherwise.
 
@@ -33,7 +36,7 @@ def param_groups(
     if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
         raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
     patterns = {pattern: _compile(pattern) for pattern in overrides}
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
 

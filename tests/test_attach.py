@@ -20,13 +20,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distopt
 from distopt import layout
 from tests import jobs
 from tests.distributed import RankError, run
 from tests.optimizers import distance, named
-from tests.sharded import full, whole
+from tests.sharded import full, mesh, whole
 
 ACCUMULATION = 2
 MAX_NORM = 1.0
@@ -65,7 +66,7 @@ def start_fsdp(reshard: bool = True, version: int = 2, mixed_precision: str = "n
     return accelerator
 
 
-def start_deepspeed(stage: int, **zero: Any) -> Any:
+def start_deepspeed(stage: int, clipping: float | str = MAX_NORM, **zero: Any) -> Any:
     warnings.simplefilter("ignore")  # DeepSpeed 0.19.8 uses deprecated names of torch
     logging.disable(logging.WARNING)
     import deepspeed.ops
@@ -75,7 +76,7 @@ def start_deepspeed(stage: int, **zero: Any) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": MAX_NORM,
+        "gradient_clipping": clipping,
         "zero_optimization": {"stage": stage, **zero},
         "steps_per_print": 10**9,
     }
@@ -760,6 +761,105 @@ def test_what_deepspeed_saved_goes_on_bit_for_bit_or_is_refused(stage: int, tmp_
         assert all(torch.equal(p, q) for p, q in zip(params, expected, strict=True))
     with pytest.raises(RankError, match="used a DP world size of 2 but the current world size is 1"):
         run(1, load_deepspeed, stage, tmp_path)
+
+
+def told_of_clipping(clipping: float | str) -> list[str]:
+    accelerator = start_deepspeed(1, clipping)
+    model = whole("replicated", torch.float32)
+    model, optimizer = accelerator.prepare(model, lamb(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distopt.attach(accelerator, model, optimizer)
+    model.destroy()
+    return [str(w.message) for w in caught if "clip" in str(w.message)]
+
+
+def test_clipping_that_nobody_asked_for_is_told() -> None:
+    """Accelerate 1.15 fills in a norm of 1.0, under DeepSpeed alone: another training, without a word."""
+    assert run(1, told_of_clipping, 1.0) == [[]]
+    ((said,),) = run(1, told_of_clipping, "auto")
+    assert "clips gradients to a norm of 1.0, which Accelerate chose and nobody asked for" in said
+
+
+class Perceptron(nn.Sequential):
+    """`tp_size` is what Accelerate asks a model for that is tensor-parallel."""
+
+    def __init__(self, over: Any = None) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.LayerNorm(8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        self.double()
+        if over is not None:
+            parallelize_module(self, over, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+            self.tp_size = 2
+
+
+def train_perceptron(model: nn.Module, optimizer: Any, steps: range) -> list[Tensor]:
+    for step in steps:
+        optimizer.zero_grad()
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+        distopt.clip_grad_norm_(optimizer, 0.1)
+        optimizer.step()
+    return full(model)
+
+
+def train_tensor_parallel(folder: Path, over_all: bool) -> list[list[Tensor]]:
+    """The weights, and those of a run that another one's save_state resumed."""
+    from accelerate.utils import ParallelismConfig
+
+    results = []
+    for first in (True, False):
+        accelerator = start(gradient_accumulation_steps=1)
+        grid = mesh((2,), ("tp",)) if over_all else mesh((1, 2), ("dp", "tp"))
+        # Accelerate 1.15 takes tensor parallelism for accelerators only; this is all that lacks.
+        accelerator.state.parallelism_config = ParallelismConfig(tp_size=2)
+        accelerator.state.device_mesh = grid
+        model = Perceptron(grid["tp"] if over_all else mesh((2, 1), ("dp", "tp"))["tp"])
+        model, optimizer = accelerator.prepare(model, distopt.LAMB(model.parameters(), lr=0.05))
+        distopt.attach(accelerator, model, optimizer)
+        if first:
+            train_perceptron(model, optimizer, range(2))
+            accelerator.save_state(str(folder))
+        else:
+            accelerator.load_state(str(folder))
+        results.append(train_perceptron(model, optimizer, range(2, 4)))
+    return results
+
+
+def test_tensor_parallelism_alone_is_the_unsharded_run(tmp_path: Path) -> None:
+    """It was refused, although its parameters tell their layout."""
+    model = Perceptron()
+    expected = train_perceptron(model, distopt.LAMB(model.parameters(), lr=0.05), range(4))
+    for results in run(2, train_tensor_parallel, tmp_path, True):
+        for params in results:
+            assert distance(params, expected) < TOLERANCE
+
+
+def test_tensor_parallelism_beside_what_nobody_exchanges_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="nor tensor parallelism over all processes"):
+        run(2, train_tensor_parallel, tmp_path, False)
+
+
+def clipped_by_us(zero: int) -> tuple[list[float], list[Tensor]]:
+    accelerator = start(gradient_accumulation_steps=1)
+    model = Perceptron()
+    model, optimizer = accelerator.prepare(model, distopt.LAMB(model.parameters(), lr=0.05))
+    distopt.attach(accelerator, model, optimizer, zero=zero)
+    norms = []
+    for step in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x.chunk(2)[accelerator.process_index]).square().mean().backward()
+        norms.append(float(distopt.clip_grad_norm_(optimizer, 0.1)))  # Accelerate's wrapper, which has no layout
+        optimizer.step()
+    return norms, [p.detach() for p in model.parameters()]
+
+
+def test_the_layout_is_found_inside_of_a_prepared_optimizer() -> None:
+    """The norm was nan, which the gradients of other ranks' rows are, and so was the update."""
+    for (norms, params), (expected, reference) in zip(run(2, clipped_by_us, 1), run(2, clipped_by_us, 0)):
+        assert norms == pytest.approx(expected, rel=1e-12)
+        assert distance(params, reference) < TOLERANCE
 
 
 def refused_deepspeed() -> list[str]:

@@ -13,11 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import distopt
 from distopt import layout
 from distopt.bench.collectives import Collectives
+from distopt.checkpoint_flat import FlatContents
+from distopt.clip import grad_norms
+from distopt.diagnostics import by_layer
 from distopt.engine import DeepSpeed
+from distopt.names import bare_name
 from distopt.step import update
 from tests.distributed import RankError, run
 from tests.engines import full
@@ -86,8 +91,12 @@ def start(
     bind: bool = True,
     more: dict[str, Any] | None = None,
     init: bool = False,
+    wrap: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """The engine, the model and the optimizer. init: cut the model up by zero.Init, before there is an optimizer."""
+    """The engine, the model and the optimizer.
+
+    init: cut the model up by zero.Init, before there is an optimizer. wrap: a part of it recomputes its activations.
+    """
     warnings.simplefilter("ignore")  # DeepSpeed 0.19.8 uses deprecated names of torch
     logging.disable(logging.WARNING)
     import deepspeed
@@ -99,6 +108,8 @@ def start(
     type(get_accelerator()).is_fp16_supported = lambda self: True
     row = next(row for row in ROWS if row.name == name)
     model = whole("replicated", torch.float32)
+    if wrap:
+        model.part = checkpoint_wrapper(model.part)  # type: ignore[assignment]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -338,6 +349,70 @@ def test_norms_are_asked_for_once_in_each_call_that_has_trust_ratios(
     """DeepSpeed calls `step` once for each param group, or sub-group, and frees its gradients after that. In stage 3
     the others are there, without params: they were asked for norms too, in every call."""
     assert run(2, collectives_of_steps, stage, zero, all_trust) == [([expected] * 2, calls)] * 2
+
+
+def in_a_step(stage: int, zero: dict[str, Any]) -> tuple[dict[str, float], list[str], set[str]]:
+    """The trust ratios of the second step, what is said of clipping before it, and the names of a checkpoint."""
+    engine, model, optimizer = start("lamb", stage, zero, wrap=True)
+    engine.module.eval()  # without recomputing activations, which asks for inputs that have a gradient
+    said = []
+    for step in (0, 3):
+        engine.backward(engine(batch(step).chunk(dist.get_world_size())[dist.get_rank()], step))
+        if step:
+            for use in (distopt.clip_grad_norm_, grad_norms):
+                for named_optimizer in (optimizer, engine.optimizer):
+                    with pytest.raises(ValueError) as error:
+                        use(named_optimizer)
+                    said.append(str(error.value))
+        engine.step()
+    ratios = {bare_name(model, n): optimizer.trust_ratios().get(p) for n, p in model.named_parameters()}
+    assert set(by_layer(model, optimizer)) <= {"trust_ratio"}
+    contents = FlatContents(engine, optimizer, optimizer.layout)
+    engine.destroy()
+    names = {*contents.tensors, *contents.state, *(name for group in contents.groups for name in group["params"])}
+    return {name: float(ratio) for name, ratio in ratios.items() if ratio is not None}, said, names
+
+
+@pytest.mark.parametrize(("stage", "zero"), [(1, {}), (3, {"sub_group_size": 30})])
+def test_a_step_of_several_calls_is_one_step(stage: int, zero: dict[str, Any]) -> None:
+    """Trust ratios were those of the last call alone; gradients, which are there within a call only, had the norm 0;
+    the parameters of a part that recomputes its activations had other names."""
+    model = whole("replicated", torch.float32)
+    row = named("lamb")
+    optimizer = row.make(row.groups([*model.parameters()]))
+    for step in (0, 3):
+        optimizer.zero_grad()
+        model(batch(step), step).backward()
+        distopt.clip_grad_norm_(optimizer, MAX_NORM)
+        optimizer.step()
+    ratios = optimizer.trust_ratios()
+    expected = {name: float(ratios[p]) for name, p in model.named_parameters() if p in ratios}
+    assert len(expected) > 3
+    results = run(2, in_a_step, stage, zero)
+    assert {name: ratio for found, *_ in results for name, ratio in found.items()} == pytest.approx(expected, rel=1e-4)
+    for _, said, names in results:
+        assert len(said) == 4
+        assert all("set gradient_clipping in DeepSpeed's configuration" in line for line in said)
+        assert names == set(model.state_dict())
+
+
+def among_some_ranks(stage: int) -> str:
+    engine, _, _ = start("lamb", stage, {}, bind=False)
+    # As with AutoTP or an mpu, which DeepSpeed keeps for the process: the other tests would have it too.
+    engine.seq_data_parallel_group = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    try:
+        layout.deepspeed(engine)
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_model_that_is_sharded_in_other_ways_besides_is_refused(stage: int) -> None:
+    """Norms of layers went over the data-parallel ranks, and left out the shards of all others."""
+    first, second = run(2, among_some_ranks, stage)
+    assert first == second
+    assert "among 1 of 2 ranks, as with tensor parallelism (AutoTP), a client's mpu" in first
 
 
 def other_class(stage: int) -> None:

@@ -368,7 +368,7 @@ def on_other_ranks() -> None:
     [
         (bare, r"hook of DDP, got Linear: wrap it, or use zero1"),
         (hooked, r"has a communication hook already.*use zero1"),
-        (on_other_ranks, r"not the same ranks"),
+        (on_other_ranks, r"its ranks in the same order"),
     ],
 )
 def test_what_cannot_be_scattered_is_refused(what: Callable[[], None], message: str) -> None:

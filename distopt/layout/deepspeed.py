@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -129,13 +129,15 @@ def deepspeed(engine: Any) -> ShardLayout:
     `distopt.engine.DeepSpeed` clears that; who calls DeepSpeed himself uses every parameter in every step.
 
     engine: what `deepspeed.initialize` returned first; bind before the first step.
-    Raises ValueError if DeepSpeed steps partitions by another optimizer too (ZenFlow, SuperOffload), if its internals
-    are not those of version 0.19.8 that this reads, or if a segment does not hold the weights it should: then a norm
-    would be wrong.
+    Raises ValueError if DeepSpeed steps partitions by another optimizer too (ZenFlow, SuperOffload), if the model is
+    sharded in other ways besides (AutoTP, a client's mpu, pipelines, experts), if its internals are not those of
+    version 0.19.8 that this reads, or if a segment does not hold the weights it should: then a norm would be wrong.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    _refuse_model_parallel(engine)
     if stage == 0:
-        return of(trained(p for group in engine.basic_optimizer.param_groups for p in group["params"]))
+        layout = of(trained(p for group in engine.basic_optimizer.param_groups for p in group["params"]))
+        return replace(layout, gradients_stay=zero is engine.basic_optimizer)  # else these are float32 masters
     if type(zero).__name__ not in _KNOWN:
         raise ValueError(
             f"DeepSpeed's {type(zero).__name__} may step without the optimizer, as ZenFlow and SuperOffload do: "
@@ -164,7 +166,20 @@ def deepspeed(engine: Any) -> ShardLayout:
         groups=tuple({group.group_name: group for group in groups if dist.get_world_size(group) > 1}.values()),
         wire=torch.device(engine.device),
         partitions=tuple(partitions),
+        gradients_stay=False,
     )
+
+
+def _refuse_model_parallel(engine: Any) -> None:
+    """Refuses an engine that partitions state and exchanges gradients among some ranks only: others may hold other
+    shards of the same layers, and no norm would count those."""
+    among, world = dist.get_world_size(engine.seq_data_parallel_group), dist.get_world_size()
+    if among != world:
+        raise ValueError(
+            f"DeepSpeed partitions the model among {among} of {world} ranks, as with tensor parallelism (AutoTP), a "
+            "client's mpu or pipeline stages: norms of layers would leave out what other ranks hold; train with data "
+            "parallelism alone, without tensor_parallel in DeepSpeed's configuration and without an mpu"
+        )
 
 
 _Found = tuple[list[Partition], list[_Part], list[dist.ProcessGroup]]

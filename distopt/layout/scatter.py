@@ -52,8 +52,6 @@ def zero1_scattered(
     if model._comm_hooks:
         raise ValueError("DDP has a communication hook already, and takes only one: use zero1, which needs none")
     layout = zero1(model, mesh)
-    if dist.get_process_group_ranks(layout.mesh.get_group()) != dist.get_process_group_ranks(model.process_group):
-        raise ValueError("the mesh and DDP's process_group are not the same ranks in the same order: give it DDP's")
     exchange = None
     if layout.mesh.size() > 1:
         exchange = GradientExchange(model)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.layout.device_lists import DeviceLists
+from distopt.layout.foreign import refuse_foreign
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -51,6 +52,8 @@ class ShardLayout:
     gradients: how gradients lie once they are exchanged, where that is not how the optimizer steps them. Clipping and
         SAM, which work on those, ask it.
     wire: the device that the groups communicate from, where it is not `device` (shards offloaded to the host).
+    gradients_stay: whether gradients can be read after a backward pass. DeepSpeed gives them to the optimizer for the
+        time of a call of `step`, of which it may make several, each with a part of the parameters.
     """
 
     segments: Mapping[Tensor, tuple[Segment, ...]]
@@ -61,6 +64,7 @@ class ShardLayout:
     model: ShardLayout | None = None
     gradients: ShardLayout | None = None
     wire: torch.device | None = None
+    gradients_stay: bool = True
     _indices: DeviceLists = field(default_factory=DeviceLists, init=False, repr=False)
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -109,10 +113,14 @@ class ShardLayout:
     def grads(self, owners: Sequence[Tensor]) -> list[Tensor]:
         """Local views of the owners' gradients, which have to be there, in the order of `weights`.
 
-        Raises ValueError for a sparse gradient.
+        A gradient that is a DTensor of partial sums, as sequence parallelism leaves it for the weights of norms, is
+        added up first, and replaced: then every rank has to call it. Raises ValueError for a sparse gradient.
         """
         if any(p.grad.layout is not torch.strided for p in owners):  # type: ignore[union-attr]
             raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
+        for p in owners:
+            if any(placement.is_partial() for placement in getattr(p.grad, "placements", ())):
+                p.grad = p.grad.redistribute(placements=p.placements)  # type: ignore[union-attr, attr-defined]
         return self.shards(owners, [p.grad for p in owners])  # type: ignore[misc]
 
     def shards(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -234,20 +242,19 @@ def trained(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
-    """The parameters that have a gradient. Raises ValueError for a sparse one."""
-    found = [p for p in params if p.grad is not None]
-    if any(p.grad.is_sparse for p in found):  # type: ignore[union-attr]
-        raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
-    return found
+    """The parameters that have a gradient."""
+    return [p for p in params if p.grad is not None]
 
 
 def of(params: Iterable[Tensor]) -> ShardLayout:
     """The layout that the parameters themselves tell: plain ones are whole on every rank, DTensors lie as placed.
 
     DDP, FSDP2, HSDP and tensor parallelism, mixed too: a parameter that is replicated along an axis that cuts others
-    is counted once. Raises ValueError for partial placements and for meshes that are not axes of one.
+    is counted once. Raises ValueError for partial placements, for meshes that are not axes of one, and for parameters
+    that are sharded in ways that they do not tell (`refuse_foreign`).
     """
     params = list(params)
+    refuse_foreign(params)
     axes = [_sharding_groups(p) for p in params]
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for held in axes:
@@ -283,7 +290,10 @@ def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], d
     mesh = max((p.device_mesh for p in params if hasattr(p, "device_mesh")), key=lambda mesh: mesh.ndim)
     if not groups.keys() <= {tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)}:
         meshes = {str(p.device_mesh) for p in params if hasattr(p, "device_mesh")}
-        raise ValueError(f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh")
+        raise ValueError(
+            f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh, and where "
+            "it has an axis for experts alone, replicate the other parameters along that (as HSDP does)"
+        )
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.exchange import GradientExchange, refuse_join
+from distopt.layout.foreign import refuse_foreign
 from distopt.layout.rows import poison_remote_rows, rows_of, span, swap, unpack, width
 from distopt.layout.shards import Segment, ShardLayout, of, trained, wide
 
@@ -141,22 +142,23 @@ class Zero1Layout(ShardLayout):
 def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
     """The layout of ZeRO-1 for a model whose parameters are whole on every rank, as under DDP.
 
-    mesh: of one axis, over the ranks that hold copies; all ranks if None.
-    Raises ValueError for parameters that are sharded already, or not contiguous.
+    model: DDP, or the model inside of it, which does not tell DDP's process group.
+    mesh: of one axis, over the ranks that hold copies; if None those of DDP's process group, without DDP all ranks.
+    Raises ValueError for parameters that are sharded already, or not contiguous, and for a mesh that has not DDP's
+    ranks: rows would come from models that are trained apart.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-
     params = trained(model.parameters())
     for name, p in model.named_parameters():
         if hasattr(p, "placements"):
             raise ValueError(f"{name} is sharded already ({p.placements}): zero1 is for DDP; FSDP2 needs no layout")
         if not p.is_contiguous():
             raise ValueError(f"{name} is not contiguous, so its rows cannot be cut: make it contiguous first")
+    refuse_foreign(params)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             module.register_forward_pre_hook(refuse_join)
     device = params[0].device if params else torch.device("cpu")
-    mesh = mesh or init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = _mesh(model, device, mesh)
     world, rank = mesh.size(), mesh.get_local_rank()
     return Zero1Layout(
         segments={p: (Segment(i, *span(p, world, rank)),) for i, p in enumerate(params)},
@@ -168,6 +170,22 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
         gradients=whole,
         mesh=mesh,
     )
+
+
+def _mesh(model: nn.Module, device: torch.device, given: DeviceMesh | None) -> DeviceMesh:
+    """The ranks that hold copies of a model: those among which DDP exchanges its gradients."""
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    groups = [module.process_group for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    meshes = [given] if given else [DeviceMesh.from_group(groups[0], device.type)] if groups else []
+    mesh = meshes[0] if meshes else init_device_mesh(device.type, (dist.get_world_size(),))
+    ranks = dist.get_process_group_ranks(mesh.get_group())
+    if others := [other for other in map(dist.get_process_group_ranks, groups) if other != ranks]:
+        raise ValueError(
+            f"the rows are of ranks {ranks}, and DDP exchanges gradients among ranks {others[0]}: the mesh has to be "
+            "of DDP's process_group, its ranks in the same order; leave it out, and DDP's is taken"
+        )
+    return mesh
 
 
 class _Gather:
