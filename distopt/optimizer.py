@@ -199,7 +199,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             grads = list(torch._foreach_neg(grads))
         buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in self.slots(group)}
         steps = [count for p, count in zip(owners, counts) for _ in layout.segments[p]]
-        shards = Shards(group, layout.layers(owners), params, grads, buffers, steps)
+        layers = layout.layers(owners)
+        shards = Shards(group, layers, params, grads, buffers, steps, layout.rows(layers))
         held = [i for i, p in enumerate(params) if p.numel()]
         return shards if len(held) == len(params) else shards.part(held)
 

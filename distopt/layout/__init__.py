@@ -2,7 +2,7 @@
 
 from distopt.layout.deepspeed import FlatLayout, deepspeed
 from distopt.layout.scatter import zero1_scattered
-from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained
+from distopt.layout.shards import Segment, ShardLayout, local, of, trained
 from distopt.layout.zero1 import zero1
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "deepspeed",
     "local",
     "of",
-    "squared_norms",
     "trained",
     "zero1",
     "zero1_scattered",

@@ -38,6 +38,9 @@ class FlatLayout(ShardLayout):
 
     partitions: tuple[Partition, ...] = ()
 
+    def full_shape(self, param: Tensor) -> torch.Size:
+        return whole_shape(param)
+
     def owners(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         return [partition.flat for partition in self.partitions if partition.group == group]
 

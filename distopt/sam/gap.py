@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distopt import exact
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
 from distopt.sam.checks import bounded
@@ -45,7 +46,8 @@ class GSAM(SAM):
             return
         grads = layout.grads(owners)
         dots, squares = layout.dots(layout.layers(owners), (first, grads), (grads, grads))
-        along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
+        dot, square = exact.total(dots), exact.total(squares)
+        along = torch.where(square > 0, dot / square, 0.0)
         for g, second in zip(first, grads, strict=True):
             perpendicular = g - along.to(g.dtype) * second
             second.sub_(perpendicular, alpha=self.alpha)

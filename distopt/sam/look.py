@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distopt import exact
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
 from distopt.sam.checks import bounded
@@ -48,13 +49,14 @@ class LookSAM(SAM):
         layers = layout.layers(owners)
         if first:
             dots, squares = layout.dots(layers, (first, grads), (first, first))
-            along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
+            dot, square = exact.total(dots), exact.total(squares)
+            along = torch.where(square > 0, dot / square, 0.0)
             for g, second in zip(first, grads, strict=True):
                 g.mul_(-along.to(g.dtype)).add_(second)
             self._stage(layout, owners, "sam_look", first)
         else:
             look = self._shards(layout, owners, "sam_look")
-            of_grads, of_look = (torch.linalg.vector_norm(norms) for norms in layout.norms(layers, grads, look))
+            of_grads, of_look = (exact.norm(norms) for norms in layout.norms(layers, grads, look))
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look):
                 g.add_(v * ratio.to(v.dtype))
