@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt import layout
+from distopt import exact, layout
 from distopt.clip import layout_of
 from distopt.layout import ShardLayout
 from distopt.optimizer import ShardedOptimizer

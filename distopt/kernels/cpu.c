@@ -14,15 +14,15 @@
  * compilation puts before this file.
  *
  * Sums are the same bits however a layer is sharded by rows, in whatever pieces and by however many threads: blocks of a
- * row's elements are summed in one order in float64, and these sums are added without any rounding (distopt/exact.py).
+ * row's elements are summed in one order, and these sums are added without any rounding (distopt/exact.py).
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { STEP, MEASURE, APPLY };
+enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
 enum { PIECE = 8192, WAVE = 2048, CHUNK = 512, HYPER = 7, SCALES = 3, RATIO = 2 };
-enum { BLOCK = 256, LANES = 8 };                   /* elements of a sum in float64, and its chains */
+enum { BLOCK = 256, LANES = 8, SHORT = 64 };       /* elements of a sum, its chains, of a row too short to be worth a call */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
@@ -164,12 +164,17 @@ static void carry(Sum *sum) {
     }
 }
 
+/* The elements of the next block, of so many that are left of the row and of the shard. */
+static inline int64_t block(int64_t row, int64_t shard) {
+    const int64_t count = row < BLOCK ? row : BLOCK;
+    return count < shard ? count : shard;
+}
+
 /* Adds the products of n elements from `from` on, in the blocks of rows of that length. */
 static void add_products(Sum *sum, const float *a, const float *b, int64_t from, int64_t n, int64_t row) {
     int64_t left = row - from % row; /* of the row */
     for (int64_t i = 0; i < n;) {
-        int64_t count = left < BLOCK ? left : BLOCK;
-        if (count > n - i) count = n - i; /* of a shard that ends within a row */
+        const int64_t count = block(left, n - i);
         add(sum, dot(a + i, b + i, count));
         i += count;
         left = left == count ? row : left - count;
@@ -239,13 +244,23 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             float s[SCALES], widened[CHUNK], direction[CHUNK];
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
+            const int by_block = mode == MEASURE && row >= SHORT;
+            int64_t left = row - pieces[k].start % row; /* of the row, block by block */
             for (int64_t from = pieces[k].start, n; from < end; from += n) {
-                n = whole(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
+                if (by_block) {
+                    n = block(left, end - from);
+                    left = left == n ? row : left - n;
+                } else {
+                    n = whole(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
+                }
                 if (half) widen((uint16_t *)column[1] + from, widened, n);
                 float *p = (float *)column[0] + from;
-                rows(mode, hyper, s, p, half ? widened : (float *)column[1] + from, (float *)column[2] + from,
+                rows(by_block ? SUM : mode, hyper, s, p, half ? widened : (float *)column[1] + from, (float *)column[2] + from,
                      (float *)column[3] + from, (float *)column[4] + from, n, direction);
-                if (mode == MEASURE) {
+                if (by_block) {
+                    add(&weights, direction[0]);
+                    add(&updates, direction[1]);
+                } else if (mode == MEASURE) {
                     add_products(&weights, p, p, from, n, row);
                     add_products(&updates, direction, direction, from, n, row);
                 }
@@ -308,6 +323,22 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
                 if (buffers > 1) b[i] = y;                                                                             \
                 if (buffers > 2) c[i] = z;                                                                             \
             }                                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
+        if (mode == SUM) {                                                                                             \
+            float weight = 0.0f, update = 0.0f;                                                                        \
+            _Pragma("omp simd reduction(+ : weight, update)")                                                          \
+            for (int64_t i = 0; i < n; i++) {                                                                          \
+                float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
+                const float d = name##_update(h, s, p[i], g[i], &x, &y, &z);                                           \
+                if (buffers > 0) a[i] = x;                                                                             \
+                if (buffers > 1) b[i] = y;                                                                             \
+                if (buffers > 2) c[i] = z;                                                                             \
+                weight += p[i] * p[i];                                                                                 \
+                update += d * d;                                                                                       \
+            }                                                                                                          \
+            direction[0] = weight;                                                                                     \
+            direction[1] = update;                                                                                     \
             return;                                                                                                    \
         }                                                                                                              \
         _Pragma("omp simd")                                                                                            \
