@@ -51,7 +51,8 @@ def numbers(step: int, which: int) -> list[Tensor]:
 def trained(kind: str, job: str) -> list[Tensor]:
     """The full perturbed weights of every step, and the full weights and state after the last one."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    where = mesh((2, 2), ("replicate", "shard")) if kind == "hsdp" else mesh((world,), ("shard",)) if world > 1 or kind != "plain" else None
+    shape, axes = ((2, 2), ("replicate", "shard")) if kind == "hsdp" else ((world,), ("shard",))
+    where = mesh(shape, axes) if kind in ("zero1", "fsdp2", "hsdp") else None
     how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}.get(kind)
 
     def placed(full: Tensor) -> Tensor:

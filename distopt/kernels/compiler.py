@@ -21,8 +21,8 @@ from distopt.kernels.rules import indices
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
-# No contraction: the compiler would fuse a multiply-add in the vector loop and not in what is left of it, or the other way
-# round, so that an element's bits would depend on where its shard ends.
+# No contraction: the compiler would fuse a multiply-add in a vector loop and not in the rest of it, so that the bits of
+# an element would depend on where its shard ends.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 

@@ -10,6 +10,8 @@
  *   APPLY    makes the same direction again, from the state, and moves the weights.
  * So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it.
  *
+ * A multiply-add is fused where it says fmaf, and nowhere else: an element has the same bits wherever its shard ends.
+ *
  * Scalars and scales have the names of distopt/kernels/rules.py: `<rule>__<name>` is an index, of an enum that the
  * compilation puts before this file.
  *
@@ -21,8 +23,8 @@
 #include <string.h>
 
 enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
-enum { PIECE = 8192, WAVE = 2048, CHUNK = 512, HYPER = 7, SCALES = 3, RATIO = 2 };
-enum { BLOCK = 256, LANES = 8, SHORT = 64 };       /* elements of a sum, its chains, of a row too short to be worth a call */
+enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
+enum { BLOCK = 512, LANES = 8, SHORT = 64 };       /* elements of a sum, its chains, of a row too short to be worth a call */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
@@ -38,7 +40,7 @@ typedef void Rows(int mode, const float *hyper, const float *scales, float *rest
 /* a + weight (g - a), in the form that is exact at both ends; rest = 1 - weight. */
 static inline float lerp(float a, float g, float weight, float rest) {
     const float distance = g - a;
-    return weight < 0.5f ? a + weight * distance : g - rest * distance;
+    return weight < 0.5f ? fmaf(weight, distance, a) : fmaf(-rest, distance, g);
 }
 
 /* A rule's `update` moves its state and returns the direction; `again` makes the same direction of the moved state. */
@@ -66,12 +68,13 @@ static inline float nesterov_update(const float *h, const float *s, float p, flo
 }
 
 static inline float adam_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return a * s[adam__unbias1] / (sqrtf(b) * s[adam__unbias2] + h[adam__eps]) + h[adam__decoupled] * p;
+    const float scaled = a * s[adam__unbias1] / fmaf(sqrtf(b), s[adam__unbias2], h[adam__eps]);
+    return fmaf(h[adam__decoupled], p, scaled);
 }
 static inline float adam_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    g += h[adam__coupled] * p;
+    g = fmaf(h[adam__coupled], p, g);
     *a = lerp(*a, g, h[adam__fresh1], h[adam__beta1]);
-    *b = h[adam__beta2] * *b + h[adam__fresh2] * (g * g);
+    *b = fmaf(h[adam__beta2], *b, h[adam__fresh2] * (g * g));
     return adam_again(h, s, p, g, *a, *b, 0.0f);
 }
 
@@ -127,7 +130,9 @@ static double dot(const float *a, const float *b, int64_t n) {
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
     for (int k = 0; i + k < n; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; k++) lane[k] += lane[k + width];
+    return lane[0];
 }
 
 /* Adds a sum of products of float32 exactly; at most 2^24 of them until `carry`. */
@@ -310,15 +315,15 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
         if (mode == APPLY) {                                                                                           \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
-                p[i] -= s[RATIO] * name##_again(h, s, p[i], g[i], buffers > 0 ? a[i] : 0.0f,                           \
-                                                buffers > 1 ? b[i] : 0.0f, buffers > 2 ? c[i] : 0.0f);                 \
+                p[i] = fmaf(-s[RATIO], name##_again(h, s, p[i], g[i], buffers > 0 ? a[i] : 0.0f,                       \
+                                       buffers > 1 ? b[i] : 0.0f, buffers > 2 ? c[i] : 0.0f), p[i]);                   \
             return;                                                                                                    \
         }                                                                                                              \
         if (mode == STEP) {                                                                                            \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++) {                                                                          \
                 float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
-                p[i] -= s[RATIO] * name##_update(h, s, p[i], g[i], &x, &y, &z);                                        \
+                p[i] = fmaf(-s[RATIO], name##_update(h, s, p[i], g[i], &x, &y, &z), p[i]);                             \
                 if (buffers > 0) a[i] = x;                                                                             \
                 if (buffers > 1) b[i] = y;                                                                             \
                 if (buffers > 2) c[i] = z;                                                                             \
@@ -334,8 +339,8 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
                 if (buffers > 0) a[i] = x;                                                                             \
                 if (buffers > 1) b[i] = y;                                                                             \
                 if (buffers > 2) c[i] = z;                                                                             \
-                weight += p[i] * p[i];                                                                                 \
-                update += d * d;                                                                                       \
+                weight = fmaf(p[i], p[i], weight);                                                                                 \
+                update = fmaf(d, d, update);                                                                                       \
             }                                                                                                          \
             direction[0] = weight;                                                                                     \
             direction[1] = update;                                                                                     \

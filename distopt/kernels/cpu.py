@@ -74,7 +74,7 @@ def fits(shards: Shards) -> list[int]:
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """The inner product of each pair of tensors that the kernels are for, in digits of `distopt.exact`, and their indices.
+    """The inner product of each pair of tensors that the kernels are for, in digits, and their indices.
 
     Args:
         left, right: Tensors, of which those are taken that are plain, contiguous and both float32 or both bfloat16.

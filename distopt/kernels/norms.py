@@ -14,7 +14,7 @@ from torch import Tensor
 from distopt import exact
 from distopt.kernels import cpu
 
-_BLOCK = 256  # elements; as in cpu.c
+_BLOCK = 512  # elements; as in cpu.c
 _SPAN = 2**17  # elements that are widened to float64 at once
 _PIECE = 2**24  # elements of a float32 inner product on a GPU
 
@@ -23,7 +23,7 @@ def squared_norms(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
     """The squared 2-norm of each tensor, in digits: [len(tensors), exact.DIGITS].
 
     Args:
-        tensors: Of any float dtype; on a GPU they are summed in float32, unless one of them is float64, each as a whole.
+        tensors: Of any float dtype. On a GPU each is summed as a whole, in float32 unless one of them is float64.
         rows: The elements of a row of each tensor's layer.
     """
     if tensors and tensors[0].device.type != "cpu":
@@ -69,7 +69,7 @@ def _added(found: Tensor, pending: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def _blocks(a: Tensor, b: Tensor, row: int) -> Iterator[Tensor]:
-    """The sums of the blocks of rows, at most ADDENDS / 2 at once, and of what is left of a shard that ends in a row."""
+    """The sums of the blocks of rows, at most ADDENDS / 2 at once; of a shard that ends in a row also the rest."""
     step = max(1, _SPAN // row) * row
     for x, y in zip(a.split(step), b.split(step)):
         values = x.double() * y.double()

@@ -36,7 +36,7 @@ def kernels() -> Any:
 class TritonMove:
     """As `Move`, by a rule of triton_rules.py.
 
-    Sums are the same bits however the layers are sharded by rows of a multiple of 16 elements; others differ by rounding.
+    Sums are the same bits however layers are sharded by rows, if these are multiples of 16 elements; others may differ.
     """
 
     def __init__(self, rule: Rule, shards: Shards) -> None:

@@ -32,9 +32,9 @@ _DIGITS, _WIDTH, _LOWEST = (tl.constexpr(n) for n in (exact.DIGITS, exact.WIDTH,
 _NUMEL, _FIRST, _COLUMNS = tl.constexpr(5), tl.constexpr(6), tl.constexpr(COLUMNS)
 
 
-# A rule takes weights, gradient, its state a, b, c, the tensor's scales s and the group's scalars h, both in the order of
-# distopt/kernels/rules.py and with its names. It returns the direction and the state; unless MOVES, that of a state which
-# has moved already.
+# A rule takes weights, gradient, its state a, b, c, the tensor's scales s and the group's scalars h, both in the order
+# of distopt/kernels/rules.py and with its names. It returns the direction and the state; unless MOVES, that of a state
+# which has moved already.
 
 
 @triton.jit

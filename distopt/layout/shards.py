@@ -149,11 +149,11 @@ class ShardLayout:
             norm[i] = sqrt(sum over ranks and over shards of layer i of |shard|^2)
 
         One all-reduce per mesh axis that shards, of `len(shards) * num_layers` numbers in 16 digits each, whatever the
-        number of tensors; none where nothing is sharded. Every rank has to call it, also one that holds nothing. Nothing is
-        read back to the host; inf and nan propagate to every rank.
+        number of tensors; none where nothing is sharded. Every rank has to call it, also one that holds nothing.
+        Nothing is read back to the host; inf and nan propagate to every rank.
 
         On the CPU the result is the same bits on every layout that shards between rows, at every number of ranks: the
-        sums of blocks of rows, each in float64, are added without rounding. A layout that shards within rows (tensor
+        sums of blocks of rows are added without rounding. A layout that shards within rows (tensor
         parallelism, DeepSpeed), and a GPU, which sums each shard by itself, differ by rounding.
 
         layers: the layer of each shard, as `self.layers` gives it.
