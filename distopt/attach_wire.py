@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt import layout
+from distopt import exact, layout
 from distopt.clip import layout_of
 from distopt.layout import ShardLayout
 from distopt.optimizer import ShardedOptimizer
@@ -53,7 +53,7 @@ def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
             return torch.zeros((), dtype=torch.float32)
         shards = layout_of(stepped)
         (norms,) = shards.norms(shards.layers(owners), shards.grads(owners))
-        norm = torch.linalg.vector_norm(norms).to(owners[0].dtype)
+        norm = exact.norm(norms).to(owners[0].dtype)
         torch.nn.utils.clip_grads_with_norm_(owners, max_norm, norm)
         return norm
 

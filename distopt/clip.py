@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from distopt import exact
 from distopt import layout as layouts
 from distopt.eager import eager_island
 from distopt.layout import ShardLayout
@@ -42,7 +43,7 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
 def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and their global norm: what `clip_grad_norm_` begins with, at its cost."""
     grads, norms = _grad_norms(optimizer, layout_of(optimizer))
-    return grads, torch.linalg.vector_norm(norms)
+    return grads, exact.norm(norms)  # in whatever order a layout has its layers
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.layout import squared_norms
+from distopt.kernels.norms import squared_norms
 from distopt.shards import Shards
 
 
@@ -15,7 +15,7 @@ class Move:
     """The directions of a rule, and what they do to the weights; a kernel does the same (`distopt.kernels`).
 
         step:     p <- p - lr * direction
-        squares:  moves the state; |p|^2 and |direction|^2 of each shard, for trust ratios
+        squares:  moves the state; |p|^2 and |direction|^2 of each shard, for trust ratios, in digits (`distopt.exact`)
         apply:    p <- p - lr * ratio * direction, afterwards
 
     layers: the layer of each square.
@@ -38,7 +38,9 @@ class Move:
     def squares(self) -> tuple[Tensor, Tensor]:
         self._directed = [(part, self._optimizer.directions(part)) for part in self._shards.slices()]
         params = [p for part, _ in self._directed for p in part.params]
-        return squared_norms(params), squared_norms([d for _, directions in self._directed for d in directions])
+        directions = [d for _, directed in self._directed for d in directed]
+        rows = [row for part, _ in self._directed for row in part.rows]
+        return squared_norms(params, rows), squared_norms(directions, rows)
 
     def apply(self, factors: Tensor) -> None:
         """factors: by layer."""

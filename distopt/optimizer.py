@@ -272,7 +272,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         states = [self.state[p] for p in owners]
         params = layout.shards(owners, [self._stepped(layout, p, state, group) for p, state in zip(owners, states)])
         buffers = {name: layout.shards(owners, [state[name] for state in states]) for name in self.slots(group)}
-        shards = Shards(group, layout.layers(owners), params, grads, buffers, [0.0] * len(params))
+        layers = layout.layers(owners)
+        shards = Shards(group, layers, params, grads, buffers, [0.0] * len(params), layout.rows(layers))
         if group["capturable"]:
             kernels.check_capturable(self, shards)
         return shards

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distopt
 from distopt import kernels
 from distopt.kernels import triton_move
+from distopt.kernels.rules import every
 from tests.jobs import ROOT
 from tests.optimizers import ROWS, Row, distance, every_row, initial, named, pull
 
@@ -171,41 +172,63 @@ def test_a_kernel_is_its_rule(case: str, found: dict[str, Any]) -> None:
 
 # What a GPU would run, compiled for it without one.
 
-BYTES = {  # that a step has to read and write for each float32 parameter
-    ("sgd", 0, 1): (12,),
-    ("momentum", 1, 2): (20,),
-    ("nesterov", 1, 2): (20,),
-    ("adagrad", 1, 2): (20,),
-    ("rmsprop", 1, 5): (20,),
-    ("rmsprop_centered", 2, 5): (28,),
-    ("rmsprop_momentum", 2, 5): (28,),
-    ("rmsprop_centered_momentum", 3, 5): (36,),
-    ("adam", 2, 6): (28, 24, 16),  # step; measure and apply, as for LAMB
+BYTES = {  # that a step has to read and write for each float32 parameter: by kernel, with the state buffers it has
+    ("sgd", 0): (12,),
+    ("momentum", 1): (20,),
+    ("nesterov", 1): (20,),
+    ("adagrad", 1): (20,),
+    ("rmsprop", 1): (20,),
+    ("rmsprop_centered", 2): (28,),
+    ("rmsprop_momentum", 2): (28,),
+    ("rmsprop_centered_momentum", 3): (36,),
+    ("adam", 2): (28, 24, 16),  # step; measure and apply, as for LAMB
 }
 
 
-@pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
-def test_compiled_for_a_gpu_no_byte_is_moved_twice(
-    kernel: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Compiles a kernel for a GPU, given the types of its arguments and its constants."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    def compiled(kernel: Any, signature: dict[str, Any], constants: dict[str, Any]) -> str:
+        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        options = {"num_warps": 8, "enable_fp_fusion": True}
+        return triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+
+    return compiled
+
+
+@pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
+def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], compiled: Callable[..., str]) -> None:
+    """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
     from distopt.kernels import triton_rules as rules
 
-    name, buffers, hyper = kernel
+    name, buffers = kernel
+    scalars = len(next(rule for rule in every() if rule.name == name).scalars)
     for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
         constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
-        constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE}
-        signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp32", "tensors": "i32", "h": ("fp32",) * hyper}
-        source = ASTSource(rules.walk, signature | dict.fromkeys(constants, "constexpr"), constants)
-        options = {"num_warps": rules.WARPS, "enable_fp_fusion": True}
-        code = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ptx"]
+        constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}
+        squares = "*fp64" if mode == rules.MEASURE else "*fp32"
+        signature = {"table": "*i64", "scales": "*fp32", "squares": squares, "tensors": "i32", "h": ("fp32",) * scalars}
+        code = compiled(rules.walk, signature, constants)
         wide = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", code))
         assert wide * 16 * 32 * rules.WARPS / rules.PIECE == expected
+
+
+@pytest.mark.parametrize("group", triton_move._GROUPS)
+def test_sums_compile_for_a_gpu(group: int, compiled: Callable[..., str]) -> None:
+    """In registers: what they spill would go through the memory."""
+    from distopt.kernels import triton_rules as rules
+
+    constants = {"RULE": rules.adam, "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
+    constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": group}
+    signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp64", "tensors": "i32", "h": ("fp32",) * 7}
+    assert ".local" not in compiled(rules.walk, signature, constants)
+    signature = {"table": "*i64", "squares": "*fp64", "totals": "*fp64"}
+    assert ".local" not in compiled(rules.add_up, signature, {"SIZE": rules.PIECE, "BLOCK": min(512, 4 * group)})
 
 
 # No step waits for its device. The meta device stands for a GPU: whoever reads its numbers gets an error.

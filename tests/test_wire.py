@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import distopt
+from distopt import exact
 from distopt.bench.collectives import Collectives, written
 from distopt.bench.wire import SIDES
 from distopt.engine import DDP, Engine, Zero1
@@ -57,11 +58,13 @@ def whole_bytes() -> int:
 @pytest.mark.parametrize("kind", SIDES)
 def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
     """To the byte, padding included: zero1 sends what DDP sends, 2 psi (N-1)/N, and not 3. Norms are one all-reduce to
-    clip by (of gradients) and one for LAMB (of weights and directions), float64 sums for all layers."""
+    clip by (of gradients) and one for LAMB (of weights and directions), sums in float64 digits for all layers."""
     results = run(world, stepped, kind)
     for seen, sent, really, inside, outside in results:
         parts = (SIDES[kind].inside * sum(inside) + SIDES[kind].outside * sum(outside)) * (world - 1) / world
-        clip, lamb = (2 * (world - 1) / world * 8 * columns * (len(inside) + len(outside)) for columns in (1, 2))
+        clip, lamb = (
+            2 * (world - 1) / world * 8 * exact.DIGITS * columns * (len(inside) + len(outside)) for columns in (1, 2)
+        )
         norms, count = {"ddp": (0.0, 0), "zero1, whole gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
         if count < 2:  # DDP pads nothing, and reduces what it calls buckets
             assert sent - norms == pytest.approx(parts, rel=0.01)
@@ -113,7 +116,9 @@ def planned(kind: str) -> list[tuple[float, float]]:
             update(engine, model, optimizer, list(batch(step).chunk(micro_batches)), math.inf)
         with Collectives() as mode:
             update(engine, model, optimizer, list(batch(2).chunk(micro_batches)), math.inf)
-        norm = 0 if kind == "ddp" else 8 * 2 * sum(map(len, units))  # a float64 for each layer, over ranks that shard
+        norm = (
+            0 if kind == "ddp" else 8 * exact.DIGITS * 2 * sum(map(len, units))
+        )  # for each layer, over ranks that shard
         shards = world // 2 if kind == "hsdp" else world
         norms = 0.0 if kind in DEEPSPEED else norm * (shards - 1) / shards
         found.append((sum(c.sent for c in engine.wire(units, world, micro_batches)), mode.sent - norms))

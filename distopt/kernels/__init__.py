@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.cpu import compiled, fits
+from distopt.kernels.norms import squared_norms
 from distopt.kernels.triton_move import triton_moves, unfit
-from distopt.layout import squared_norms
 from distopt.move import Move
 from distopt.shards import Shards
 
@@ -62,10 +62,8 @@ def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
 
 
 def squares(shards: Shards) -> tuple[Tensor, Tensor]:
-    """|p|^2 and |gradient|^2 of each shard, for rules that need norms before their state moves."""
-    if shards.params and len(fits(shards)) == len(shards.params):
-        return compiled("norms", shards).squares()
-    return squared_norms(shards.params), squared_norms(shards.grads)
+    """|p|^2 and |gradient|^2 of each shard, for rules that need norms before their state moves; in digits."""
+    return squared_norms(shards.params, shards.rows), squared_norms(shards.grads, shards.rows)
 
 
 def joined(squares: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -17,9 +17,13 @@ from pathlib import Path
 
 import torch
 
+from distopt.kernels.rules import indices
+
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-fPIC")
+# No contraction: the compiler would fuse a multiply-add in a vector loop and not in the rest of it, so that the bits of
+# an element would depend on where its shard ends.
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 
 @functools.cache
@@ -46,7 +50,7 @@ def library() -> ctypes.CDLL | None:
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distopt"
-    told = [_SOURCE.read_text(), compiler, torch.__version__, torch.__file__, *_FLAGS, *_machine()]
+    told = [_source(), compiler, torch.__version__, torch.__file__, *_FLAGS, *_machine()]
     target = cache / f"cpu-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
     if not target.is_file():
         try:
@@ -61,12 +65,19 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _compiled(compiler: list[str], folder: Path) -> Path:
-    compiled, linked = folder / "cpu.o", folder / "cpu.so"
-    _run(*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled))
+    source, compiled, linked = folder / "cpu.c", folder / "cpu.o", folder / "cpu.so"
+    source.write_text(_source())
+    _run(*compiler, *_FLAGS, "-c", str(source), "-o", str(compiled))
     # torch's own OpenMP, where it brings one: two of them would have twice the threads wait for each other.
     own = [str(file) for file in Path(torch.__file__).parent.glob("lib/libgomp*.so*")]
     _run(*compiler, "-shared", str(compiled), *(own or ["-fopenmp"]), "-lm", "-o", str(linked))
     return linked
+
+
+def _source() -> str:
+    """cpu.c, after the places of its scalars and scales."""
+    places = ", ".join(f"{name} = {place}" for name, place in indices().items())
+    return f'enum {{ {places} }};\n#line 1 "{_SOURCE.name}"\n{_SOURCE.read_text()}'
 
 
 def _machine() -> list[str]:

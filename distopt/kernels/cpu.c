@@ -1,82 +1,110 @@
-/* The rules of distopt/optim on float32 tensors of the CPU, each number read and written as seldom as can be.
+/* The rules of distopt/optim on float32 tensors of the CPU, each element read and written as seldom as can be.
  *
  * A call walks over many tensors in pieces that the threads share. `table` and `scales` hold one column after the other,
- * with a number for each tensor. The columns of `table`: lengths, then the addresses of weights, gradients (`half`: of
- * bfloat16, the upper half of a float32) and up to three state buffers. Those of `scales`: what differs between
- * tensors, the last of them what the direction is multiplied by. `mode`:
+ * with a number for each tensor. The columns of `table`: lengths, the lengths of a row (the elements of one index along
+ * the layer's dimension 0), then the addresses of weights, gradients (`half`: of bfloat16, the upper half of a float32)
+ * and up to three state buffers. Those of `scales`: what differs between tensors, the last of them what the direction
+ * is multiplied by. `mode`:
  *   STEP     moves state and weights;
  *   MEASURE  moves the state, and adds up the squares of each tensor's weights and of its direction;
  *   APPLY    makes the same direction again, from the state, and moves the weights.
  * So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it.
+ *
+ * A multiply-add is fused where it says fmaf, and nowhere else: an element has the same bits wherever its shard ends.
+ *
+ * Scalars and scales have the names of distopt/kernels/rules.py: `<rule>__<name>` is an index, of an enum that the
+ * compilation puts before this file.
+ *
+ * Sums are the same bits however a layer is sharded by rows, in whatever pieces and by however many threads: blocks of a
+ * row's elements are summed in one order, and these sums are added without any rounding (distopt/exact.py).
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { STEP, MEASURE, APPLY };
-enum { PIECE = 8192, WAVE = 2048, ROW = 512, HYPER = 6, SCALES = 3 };
+enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
+enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
+enum { BLOCK = 512, LANES = 8, SHORT = 64 };       /* elements of a sum, its chains, of a row too short to be worth a call */
+enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
-typedef void Rows(int mode, const float *hyper, const float *scales, float *restrict p, const float *restrict g,
-                  float *restrict a, float *restrict b, float *restrict c, int64_t n, double *sums);
+/* An exact sum: digit i counts 2^(WIDTH i + LOWEST); `broken` is 0, or what is not finite. */
+typedef struct { int64_t digit[DIGITS + 2]; double broken; } Sum;
+/* One of the result: while adding up integers, in the end float64. The last one is what is not finite. */
+typedef union { int64_t count; double value; } Word;
+typedef struct { Word digit[DIGITS + 1]; } Total;
 
-/* sgd: h = decay, momentum, nesterov; s = share of the gradient in the momentum, rate of the gradient */
+typedef void Rows(int mode, const float *hyper, const float *scales, float *restrict p, const float *restrict g,
+                  float *restrict a, float *restrict b, float *restrict c, int64_t n, float *restrict direction);
+
+/* a + weight (g - a), in the form that is exact at both ends; rest = 1 - weight. */
+static inline float lerp(float a, float g, float weight, float rest) {
+    const float distance = g - a;
+    return weight < 0.5f ? fmaf(weight, distance, a) : fmaf(-rest, distance, g);
+}
+
+/* A rule's `update` moves its state and returns the direction; `again` makes the same direction of the moved state. */
 static inline float sgd_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return h[2] != 0.0f ? s[1] * (g + h[0] * p) + h[1] * a : a;
+    return s[sgd__rate] * (g + h[sgd__decay] * p);
 }
 static inline float sgd_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    g = s[1] * (g + h[0] * p);
-    *a = h[1] * *a + s[0] * g;
-    return h[2] != 0.0f ? g + h[1] * *a : *a;
+    return sgd_again(h, s, p, g, 0.0f, 0.0f, 0.0f);
 }
 
-/* plain: h = decay; s = -, rate of the gradient */
-static inline float plain_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return s[1] * (g + h[0] * p);
+static inline float momentum_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
+    return a;
 }
-static inline float plain_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    return plain_again(h, s, p, g, 0.0f, 0.0f, 0.0f);
+static inline float momentum_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
+    return *a = h[momentum__momentum] * *a + s[momentum__share] * (s[momentum__rate] * (g + h[momentum__decay] * p));
 }
 
-/* adam: h = decay in the gradient, beta1, beta2, eps, decay of the weights; s = 1 / bias1, 1 / sqrt(bias2) */
+static inline float nesterov_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
+    return s[nesterov__rate] * (g + h[nesterov__decay] * p) + h[nesterov__momentum] * a;
+}
+static inline float nesterov_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
+    g = s[nesterov__rate] * (g + h[nesterov__decay] * p);
+    *a = h[nesterov__momentum] * *a + s[nesterov__share] * g;
+    return g + h[nesterov__momentum] * *a;
+}
+
 static inline float adam_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return a * s[0] / (sqrtf(b) * s[1] + h[3]) + h[4] * p;
+    const float scaled = a * s[adam__unbias1] / fmaf(sqrtf(b), s[adam__unbias2], h[adam__eps]);
+    return fmaf(h[adam__decoupled], p, scaled);
 }
 static inline float adam_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    g += h[0] * p;
-    *a += (1.0f - h[1]) * (g - *a);
-    *b = h[2] * *b + (1.0f - h[2]) * g * g;
+    g = fmaf(h[adam__coupled], p, g);
+    *a = lerp(*a, g, h[adam__fresh1], h[adam__beta1]);
+    *b = fmaf(h[adam__beta2], *b, h[adam__fresh2] * (g * g));
     return adam_again(h, s, p, g, *a, *b, 0.0f);
 }
 
-/* adagrad: h = decay, eps; s = 1 / (1 + (step - 1) lr_decay) */
 static inline float adagrad_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[0] * p) * s[0] / (sqrtf(a) + h[1]);
+    return (g + h[adagrad__decay] * p) * s[adagrad__fall] / (sqrtf(a) + h[adagrad__eps]);
 }
 static inline float adagrad_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[0] * p;
+    float decayed = g + h[adagrad__decay] * p;
     *a += decayed * decayed;
     return adagrad_again(h, s, p, g, *a, 0.0f, 0.0f);
 }
 
-/* rmsprop: h = decay, alpha, eps, momentum. Its buffers, as far as they are there: squares, means, momentum. */
+/* The four of RMSprop have the same scalars. Their buffers, as far as they are there: squares, means, momentum. */
 static inline float rmsprop_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[0] * p) / (sqrtf(a) + h[2]);
+    return (g + h[rmsprop__decay] * p) / (sqrtf(a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[0] * p;
-    *a = h[1] * *a + (1.0f - h[1]) * decayed * decayed;
-    return decayed / (sqrtf(*a) + h[2]);
+    float decayed = g + h[rmsprop__decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
+    return decayed / (sqrtf(*a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
     const float variance = a - b * b; /* of a constant gradient rounded below 0 */
-    return (g + h[0] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[2]);
+    return (g + h[rmsprop__decay] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    float decayed = g + h[0] * p;
-    *a = h[1] * *a + (1.0f - h[1]) * decayed * decayed;
-    *b += (1.0f - h[1]) * (decayed - *b);
+    float decayed = g + h[rmsprop__decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
+    *b = lerp(*b, decayed, h[rmsprop__fresh], h[rmsprop__alpha]);
     return rmsprop_centered_again(h, s, p, g, *a, *b, 0.0f);
 }
 static inline float rmsprop_momentum_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
@@ -84,7 +112,7 @@ static inline float rmsprop_momentum_again(const float *h, const float *s, float
 }
 static inline float rmsprop_momentum_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    return *b = h[3] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
+    return *b = h[rmsprop_momentum__momentum] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
 }
 static inline float rmsprop_centered_momentum_again(const float *h, const float *s, float p, float g, float a, float b,
                                                     float c) {
@@ -92,17 +120,107 @@ static inline float rmsprop_centered_momentum_again(const float *h, const float 
 }
 static inline float rmsprop_centered_momentum_update(const float *h, const float *s, float p, float g, float *a,
                                                      float *b, float *c) {
-    return *c = h[3] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
+    return *c = h[rmsprop_centered_momentum__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
+}
+
+/* The sum of a[i] b[i], always in the same order; the product of two float32 is exact. */
+static double dot(const float *a, const float *b, int64_t n) {
+    double lane[LANES] = {0.0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
+    for (int k = 0; i + k < n; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; k++) lane[k] += lane[k + width];
+    return lane[0];
+}
+
+/* Adds a sum of products of float32 exactly; at most 2^24 of them until `carry`. */
+static inline void add(Sum *sum, double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const int exponent = bits >> 52 & 0x7ff;
+    if (exponent == 0) return; /* less than 2^-1022 is 0 here */
+    if (exponent == 0x7ff) {
+        sum->broken += value;
+        return;
+    }
+    uint64_t mantissa = (bits & ((1ull << 52) - 1)) | 1ull << 52;
+    int place = exponent - 1075 - LOWEST; /* of its last bit */
+    if (place < 0) {                      /* below which all bits are 0, since those of a product are */
+        mantissa = place > -64 ? mantissa >> -place : 0;
+        place = 0;
+    }
+    const uint64_t mask = (1ull << WIDTH) - 1;
+    const unsigned __int128 wide = (unsigned __int128)mantissa << place % WIDTH;
+    int64_t *digit = sum->digit + place / WIDTH;
+    const int64_t sign = bits >> 63 ? -1 : 1;
+    digit[0] += sign * (int64_t)((uint64_t)wide & mask);
+    digit[1] += sign * (int64_t)((uint64_t)(wide >> WIDTH) & mask);
+    digit[2] += sign * (int64_t)(uint64_t)(wide >> 2 * WIDTH);
+}
+
+/* Brings all digits but the last one between 0 and 2^WIDTH. */
+static void carry(Sum *sum) {
+    for (int i = 0; i + 1 < DIGITS; i++) {
+        const int64_t more = sum->digit[i] >> WIDTH;
+        sum->digit[i + 1] += more;
+        sum->digit[i] -= more * ((int64_t)1 << WIDTH);
+    }
+}
+
+/* The elements of the next block, of so many that are left of the row and of the shard. */
+static inline int64_t block(int64_t row, int64_t shard) {
+    const int64_t count = row < BLOCK ? row : BLOCK;
+    return count < shard ? count : shard;
+}
+
+/* Adds the products of n elements from `from` on, in the blocks of rows of that length. */
+static void add_products(Sum *sum, const float *a, const float *b, int64_t from, int64_t n, int64_t row) {
+    int64_t left = row - from % row; /* of the row */
+    for (int64_t i = 0; i < n;) {
+        const int64_t count = block(left, n - i);
+        add(sum, dot(a + i, b + i, count));
+        i += count;
+        left = left == count ? row : left - count;
+    }
+}
+
+static void merge(Total *total, Sum *sum) {
+    carry(sum);
+    for (int i = 0; i < DIGITS; i++)
+        if (sum->digit[i] != 0) {
+#pragma omp atomic
+            total->digit[i].count += sum->digit[i];
+        }
+    if (sum->broken != 0.0) {
+#pragma omp atomic
+        total->digit[DIGITS].value += sum->broken;
+    }
+}
+
+/* To float64. */
+static void finish(Total *total) {
+    Sum sum = {{0}, total->digit[DIGITS].value};
+    for (int i = 0; i < DIGITS; i++) sum.digit[i] = total->digit[i].count;
+    carry(&sum);
+    for (int i = 0; i < DIGITS; i++) total->digit[i].value = sum.broken != 0.0 ? sum.broken : (double)sum.digit[i];
+}
+
+/* How many of n elements from `from` on are whole blocks of rows of that length; all, if they are the last ones. */
+static int64_t whole(int64_t from, int64_t n, int64_t left, int64_t row) {
+    return n == left ? n : n - (from + n) % row % BLOCK;
 }
 
 /* At most WAVE of the pieces that come next, from where `at` stands; moves `at` behind them. */
-static int64_t cut(const int64_t *numel, int64_t tensors, Piece *at, Piece *pieces) {
+static int64_t cut(const int64_t *numel, const int64_t *row, int64_t tensors, Piece *at, Piece *pieces) {
     int64_t count = 0;
     while (at->tensor < tensors && count < WAVE) {
         const int64_t left = numel[at->tensor] - at->start;
-        if (left > 0) pieces[count++] = (Piece){at->tensor, at->start, left < PIECE ? left : PIECE};
-        if (left > PIECE)
-            at->start += PIECE;
+        const int64_t size = whole(at->start, left < PIECE ? left : PIECE, left, row[at->tensor]);
+        if (left > 0) pieces[count++] = (Piece){at->tensor, at->start, size};
+        if (left > size)
+            at->start += size;
         else
             *at = (Piece){at->tensor + 1, 0, 0};
     }
@@ -116,81 +234,135 @@ static void widen(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-/* Does `rows` on every row of every piece. Sums are taken in the same order whatever the number of threads. */
-static void walk(Rows *rows, const int64_t *table, const float *scales, double *squares, int64_t tensors,
+/* Does `rows` on every chunk of every piece. totals: for each tensor those of weights and of directions. */
+static void walk(Rows *rows, const int64_t *table, const float *scales, Total *totals, int64_t tensors,
                  const float *hyper, int half, int mode, int threads) {
     Piece pieces[WAVE];
-    double sums[WAVE][2];
     Piece at = {0, 0, 0};
-    for (int64_t count; (count = cut(table, tensors, &at, pieces));) {
+    const int64_t *lengths = table + tensors;
+    for (int64_t count; (count = cut(table, lengths, tensors, &at, pieces));) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
         for (int64_t k = 0; k < count; k++) {
-            const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel;
+            const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel, row = lengths[tensor];
             char *column[5] = {0};
-            for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 1) * tensors + tensor];
-            float s[SCALES], widened[ROW];
+            for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 2) * tensors + tensor];
+            float s[SCALES], widened[CHUNK], direction[CHUNK];
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
-            sums[k][0] = sums[k][1] = 0.0;
-            for (int64_t from = pieces[k].start; from < end; from += ROW) {
-                const int64_t n = end - from < ROW ? end - from : ROW;
+            Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
+            const int by_block = mode == MEASURE && row >= SHORT;
+            int64_t left = row - pieces[k].start % row; /* of the row, block by block */
+            for (int64_t from = pieces[k].start, n; from < end; from += n) {
+                if (by_block) {
+                    n = block(left, end - from);
+                    left = left == n ? row : left - n;
+                } else {
+                    n = whole(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
+                }
                 if (half) widen((uint16_t *)column[1] + from, widened, n);
-                rows(mode, hyper, s, (float *)column[0] + from, half ? widened : (float *)column[1] + from,
-                     (float *)column[2] + from, (float *)column[3] + from, (float *)column[4] + from, n, sums[k]);
+                float *p = (float *)column[0] + from;
+                rows(by_block ? SUM : mode, hyper, s, p, half ? widened : (float *)column[1] + from, (float *)column[2] + from,
+                     (float *)column[3] + from, (float *)column[4] + from, n, direction);
+                if (by_block) {
+                    add(&weights, direction[0]);
+                    add(&updates, direction[1]);
+                } else if (mode == MEASURE) {
+                    add_products(&weights, p, p, from, n, row);
+                    add_products(&updates, direction, direction, from, n, row);
+                }
+            }
+            if (mode == MEASURE) {
+                merge(totals + 2 * tensor, &weights);
+                merge(totals + 2 * tensor + 1, &updates);
             }
         }
-        for (int64_t k = 0; mode == MEASURE && k < count; k++) {
-            squares[2 * pieces[k].tensor] += sums[k][0];
-            squares[2 * pieces[k].tensor + 1] += sums[k][1];
+    }
+    for (int64_t i = 0; mode == MEASURE && i < 2 * tensors; i++) finish(totals + i);
+}
+
+/* The inner product of two tensors each, of float32, or of bfloat16 if `half`: the third and fourth of the columns. */
+void products(const int64_t *table, Total *totals, int64_t tensors, int half, int threads) {
+    Piece pieces[WAVE];
+    Piece at = {0, 0, 0};
+    const int64_t *lengths = table + tensors;
+    for (int64_t count; (count = cut(table, lengths, tensors, &at, pieces));) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
+        for (int64_t k = 0; k < count; k++) {
+            const int64_t tensor = pieces[k].tensor, start = pieces[k].start, numel = pieces[k].numel;
+            char *a = (char *)table[2 * tensors + tensor], *b = (char *)table[3 * tensors + tensor];
+            float wide_a[PIECE], wide_b[PIECE];
+            if (half) {
+                widen((uint16_t *)a + start, wide_a, numel);
+                if (b != a) widen((uint16_t *)b + start, wide_b, numel);
+            }
+            Sum sum = {{0}, 0.0};
+            const float *left = half ? wide_a : (float *)a + start;
+            const float *right = b == a ? left : half ? wide_b : (float *)b + start;
+            add_products(&sum, left, right, start, numel, lengths[tensor]);
+            merge(totals + tensor, &sum);
         }
     }
+    for (int64_t i = 0; i < tensors; i++) finish(totals + i);
 }
 
 /* `buffers` is how many state buffers the rule has. */
 #define RULE(name, buffers)                                                                                            \
     static void name##_rows(int mode, const float *hyper, const float *scales, float *restrict p,                      \
                             const float *restrict g, float *restrict a, float *restrict b, float *restrict c,          \
-                            int64_t n, double *sums) {                                                                 \
-        float h[HYPER], s[SCALES], weight = 0.0f, update = 0.0f;                                                       \
+                            int64_t n, float *restrict direction) {                                                    \
+        float h[HYPER], s[SCALES];                                                                                     \
         for (int i = 0; i < HYPER; i++) h[i] = hyper[i];                                                               \
         for (int i = 0; i < SCALES; i++) s[i] = scales[i];                                                             \
         if (mode == APPLY) {                                                                                           \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
-                p[i] -= s[2] * name##_again(h, s, p[i], g[i], buffers > 0 ? a[i] : 0.0f, buffers > 1 ? b[i] : 0.0f,    \
-                                            buffers > 2 ? c[i] : 0.0f);                                                \
+                p[i] = fmaf(-s[RATIO], name##_again(h, s, p[i], g[i], buffers > 0 ? a[i] : 0.0f,                       \
+                                       buffers > 1 ? b[i] : 0.0f, buffers > 2 ? c[i] : 0.0f), p[i]);                   \
             return;                                                                                                    \
         }                                                                                                              \
         if (mode == STEP) {                                                                                            \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++) {                                                                          \
                 float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
-                p[i] -= s[2] * name##_update(h, s, p[i], g[i], &x, &y, &z);                                            \
+                p[i] = fmaf(-s[RATIO], name##_update(h, s, p[i], g[i], &x, &y, &z), p[i]);                             \
                 if (buffers > 0) a[i] = x;                                                                             \
                 if (buffers > 1) b[i] = y;                                                                             \
                 if (buffers > 2) c[i] = z;                                                                             \
             }                                                                                                          \
             return;                                                                                                    \
         }                                                                                                              \
-        _Pragma("omp simd reduction(+ : weight, update)")                                                              \
+        if (mode == SUM) {                                                                                             \
+            float weight = 0.0f, update = 0.0f;                                                                        \
+            _Pragma("omp simd reduction(+ : weight, update)")                                                          \
+            for (int64_t i = 0; i < n; i++) {                                                                          \
+                float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
+                const float d = name##_update(h, s, p[i], g[i], &x, &y, &z);                                           \
+                if (buffers > 0) a[i] = x;                                                                             \
+                if (buffers > 1) b[i] = y;                                                                             \
+                if (buffers > 2) c[i] = z;                                                                             \
+                weight = fmaf(p[i], p[i], weight);                                                                                 \
+                update = fmaf(d, d, update);                                                                                       \
+            }                                                                                                          \
+            direction[0] = weight;                                                                                     \
+            direction[1] = update;                                                                                     \
+            return;                                                                                                    \
+        }                                                                                                              \
+        _Pragma("omp simd")                                                                                            \
         for (int64_t i = 0; i < n; i++) {                                                                              \
             float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;         \
-            const float d = name##_update(h, s, p[i], g[i], &x, &y, &z);                                               \
+            direction[i] = name##_update(h, s, p[i], g[i], &x, &y, &z);                                                \
             if (buffers > 0) a[i] = x;                                                                                 \
             if (buffers > 1) b[i] = y;                                                                                 \
             if (buffers > 2) c[i] = z;                                                                                 \
-            weight += p[i] * p[i];                                                                                     \
-            update += d * d;                                                                                           \
         }                                                                                                              \
-        sums[0] += weight;                                                                                             \
-        sums[1] += update;                                                                                             \
     }                                                                                                                  \
-    void name(const int64_t *table, const float *scales, double *squares, int64_t tensors, const float *hyper,         \
-              int half, int mode, int threads) {                                                                       \
-        walk(name##_rows, table, scales, squares, tensors, hyper, half, mode, threads);                                \
+    void name(const int64_t *table, const float *scales, Total *totals, int64_t tensors, const float *hyper, int half, \
+              int mode, int threads) {                                                                                 \
+        walk(name##_rows, table, scales, totals, tensors, hyper, half, mode, threads);                                 \
     }
 
-RULE(plain, 0)
-RULE(sgd, 1)
+RULE(sgd, 0)
+RULE(momentum, 1)
+RULE(nesterov, 1)
 RULE(adam, 2)
 RULE(adagrad, 1)
 RULE(rmsprop, 1)

@@ -4,67 +4,62 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import chain, compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distopt.exact import DIGITS
 from distopt.kernels.compiler import library
-from distopt.shards import Shards
+from distopt.kernels.rules import SCALES, Rule, rule
+from distopt.shards import PLAIN, Shards
 
 _STEP, _MEASURE, _APPLY = range(3)
-_ADDRESSES, _HYPER = 5, 6  # as cpu.c counts them
+_ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them
 
 
 class CompiledMove:
-    """As `Move`, by a function of cpu.c.
+    """As `Move`, by a function of cpu.c."""
 
-    buffers: the names of its state buffers. hyper: its hyper-parameters. scales: two columns, of what differs
-    between tensors.
-    """
-
-    def __init__(
-        self, function: str, shards: Shards, buffers: list[str], hyper: list[float], scales: list[list[float]]
-    ) -> None:
+    def __init__(self, rule: Rule, shards: Shards) -> None:
         self.group, self.layers = shards.group, shards.layers
-        self._shards, self._scales = shards, scales  # the shards, lest their memory be another's
-        self._function: Any = getattr(library(), function)
+        self._shards = shards  # lest their memory be another's
+        self._function: Any = getattr(library(), rule.name)
         self._half = bool(shards.grads) and shards.grads[0].dtype is torch.bfloat16
-        columns = [shards.params, shards.grads, *(shards.buffers[name] for name in buffers)]
-        addresses = [map(Tensor.data_ptr, column) for column in columns]
-        nothing = [0] * (len(shards.params) * (_ADDRESSES - len(columns)))
-        self._table = array("q", chain(map(Tensor.numel, shards.params), *addresses, nothing))
-        self._hyper = array("f", hyper + [0.0] * (_HYPER - len(hyper)))
+        columns = [shards.params, shards.grads, *(shards.buffers[name] for name in rule.buffers)]
+        self._table = _table(shards.rows, columns, _ADDRESSES)
+        self._hyper = array("f", [*rule.scalars.values(), *[0.0] * (_HYPER - len(rule.scalars))])
+        self._scales = _scales(rule, shards)
 
     def step(self) -> None:
         self._call(_STEP, [1.0] * len(self.layers))
 
     def squares(self) -> tuple[Tensor, Tensor]:
-        sums = torch.zeros(len(self.layers), 2, dtype=torch.float64)
+        sums = _sums(len(self.layers), 2)
         self._call(_MEASURE, [0.0] * len(self.layers), sums.data_ptr())
-        return sums[:, 0], sums[:, 1]
+        return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
     def apply(self, factors: Tensor) -> None:
         self._call(_APPLY, factors[self.layers].tolist())
 
-    def _call(self, mode: int, factors: list[float], squares: int = 0) -> None:
+    def _call(self, mode: int, factors: list[float], sums: int = 0) -> None:
         lr = self.group["lr"]
         scales = array("f", chain(*self._scales, [lr * factor for factor in factors]))
-        table, columns, hyper = (ctypes.c_void_p(a.buffer_info()[0]) for a in (self._table, scales, self._hyper))
+        table, columns, hyper = map(_address, (self._table, scales, self._hyper))
         tensors = ctypes.c_int64(len(factors))
         threads = torch.get_num_threads()
-        self._function(table, columns, ctypes.c_void_p(squares), tensors, hyper, self._half, mode, threads)
+        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._half, mode, threads)
 
 
 def compiled(name: str, shards: Shards) -> CompiledMove:
     """The move of a rule, by its name, on shards that fit."""
-    return _RULES[name](shards)
+    return CompiledMove(rule(name, shards.group), shards)
 
 
 def fits(shards: Shards) -> list[int]:
-    """The numbers of the shards that the kernels are for: float32, flat in the CPU's memory.
+    """The indices of the shards that the kernels are for: plain tensors of float32, flat in the CPU's memory.
 
     Gradients of a bfloat16 parameter that has a float32 master are taken as they are.
     """
@@ -74,54 +69,64 @@ def fits(shards: Shards) -> list[int]:
     grads = torch.bfloat16 if half else torch.float32
     columns = [(shards.params, torch.float32), (shards.grads, grads)]
     columns += [(buffers, torch.float32) for buffers in shards.buffers.values()]
-    fit = [[t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in column] for column, dtype in columns]
+    fit = [[_flat(t, dtype) for t in column] for column, dtype in columns]
     return list(compress(range(len(shards.params)), map(all, zip(*fit))))
 
 
-def _adam(shards: Shards, coupled: float, decoupled: float) -> CompiledMove:
-    beta1, beta2 = shards.group["betas"]
-    bias = {step: (1.0 / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5) for step in set(shards.steps)}
-    scales = [[bias[step][i] for step in shards.steps] for i in range(2)]
-    hyper = [coupled, beta1, beta2, shards.group["eps"], decoupled]
-    return CompiledMove("adam", shards, ["exp_avg", "exp_avg_sq"], hyper, scales)
+def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """The inner product of each pair of tensors that the kernels are for, in digits, and their indices.
+
+    Args:
+        left, right: Tensors, of which those are taken that are plain, contiguous and both float32 or both bfloat16.
+        rows: The elements of a row of each.
+
+    Returns:
+        Digits [len(left), DIGITS], of which the rows of other tensors are 0, and the indices of those that are done.
+    """
+    found = torch.zeros(len(left), DIGITS, dtype=torch.float64)
+    done: list[int] = []
+    if not any(t.is_cpu for t in left) or library() is None:
+        return found, done
+    for dtype in (torch.float32, torch.bfloat16):
+        fit = [i for i, (a, b) in enumerate(zip(left, right)) if _flat(a, dtype) and _flat(b, dtype)]
+        if not fit:
+            continue
+        table = _table([rows[i] for i in fit], [[left[i] for i in fit], [right[i] for i in fit]], 2)
+        sums = _sums(len(fit), 1)
+        tensors, threads = ctypes.c_int64(len(fit)), torch.get_num_threads()
+        function: Any = library().products  # type: ignore[union-attr]
+        function(_address(table), ctypes.c_void_p(sums.data_ptr()), tensors, dtype is torch.bfloat16, threads)
+        found[fit] = sums[:, 0, :DIGITS]
+        done += fit
+    return found, done
 
 
-def _sgd(shards: Shards) -> CompiledMove:
-    group = shards.group
-    ones = [1.0] * len(shards.params)
-    rates = ones if shards.rates is None else torch.stack(shards.rates).tolist()
-    if not group["momentum"]:
-        return CompiledMove("plain", shards, [], [group["weight_decay"]], [ones, rates])
-    fresh = [1.0 if step == 1.0 else 1.0 - group["dampening"] for step in shards.steps]
-    hyper = [group["weight_decay"], group["momentum"], float(group["nesterov"])]
-    return CompiledMove("sgd", shards, ["momentum_buffer"], hyper, [fresh, rates])
+def _flat(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether it is what its memory says: a wrapper subclass has none, or another's."""
+    return tensor.dtype is dtype and type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _adagrad(shards: Shards) -> CompiledMove:
-    group = shards.group
-    falls = [1.0 / (1.0 + (step - 1.0) * group["lr_decay"]) for step in shards.steps]
-    return CompiledMove("adagrad", shards, ["sum"], [group["weight_decay"], group["eps"]], [falls, falls])
+def _table(rows: Sequence[int], columns: list[list[Tensor]], addresses: int) -> array[int]:
+    found = [map(Tensor.data_ptr, column) for column in columns]
+    nothing = [0] * (len(rows) * (addresses - len(columns)))
+    return array("q", chain(map(Tensor.numel, columns[0]), rows, *found, nothing))
 
 
-def _rmsprop(shards: Shards) -> CompiledMove:
-    group = shards.group
-    centered, momentum = ("_centered" if group["centered"] else ""), ("_momentum" if group["momentum"] else "")
-    hyper = [group["weight_decay"], group["alpha"], group["eps"], group["momentum"]]
-    ones = [1.0] * len(shards.params)
-    return CompiledMove(f"rmsprop{centered}{momentum}", shards, list(shards.buffers), hyper, [ones, ones])
+def _sums(tensors: int, columns: int) -> Tensor:
+    """Memory for exact sums, as cpu.c has them."""
+    return torch.zeros(tensors, columns, DIGITS + 1, dtype=torch.float64)
 
 
-def _norms(shards: Shards) -> CompiledMove:
-    """Its `squares` are those of weights and gradients; no state moves."""
-    ones = [1.0] * len(shards.params)
-    return CompiledMove("plain", shards, [], [0.0], [ones, ones])
+def _address(numbers: array[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(numbers.buffer_info()[0])
 
 
-_RULES: dict[str, Callable[[Shards], CompiledMove]] = {
-    "sgd": _sgd,
-    "adam": lambda shards: _adam(shards, shards.group["weight_decay"], 0.0),
-    "adamw": lambda shards: _adam(shards, 0.0, shards.group["weight_decay"]),
-    "adagrad": _adagrad,
-    "rmsprop": _rmsprop,
-    "norms": _norms,
-}
+def _scales(rule: Rule, shards: Shards) -> list[list[float]]:
+    """The columns of what differs between tensors; each number of steps is thought about once."""
+    columns = []
+    for name, scale in rule.scales.items():
+        values = {step: float(scale(step)) for step in set(shards.steps)}
+        columns.append([values[step] for step in shards.steps])
+        if name == "rate" and shards.rates is not None:
+            columns[-1] = torch.stack(shards.rates).tolist()
+    return columns + [[0.0] * len(shards.params)] * (SCALES - len(columns))

@@ -5,7 +5,8 @@ to three state buffers, its length and the number of its first piece; a row of `
 the last of them what the direction is multiplied by. `MODE`:
 
     STEP     moves state and weights;
-    MEASURE  moves the state, and adds up the squares of each piece's weights and of its direction;
+    MEASURE  moves the state, and adds up the squares of each piece's weights and of its direction, in the digits of
+             `distopt.exact`: those of groups of elements, which no shard cuts that is a number of rows, in float32;
     APPLY    makes the same direction again, from the state, and moves the weights.
 
 So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it. What a mode does not
@@ -19,98 +20,137 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from distopt import exact
+
 STEP, MEASURE, APPLY = range(3)
 PIECE = 4096  # elements
 WARPS = 8
 COLUMNS = 7
 
 _STEP, _MEASURE, _APPLY = tl.constexpr(STEP), tl.constexpr(MEASURE), tl.constexpr(APPLY)
+_DIGITS, _WIDTH, _LOWEST = (tl.constexpr(n) for n in (exact.DIGITS, exact.WIDTH, exact.LOWEST))
 _NUMEL, _FIRST, _COLUMNS = tl.constexpr(5), tl.constexpr(6), tl.constexpr(COLUMNS)
 
 
-# A rule takes weights, gradient, its state a, b, c, the tensor's scales s and the group's hyper-parameters h. It
-# returns the direction and the state; unless MOVES, that of a state which has moved already.
+# A rule takes weights, gradient, its state a, b, c, the tensor's scales s and the group's scalars h, both in the order
+# of distopt/kernels/rules.py and with its names. It returns the direction and the state; unless MOVES, that of a state
+# which has moved already.
 
 
 @triton.jit
 def sgd(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay; s = -, rate of the gradient"""
-    return s[1] * (g + h[0] * p), a, b, c
+    (decay,) = h
+    rate, _ = s
+    return rate * (g + decay * p), a, b, c
 
 
 @triton.jit
 def momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay, momentum; s = share of the gradient in the momentum, rate of the gradient"""
+    decay, momentum = h
+    rate, share = s
     if MOVES:
-        a = h[1] * a + s[0] * (s[1] * (g + h[0] * p))
+        a = momentum * a + share * (rate * (g + decay * p))
     return a, a, b, c
 
 
 @triton.jit
 def nesterov(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As momentum."""
-    g = s[1] * (g + h[0] * p)
+    decay, momentum = h
+    rate, share = s
+    g = rate * (g + decay * p)
     if MOVES:
-        a = h[1] * a + s[0] * g
-    return g + h[1] * a, a, b, c
+        a = momentum * a + share * g
+    return g + momentum * a, a, b, c
 
 
 @triton.jit
 def adagrad(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay, eps; s = 1 / (1 + (step - 1) lr_decay)"""
-    g += h[0] * p
+    decay, eps = h
+    fall, _ = s
+    g += decay * p
     if MOVES:
         a += g * g
-    return tl.div_rn(g * s[0], tl.sqrt_rn(a) + h[1]), a, b, c
+    return tl.div_rn(g * fall, tl.sqrt_rn(a) + eps), a, b, c
 
 
 @triton.jit
 def rmsprop(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay, alpha, 1 - alpha, eps, momentum; a = square_avg"""
-    g += h[0] * p
+    """a = square_avg"""
+    decay, alpha, fresh, eps, momentum = h
+    g += decay * p
     if MOVES:
-        a = h[1] * a + h[2] * (g * g)
-    return tl.div_rn(g, tl.sqrt_rn(a) + h[3]), a, b, c
+        a = alpha * a + fresh * (g * g)
+    return tl.div_rn(g, tl.sqrt_rn(a) + eps), a, b, c
 
 
 @triton.jit
 def rmsprop_centered(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop; b = grad_avg"""
-    g += h[0] * p
+    decay, alpha, fresh, eps, momentum = h
+    g += decay * p
     if MOVES:
-        a = h[1] * a + h[2] * (g * g)
-        b += h[2] * (g - b)
+        a = alpha * a + fresh * (g * g)
+        b = _lerp(b, g, fresh, alpha)
     variance = a - b * b
     variance = tl.where(variance < 0.0, 0.0, variance)  # nan stays nan
-    return tl.div_rn(g, tl.sqrt_rn(variance) + h[3]), a, b, c
+    return tl.div_rn(g, tl.sqrt_rn(variance) + eps), a, b, c
 
 
 @triton.jit
 def rmsprop_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop; b = momentum_buffer"""
+    decay, alpha, fresh, eps, momentum = h
     if MOVES:
         d, a, _, _ = rmsprop(p, g, a, b, c, s, h, MOVES)
-        b = h[4] * b + d
+        b = momentum * b + d
     return b, a, b, c
 
 
 @triton.jit
 def rmsprop_centered_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop_centered; c = momentum_buffer"""
+    decay, alpha, fresh, eps, momentum = h
     if MOVES:
         d, a, b, _ = rmsprop_centered(p, g, a, b, c, s, h, MOVES)
-        c = h[4] * c + d
+        c = momentum * c + d
     return c, a, b, c
 
 
 @triton.jit
 def adam(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """h = decay in the gradient, 1 - beta1, beta2, 1 - beta2, eps, decay beside; s = 1 / bias1, 1 / sqrt(bias2)"""
+    coupled, beta1, fresh1, beta2, fresh2, eps, decoupled = h
+    unbias1, unbias2 = s
     if MOVES:
-        g += h[0] * p
-        a += h[1] * (g - a)
-        b = h[2] * b + h[3] * (g * g)
-    return tl.div_rn(a * s[0], tl.sqrt_rn(b) * s[1] + h[4]) + h[5] * p, a, b, c
+        g += coupled * p
+        a = _lerp(a, g, fresh1, beta1)
+        b = beta2 * b + fresh2 * (g * g)
+    return tl.div_rn(a * unbias1, tl.sqrt_rn(b) * unbias2 + eps) + decoupled * p, a, b, c
+
+
+@triton.jit
+def _lerp(a, g, weight, rest):  # type: ignore[no-untyped-def]
+    """a + weight * (g - a), in the form that is exact at both ends; rest = 1 - weight."""
+    distance = g - a
+    return tl.where(weight < 0.5, a + weight * distance, g - rest * distance)
+
+
+@triton.jit
+def _scale(i):  # type: ignore[no-untyped-def]
+    """2^-(WIDTH i + LOWEST)"""
+    exponent = i * -_WIDTH + (1023 - _LOWEST)  # as a float64 has it
+    return (exponent.to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _digits(values):  # type: ignore[no-untyped-def]
+    """The sum of float32 numbers that are not negative, in digits; exact."""
+    finite = values < float("inf")
+    i = tl.arange(0, _DIGITS)[None, :]
+    wide = tl.where(finite, values, 0.0).to(tl.float64)[:, None]
+    above = tl.where(i < _DIGITS - 1, tl.floor(wide * _scale(i + 1)), 0.0)
+    digits = tl.floor(wide * _scale(i)) - above * 2.0**_WIDTH
+    broken = tl.sum(tl.where(finite, 0.0, values), axis=0).to(tl.float64)
+    return tl.sum(digits, axis=0) + broken
 
 
 @triton.jit
@@ -147,6 +187,8 @@ def _do(  # type: ignore[no-untyped-def]
     BUFFERS: tl.constexpr,
     GRAD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     weights = _at(row, 0, tl.float32, ALIGNMENT)
@@ -173,8 +215,9 @@ def _do(  # type: ignore[no-untyped-def]
             _store(third, index, c, held, WHOLE)
     if MODE == _MEASURE:
         d = tl.where(held, d, 0.0)  # 0 / 0 beyond the end, where eps is 0
-        tl.store(squares, tl.sum(p * p, axis=0))
-        tl.store(squares + 1, tl.sum(d * d, axis=0))
+        digit = squares + tl.arange(0, _DIGITS)
+        tl.store(digit, _digits(tl.sum(tl.reshape(p * p, (SIZE // GROUP, GROUP)), axis=1)))
+        tl.store(digit + _DIGITS, _digits(tl.sum(tl.reshape(d * d, (SIZE // GROUP, GROUP)), axis=1)))
     else:
         _store(weights, index, p - tl.load(scales + 2) * d, held, WHOLE)
 
@@ -192,8 +235,10 @@ def walk(  # type: ignore[no-untyped-def]
     GRAD: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One program for each piece. ALIGNMENT: what all addresses are multiples of, in bytes."""
+    """One program for each piece. ALIGNMENT: what all addresses are multiples of, in bytes. GROUP: elements of a sum in
+    float32."""
     piece = tl.program_id(0)
     tensor = 0  # by bisection: the last one whose first piece is not after this one
     end = tensors
@@ -208,29 +253,38 @@ def walk(  # type: ignore[no-untyped-def]
     index = start + tl.arange(0, SIZE)
     held = index < tl.load(row + _NUMEL)
     scales += 3 * tensor
-    squares += 2 * piece
+    squares += 2 * _DIGITS * piece
     # A mask would make loads of single elements of those of four, so that only the last piece of a tensor has one.
     if start + SIZE <= tl.load(row + _NUMEL):
-        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, True)
+        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, True)
     else:
-        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, False)
+        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, False)
 
 
 @triton.jit
 def add_up(table, squares, totals, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program for each tensor: the squares of its pieces, always in the same order, in float64."""
+    """One program for each tensor and column: the digits of its pieces, and what of them belongs to the next digit."""
     tensor = tl.program_id(0)
+    column = tl.program_id(1)
     row = table + tensor * _COLUMNS
     first = tl.load(row + _FIRST)
     last = first + tl.cdiv(tl.load(row + _NUMEL), SIZE)
-    weight = tl.zeros([BLOCK], tl.float64)
-    update = tl.zeros([BLOCK], tl.float64)
+    i = tl.arange(0, _DIGITS)
+    sums = tl.zeros([_DIGITS], tl.float64)
+    carry = tl.zeros([_DIGITS], tl.float64)
+    broken = tl.zeros([_DIGITS], tl.float64)
     for start in range(first, last, BLOCK):
-        piece = start + tl.arange(0, BLOCK)
-        weight += tl.load(squares + 2 * piece, mask=piece < last, other=0.0).to(tl.float64)
-        update += tl.load(squares + 2 * piece + 1, mask=piece < last, other=0.0).to(tl.float64)
-    tl.store(totals + 2 * tensor, tl.sum(weight, axis=0))
-    tl.store(totals + 2 * tensor + 1, tl.sum(update, axis=0))
+        piece = start + tl.arange(0, BLOCK)[:, None]
+        digits = tl.load(squares + (2 * piece + column) * _DIGITS + i[None, :], mask=piece < last, other=0.0)
+        finite = digits < float("inf")
+        broken += tl.sum(tl.where(finite, 0.0, digits), axis=0)
+        sums += tl.sum(tl.where(finite, digits, 0.0), axis=0)
+        more = tl.floor(sums * 2.0**-_WIDTH)
+        sums -= more * 2.0**_WIDTH
+        carry += more
+    totals += (2 * tensor + column) * 2 * _DIGITS + i
+    tl.store(totals, sums + broken)
+    tl.store(totals + _DIGITS, carry)
 
 
 RULES: dict[str, Any] = {

@@ -4,7 +4,7 @@ from distopt.layout.deepspeed import FlatLayout, deepspeed
 from distopt.layout.fit import check_shape, fit
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.scatter import zero1_scattered
-from distopt.layout.shards import Segment, ShardLayout, local, of, squared_norms, trained, wide, with_gradient
+from distopt.layout.shards import Segment, ShardLayout, local, of, trained, wide, with_gradient
 from distopt.layout.zero1 import zero1
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "local",
     "of",
     "refuse_foreign",
-    "squared_norms",
     "trained",
     "wide",
     "with_gradient",

@@ -47,6 +47,9 @@ class FlatLayout(ShardLayout):
             "optimizer from the copy and load this one's checkpoint into it (distopt.load_checkpoint)"
         )
 
+    def full_shape(self, param: Tensor) -> torch.Size:
+        return whole_shape(param)
+
     def owners(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         return [partition.flat for partition in self.partitions if partition.group == group]
 

@@ -11,18 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distopt import exact
+from distopt.kernels.norms import products, squared_norms
 from distopt.layout.device_lists import DeviceLists
 from distopt.layout.foreign import refuse_foreign
+from distopt.shards import PLAIN, row_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
-
-# torch 2.13 on the CPU sums the squares of a float32 tensor in a few long chains: `vector_norm` of 5e7 random numbers
-# is off by 4e-3, of 65,536 equal ones by 4e-5. Rows of this length keep the error below 3e-7, at the same speed.
-_ROW = 256
-_PLAIN = (Tensor, torch.nn.Parameter)
-_PIECE = 2**14  # an inner product of so many numbers is off by less than 1e-6
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class ShardLayout:
     def _whole(self) -> bool:
         """Whether every rank holds every layer whole, each in a plain tensor of its own."""
         alone = [held[0].numel == p.numel() if len(held) == 1 else False for p, held in self.segments.items()]
-        return not self.groups and all(alone) and all(type(p) in _PLAIN for p in self.segments)
+        return not self.groups and all(alone) and all(type(p) in PLAIN for p in self.segments)
 
     @property
     def num_layers(self) -> int:
@@ -88,6 +85,18 @@ class ShardLayout:
     def layers(self, owners: Iterable[Tensor]) -> list[int]:
         """The layer of each shard that `split` gives for these owners, in the same order."""
         return [segment.layer for owner in owners for segment in self.segments[owner]]
+
+    def full_shape(self, param: Tensor) -> torch.Size:
+        """The shape of a layer, given the model's parameter."""
+        return param.shape
+
+    @functools.cached_property
+    def _rows(self) -> tuple[int, ...]:
+        return tuple(row_of(self.full_shape(p)) for p in self.params)
+
+    def rows(self, layers: Sequence[int]) -> list[int]:
+        """The elements of a row of each of these layers: of one index of its dimension 0."""
+        return [self._rows[layer] for layer in layers]
 
     def split(self, owner: Tensor, tensor: Tensor) -> list[Tensor]:
         """Local views of `tensor` (the owner itself, its gradient or state), one for each layer that `owner` holds.
@@ -125,7 +134,7 @@ class ShardLayout:
 
     def shards(self, owners: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Local views of tensors that lie as these owners, one for each layer that each holds."""
-        if self._whole and all(type(tensor) in _PLAIN for tensor in tensors):  # nothing to cut, which is soon said
+        if self._whole and all(type(tensor) in PLAIN for tensor in tensors):  # nothing to cut, which is soon said
             return list(tensors)
         return [shard for p, tensor in zip(owners, tensors) for shard in self.split(p, tensor)]
 
@@ -148,8 +157,8 @@ class ShardLayout:
 
         Elementwise, so that the other weights keep what 16 bits do not hold. Nothing is read back to the host.
         """
-        for weight, exact in zip(self.split(owner, owner.detach()), self.split(owner, master)):
-            exact.copy_(torch.where(exact.to(weight.dtype) == weight, exact, weight.to(exact.dtype)))
+        for low, high in zip(self.split(owner, owner.detach()), self.split(owner, master)):
+            high.copy_(torch.where(high.to(low.dtype) == low, high, low.to(high.dtype)))
 
     def round_master(self, owner: Tensor, master: Tensor) -> None:
         """Gives a parameter the weights of its master, rounded to the nearest."""
@@ -185,14 +194,19 @@ class ShardLayout:
 
             norm[i] = sqrt(sum over ranks and over shards of layer i of |shard|^2)
 
-        One all-reduce per mesh axis that shards, of `len(shards) * num_layers` numbers, whatever the number of
-        tensors; none where nothing is sharded. Every rank has to call it, also one that holds nothing. Nothing is read
-        back to the host; inf and nan propagate to every rank.
+        One all-reduce per mesh axis that shards, of `len(shards) * num_layers` numbers in 16 digits each, whatever the
+        number of tensors; none where nothing is sharded. Every rank has to call it, also one that holds nothing.
+        Nothing is read back to the host; inf and nan propagate to every rank.
+
+        On the CPU the result is the same bits on every layout that shards between rows, at every number of ranks: the
+        sums of blocks of rows are added without rounding. A layout that shards within rows (tensor
+        parallelism, DeepSpeed), and a GPU, which sums each shard by itself, differ by rounding.
 
         layers: the layer of each shard, as `self.layers` gives it.
         Returns one float64 tensor of shape [num_layers] for each list.
         """
-        return list(self.total(layers, *map(squared_norms, shards)).sqrt_())
+        rows = self.rows(layers)
+        return list(self.total(layers, *(squared_norms(each, rows) for each in shards)).sqrt_())
 
     @torch.no_grad()
     def dots(self, layers: Sequence[int], *pairs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> list[Tensor]:
@@ -200,15 +214,20 @@ class ShardLayout:
 
         dot[i] = sum over ranks and over shards of layer i of a . b
         """
-        return list(self.total(layers, *(_products(a, b) for a, b in pairs)))
+        rows = self.rows(layers)
+        return list(self.total(layers, *(products(a, b, rows) for a, b in pairs)))
 
     @torch.no_grad()
     def total(self, layers: Sequence[int], *columns: Tensor) -> Tensor:
         """The sum for every layer, over all ranks, of what each column has for its shards: [len(columns), num_layers].
 
         One all-reduce per mesh axis that shards. Every rank has to call it, with the same number of columns.
+
+        layers: the layer of each shard.
+        columns: numbers in digits of `distopt.exact`, [len(layers), exact.DIGITS] each.
         """
-        sums = torch.zeros(len(columns), self.num_layers, dtype=torch.float64, device=self.device)
+        size = (len(columns), self.num_layers, exact.DIGITS)
+        sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         if layers:
             stacked = torch.stack(columns).to(self.device)
             if not self._all_counted:
@@ -218,7 +237,7 @@ class ShardLayout:
         sums = sums.to(self.wire or self.device)
         for group in self.groups:
             dist.all_reduce(sums, group=group)
-        return sums.to(self.device)
+        return exact.value(sums.to(self.device))
 
     @functools.cached_property
     def _all_counted(self) -> bool:
@@ -294,37 +313,3 @@ def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], d
             f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh, and where "
             "it has an axis for experts alone, replicate the other parameters along that (as HSDP does)"
         )
-
-
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The squared 2-norm of each tensor, in float64; on a GPU summed in float32, unless one of them is float64."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    wide = any(t.dtype == torch.float64 or t.device.type == "cpu" for t in tensors)
-    rows = [_row_norms(t) for t in tensors]
-    return torch.stack(torch._foreach_norm(rows, 2.0, torch.float64 if wide else torch.float32)).double().square_()
-
-
-def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """The inner product of each pair, in float64; on the CPU of pieces that float32 sums well enough."""
-    dots = [_dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return torch.stack(dots) if dots else torch.zeros(0, dtype=torch.float64)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    size = _PIECE if a.device.type == "cpu" else _PIECE * 2**10
-    wide = torch.promote_types(a.dtype, torch.float32)  # torch rounds the product of 16 bits to 16 bits
-    pieces = zip(a.split(size), b.split(size))
-    return torch.stack([torch.dot(x.to(wide), y.to(wide)).double() for x, y in pieces]).sum()
-
-
-def _row_norms(tensor: Tensor) -> Tensor:
-    """The norms of a long CPU tensor's rows and of the rest: fewer numbers with the same norm. Others as they are."""
-    if tensor.numel() <= 8 * _ROW or tensor.device.type != "cpu" or tensor.dtype == torch.float64:
-        return tensor
-    flat, whole = tensor.reshape(-1), tensor.numel() // _ROW * _ROW
-    norms = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    if whole < tensor.numel():
-        rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32, keepdim=True)
-        norms = torch.cat([norms, rest])
-    return norms.double()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt import exact
 from distopt.clip import layout_of
 from distopt.eager import eager_island
 from distopt.layout import FlatLayout, ShardLayout, fit, with_gradient
@@ -180,7 +181,7 @@ class SAM(Around):
         directions, measured = self.ascent(layout, owners)
         weights, layers = layout.weights(owners), layout.layers(owners)
         (norms,) = layout.norms(layers, measured)
-        self._norms, total = (layout.params, norms), torch.linalg.vector_norm(norms)
+        self._norms, total = (layout.params, norms), exact.norm(norms)
         buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
         touched = layout.touched(owners)
         perturbed.copies = [(t, t.clone()) for t in (*touched, *buffers)]

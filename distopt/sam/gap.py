@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distopt import exact
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM, paired
 from distopt.sam.checks import bounded
@@ -46,7 +47,8 @@ class GSAM(SAM):
             return
         before, after = paired(layout, owners, first)
         dots, squares = layout.dots(layout.layers(owners), (before, after), (after, after))
-        along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
+        dot, square = exact.total(dots), exact.total(squares)
+        along = torch.where(square > 0, dot / square, 0.0)
         for g, second in zip(before, after, strict=True):
             perpendicular = g - along.to(g.dtype) * second
             second.sub_(perpendicular, alpha=self.alpha)

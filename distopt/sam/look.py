@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from distopt import exact
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM, paired
 from distopt.sam.checks import bounded
@@ -50,14 +51,15 @@ class LookSAM(SAM):
             params = list(dict.fromkeys((*first, *owners)))
             before, after = paired(layout, params, first)
             dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
-            along = torch.where(squares.sum() > 0, dots.sum() / squares.sum(), 0.0)
+            dot, square = exact.total(dots), exact.total(squares)
+            along = torch.where(square > 0, dot / square, 0.0)
             for g, second in zip(before, after, strict=True):
                 g.mul_(-along.to(g.dtype)).add_(second)
             self._stage(layout, params, "sam_look", before)
         else:
             grads, look = layout.grads(owners), self._shards(layout, owners, "sam_look")
             norms = layout.norms(layout.layers(owners), grads, look)
-            of_grads, of_look = (torch.linalg.vector_norm(each) for each in norms)
+            of_grads, of_look = (exact.norm(each) for each in norms)
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look, strict=True):
                 g.add_(v * ratio.to(v.dtype))
