@@ -14,6 +14,7 @@ from distopt import kernels
 from distopt import layout as layouts
 from distopt.hyperparameters import check_group
 from distopt.layout import FlatLayout, ShardLayout
+from distopt.proof import before_step
 from distopt.shards import Shards
 
 # What the driver itself asks of a group, for rules that do not name it.
@@ -90,6 +91,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
+        before_step(self)
         layout = self.layout
         self._ratios = []
         owners = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]

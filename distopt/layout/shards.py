@@ -22,7 +22,7 @@ _PIECE = 2**14  # an inner product of so many numbers is off by less than 1e-6
 class Segment:
     """`numel` elements of layer number `layer`, from `start` in the flattened local tensor.
 
-    offset: where they begin in the flattened whole layer, for layouts that flatten and cut layers anywhere.
+    offset: where they begin in the flattened whole layer; 0 for DTensors, whose placements say that.
     """
 
     layer: int

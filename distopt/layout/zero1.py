@@ -137,7 +137,7 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
     mesh = mesh or init_device_mesh(device.type, (dist.get_world_size(),))
     world, rank = mesh.size(), mesh.get_local_rank()
     return Zero1Layout(
-        segments={p: (Segment(i, *span(p, world, rank)),) for i, p in enumerate(params)},
+        segments={p: (Segment(i, *(rows := span(p, world, rank)), rows[0]),) for i, p in enumerate(params)},
         params=tuple(params),
         device=device,
         groups=(mesh.get_group(),) if world > 1 else (),
