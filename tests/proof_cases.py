@@ -264,7 +264,9 @@ def torch_optimizer() -> Made:
     return optimizer, None
 
 
-def with_deepspeed(stage: int, model: nn.Module | None = None, dtype: str = "fp32", **more: Any) -> tuple[Any, Any]:
+def with_deepspeed(
+    stage: int, model: nn.Module | None = None, dtype: str = "fp32", groups: Any = None, **more: Any
+) -> tuple[Any, Any]:
     """The optimizer and DeepSpeed's engine, which has to be destroyed."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
@@ -275,7 +277,7 @@ def with_deepspeed(stage: int, model: nn.Module | None = None, dtype: str = "fp3
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False)
         model = model or net()
-        optimizer = lamb(model.parameters())
+        optimizer = lamb(groups or model.parameters())
         config = {
             "train_micro_batch_size_per_gpu": 4,
             "gradient_accumulation_steps": 1,
@@ -636,7 +638,52 @@ def prove_each(names: list[str]) -> dict[str, str]:
             said[name] = ""
         except ValueError as error:
             said[name] = str(error)
-        print(name, repr(said[name]), flush=True) if dist.get_rank() == 0 else 0
         if engine is not None:
             engine.destroy()
     return said
+
+
+def wide() -> nn.Sequential:
+    """Rows that no number of ranks divides, three dimensions, and a frozen layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 10), nn.Linear(10, 6), nn.Conv1d(3, 5, 3, bias=False), nn.Linear(3, 2))
+    model[3].requires_grad_(False)
+    return model
+
+
+def fingerprints(dtype: str) -> dict[str, distopt.Fingerprint]:
+    """Of the same model and state, however they are sharded."""
+    world = dist.get_world_size()
+    kinds = ["plain", "ddp", "zero1", "fsdp2", "tensor_parallel"] + ["hsdp"] * (world == 4)
+    found = {}
+    for kind in kinds:
+        model: Any = wide().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+        if kind in ("ddp", "zero1"):
+            model = DDP(model)
+        elif kind in ("fsdp2", "hsdp"):
+            cut(model, grid() if kind == "hsdp" else None)
+        elif kind == "tensor_parallel":
+            parallelize_module(model, line(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        optimizer = lamb(model.parameters())
+        if kind == "zero1":
+            optimizer.bind(distopt.layout.zero1(model.module, line()))
+        found[kind] = _with_state(model, optimizer)
+    for stage in (1, 2, 3) if world == 2 else ():
+        model = wide()
+        optimizer, engine = with_deepspeed(stage, model, dtype, [p for p in model.parameters() if p.requires_grad])
+        found[f"deepspeed{stage}"] = _with_state(engine, optimizer)
+        engine.destroy()
+    return found
+
+
+@torch.no_grad()
+def _with_state(model: nn.Module, optimizer: distopt.LAMB) -> distopt.Fingerprint:
+    """With a state that is not zero everywhere: the exp_avg of each weight is the weight."""
+    optimizer.init_state()
+    layout = optimizer.layout
+    for owner in layout.segments:
+        buffer = optimizer.state[owner]["exp_avg"]
+        if buffer.dtype == owner.dtype:
+            for to, weight in zip(layout.split(owner, buffer), layout.split(owner, owner.detach())):
+                to.copy_(weight)
+    return distopt.fingerprint(model, optimizer)

@@ -35,7 +35,9 @@ def meet(ranks: tuple[int, ...], step: object) -> None:
             store.delete_key(key)
     try:
         store.wait([f"{place}/all/{number}"])
-    except dist.DistStoreError as error:
+    except RuntimeError as error:  # of a FileStore; a TCPStore's is a subclass
+        if isinstance(error, dist.DistNetworkError):
+            raise
         timeout = store.timeout.total_seconds()
         missing = [rank for rank in ranks if not _came(store, f"{place}/{rank}", number)]
         raise ValueError(
