@@ -683,7 +683,7 @@ def _with_state(model: nn.Module, optimizer: distopt.LAMB) -> distopt.Fingerprin
     layout = optimizer.layout
     for owner in layout.segments:
         buffer = optimizer.state[owner]["exp_avg"]
-        if buffer.dtype == owner.dtype:
+        if owner.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters()):
             for to, weight in zip(layout.split(owner, buffer), layout.split(owner, owner.detach())):
                 to.copy_(weight)
     return distopt.fingerprint(model, optimizer)

@@ -1,7 +1,8 @@
-"""The hash of a layer's content: the same for any sharding, another one for any change. And the checksum that it gives."""
+"""The hash of a layer's content is the same for any sharding, and another one for any change; so is the checksum."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ def cuts(shape: tuple[int, ...]) -> dict[str, list[tuple[Place, Callable[[Tensor
     """Ways to cut a layer up: each a list of places, and what takes the part out of the full layer."""
     numel = math.prod(shape)
     ends = sorted({0, numel, *torch.randint(0, numel + 1, (3,)).tolist()})
-    runs = [(Run(a, b - a), lambda t, a=a, b=b: t.reshape(-1)[a:b]) for a, b in zip(ends, ends[1:])]
+    runs = [(Run(a, b - a), lambda t, a=a, b=b: t.reshape(-1)[a:b]) for a, b in itertools.pairwise(ends)]
     ways = {"runs": runs}
     for dim, length in enumerate(shape):
         half, full = length // 2, [range(n) for n in shape]
@@ -35,11 +36,15 @@ def cuts(shape: tuple[int, ...]) -> dict[str, list[tuple[Place, Callable[[Tensor
             ways[f"{name} {dim}"] = [
                 (
                     Box((*full[:dim], index, *full[dim + 1 :])),
-                    lambda t, d=dim, index=index: t.index_select(d, torch.tensor(list(index))),
+                    lambda t, d=dim, index=index: t.index_select(d, indices_of(index)),
                 )
                 for index in indices
             ]
     return ways
+
+
+def indices_of(index: range | Tensor) -> Tensor:
+    return torch.arange(index.start, index.stop) if isinstance(index, range) else index
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,7 +52,7 @@ def test_parts_add_up_to_the_full_layer(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     covered = cover(shape, whole(shape))
     assert covered == int(content(torch.ones(shape, dtype=torch.int8), shape, whole(shape)))
-    for dtype in DTYPES:
+    for dtype in DTYPES if math.prod(shape) < 10**5 else [torch.bfloat16]:
         layer = torch.randn(shape).to(dtype)
         expected = int(content(layer, shape, whole(shape)))
         for way, places in cuts(shape).items():
@@ -124,9 +129,9 @@ def test_hashing_takes_little_memory() -> None:
     """No copy of a layer as int64, which would be twice its size: tiles."""
     layer = torch.ones(2048, 4096)
     place = whole(layer.shape)
-    content(layer, layer.shape, place)
-    with memory.watched(torch.device("cpu")) as peak:
-        content(layer, layer.shape, place)
+    for _ in range(2):  # to watch takes memory itself, the first time
+        with memory.watched(torch.device("cpu")) as peak:
+            content(layer, layer.shape, place)
     assert peak[0] < layer.nbytes / 8
 
 
@@ -143,7 +148,7 @@ def test_the_fingerprint_is_the_same_on_every_engine(dtype: str, world: int) -> 
             state = {p: {k: v for k, v in b.items() if k != "master"} for p, b in fingerprint.state.items()}
             assert state == expected.state, kind
             masters = {p: b["master"] for p, b in fingerprint.state.items() if "master" in b}
-            assert masters == (answers[0]["zero1"] and _masters(answers[0]["zero1"]) if masters else {}), kind
+            assert masters in ({}, _masters(answers[0]["zero1"])), kind
     assert len({found["plain"].total for found in answers}) == 1
 
 
@@ -161,7 +166,9 @@ def test_a_fingerprint_tells_what_differs() -> None:
     optimizer.step()
     after = distopt.fingerprint(model, optimizer)
     assert before != after and before.total != after.total
-    assert after == distopt.fingerprint(torch.compile(model), optimizer)
+    compiled = torch.nn.Module()
+    compiled._orig_mod = model  # as torch.compile names it
+    assert after == distopt.fingerprint(compiled, optimizer)
     assert after.state["bias"]["step"] == "1.0"
     with torch.no_grad():
         model.bias[1] = -model.bias[1]

@@ -59,14 +59,14 @@ def content(part: Tensor, shape: Sequence[int], place: Place) -> Tensor:
     """
     if part.numel() != size(place):
         raise ValueError(f"a local tensor has {part.numel()} elements where its layout says {size(place)}")
-    total = torch.zeros((), dtype=torch.int64, device=part.device)
     if not part.numel():
-        return total
+        return torch.zeros((), dtype=torch.int64, device=part.device)
     flat = _bits(part).reshape(-1)
+    sums: list[Tensor] = []
     for start, rectangle in _rectangles(place, shape):
         count = len(rectangle.rows) * rectangle.width
-        total += _hash(flat[start : start + count].view(-1, rectangle.width), rectangle)
-    return total
+        sums += _hashes(flat[start : start + count].view(-1, rectangle.width), rectangle)
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def cover(shape: Sequence[int], place: Place) -> int:
@@ -161,16 +161,18 @@ def _box(indices: tuple[Index, ...], shape: Sequence[int]) -> _Rectangle:
     return _Rectangle(rows, (second, *others), shape[1:])
 
 
-def _hash(matrix: Tensor, place: _Rectangle) -> Tensor:
-    """The hash of a matrix of bits, in tiles."""
-    tile = _CPU_TILE if matrix.device.type == "cpu" else _TILE
-    total = torch.zeros((), dtype=torch.int64, device=matrix.device)
+def _hashes(matrix: Tensor, place: _Rectangle) -> Iterator[Tensor]:
+    """The hashes of the tiles of a matrix of bits."""
+    cpu = matrix.device.type == "cpu"
+    tile = _CPU_TILE if cpu else _TILE
     for left, right in _tiles(place.width, tile):
         columns = place.weights(left, right, matrix.device)
         for top, bottom in _tiles(len(matrix), max(1, tile // (right - left))):
             rows = _weights(place.rows[top:bottom], _ROWS, matrix.device)
-            total += ((matrix[top:bottom, left:right] * columns).sum(1) * rows).sum()
-    return total
+            part = matrix[top:bottom, left:right]
+            # torch 2.13 multiplies matrices of integers on the CPU alone, and there faster than one by one.
+            products = part.long().mv(columns) if cpu else (part * columns).sum(1)
+            yield (products * rows).sum()
 
 
 def _tiles(length: int, tile: int = _CPU_TILE) -> Iterator[tuple[int, int]]:

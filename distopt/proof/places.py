@@ -54,9 +54,11 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
 
 def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
     """The hash of this rank's parts of each layer, of those layers that it contributes to a sum over all ranks."""
-    total = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device)
-    for part in some:
-        total[part.layer] += content(part.tensor, whole_shape(layout.params[part.layer]), part.place).to(total.device)
+    total, held = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device), list(some)
+    if held:
+        hashes = [content(part.tensor, whole_shape(layout.params[part.layer]), part.place) for part in held]
+        layers = torch.tensor([part.layer for part in held], device=total.device)
+        total.index_add_(0, layers, torch.stack(hashes).to(total.device))
     return total
 
 
