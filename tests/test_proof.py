@@ -11,12 +11,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
 from distopt.proof import meeting, watch
 from tests.distributed import run
-from tests.proof_cases import CASES, Wrapper, back, data, lamb, net, ones_for, prove_each, with_deepspeed
+from tests.proof_cases import CASES, Wrapper, back, data, lamb, loops, net, ones_for, prove_each, with_deepspeed
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -31,6 +32,28 @@ def test_set_ups(world: int) -> None:
     assert alarms == {}
     unseen = {name: said[name] for name, case in cases.items() if case.says and not re.search(case.says, said[name])}
     assert unseen == {}
+
+
+@pytest.mark.parametrize(
+    ("world", "steps"), [(2, 3), *(pytest.param(world, 25, marks=pytest.mark.matrix) for world in (2, 3, 4))]
+)
+def test_loops_that_are_right_raise_no_alarm(world: int, steps: int) -> None:
+    """With a proof of weights, gradients and state at every step; so has the matrix."""
+    assert run(world, loops, steps) == [{}] * world
+
+
+def _messages(kind: str) -> int:
+    optimizer, model = CASES[kind].make()
+    distopt.prove(optimizer, model)
+    with CommDebugMode() as mode:
+        distopt.prove(optimizer, model, state=True)
+    return mode.get_total_counts()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("ddp", 2), ("fsdp2", 3), ("hsdp", 3), ("tensor_parallel_and_fsdp2", 6)])
+def test_few_messages(kind: str, count: int) -> None:
+    """Two over all ranks, and one for each axis that shards; with two axes one more for the copies along each."""
+    assert run(4, _messages, kind) == [count] * 4
 
 
 # When it proves.
