@@ -15,6 +15,7 @@ from distopt import layout as layouts
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.layout.deepspeed import own_piece, whole_shape
 from distopt.proof.content import Run, content
+from distopt.proof.faults import check_parameter
 from distopt.proof.messages import unwrapped
 from distopt.proof.names import bare_name
 from distopt.proof.places import counted, parts, sums
@@ -63,6 +64,10 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
     Returns:
         What can be compared by `==`; `total` is one checksum for all.
+
+    Raises:
+        ValueError: A parameter is FSDP1's, or has no content of its own (wrapper subclasses, the meta device), or the
+            optimizer steps other parameters than the model's.
     """
     wrapped = isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")
     plain: Any = model.module if wrapped else model
@@ -71,6 +76,8 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     partitioned = [param for param in names if hasattr(param, "ds_tensor")]
     found = _partitioned_sums(partitioned)
     rest = [param for param in names if not hasattr(param, "ds_tensor")]
+    for param in rest:
+        check_parameter(param)
     layout = layouts.of(rest)
     found |= dict(zip(rest, _over_ranks(layout, sums(layout, parts(layout)))))
     params = {name: _hexadecimal(found[param]) for param, name in names.items()}
@@ -97,6 +104,8 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
         layouts.trained(p for group in optimizer.param_groups for p in group["params"])
     )
     owners = _owners(layout)
+    if foreign := [param for param in owners if param not in names]:
+        raise ValueError(f"{len(foreign)} of the {len(owners)} parameters of the optimizer are not the model's")
     buffers: dict[str, dict[Tensor, Tensor]] = {}
     state: dict[str, dict[str, str]] = {}
     for param, owner in owners.items():

@@ -13,12 +13,13 @@ from distopt.layout import local
 def check_locally(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
     """Raises ValueError for parameters of whose content this rank cannot speak, and for gradients that wait."""
     for param in (p for group in optimizer.param_groups for p in group["params"]):
-        _check_parameter(param)
+        check_parameter(param)
     if model is not None:
         _check_reduced(model)
 
 
-def _check_parameter(param: Any) -> None:
+def check_parameter(param: Any) -> None:
+    """Raises ValueError for a parameter whose content, or place in a layer, this rank cannot tell."""
     tensor, shape = local(param), tuple(param.shape)
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
