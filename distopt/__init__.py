@@ -7,6 +7,7 @@ from distopt.clip import clip_grad_norm_, grad_norms
 from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
 from distopt.optimizer import ShardedOptimizer
 from distopt.param_groups import param_groups
+from distopt.proof import Fingerprint, fingerprint, prove, prove_every
 from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 from distopt.schedule import (
     warmup_constant,
@@ -28,6 +29,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
     "LookSAM",
@@ -38,10 +40,13 @@ __all__ = [
     "async_save_checkpoint",
     "attach",
     "clip_grad_norm_",
+    "fingerprint",
     "grad_norms",
     "layout",
     "load_checkpoint",
     "param_groups",
+    "prove",
+    "prove_every",
     "save_checkpoint",
     "warmup_constant",
     "warmup_cosine",

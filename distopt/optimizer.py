@@ -19,6 +19,7 @@ from distopt.eager import eager_island
 from distopt.hyperparameters import check_group, check_values
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.masters import Masters
+from distopt.proof import before_step
 from distopt.shards import Shards
 from distopt.state import Settled, read_state_dict
 from distopt.torch_options import TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
@@ -116,6 +117,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_capture()
+        before_step(self)
         for group in self.param_groups:
             check_values(group)
             check_torch_options(group, self.torch_options)

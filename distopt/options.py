@@ -38,13 +38,14 @@ INTEGERS = {
     "train.micro_batch_size": 1,
     "train.sequence_length": 1,
     "train.max_skipped_steps": 1,
+    "train.prove_every": 0,
     "evaluation.every": 1,
     "evaluation.max_sequences": 1,
     "evaluation.sample_tokens": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
-NULLABLE = ("train.micro_batch_size", "train.max_grad_norm", "evaluation.max_sequences")
+NULLABLE = ("train.micro_batch_size", "train.max_grad_norm", "train.prove_every", "evaluation.max_sequences")
 
 
 def check_options(cfg: DictConfig) -> None:

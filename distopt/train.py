@@ -25,6 +25,7 @@ from distopt.evaluate import sample, validation_loss
 from distopt.model import blocks
 from distopt.monitor import Monitor, plot
 from distopt.options import CONF, check_options, dry_run, make, micro_batch_size, refuse_swept_ranks
+from distopt.proof import prove_every
 from distopt.saver import Saver
 from distopt.step import update
 from distopt.stop import Stopped, StopSignal
@@ -82,6 +83,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         stepper.compute_dtype = torch.bfloat16 if engine.bf16 else None
     max_norm = math.inf if options.max_grad_norm is None else options.max_grad_norm
     model = engine.attach(model, optimizer, options.batch_size // world // micro_batch, max_norm)
+    prove_every(optimizer, engine.unwrap(model), options.prove_every)
 
     data.check_model(engine, model, device, corpus.vocab_size)
 

@@ -314,6 +314,7 @@ def collectives_of_steps(stage: int, zero: dict[str, Any], all_trust: bool) -> t
     engine, _, optimizer = start("lamb", stage, zero)
     for group in optimizer.param_groups:
         group["trust_ratio"] = group["trust_ratio"] or all_trust
+    distopt.prove_every(optimizer, steps=0)
     counts: list[int] = []
     own = optimizer.step
 

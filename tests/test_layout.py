@@ -312,6 +312,7 @@ def collectives(kind: str, layers: int, groups: int) -> dict[str, list[int]]:
         cls = CLASSES.get(action, distopt.SGD)
         opt = cls([{"params": params[i::groups]} for i in range(groups)])
         sam = distopt.SAM(opt)
+        distopt.prove_every(opt, steps=0)  # what a step without a proof sends
         counts[action] = []
         for _ in range(2):
             with CommDebugMode() as mode:

@@ -100,11 +100,13 @@ def train_flat(row: Row) -> list[Tensor]:
     for i, p in enumerate(layers):
         low, high = max(at, start), min(at + p.numel(), stop)
         if low < high:
-            segments.append(Segment(i, low - start, high - low))
+            segments.append(Segment(i, low - start, high - low, low - at))
         at += p.numel()
     group = mesh((world,), ("shard",)).get_group()
     opt = row.make([part])
-    opt.bind(ShardLayout({part: tuple(segments)}, tuple(torch.zeros(1) for _ in layers), part.device, groups=(group,)))
+    opt.bind(
+        ShardLayout({part: tuple(segments)}, tuple(torch.zeros(p.shape) for p in layers), part.device, groups=(group,))
+    )
     for step in range(STEPS):
         whole = [t.view(p.shape).requires_grad_() for t, p in zip(flat.split([p.numel() for p in layers]), layers)]
         pull(whole, step).backward()
@@ -414,7 +416,9 @@ def test_the_layout_follows_the_groups() -> None:
 def different_gradients() -> None:
     (p,) = initial((2, 2))
     p.grad = torch.ones_like(p) * math.nan if dist.get_rank() else torch.ones_like(p)
-    named("adamw").make([p]).step()
+    opt = named("adamw").make([p])
+    distopt.prove_every(opt, steps=0)  # it would raise on both ranks
+    opt.step()
     raise RuntimeError(f"{torch.isfinite(p).all()}")
 
 

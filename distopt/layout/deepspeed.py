@@ -82,7 +82,7 @@ class FlatLayout(ShardLayout):
         Stage 3 gathers parameters for a while, and keeps small ones, so that the answer holds until the model runs.
         """
         whole = [Piece(param.data.view(-1), 0)] if param.data.shape == whole_shape(param) else []
-        return ([_partitioned(param)] if hasattr(param, "ds_tensor") else []) + whole
+        return ([own_piece(param)] if hasattr(param, "ds_tensor") else []) + whole
 
     def add_up(self, like: Tensor, dtype: torch.dtype, mine: Iterable[tuple[int, Tensor]]) -> Tensor:
         """A whole tensor of the elements that the ranks hold, each from its offset on."""
@@ -226,13 +226,13 @@ def _stage3(zero: Any) -> _Found:
     parts: list[_Part] = []
     for p in members:
         number, start, _ = zero.grad_position[zero.get_param_id(p)]
-        piece = _partitioned(p)
+        piece = own_piece(p)
         if piece.weights.numel():
             parts.append((p, flats[number], start, piece))
     return partitions, parts, [p.ds_process_group for p in members]
 
 
-def _partitioned(param: Any) -> Piece:
+def own_piece(param: Any) -> Piece:
     """This rank's part of a stage-3 parameter, without what pads it."""
     size = param.ds_tensor.numel()
     offset = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Segment:
     """`numel` elements of layer number `layer`, from `start` in the flattened local tensor.
 
-    offset: where they begin in the flattened whole layer, for layouts that flatten and cut layers anywhere.
+    offset: where they begin in the flattened whole layer; 0 for DTensors, whose placements say that.
     """
 
     layer: int

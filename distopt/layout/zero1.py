@@ -161,7 +161,7 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
     mesh = _mesh(model, device, mesh)
     world, rank = mesh.size(), mesh.get_local_rank()
     return Zero1Layout(
-        segments={p: (Segment(i, *span(p, world, rank)),) for i, p in enumerate(params)},
+        segments={p: (Segment(i, *(rows := span(p, world, rank)), rows[0]),) for i, p in enumerate(params)},
         params=tuple(params),
         device=device,
         groups=(mesh.get_group(),) if world > 1 else (),

@@ -8,7 +8,7 @@ from typing import Any
 import griffe
 
 _ITEM = re.compile(r"(?P<head>[^:.`]+): (?P<text>\S.*)")
-_LABEL = re.compile(r"(?P<label>Args|References?):(?P<text>.*)")
+_LABEL = re.compile(r"(?P<label>Args|Attributes|Returns|Raises|References?):(?P<text>.*)")
 
 
 class Docstrings(griffe.Extension):

@@ -1,0 +1,142 @@
+"""A checksum of a model's content, and of its optimizer's state, that no engine and no number of processes changes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distopt import layout as layouts
+from distopt.layout import FlatLayout, ShardLayout
+from distopt.layout.deepspeed import own_piece, whole_shape
+from distopt.names import bare_parameters
+from distopt.proof.content import Run, content
+from distopt.proof.faults import check_parameters
+from distopt.proof.messages import unwrapped
+from distopt.proof.places import counted, parts, sums
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Checksums, as hexadecimal text, of 64 bits: equal for equal bits, whatever holds them.
+
+    Attributes:
+        params: Of each parameter, by name.
+        state: Of each buffer of the optimizer's state, by the names of the parameter and the buffer. Numbers, as the
+            step count, are said as they are.
+    """
+
+    params: dict[str, str]
+    state: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> str:
+        """One for all of it."""
+        return hashlib.blake2b(
+            repr((sorted(self.params.items()), _sorted(self.state))).encode(), digest_size=8
+        ).hexdigest()
+
+
+def _sorted(state: dict[str, dict[str, str]]) -> list[Any]:
+    return [(name, sorted(buffers.items())) for name, buffers in sorted(state.items())]
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Fingerprint:
+    """The checksum of a model's parameters, and of an optimizer's state.
+
+    It depends on names and bits alone: a model has the same one on one process, under DDP, ZeRO-1, FSDP2, HSDP, tensor
+    parallelism and DeepSpeed, at any number of processes. 16-bit weights are those that the model computes with; their
+    float32 masters are the state's `master`, of ZeRO-1 and of DeepSpeed alike.
+
+    Every rank has to call it. The parts of the layers are hashed where they lie; one message of a number for each
+    parameter goes over each axis that shards.
+
+    Args:
+        model: Also wrapped by DDP, FSDP2 or DeepSpeed. Frozen parameters count; buffers do not, since ranks may have
+            their own.
+        optimizer: Adds its state. Any that steps this model.
+
+    Returns:
+        What can be compared by `==`; `total` is one checksum for all.
+
+    Raises:
+        ValueError: A parameter is FSDP1's, or has no content of its own (wrapper subclasses, the meta device), or the
+            optimizer steps other parameters than the model's.
+    """
+    wrapped = isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")
+    plain: Any = model.module if wrapped else model
+    plain.state_dict()  # ZeRO-1 that gathers beside the forward pass has all rows then
+    names = {param: name for name, param in bare_parameters(plain).items()}
+    partitioned = [param for param in names if hasattr(param, "ds_tensor")]
+    found = _partitioned_sums(partitioned)
+    rest = [param for param in names if not hasattr(param, "ds_tensor")]
+    check_parameters(rest)
+    layout = layouts.of(rest)
+    found |= dict(zip(rest, _over_ranks(layout, sums(layout, parts(layout)))))
+    params = {name: _hexadecimal(found[param]) for param, name in names.items()}
+    return Fingerprint(params, {} if optimizer is None else _state(unwrapped(optimizer), names))
+
+
+def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:
+    """Of parameters that DeepSpeed's stage 3 has cut up."""
+    if not params:
+        return {}
+    shares = []
+    for param in params:
+        piece = own_piece(param)
+        shares.append(content(piece.weights, whole_shape(param), Run(piece.offset, piece.weights.numel())))
+    total = torch.stack(shares).to(params[0].device)
+    if dist.get_world_size(params[0].ds_process_group) > 1:
+        dist.all_reduce(total, group=params[0].ds_process_group)
+    return dict(zip(params, total.tolist()))
+
+
+def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]]:
+    """The checksums of the state by name; of parameters that have some."""
+    layout: ShardLayout = getattr(optimizer, "layout", None) or layouts.of(
+        layouts.trained(p for group in optimizer.param_groups for p in group["params"])
+    )
+    owners = _owners(layout)
+    if foreign := [param for param in owners if param not in names]:
+        raise ValueError(f"{len(foreign)} of the {len(owners)} parameters of the optimizer are not the model's")
+    buffers: dict[str, dict[Tensor, Tensor]] = {}
+    state: dict[str, dict[str, str]] = {}
+    for param, owner in owners.items():
+        for name, value in optimizer.state.get(owner, {}).items():
+            if isinstance(value, Tensor) and value.shape == owner.shape and name != "step":
+                buffers.setdefault(name, {})[owner] = value
+            elif value is not None:
+                said = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+                state.setdefault(names[param], {})[name] = repr(said)
+    if isinstance(layout, FlatLayout) and any(param.dtype.itemsize < 4 for param in layout.params):
+        buffers["master"] = {flat: flat.detach() for flat in layout.segments}
+    for name, held in sorted(buffers.items()):
+        total = _over_ranks(layout, sums(layout, parts(layout, held.get)))
+        for param, number in zip(layout.params, total):
+            if owners[param] in held:
+                state.setdefault(names[param], {})[name] = _hexadecimal(number)
+    return state
+
+
+def _owners(layout: ShardLayout) -> dict[Tensor, Tensor]:
+    """The tensor that each layer is stepped in, on this rank or on others."""
+    if isinstance(layout, FlatLayout):
+        return {param: partition.flat for partition in layout.partitions for param in partition.members}
+    return {param: param for param in layout.params}
+
+
+def _over_ranks(layout: ShardLayout, shares: Tensor) -> list[int]:
+    total = (shares * counted(layout)).to(layout.wire or layout.device)
+    for group in layout.groups:
+        dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def _hexadecimal(number: int) -> str:
+    return f"{number % 2**64:016x}"

@@ -1,0 +1,237 @@
+"""A hash of a layer's content that is the same for any sharding: parts are hashed where they lie, and add up.
+
+    h = sum over elements (i, j) of r(i) * c(j) * bits(i, j)  mod 2^64
+
+The layer is a matrix here: i is the index of its first dimension, j that of all others together; a vector is one row.
+bits is the element as an integer. The weights r and c are odd, so that a single element that changes is always seen;
+other changes pass with a probability of about 2^-32. It is no defence against an adversary.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Index = range | Tensor  # indices along one dimension: consecutive ones, or any
+
+
+class Run(NamedTuple):
+    """Consecutive elements of the flattened layer: `length` of them, from `start` on."""
+
+    start: int
+    length: int
+
+
+class Box(NamedTuple):
+    """The elements at these indices of each dimension of the layer."""
+
+    indices: tuple[Index, ...]
+
+
+Place = Run | Box
+
+_ROWS, _COLUMNS = 0, 1  # which weights
+_BLOCK = 2**16  # of weights: a table holds those of the first block, and the factors of all further ones
+_MASK = (1 << 64) - 1
+# Elements that are hashed at once, as int64: on the CPU what fits in the cache, elsewhere scratch memory of 64 MB.
+_CPU_TILE, _TILE = 2**16, 2**22
+
+
+def content(part: Tensor, shape: Sequence[int], place: Place) -> Tensor:
+    """The hash of a part of a layer.
+
+    Args:
+        part: The local tensor, of any dtype of real numbers.
+        shape: The full shape of the layer.
+        place: Which elements of the layer the local tensor has, in its order.
+
+    Returns:
+        A 0-D int64 tensor on the part's device, to be added to that of other parts modulo 2^64.
+
+    Raises:
+        ValueError: The tensor has another number of elements than its place.
+    """
+    if part.numel() != size(place):
+        raise ValueError(f"a local tensor has {part.numel()} elements where its layout says {size(place)}")
+    if not part.numel():
+        return torch.zeros((), dtype=torch.int64, device=part.device)
+    flat = _bits(part).reshape(-1)
+    sums: list[Tensor] = []
+    for start, rectangle in _rectangles(place, shape):
+        count = len(rectangle.rows) * rectangle.width
+        sums += _hashes(flat[start : start + count].view(-1, rectangle.width), rectangle)
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def cover(shape: Sequence[int], place: Place) -> int:
+    """The hash of ones in a place of a layer, which depends on where they lie alone. Costs rows + columns."""
+    if not size(place):
+        return 0
+    total = 0
+    for _, rectangle in _rectangles(place, shape):
+        if isinstance(rectangle.columns, range):
+            columns = _sum(rectangle.columns, _COLUMNS)
+        else:
+            columns = sum(int(rectangle.weights(start, stop, _CPU).sum()) for start, stop in _tiles(rectangle.width))
+        total += _sum(rectangle.rows, _ROWS) * columns
+    return signed(total)
+
+
+def whole(shape: Sequence[int]) -> Run:
+    """The place of a full layer."""
+    return Run(0, math.prod(shape))
+
+
+def size(place: Place) -> int:
+    """How many elements a place has."""
+    return place.length if isinstance(place, Run) else math.prod(map(len, place.indices))
+
+
+def signed(number: int) -> int:
+    """A number modulo 2^64, as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def number_of(thing: object) -> int:
+    """A hash of anything by its repr, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(thing).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def balanced(index: int, count: int) -> int:
+    """The factor of one of `count` numbers: multiplied by these, equal ones add up to 0, and others do not."""
+    if index:
+        return number_of(("balanced", index)) | 1
+    return signed(-sum(balanced(i, count) for i in range(1, count)))
+
+
+class _Rectangle(NamedTuple):
+    """Rows and columns of the matrix. Columns that are not consecutive: the indices of dimensions 1, 2 and so on."""
+
+    rows: Index
+    columns: range | tuple[Index, ...]
+    shape: Sequence[int] = ()  # the layer's from dimension 1 on, for those
+
+    @property
+    def width(self) -> int:
+        return len(self.columns) if isinstance(self.columns, range) else math.prod(map(len, self.columns))
+
+    def weights(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """The weights of its columns from number `start` up to `stop`."""
+        if isinstance(self.columns, range):
+            return _weights(self.columns[start:stop], _COLUMNS, device)
+        local = torch.arange(start, stop, device=device)
+        places, stride = torch.zeros_like(local), 1
+        for indices, full in zip(reversed(self.columns), reversed(self.shape)):
+            at = local % len(indices)
+            places += stride * (at + indices.start if isinstance(indices, range) else indices.to(device)[at])
+            local, stride = local // len(indices), stride * full
+        return _weights(places, _COLUMNS, device)
+
+
+def _rectangles(place: Place, shape: Sequence[int]) -> Iterator[tuple[int, _Rectangle]]:
+    """A place as rectangles of the matrix, each with the number of its first element in the flattened local tensor."""
+    if isinstance(place, Box):
+        if len(shape) > 1:
+            yield 0, _box(place.indices, shape)
+        else:  # a vector is a row
+            columns = place.indices[0] if shape else range(1)
+            yield 0, _Rectangle(range(1), columns if isinstance(columns, range) else (columns,), shape)
+        return
+    width = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    done = 0
+    while done < place.length:
+        row, column = divmod(place.start + done, width)
+        count = min(place.length - done, width - column)
+        rows = 1 if column or count < width else (place.length - done) // width
+        yield done, _Rectangle(range(row, row + rows), range(column, column + count))
+        done += rows * count
+
+
+def _box(indices: tuple[Index, ...], shape: Sequence[int]) -> _Rectangle:
+    rows, second, *others = indices
+    inner = math.prod(shape[2:])
+    if isinstance(second, range) and all(len(index) == full for index, full in zip(others, shape[2:])):
+        return _Rectangle(rows, range(second.start * inner, second.stop * inner))
+    return _Rectangle(rows, (second, *others), shape[1:])
+
+
+def _hashes(matrix: Tensor, place: _Rectangle) -> Iterator[Tensor]:
+    """The hashes of the tiles of a matrix of bits."""
+    cpu = matrix.device.type == "cpu"
+    tile = _CPU_TILE if cpu else _TILE
+    for left, right in _tiles(place.width, tile):
+        columns = place.weights(left, right, matrix.device)
+        for top, bottom in _tiles(len(matrix), max(1, tile // (right - left))):
+            rows = _weights(place.rows[top:bottom], _ROWS, matrix.device)
+            part = matrix[top:bottom, left:right]
+            # torch 2.13 multiplies matrices of integers on the CPU alone, and there faster than one by one.
+            products = part.long().mv(columns) if cpu else (part * columns).sum(1)
+            yield (products * rows).sum()
+
+
+def _tiles(length: int, tile: int = _CPU_TILE) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + tile, length)) for start in range(0, length, tile))
+
+
+def _bits(part: Tensor) -> Tensor:
+    """Each element as an integer."""
+    if part.dtype.is_floating_point:
+        part = part.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
+    if part.dtype in (torch.int64, torch.uint64):
+        # The highest bit once more at a lower place: at its own all weights are alike, and two signs would cancel.
+        part = part.to(torch.int64)
+        part = part ^ (part >> 32 & 0xFFFFFFFF)
+    return part.to(torch.uint8) if part.dtype == torch.bool else part
+
+
+def _weights(index: Index, axis: int, device: torch.device) -> Tensor:
+    """The odd weights of these rows or columns."""
+    low, high = _tables(device)[axis]
+    if isinstance(index, range):
+        block = index.start // _BLOCK
+        if (index.stop - 1) // _BLOCK == block:
+            some = low[index.start - block * _BLOCK : index.stop - block * _BLOCK]
+            return some * high[block] if block else some
+        index = torch.arange(index.start, index.stop, device=device)
+    index = index.to(device)
+    return low[index % _BLOCK] * high[index // _BLOCK]
+
+
+def _sum(index: Index, axis: int) -> int:
+    """The sum of the weights of these rows or columns, modulo 2^64."""
+    if not isinstance(index, range):
+        return int(_weights(index, axis, _CPU).sum())
+    low, high = _tables(_CPU)[axis]
+    first, last = -(-index.start // _BLOCK), index.stop // _BLOCK  # the blocks that are in it from end to end
+    if first >= last:
+        return int(_weights(index, axis, _CPU).sum())
+    ends = (range(index.start, first * _BLOCK), range(last * _BLOCK, index.stop))
+    inner = int(low.sum()) * int(high[first:last].sum())
+    return inner + sum(int(_weights(end, axis, _CPU).sum()) for end in ends if end)
+
+
+_CPU = torch.device("cpu")
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """For rows and for columns: the weights of the first block, and a factor for each block. 2 MB."""
+    low_rows, high_rows, low_columns, high_columns = (_odd(salt) for salt in range(4))
+    for high in (high_rows, high_columns):
+        high[0] = 1
+    tables = [t.to(device) for t in (low_rows, high_rows, low_columns, high_columns)]
+    return (tables[0], tables[1]), (tables[2], tables[3])
+
+
+def _odd(salt: int) -> Tensor:
+    """Odd numbers of 64 bits that look like random ones, the same everywhere."""
+    x = torch.arange(_BLOCK) + salt * 0x1E3779B97F4A7C15
+    for shift, factor in ((32, 0x4F1BBCDCBFA53E0B), (29, 0x2545F4914F6CDD1D), (32, 0x1B873593CC9E2D51)):
+        x = (x ^ (x >> shift & (_MASK >> shift))) * factor
+    return x | 1

@@ -1,0 +1,155 @@
+"""The proof: three small messages that tell whether all ranks have what their layouts say."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distopt.proof.claims import WHETHER, Claims, claims
+from distopt.proof.content import balanced, number_of, signed
+from distopt.proof.meeting import meet
+from distopt.proof.verdict import difference, wrong_layer
+
+_NUMBERS = 16  # of the first message
+_MARK = 0x70726F7665  # so that another collective's message is none of ours
+
+
+@torch.no_grad()
+def prove(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module | None = None,
+    *,
+    state: bool = False,
+    gradients: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> list[str]:
+    """Asks all ranks whether they have what the optimizer's layout says that they have.
+
+    Every rank has to call it, between the backward pass and the step. It sends three small messages: of 16 numbers, of
+    some numbers for each parameter over each axis that shards, and of the same over all ranks; it reads the answer back
+    to the host, which waits for the device.
+
+    Args:
+        optimizer: Any torch optimizer, also inside `SAM` or Accelerate's wrapper. One whose layout is bound, or told by
+            its parameters: copies and DTensors.
+        model: The model, for names in errors; and to see parameters that the optimizer lacks, which warn, and FSDP2's
+            gradients that were never reduced.
+        state: Ask for the optimizer's state and master weights too.
+        gradients: Ask for the gradients. Those under DeepSpeed, which it hands over one partition after the other, are
+            never asked.
+        group: The ranks that train together; None for all.
+
+    Returns:
+        The names of the parameters that have no gradient on any rank.
+
+    Raises:
+        ValueError: Ranks differ, with the same message on each of them, which names the parameter and the ranks.
+    """
+    optimizer = unwrapped(optimizer)
+    several = dist.is_available() and dist.is_initialized()
+    ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD)) if several else (0,)
+    if several and dist.get_rank() not in ranks:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group {list(ranks)} that it is to prove with")
+    own = claims(optimizer, model, state, gradients, ranks)
+    if len(ranks) == 1:
+        if own.fault:
+            raise ValueError(own.fault) from own.error
+        table = torch.stack([column.shares for column in own.columns])
+    else:
+        meet(ranks, f"step {_step(own)} of {type(optimizer).__name__}")
+        _first(own, ranks, group)
+        _third(own, table := _second(own), ranks, group)
+    if own.unclaimed:
+        warnings.warn(
+            f"{len(own.unclaimed)} trainable parameters of the model are not in the optimizer, the first is "
+            f"{own.unclaimed[0]}: nothing moves them, unless another optimizer does",
+            UserWarning,
+            stacklevel=2,
+        )
+    whats = [column.what for column in own.columns]
+    if WHETHER not in whats:
+        return []
+    counts = table[whats.index(WHETHER)].tolist()  # the same on all ranks
+    without = [name for (name, *_), count in zip(own.layers, counts) if not count]
+    if without and len(without) == len(own.layers):
+        raise ValueError(
+            f"no parameter of {type(optimizer).__name__} has a gradient on any rank, the first is {without[0]}: there "
+            "was no backward pass, or these are not the parameters that the model trains; make the optimizer after the "
+            "model is wrapped or sharded, and before its first forward pass"
+        )
+    return without
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside SAM and Accelerate's wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _first(own: Claims, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
+    """Whether all ranks are about to ask the same of the same members; after it nothing can hang.
+
+    A message of fixed size, so that ranks that differ can take part. All that it says is 0 once it is added up, so that
+    all of them come to the same answer.
+    """
+    rank = dist.get_rank()
+    members = sum(balanced(g.index(rank), len(g)) * number_of((k, g)) for k, g in enumerate(own.groups))
+    equal = [_MARK, len(own.layers), len(own.groups), *(number_of(value) for value in own.plain.values())]
+    factor = balanced(ranks.index(rank), len(ranks))
+    numbers = [int(bool(own.fault)), signed(members), *(signed(factor * number) for number in equal)]
+    total = torch.tensor(numbers + [0] * (_NUMBERS - len(numbers)), device=_device(group))
+    dist.all_reduce(total, group=group)
+    if total.any():
+        raise ValueError(difference(ranks, _gathered((own.fault, own.groups, own.plain), ranks, group))) from own.error
+
+
+def _second(own: Claims) -> Tensor:
+    """The columns, each added up over the groups that shard what it is of."""
+    table = torch.stack([column.shares for column in own.columns])
+    for groups in dict.fromkeys(column.groups for column in own.columns):
+        index = [i for i, column in enumerate(own.columns) if column.groups == groups]
+        shares = table[index]
+        for each in groups:
+            dist.all_reduce(shares, group=each)
+        table[index] = shares
+    return table
+
+
+def _third(own: Claims, table: Tensor, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
+    """Whether the columns are those of all others, coverage is full and copies do not differ."""
+    table = table.to(_device(group))
+    table[0] -= torch.tensor(own.full, dtype=torch.int64, device=table.device)
+    rank = dist.get_rank()
+    same = balanced(ranks.index(rank), len(ranks))
+    total = torch.stack(
+        [row * (number_of(rank) | 1 if column.zero else same) for column, row in zip(own.columns, table)]
+    )
+    dist.all_reduce(total, group=group)
+    if total.any():
+        tables = torch.stack(_gathered(table.cpu(), ranks, group))
+        raise ValueError(wrong_layer(ranks, own, tables))
+
+
+def _gathered(thing: Any, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> list[Any]:
+    every: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(every, thing, group=group)
+    return every
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """A device that the group communicates from, the same on every rank whatever its tensors are on."""
+    # As torch 2.13's all_gather_object asks, by a property that is not documented.
+    types = [device.type for device in (group or dist.group.WORLD)._device_types]  # type: ignore[union-attr]
+    if "cpu" in types:
+        return torch.device("cpu")
+    return torch.device(types[0], torch.accelerator.current_device_index())
+
+
+def _step(own: Claims) -> str:
+    counts = [step for step in own.steps if step is not None]
+    return f"{int(max(counts, default=0)) + 1}"

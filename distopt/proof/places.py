@@ -1,0 +1,112 @@
+"""Where a rank's parts of each layer lie, as the layout says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distopt.layout import FlatLayout, ShardLayout, local
+from distopt.layout.deepspeed import whole_shape
+from distopt.proof.content import Box, Index, Place, Run, content, cover, signed
+
+
+class Part(NamedTuple):
+    """What this rank has of a layer: its index, a local tensor, and which elements of the layer these are."""
+
+    layer: int
+    tensor: Tensor
+    place: Place
+
+
+def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.detach) -> list[Part]:
+    """The parts that this rank has of what belongs to the layout's tensors.
+
+    Args:
+        layout: Says where the parts lie.
+        of: Gives the tensor that belongs to one of the layout's, laid out alike: itself, its gradient, its state; None
+            if there is none.
+
+    Raises:
+        ValueError: A tensor is not laid out as the one that it belongs to.
+    """
+    found = []
+    for owner, segments in layout.segments.items():
+        tensor = of(owner)
+        if tensor is None or tensor.is_sparse:
+            continue
+        if hasattr(owner, "placements"):
+            (shard,) = layout.split(owner, tensor)
+            found.append(Part(segments[0].layer, shard, Box(own_indices(owner))))
+            continue
+        wanted = owner.numel() if isinstance(layout, FlatLayout) else sum(segment.numel for segment in segments)
+        if local(tensor).numel() not in (wanted, owner.numel()):
+            raise ValueError(
+                f"a tensor of {local(tensor).numel()} elements belongs to a parameter of shape {tuple(owner.shape)}, "
+                f"of which this rank steps {wanted}"
+            )
+        for segment, shard in zip(segments, layout.split(owner, tensor)):
+            found.append(Part(segment.layer, shard, Run(segment.offset, segment.numel)))
+    return found
+
+
+def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
+    """The hash of this rank's parts of each layer, of those layers that it contributes to a sum over all ranks."""
+    total, held = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device), list(some)
+    if held:
+        hashes = [content(part.tensor, whole_shape(layout.params[part.layer]), part.place) for part in held]
+        layers = torch.tensor([part.layer for part in held], device=total.device)
+        total.index_add_(0, layers, torch.stack(hashes).to(total.device))
+    return total
+
+
+def coverage(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
+    """The hash of ones where this rank's parts lie; over all ranks the full layer's, if each element is there once."""
+    total = [0] * layout.num_layers
+    for part in some:
+        total[part.layer] += cover(whole_shape(layout.params[part.layer]), part.place)
+    return torch.tensor([signed(number) for number in total], dtype=torch.int64, device=layout.device)
+
+
+def counted(layout: ShardLayout) -> Tensor:
+    """For each layer 1 if this rank contributes it to a sum over all ranks, else 0."""
+    once = layout.counted or (True,) * layout.num_layers
+    return torch.tensor(once, dtype=torch.int64, device=layout.device)
+
+
+def own_indices(param: Any) -> tuple[Index, ...]:
+    """The indices of a DTensor's elements that this rank has, along each dimension."""
+    indices: list[Index] = [range(length) for length in param.shape]
+    coordinate = param.device_mesh.get_coordinate()
+    for axis, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        if coordinate is None:
+            return tuple(range(0) for _ in indices)
+        ranks, own = param.device_mesh.size(axis), coordinate[axis]
+        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) cuts each of the parts that are there already.
+        pieces = _chunks(indices[placement.dim], getattr(placement, "split_factor", 1))
+        held = [_chunks(piece, ranks)[own] for piece in pieces]
+        indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([_tensor(index) for index in held])
+    return tuple(map(_consecutive, indices))
+
+
+def _chunks(index: Index, count: int) -> list[Index]:
+    """As `torch.chunk`, with empty ones at the end where there are too few."""
+    step = -(-len(index) // count)
+    return [index[i * step : (i + 1) * step] for i in range(count)]
+
+
+def _tensor(index: Index) -> Tensor:
+    return torch.arange(index.start, index.stop) if isinstance(index, range) else index
+
+
+def _consecutive(index: Index) -> Index:
+    """A range, where the indices are one."""
+    if isinstance(index, range) or not len(index):
+        return index if isinstance(index, range) else range(0)
+    first = int(index[0])
+    run = range(first, first + len(index))
+    return run if torch.equal(index, _tensor(run)) else index
