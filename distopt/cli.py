@@ -66,8 +66,9 @@ def model_words(words: list[str]) -> list[str]:
     """
     config = ("model.config=", "model.config.")
     family = any(word.startswith("model.family=") for word in words)
-    path = any(word.startswith("model.path=") and word not in ("model.path=", "model.path=null") for word in words)
-    implied = ["model=pretrained"] if path and not any(word.startswith("model=") for word in words) else []
+    path = [word for word in words if word.startswith("model.path=")][-1:]
+    chosen = any(word.startswith("model=") for word in words)
+    implied = [] if chosen or path in ([], ["model.path="], ["model.path=null"]) else ["model=pretrained"]
     for word in words:
         implied += ["~model.config"] if family and word.startswith("model.config={") else []
         implied.append(f"++{word}" if word.startswith(config) else word)

@@ -128,7 +128,7 @@ class LanguageModel:
             found.is_decoder = True
         changes = {}
         for name, value in self._options(found).items():
-            usual = getattr(found, name, None)
+            usual = vars(found).get(name)
             changes[name] = {**usual, **value} if isinstance(usual, dict) and isinstance(value, dict) else value
             if _HEADS.fullmatch(name) and value != usual:  # no shape would tell
                 raise ValueError(f"model.config.{name}={value}: the weights in {path} are of {usual}")
@@ -162,7 +162,7 @@ class LanguageModel:
                 meant = difflib.get_close_matches(name, known, n=1)
                 hint = f": did you mean {meant[0]}?" if meant else ""
                 raise ValueError(f"model.config.{name}: {type(standard).__name__} has no such option{hint}")
-            usual = getattr(standard, name, None)
+            usual = vars(standard).get(standard.attribute_map.get(name, name))
             # Sizes and numbers of things; what an id says may be 0.
             if type(usual) is type(value) is int and usual > 0 and value < 1 and not name.endswith("_id"):
                 raise ValueError(f"model.config.{name} must be an integer >= 1, got {value}")
@@ -208,11 +208,12 @@ class LanguageModel:
                 adapter.reset(module)
         if self._weights is None:
             return
+        others = {id(p) for block in blocks(model) if block is not unit for p in block.parameters()}  # tied to them
         tensors: dict[str, Tensor] = {}
         for module in modules:
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 full = adapter.pretrained_name(f"{names[module]}.{name}" if names[module] else name)
-                if full is not None and name not in module._non_persistent_buffers_set:
+                if full is not None and id(tensor) not in others and name not in module._non_persistent_buffers_set:
                     tensors[full] = tensor
         read: dict[int, str] = {}
         for name, value in self._weights.read(tensors):
