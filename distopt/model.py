@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import sys
 import zlib
@@ -199,6 +200,8 @@ class LanguageModel:
         for module in modules:
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module.to_empty(device=device, recurse=False)
+                for p in module.parameters(recurse=False):
+                    p.fill_(math.nan)  # what the family leaves as it was is seen below
         if unit is model:
             model.tie_weights()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -206,9 +209,16 @@ class LanguageModel:
             for module in modules:
                 model._init_weights(module)
                 adapter.reset(module)
-        if self._weights is None:
-            return
         others = {id(p) for block in blocks(model) if block is not unit for p in block.parameters()}  # tied to them
+        if self._weights is None:
+            for module in modules:
+                for name, p in module.named_parameters(recurse=False):
+                    if id(p) not in others and p.isnan().any():
+                        raise ValueError(
+                            f"{type(model).__name__} gives {names[module]}.{name} no first value by itself: start from "
+                            "a pretrained folder (model.path), or use another family"
+                        )
+            return
         tensors: dict[str, Tensor] = {}
         for module in modules:
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -230,7 +230,7 @@ def _dequantizer(quantization: Any) -> Any:
     )
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
-        if "dequantize" not in quantizer.get_load_operations():
+        if "dequantize" not in getattr(quantizer, "get_load_operations", dict)():  # transformers 5.20 has none yet
             raise ValueError(refused)
         quantizer.quantization_config.dequantize = True
         quantizer.validate_environment()
