@@ -176,8 +176,10 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "data.path=null": ("data.path is not set: give data.path=",),
     "data.path=bad.jsonl": ("bad.jsonl:2 has an unknown field 'text'",),
     "data.tokenizer=plain": ("chats.jsonl:1 has messages", "no chat template", "save it"),
-    "data.tokenizer=null": ("data.tokenizer=null (bytes) is not the tokenizer of the model in base", "leave"),
-    "data=text data.path=chats.jsonl data.tokenizer=null": ("data.tokenizer=null (bytes) is not the tokenizer",),
+    "data=text data.path=chats.jsonl data.tokenizer=null": (
+        "data.tokenizer=null (bytes) is not the tokenizer of the model in base",
+        "leave data.tokenizer out",
+    ),
     "data.ignore=messages": ("data.ignore must be names of fields, as [id, source], got 'messages'",),
     "model.config.num_hidden_layers=99": ("base has no weights for model.layers.2.", "the sizes of weights cannot"),
     "adapter=lora adapter.target_modules=[q_proj,vproj]": ("vproj is not found", "there are", "v_proj"),
