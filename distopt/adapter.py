@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ class LoRA:
             raise ValueError(f"adapter.dropout must be a number in [0, 1), got {dropout!r}")
         if importlib.util.find_spec("peft") is None:
             raise ValueError("adapter=lora: peft is not installed: pip install 'distopt[finetune]'")
+        _check_targets(target_modules)
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.target_modules = target_modules if isinstance(target_modules, (str, type(None))) else list(target_modules)
 
@@ -58,7 +60,8 @@ class LoRA:
     def add(self, model: PreTrainedModel, path: Path | None) -> dict[str, bytes]:
         """Puts the adapter into a meta model, and freezes all else; returns the file that describes it.
 
-        path: the pretrained model's folder. Raises ValueError if there is none, or no layer of these names.
+        path: the pretrained model's folder. Raises ValueError if there is none, or no layer of one of these names, and
+            for a layer whose weight is tied to another's, which would change with it.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -73,10 +76,23 @@ class LoRA:
             target_modules=self.target_modules,
             fan_in_fan_out=_conv1d(model),
         )
+        names = [name for name, _ in model.named_modules()]
+        for ending in self.target_modules if isinstance(self.target_modules, list) else ():
+            if not any(f".{name}".endswith(f".{ending}") for name in names):
+                raise ValueError(
+                    f"adapter.target_modules={self.target_modules}: {ending} is not found, no layer's name ends with it; "
+                    f"there are {_endings(model)}"
+                )
         try:
             inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
         except ValueError as error:
             raise ValueError(f"adapter.target_modules={self.target_modules}: {error}") from error
+        for name in {path for pair in model.all_tied_weights_keys.items() for path in pair}:
+            layer = name.rpartition(".")[0].removesuffix(".base_layer")
+            if hasattr(model.get_submodule(layer), "base_layer"):
+                raise ValueError(
+                    f"adapter.target_modules: the weight of {layer} is tied to another layer's: leave it out"
+                )
         with tempfile.TemporaryDirectory() as written:
             config.save_pretrained(written)
             return {CONFIG: (Path(written) / CONFIG).read_bytes()}
@@ -91,6 +107,26 @@ def reset(module: nn.Module) -> None:
 def pretrained_name(name: str) -> str | None:
     """The name that a parameter has in the pretrained model; None for an adapter's own."""
     return None if f".{NAME}." in name else name.replace(".base_layer.", ".")
+
+
+def _check_targets(targets: object) -> None:
+    """Raises ValueError unless it is a regular expression, or endings of names, or None."""
+    several = isinstance(targets, Sequence) and all(isinstance(target, str) and target for target in targets)
+    if targets is not None and not (several and targets):
+        raise ValueError(
+            f"adapter.target_modules must be all-linear, null, or names as [q_proj, v_proj], got {targets!r}"
+        )
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"adapter.target_modules={targets} is not a regular expression ({error})") from error
+
+
+def _endings(model: nn.Module) -> str:
+    """The last parts of the names of the layers that may be adapted."""
+    layers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    return ", ".join(sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()}))
 
 
 def _conv1d(model: nn.Module) -> bool:

@@ -38,7 +38,10 @@ class Contents:
         finally:
             for p in bare:
                 del optimizer.state[p]
-        self.groups: list[dict[str, Any]] = named["param_groups"]
+        # Without param_names, which are the same names: loading would put the checkpoint's in the place of ours.
+        self.groups: list[dict[str, Any]] = [
+            {key: value for key, value in group.items() if key != "param_names"} for group in named["param_groups"]
+        ]
         self.state: State = {name: buffers for name, buffers in named["state"].items() if buffers}
 
     def saved(self) -> dict[str, Any]:

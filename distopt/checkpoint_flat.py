@@ -49,7 +49,7 @@ class FlatContents:
         members = [[first_names[p] for p in part.members] for part in layout.partitions]
         self.groups = [
             {
-                **group,
+                **{key: value for key, value in group.items() if key != "param_names"},
                 "params": [n for part, names in zip(layout.partitions, members) if part.group == i for n in names],
             }
             for i, group in enumerate(optimizer.param_groups)

@@ -57,6 +57,24 @@ def meant(word: str, words: Iterable[str]) -> str:
     return f": did you mean {near[0]}?" if near else "."
 
 
+def model_words(words: list[str]) -> list[str]:
+    """The words of a command, with what those of a model imply, which Hydra's merging does not know.
+
+    `model.path=` chooses model=pretrained, unless a model is chosen: the sizes of the default one are not the folder's.
+    `model.config` takes any option of a family; beside `model.family=`, `model.config={...}` is all of them, and by
+    itself it is merged over those of the choice.
+    """
+    config = ("model.config=", "model.config.")
+    family = any(word.startswith("model.family=") for word in words)
+    path = [word for word in words if word.startswith("model.path=")][-1:]
+    chosen = any(word.startswith("model=") for word in words)
+    implied = [] if chosen or path in ([], ["model.path="], ["model.path=null"]) else ["model=pretrained"]
+    for word in words:
+        implied += ["~model.config"] if family and word.startswith("model.config={") else []
+        implied.append(f"++{word}" if word.startswith(config) else word)
+    return implied
+
+
 def check_keys(cfg: DictConfig, conf: Path) -> None:
     """Raises ValueError for a key that nobody reads, which Hydra adds to any configuration by `+key=value`."""
     known = OmegaConf.load(conf / "train.yaml")

@@ -16,7 +16,7 @@ import torch
 from distopt import vocabulary
 from distopt.conversation import Encoder, checked
 from distopt.corpus import SPLITS, Corpus, in_validation, mapped, whole
-from distopt.data import cache
+from distopt.data import cache, check_text
 from distopt.packing import Examples, HeldOut, Packed, check_apart
 from distopt.text import Line, Source
 
@@ -95,12 +95,17 @@ class CompletionData:
 
     def _open(self) -> tuple[list[Source], Encoder, str]:
         """The checked sources, how to encode them, and a key that hashes all that determines the tokens."""
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}; 0.05 is usual")
+        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.05 is usual")
         if not isinstance(self.packing, bool):
             raise ValueError(f"data.packing must be true or false, got {self.packing!r}")
         if self.path is None:
             raise ValueError("data.path is not set: give data.path=<a JSONL file, or a folder of them>")
+        check_text("tokenizer", self.tokenizer, null=True)
+        check_text("cache_dir", self.cache_dir, null=True)
+        listed = isinstance(self.ignore, Sequence) and not isinstance(self.ignore, str)
+        if not listed or not all(isinstance(name, str) for name in self.ignore):
+            raise ValueError(f"data.ignore must be names of fields, as [id, source], got {self.ignore!r}")
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         digest = vocabulary.digest(tokenizer)
         encoder = Encoder(tokenizer)

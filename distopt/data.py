@@ -83,6 +83,9 @@ class TextData:
         endings = [self.suffixes] if isinstance(self.suffixes, str) else self.suffixes
         if not isinstance(endings, Sequence) or not all(isinstance(ending, str) for ending in endings):
             raise ValueError(f"suffixes must be endings of names, as [.txt, .md], got {self.suffixes!r}")
+        check_text("field", self.field)
+        check_text("tokenizer", self.tokenizer, null=True)
+        check_text("cache_dir", self.cache_dir, null=True)
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         words = vocabulary.digest(tokenizer)
         source = text.Source.open(self.path, self.format, self.suffixes, self.field)
@@ -164,6 +167,12 @@ class ValidationSequences:
         """Yield the rank-th of `world` contiguous blocks of every batch: int64, shape [B / world, L + 1]."""
         for starts in self._starts.reshape(len(self), self.batch_size):
             yield _windows(self.tokens, starts, self.sequence_length, rank, world)
+
+
+def check_text(name: str, value: object, null: bool = False) -> None:
+    """Raises ValueError for an option that is not text."""
+    if not isinstance(value, str) and not (null and value is None):
+        raise ValueError(f"data.{name} must be text{', or null' * null}, got {value!r}")
 
 
 def cache(folder: str | None) -> Path:

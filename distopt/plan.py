@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
+from distopt import cli
 from distopt.cost import GIB, Cluster, Stage, stages
 from distopt.engine import Engine
 from distopt.engine.footprint import Collective, Footprint, every_layer, numel
@@ -185,4 +187,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = cli.model_words(sys.argv[1:])
     main()

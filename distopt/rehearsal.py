@@ -12,7 +12,7 @@ import torch
 from distopt.allocations import Allocations
 from distopt.engine.footprint import Footprint, Layer
 from distopt.flops import Flops
-from distopt.model import LanguageModel, blocks
+from distopt.model import LanguageModel, blocks, check_length
 from distopt.step import next_token_loss
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def rehearse(
         low = engine.bf16 and not torch.is_autocast_enabled("cpu")
     with FakeTensorMode():
         config = language_model.describe(vocabulary)
+        check_length(config, length, "sequence_length")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
         if engine.activation_checkpointing:
             model.activation_checkpointing_enable()

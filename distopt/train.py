@@ -22,7 +22,7 @@ from distopt.diagnostics import blame, by_layer
 from distopt.ending import end_of_process, end_on_interrupt
 from distopt.errors import one_line_errors
 from distopt.evaluate import sample, validation_loss
-from distopt.model import blocks
+from distopt.model import blocks, check_length, positions
 from distopt.monitor import Monitor, plot
 from distopt.options import CONF, check_options, dry_run, make, micro_batch_size, refuse_swept_ranks
 from distopt.proof import prove_every
@@ -49,7 +49,9 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     make_optimizer, make_schedule, make_groups = make(cfg.optimizer), make(cfg.schedule), make(cfg.param_groups)
     make_sam = make(cfg.sam) if cfg.sam else None
     dry_run(engine, make_optimizer, make_schedule, make_sam, options)
+    language_model.check()
     data.check()
+    language_model.check_tokenizer(getattr(data, "tokenizer", cfg.model.get("path")))
     accelerator = engine.start(options.timeout_minutes)
     accelerator.wait_for_everyone()  # gloo has a rank that still connects fail when one that has connected ends
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -63,19 +65,19 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     held_out = data.held_out(corpus, **sizes, max_sequences=cfg.evaluation.max_sequences)
 
     config = language_model.describe(corpus.vocab_size)
-    positions = getattr(config, "max_position_embeddings", math.inf)  # some models have no bound
-    if options.sequence_length > positions:
-        raise ValueError(
-            f"train.sequence_length={options.sequence_length} is longer than the model's {positions} positions: "
-            "shorten it, or give the model more in model.config"
-        )
+    check_length(config, options.sequence_length, "train.sequence_length")
     files = pretrained.description(config, corpus.pretrained_tokenizer(), language_model.path)  # for distopt.export
     torch.manual_seed(cfg.seed + rank)
     empty = language_model.empty(config)
     if adapter:
         files |= adapter.add(empty, language_model.path)
+    names = {p: name for name, p in empty.named_parameters()}
+    param_groups = make_groups(empty)  # before the marks of parameters are lost in wrapping them
     model = engine.build(empty, blocks(empty), lambda unit, where: language_model.fill(empty, unit, where), device)
-    optimizer = make_optimizer(make_groups(engine.unwrap(model)), lr=cfg.optimizer.lr * cfg.lr_scale)
+    params = dict(engine.unwrap(model).named_parameters())
+    for group in param_groups:
+        group["params"] = [params[names[p]] for p in group["params"]]
+    optimizer = make_optimizer(param_groups, lr=cfg.optimizer.lr * cfg.lr_scale)
     schedule = make_schedule(optimizer, total_steps=options.steps)
     stepper = make_sam(optimizer) if make_sam else optimizer
     if make_sam:
@@ -111,7 +113,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
     ending.callback(monitor.close)  # an error would stand at the end of the progress bar
     resumed = f"resuming after step {step} from {checkpoint}" if checkpoint else None
-    for line in filter(None, [moved, *notes, *sequences.notes, *held_out.notes, resumed]):
+    for line in filter(None, [moved, *notes, *language_model.notes, *sequences.notes, *held_out.notes, resumed]):
         monitor.say(line)
 
     def evaluate() -> float:
@@ -154,7 +156,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     monitor.close()
 
     prompt = corpus.encode(cfg.evaluation.prompt) or [0]
-    length = min(cfg.evaluation.sample_tokens, positions - len(prompt))
+    length = min(cfg.evaluation.sample_tokens, positions(config) - len(prompt))
     written = sample(engine, model, prompt, length, cfg.seed, device) if length > 0 else prompt
     if accelerator.is_main_process:
         changes = {"train__resume": "auto", "train__steps": str(2 * options.steps)}
@@ -217,6 +219,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may hold what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
     end_on_interrupt()
+    sys.argv[1:] = cli.model_words(sys.argv[1:])
     with end_of_process(), one_line_errors(), cli.explained():
         job()
 

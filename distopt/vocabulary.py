@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# What the names of a tokenizer's files begin with.
+_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "tekken")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -56,7 +59,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).split("\n")[0]
             raise ValueError(
@@ -83,15 +86,37 @@ class Tokenizer:
 
 
 def load(tokenizer: str | None) -> Bytes | Tokenizer:
-    """The vocabulary of a tokenizer folder, or bytes when there is none."""
-    return Bytes() if tokenizer is None else Tokenizer(tokenizer)
+    """The vocabulary of a tokenizer folder, or bytes when there is none, or it is that of a model of bytes."""
+    return Bytes() if tokenizer is None or _of_bytes(tokenizer) else Tokenizer(tokenizer)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has files of a tokenizer, be it beside a model."""
+    files = Path(folder).expanduser().glob("*")
+    return any(file.name.startswith(_TOKENIZERS) or file.suffix == ".model" for file in files)
+
+
+def _of_bytes(folder: str) -> bool:
+    """Whether it is a model's folder without a tokenizer, whose vocabulary has the size of bytes."""
+    config = Path(folder).expanduser() / "config.json"
+    if has_tokenizer(folder) or not config.is_file():
+        return False
+    try:
+        described = json.loads(config.read_text())
+    except ValueError:
+        return False
+    return isinstance(described, dict) and described.get("vocab_size") == Bytes.size
 
 
 def digest(tokenizer: str | None) -> str:
     """Hash the names and contents of a tokenizer folder's files but model weights; `ValueError` if there are none."""
-    if tokenizer is None:
+    if tokenizer is None or _of_bytes(tokenizer):
         return "bytes"
     folder = Path(tokenizer).expanduser()
+    if folder.is_dir() and not has_tokenizer(folder):
+        raise ValueError(
+            f"data.tokenizer: {folder} has no tokenizer: give the folder of the one that its model was trained with"
+        )
     files = sorted(file for file in folder.glob("*") if file.is_file() and file.suffix not in _WEIGHTS)
     if not files:
         raise ValueError(f"tokenizer {folder} is not a folder with tokenizer files; give a save_pretrained folder")

@@ -202,7 +202,11 @@ MODELS = {
 }
 
 
-@choices("model")
+def test_the_table_has_every_model() -> None:
+    assert {*MODELS, "pretrained"} == {*GROUPS["model"]}  # which is no model without a folder
+
+
+@pytest.mark.parametrize("choice", MODELS)
 def test_every_model_has_its_published_size(choice: str) -> None:
     """On the meta device: 70 billion parameters take no memory."""
     vocabulary, parameters, positions = MODELS[choice]
@@ -229,7 +233,7 @@ SMALL = {
 }
 
 
-@choices("model")
+@pytest.mark.parametrize("choice", MODELS)
 def test_every_model_computes(choice: str) -> None:
     """The same family, cut down: a forward pass with the seed's values."""
     small = SMALL[choice.partition("_")[0]]

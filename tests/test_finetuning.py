@@ -155,10 +155,35 @@ def test_a_run_goes_on_bit_for_bit_and_not_with_another_adapter(cwd: Path) -> No
     assert len(rows[0]) == 8 and rows[0] == rows[1]
 
 
+def test_text_is_tokenized_as_the_model_was_and_the_export_keeps_that(cwd: Path) -> None:
+    """A pretrained model was trained on bytes as its token ids, and its tokenizer replaced by one of bytes."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = jobs.write_text(cwd, words=6000)
+    changes = {"data": "text", "data__path": text.name, "evaluation__prompt": "the", "train__steps": "1"}
+    more = {"name": "continued", "model.config.attention_dropout": "0.25", "schedule.warmup_steps": "0"}
+    finetune(cwd, **changes, **more)
+    export(cwd / "runs" / "continued", cwd / "continued out")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (cwd / "base", cwd / "continued out"))
+    assert after.get_vocab() == before.get_vocab() and after.chat_template == before.chat_template
+    losses = [row for row in metrics(cwd / "runs" / "continued") if "validation_loss" in row]
+    # One token of its BPE is several bytes, and one of bytes would be one.
+    assert losses[0]["validation_loss"] / losses[0]["bits_per_byte"] > 1.5 * 0.6931
+    assert AutoModelForCausalLM.from_pretrained(cwd / "continued out").config.attention_dropout == 0.25
+
+
 REFUSED: dict[str, tuple[str, ...]] = {
     "data.path=null": ("data.path is not set: give data.path=",),
     "data.path=bad.jsonl": ("bad.jsonl:2 has an unknown field 'text'",),
     "data.tokenizer=plain": ("chats.jsonl:1 has messages", "no chat template", "save it"),
+    "data=text data.path=chats.jsonl data.tokenizer=null": (
+        "data.tokenizer=null (bytes) is not the tokenizer of the model in base",
+        "leave data.tokenizer out",
+    ),
+    "data.ignore=messages": ("data.ignore must be names of fields, as [id, source], got 'messages'",),
+    "model.config.num_hidden_layers=99": ("base has no weights for model.layers.2.", "the sizes of weights cannot"),
+    "adapter=lora adapter.target_modules=[q_proj,vproj]": ("vproj is not found", "there are", "v_proj"),
+    "adapter=lora adapter.target_modules=1": ("adapter.target_modules must be all-linear, null, or names",),
     "train.sequence_length=8 data.path=bad.jsonl": ("bad.jsonl:2",),
     "train.sequence_length=200": ("train.sequence_length=200 is longer than the model's 128 positions",),
     "adapter=lora adapter.r=0": ("adapter.r must be an integer >= 1, got 0",),

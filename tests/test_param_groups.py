@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import distopt
 from distopt.param_groups import param_groups
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,10 @@ class Shardable(nn.Module):
 def named(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
     """The names of each group's parameters, and its options."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return [([names[id(p)] for p in g["params"]], {k: v for k, v in g.items() if k != "params"}) for g in groups]
+    for group in groups:
+        assert group["param_names"] == [names[id(p)].removeprefix("module.") for p in group["params"]]
+    options = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in groups]
+    return [([names[id(p)] for p in g["params"]], rest) for g, rest in zip(groups, options)]
 
 
 MATRICES = ["wte.weight", "layers.0.weight", "layers.1.weight", "conv.weight"]
@@ -109,6 +113,98 @@ def test_overrides(overrides: dict, expected: list) -> None:
     assert [(sorted(names), options) for names, options in groups] == [(sorted(n), options) for n, options in expected]
 
 
+class Marked(nn.Module):
+    """Parameters of two and more dimensions that ask for no decay, each in another way, beside some that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 3, 4))  # by no_weight_decay(), as in timm
+        self.linear = nn.Linear(4, 4)
+        self.marked = nn.Linear(4, 4, bias=False)
+        self.marked.weight._no_weight_decay = True  # type: ignore[assignment]
+        self.new_gain = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, bias=False))
+        self.old_gain = torch.nn.utils.weight_norm(nn.Linear(4, 3, bias=False))
+        self.orthogonal = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4, bias=False))
+        self.experts = nn.ParameterDict({"up": torch.ones(2, 4, 4), "up_bias": torch.ones(2, 4)})
+        self.q_norm = nn.ParameterDict({"weight": torch.ones(2, 4)})  # one scale for each head
+        self.relative_bias = nn.Embedding(5, 2)  # its name has bias in it, but it is a table
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+
+ASKING = {
+    "pos_embed",
+    "marked.weight",
+    "new_gain.parametrizations.weight.original0",
+    "old_gain.weight_g",
+    "experts.up_bias",
+    "q_norm.weight",
+    "linear.bias",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"vit": m})], ids=["itself", "in another"])
+def test_parameters_that_ask_for_no_decay_get_none(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Decaying them is a silent change of the model's training: Mamba's dynamics, ViT's positions, weight norm's g."""
+    model = wrap(Marked())
+    with caplog.at_level("INFO", "distopt"):
+        decay, rest = param_groups(model)
+    assert {name.removeprefix("vit.") for name in rest["param_names"]} == ASKING
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert rest["weight_decay"] == 0.0 and rest["trust_ratio"] is False
+    assert "7 do not: 1 have fewer than two dimensions, 6 ask for none (" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_an_override_goes_before_what_a_parameter_asks_for() -> None:
+    groups = named(model := Marked(), param_groups(model, overrides={"pos_embed": {"weight_decay": 0.3}}))
+    assert groups[-1] == (["pos_embed"], {"weight_decay": 0.3, "trust_ratio": False})
+
+
+def test_mamba_keeps_its_dynamics() -> None:
+    """transformers' Mamba does not mark A_log, as the original does: it would decay towards another model."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    with torch.device("meta"):
+        model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4))
+    decay, rest = param_groups(model)
+    assert {"backbone.layers.0.mixer.A_log", "backbone.layers.0.mixer.D"} <= set(rest["param_names"])
+    assert "backbone.layers.0.mixer.x_proj.weight" in decay["param_names"]
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile's own imports
+def test_names_are_those_without_wrappers() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    wrapped = torch.compile(nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2))))
+    overrides = {r"^0\.weight": {"lr": 0.5}}
+    groups = [param_groups(model, overrides=overrides) for model in (plain, wrapped)]  # type: ignore[arg-type]
+    assert [[g["param_names"] for g in made] for made in groups] == [
+        [["1.weight"], ["0.bias", "1.bias"], ["0.weight"]]
+    ] * 2
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, distopt.AdamW, distopt.LAMB])
+def test_names_go_with_state_dicts_and_come_from_none(make: Any) -> None:
+    """A state dict of a time without names loads, and leaves the optimizer's own."""
+    model = Shardable()
+    optimizer = make(param_groups(model), lr=0.1)
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert [group["param_names"] for group in state["param_groups"]] == [
+        ["linear.weight"],
+        ["linear.bias", "norm.weight", "norm.bias"],
+    ]
+    for group in state["param_groups"]:
+        del group["param_names"]
+    optimizer.load_state_dict(state)
+    assert [group["param_names"][0] for group in optimizer.param_groups] == ["linear.weight", "linear.bias"]
+
+
 def test_torch_takes_the_groups_and_refuses_none_twice() -> None:
     model = Toy()
     optimizer = torch.optim.AdamW(param_groups(model, overrides={"layers": {"betas": (0.5, 0.9)}}), lr=1.0)
@@ -152,6 +248,7 @@ ZERO_INIT = """
 import deepspeed.ops, torch.distributed as dist
 from torch import nn
 from distopt.ending import end_of_process
+import distopt
 from distopt.param_groups import param_groups
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else one minute of compiling an op that is not used
@@ -186,6 +283,10 @@ def test_deepspeed_zero_init_hides_the_shapes() -> None:
         ({"overrides": {"frozen": {}}}, "no trainable parameter follows the override 'frozen'"),
         ({"overrides": {"head": {}}}, "no trainable parameter follows the override 'head'"),
         ({"overrides": {"layers": {}, "layers.0": {}}}, "override 'layers.0': .* an earlier override takes them all"),
+        ({"overrides": {"wte": {"learning_rate": 1.0}}}, "'wte' has the option 'learning_rate', .*did you mean 'lr'"),
+        ({"overrides": {"wte": {"initial_lr": 5.0}}}, "'initial_lr', which no optimizer .*did you mean 'lr'"),
+        ({"overrides": {"wte": {"weight_dekay": 1.0}}}, "did you mean 'weight_decay'"),
+        ({"overrides": {"wte": {"params": []}}}, "the option 'params', which no optimizer"),
         ({"overrides": {"*.bias": {}}}, r"the override '\*.bias' is not a regular expression \(nothing to repeat"),
     ],
 )
