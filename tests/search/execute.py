@@ -46,6 +46,10 @@ class Run:
         self.model, self.wrapped = self._model(now.frozen)
         self.params = self.model.by_index()
         self.frozen = now.frozen
+        self.layout = None  # once for a leg, so that a parameter that is frozen for a while belongs to it
+        if self.leg.layout in ZERO1:
+            describe = layout.zero1 if self.leg.layout == "zero1" else layout.zero1_scattered
+            self.layout = describe(self.wrapped, mesh((self.leg.world,), ("shard",)))
         groups = [Group(g.params[::-1], g.options) if self.leg.permuted else g for g in now.groups]
         self.optimizer, self.stepper = self._made([self._group(group) for group in groups])
         if leg:
@@ -105,12 +109,8 @@ class Run:
         case = self.case
         cls = getattr(torch.optim if case.torch else distopt, case.optimizer)
         optimizer = cls(groups, **case.options)
-        if self.leg.layout == "zero1":
-            optimizer.bind(layout.zero1(self.model, mesh((self.leg.world,), ("shard",))))
-        if self.leg.layout == "zero1_scattered":
-            if not hasattr(self, "_scattered"):
-                self._scattered = layout.zero1_scattered(self.wrapped, mesh((self.leg.world,), ("shard",)))
-            optimizer.bind(self._scattered)
+        if self.layout is not None:
+            optimizer.bind(self.layout)
         stepper = getattr(distopt, case.sam)(optimizer, **case.sam_options) if case.sam else optimizer
         return optimizer, stepper
 

@@ -133,10 +133,10 @@ class Reference:
             measured = {i: scale[i] * g for i, g in first.items()}
             direction = {i: scale[i] ** 2 * g for i, g in first.items()}
         elif kind == "FriendlySAM":
-            means = {i: self.state[i].get("mean", 0.0) for i in first}
+            means = {i: self.state[i].get("friendly", 0.0) for i in first}
             means = {i: sam["decay"] * means[i] + (1 - sam["decay"]) * g for i, g in first.items()}
             for i, mean in means.items():
-                self.state[i]["mean"] = mean
+                self.state[i]["friendly"] = mean
             direction = measured = {i: g - sam["sigma"] * means[i] for i, g in first.items()}
         elif kind == "PreconditionedSAM" or (kind == "FunctionalSAM" and sam["precondition"]):
             direction = measured = {i: g / (self._second_moment(i).sqrt() + sam["eps"]) for i, g in first.items()}
@@ -180,7 +180,7 @@ class Reference:
             g = -g
         decay = group["weight_decay"]
         if kind in ("SGD", "LARS"):
-            u = self._momentum(group, state, t, x, g + decay * x, g)
+            u = self._momentum(group, state, x, g + decay * x, g)
         elif kind == "Adagrad":
             g = g + decay * x
             state["s"] = state.get("s", group["initial_accumulator_value"]) + g**2
@@ -199,9 +199,7 @@ class Reference:
             ratio = _bounded(_ratio(_length(x), _length(u)), group)
         return x - group["lr"] * ratio * u
 
-    def _momentum(
-        self, group: dict[str, Any], state: dict[str, Any], t: int, x: Tensor, decayed: Tensor, g: Tensor
-    ) -> Tensor:
+    def _momentum(self, group: dict[str, Any], state: dict[str, Any], x: Tensor, decayed: Tensor, g: Tensor) -> Tensor:
         if self.case.optimizer == "LARS" and group.get("trust_ratio"):
             weight = _length(x)
             bottom = _length(g) + group["weight_decay"] * weight
@@ -210,7 +208,7 @@ class Reference:
         mu = group["momentum"]
         if mu == 0.0:
             return decayed
-        state["v"] = decayed if t == 1 else mu * state["v"] + (1 - group["dampening"]) * decayed
+        state["v"] = mu * state["v"] + (1 - group["dampening"]) * decayed if "v" in state else decayed
         return decayed + mu * state["v"] if group["nesterov"] else state["v"]
 
 
