@@ -28,7 +28,7 @@ PARAMS = (Param((5, 3)), Param((3,)), Param((2, 3)), Param(()), Param((4, 2), ze
 
 def test_a_minute_of_random_trainings() -> None:
     count = search(SECONDS, number=0)
-    assert count > 20  # of some hundreds on a machine that does nothing else
+    assert count > 3  # a quiet machine comes to some hundreds
 
 
 @pytest.mark.matrix
