@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import assume
@@ -85,7 +86,7 @@ MEMBERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "ASAM": {"interval": _INTERVAL, "eta": st.sampled_from([0.01, 0.1])},
     "GSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.4])},
     "FriendlySAM": {"interval": _INTERVAL, "sigma": st.sampled_from([0.8, 1.0]), "decay": st.sampled_from([0.6, 0.9])},
-    "LookSAM": {"interval": st.integers(1, 3), "alpha": st.sampled_from([0.0, 0.7])},
+    "LookSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.7])},
     "MomentumSAM": {"interval": _INTERVAL},
     "PreconditionedSAM": {"interval": _INTERVAL, "eps": st.sampled_from([1e-8, 1e-2])},
     "FunctionalSAM": {"interval": _INTERVAL, "precondition": st.booleans(), "eps": st.sampled_from([1e-8, 1e-2])},
@@ -101,8 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
     options = draw(_some(_options(kind, torch, sam) | FIXED.get(kind, {})))
     sam_options: Options = {}
     if sam:
-        members = {"rho": _RHO} | MEMBERS[sam]
-        sam_options = draw(_some(members))
+        sam_options = draw(_some({"rho": _RHO} | MEMBERS[sam]))
         if sam == "FunctionalSAM" and kind not in ADAPTIVE:
             sam_options["precondition"] = False
         stateless = kind in ("SGD", "LARS", "RMSprop") and not options.get("momentum", kind == "LARS")
@@ -127,22 +127,18 @@ def cases(draw: st.DrawFn) -> Case:
     return _Draws(draw, params, kind, options, sam, sam_options, torch, changing).case()
 
 
+@dataclass
 class _Draws:
     """What depends on what was drawn before: groups, layouts, steps and events."""
 
-    def __init__(
-        self,
-        draw: st.DrawFn,
-        params: tuple[Param, ...],
-        kind: str,
-        options: Options,
-        sam: str | None,
-        sam_options: Options,
-        torch: bool,
-        changing: dict[str, st.SearchStrategy[Any]],
-    ) -> None:
-        self.draw, self.params, self.kind, self.options = draw, params, kind, options
-        self.sam, self.sam_options, self.torch, self.changing = sam, sam_options, torch, changing
+    draw: st.DrawFn
+    params: tuple[Param, ...]
+    kind: str
+    options: Options
+    sam: str | None
+    sam_options: Options
+    torch: bool
+    changing: dict[str, st.SearchStrategy[Any]]
 
     def case(self) -> Case:
         draw = self.draw
@@ -158,7 +154,6 @@ class _Draws:
             groups = [Group(tuple(order))]
         elif self.sam and not draw(_unless("an empty first group under SAM")):
             groups = full
-        self.groups = groups
         inside = {i for group in groups for i in group.params}
         self.late = [i for i in order if i not in inside]
         closure = self.sam is not None and draw(st.booleans())
@@ -167,9 +162,10 @@ class _Draws:
         self.thawable: set[int] = set()
         self.number = len(groups)
         legs = [self.leg(i) for i in range(draw(st.integers(1, 2)))]
+        dtype = draw(st.sampled_from(["float64", "float64", "float32"]))  # which has kernels of its own
         return Case(
             self.params, tuple(groups), self.kind, self.options, tuple(legs), self.sam, self.sam_options, self.torch,
-            closure, max_norm,
+            closure, max_norm, dtype,
         )  # fmt: skip
 
     def leg(self, number: int) -> Leg:
@@ -179,8 +175,8 @@ class _Draws:
             layouts = [name for name in layouts if name not in DDP]
         layout = draw(st.sampled_from(layouts))
         world = draw(st.sampled_from(WORLDS[layout]))
-        self.layout = layout
-        self.thawable = {*()} if layout in (*DDP, *ZERO1) else set(self.frozen)
+        # DDP and ZeRO-1 are told once, when a model is wrapped, what is to be trained.
+        self.thawable = set() if layout in (*DDP, *ZERO1) else set(self.frozen)
         steps = [self.step() for _ in range(draw(st.integers(1, STEPS)))]
         return Leg(
             layout, world, tuple(steps), permuted=number > 0 and draw(_unless("a checkpoint's groups in another order"))
