@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=25
 
 check: install
 	$(BIN)/ruff check .
@@ -28,7 +28,8 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# All of the equivalence matrix, and its table in the README, with all other tests; `make test` runs a part of both.
+# All of the equivalence matrix, and its table in the README, with all other tests; `make test` runs a part of both. An
+# hour of it is the search (tests/test_search.py), beside which the other worker runs the rest.
 # A file's tests stay together, since one process has to see all cells of the table.
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=README.md

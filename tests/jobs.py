@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -154,6 +155,42 @@ def start(
         process.start()
         processes.append(process)
     return Job(processes, files, store)
+
+
+def one_after_another(cwd: Path, commands: Sequence[Sequence[str]]) -> list[Ended]:
+    """What each of these commands leaves that ends by itself before it trains, all of them in one process.
+
+    For commands that are refused: the same program from the same words, but without a start for each.
+    """
+    file = cwd / "logs" / f"{time.monotonic_ns()}.json"
+    file.parent.mkdir(exist_ok=True)
+    process = fork(_one_after_another, cwd, commands, file)
+    process.join(280.0)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}"
+    return [Ended(*ended) for ended in json.loads(file.read_text())]
+
+
+def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], file: Path) -> None:
+    from distopt import cli
+    from distopt.errors import one_line_errors
+    from distopt.train import job
+
+    os.chdir(cwd)
+    ended = []
+    for words in commands:
+        code, out, err = None, io.StringIO(), io.StringIO()
+        sys.argv = ["distopt.train", *words]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                with one_line_errors(), cli.explained():
+                    job()
+            except SystemExit as end:
+                code = end.code
+        ended.append([code, out.getvalue(), err.getvalue()])
+    file.write_text(json.dumps(ended))
 
 
 def _torchrun(rank: int, world: int, port: int) -> dict[str, str]:

@@ -24,7 +24,8 @@ BATCH = 24  # divides into equal micro-batches for 1 to 4 ranks, so that the mea
 MAX_NORM = 14.0  # gradients start at 17 and go down: some steps are clipped, others are not
 RHO = 0.5  # of SAM: large enough to show in LAMB, whose trust ratio hides most of it
 SAM_OVER = {f"sam_{name}": name for name in ("sgd", "adamw", "lamb")}
-NAMES = [*(row.name for row in ROWS), *SAM_OVER]
+DEFAULTS = ("adamw_defaults", "lamb_defaults")
+NAMES = [*(row.name for row in ROWS), *DEFAULTS, *SAM_OVER]
 DTYPES = {"fp32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of parameters and state
 # float32: the order of sums is all that may differ, 6e-8 of a gradient; 20 steps carry it on, and a division by the
 # root of a small square stretches it. bf16: the same, until a weight is rounded the other way (by 4e-3) for a step.
@@ -130,7 +131,7 @@ def trained(job: Job, name: str) -> list[Tensor] | str:
         engine = ENGINES[job.engine](**options)
         engine.check(world)
         model = engine.build(toy, [toy.part], lambda unit, device: None, CPU)
-        optimizer, stepper = made(name, engine.unwrap(model))
+        optimizer, stepper = made(name, engine.unwrap(model), permuted=job.accumulation == 2)
         if isinstance(stepper, distopt.SAM):
             engine.check_sam(stepper)
         model = engine.attach(model, optimizer, job.accumulation, MAX_NORM)
@@ -202,10 +203,16 @@ def initial(dtype: str) -> Model:
     return toy
 
 
-def made(name: str, model: nn.Module) -> tuple[distopt.ShardedOptimizer, torch.optim.Optimizer]:
-    """The optimizer in two param groups, and what steps: itself, or SAM over it."""
+def made(name: str, model: nn.Module, permuted: bool = False) -> tuple[distopt.ShardedOptimizer, torch.optim.Optimizer]:
+    """The optimizer in two param groups, and what steps: itself, or SAM over it.
+
+    permuted: the groups, and the parameters in each, are in the opposite order, which changes no update.
+    """
     row = named(SAM_OVER.get(name, name))
-    optimizer = row.make(row.groups([*model.parameters()]))
+    groups = row.groups([*model.parameters()])
+    if permuted:
+        groups = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]
+    optimizer = row.make(groups)
     return optimizer, distopt.SAM(optimizer, RHO) if name in SAM_OVER else optimizer
 
 

@@ -125,12 +125,30 @@ ROWS = (
     ),
 )
 
+# The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
+# asked of them, which would take long: they are compared with their oracles, and two are rows of the matrix.
+_DEFAULT = dict(lr=0.05, weight_decay=0.0)
+EDGES = (
+    _row("sgd_defaults", SGD, _DEFAULT, oracles.sgd, _SGD),
+    _row("adagrad_defaults", Adagrad, dict(lr=0.1, weight_decay=0.0), oracles.adagrad, torch.optim.Adagrad),
+    _row("rmsprop_defaults", RMSprop, dict(lr=1e-2, weight_decay=0.0), oracles.rmsprop, _RMS),
+    _row("rmsprop_alpha_0.999", RMSprop, dict(lr=1e-2, alpha=0.999, weight_decay=0.0), oracles.rmsprop, _RMS),
+    _row("adam_defaults", Adam, _DEFAULT, oracles.adam, torch.optim.Adam),
+    _row("adam_beta2_0.9999", Adam, dict(betas=(0.9, 0.9999), **_DEFAULT), oracles.adam, torch.optim.Adam),
+    _row("adamw_defaults", AdamW, dict(lr=0.05, weight_decay=0.01), oracles.adamw, torch.optim.AdamW),
+    _row(
+        "adamw_beta1_0", AdamW, dict(lr=0.05, betas=(0.0, 0.999), weight_decay=0.01), oracles.adamw, torch.optim.AdamW
+    ),
+    _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
+    _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
+)
+
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 
 
 def named(name: str) -> Row:
-    return next(row for row in ROWS if row.name == name)
+    return next(row for row in ROWS + EDGES if row.name == name)
 
 
 def pull(params: list[Tensor], step: int) -> Tensor:
