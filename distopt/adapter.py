@@ -80,7 +80,7 @@ class LoRA:
         for ending in self.target_modules if isinstance(self.target_modules, list) else ():
             if not any(f".{name}".endswith(f".{ending}") for name in names):
                 raise ValueError(
-                    f"adapter.target_modules={self.target_modules}: {ending} is not found, no layer's name ends with it; "
+                    f"adapter.target_modules={self.target_modules}: no layer's name ends with {ending}; "
                     f"there are {_endings(model)}"
                 )
         try:
