@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -141,41 +140,3 @@ def test_triton_has_the_names_of_the_specification() -> None:
                 unpacked[node.value.id] = [name.id for name in names.elts]  # type: ignore[attr-defined]
         assert unpacked["h"] == list(rule.scalars), rule.name
         assert unpacked.get("s", [])[: len(rule.scales)] == list(rule.scales), rule.name
-
-
-class Wrapper(Tensor):
-    """As quantized weights are: a tensor whose memory is elsewhere."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapper:
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils._pytree import tree_map
-
-        found = func(
-            *tree_map(lambda t: t.inner if isinstance(t, Wrapper) else t, args),
-            **tree_map(lambda t: t.inner if isinstance(t, Wrapper) else t, kwargs or {}),
-        )
-        if func is torch.ops.aten.detach.default:
-            return Wrapper(found)
-        return args[0] if found is not None and func.__name__.split(".")[0].endswith("_") else found
-
-
-@pytest.mark.parametrize("cls", [distopt.AdamW, distopt.LAMB, distopt.LARS])
-def test_a_tensor_without_memory_of_its_own_takes_the_rule(cls: Callable[..., Any]) -> None:
-    """Its data_ptr is 0, which the kernels would have written to."""
-    start = torch.linspace(-1.0, 1.0, 12).view(3, 4)
-    wrapped, plain = torch.nn.Parameter(Wrapper(start.clone())), torch.nn.Parameter(start.clone())
-    for p in (wrapped, plain):
-        opt = cls([p], lr=0.1)
-        for _ in range(3):
-            p.grad = torch.full((3, 4), 0.5)
-            opt.step()
-        distopt.clip_grad_norm_(opt, 1.0)
-    assert not torch.equal(wrapped.data.inner, start)  # type: ignore[attr-defined]
-    assert torch.allclose(wrapped.data.inner, plain.data, rtol=1e-6, atol=1e-7)  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ def _steps_of(kind: str) -> Any:
         distopt.prove_every(optimizer, steps=0)
     before = [p.detach().clone() for p in model.parameters()]
     try:
-        if kind == "closure":
+        if kind in ("closure", "sam"):
             optimizer.step(lambda: ones_for(model.parameters()) or 1.0)
         else:
             ones_for(model.parameters())

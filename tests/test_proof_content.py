@@ -141,19 +141,20 @@ def test_the_fingerprint_is_the_same_on_every_engine(dtype: str, world: int) -> 
     answers = run(world, fingerprints, dtype)
     expected = answers[0]["plain"]
     assert len(expected.params) == 7 and len(set(expected.params.values())) == 7
-    assert expected.state["0.weight"].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    masters = {"master"} if dtype == "bf16" else set()
+    assert expected.state["0.weight"].keys() == {"step", "exp_avg", "exp_avg_sq"} | masters
     for found in answers:
         for kind, fingerprint in found.items():
             assert fingerprint.params == expected.params, kind
-            state = {p: {k: v for k, v in b.items() if k != "master"} for p, b in fingerprint.state.items()}
-            assert state == expected.state, kind
-            masters = {p: b["master"] for p, b in fingerprint.state.items() if "master" in b}
-            assert masters in ({}, _masters(answers[0]["zero1"])), kind
+            if "deepspeed" in kind:  # whose partitions are the masters
+                assert _without_masters(fingerprint) == _without_masters(expected), kind
+            else:
+                assert fingerprint.state == expected.state, kind
     assert len({found["plain"].total for found in answers}) == 1
 
 
-def _masters(fingerprint: distopt.Fingerprint) -> dict[str, str]:
-    return {p: b["master"] for p, b in fingerprint.state.items() if "master" in b}
+def _without_masters(fingerprint: distopt.Fingerprint) -> dict[str, dict[str, str]]:
+    return {p: {k: v for k, v in b.items() if k != "master"} for p, b in fingerprint.state.items()}
 
 
 def test_a_fingerprint_tells_what_differs() -> None:

@@ -64,6 +64,11 @@ class ShardLayout:
     gradients_stay: bool = True
     _indices: DeviceLists = field(default_factory=DeviceLists, init=False, repr=False)
 
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that train this model together, where the layout says that these are not all."""
+        return None
+
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self.segments
 

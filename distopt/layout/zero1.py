@@ -47,6 +47,10 @@ class Zero1Layout(ShardLayout):
     _coming: list[_Gather] = field(default_factory=list, init=False, repr=False)
     _whole = False  # also of one rank, whose state is a DTensor
 
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        return self.mesh.get_group() if self.mesh.size() < dist.get_world_size() else None
+
     def split(self, owner: Tensor, tensor: Tensor) -> list[Tensor]:
         """This rank's rows of a parameter or gradient; its shard of a state."""
         if hasattr(tensor, "to_local"):

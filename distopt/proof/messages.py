@@ -41,7 +41,7 @@ def prove(
         state: Ask for the optimizer's state and master weights too.
         gradients: Ask for the gradients. Those under DeepSpeed, which it hands over one partition after the other, are
             never asked.
-        group: The ranks that train together; None for all.
+        group: The ranks that train together; None for those of DDP's own group under ZeRO-1, else for all.
 
     Returns:
         The names of the parameters that have no gradient on any rank.
@@ -51,6 +51,7 @@ def prove(
     """
     optimizer = unwrapped(optimizer)
     several = dist.is_available() and dist.is_initialized()
+    group = group or getattr(optimizer.__dict__.get("_bound"), "replicas", None)
     ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD)) if several else (0,)
     if several and dist.get_rank() not in ranks:
         raise ValueError(f"rank {dist.get_rank()} is not in the group {list(ranks)} that it is to prove with")
