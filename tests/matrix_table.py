@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.bits import KINDS
 from tests.engines import ENGINES
 from tests.matrix import NAMES, PARTS, TOLERANCE, Job
 
@@ -27,7 +28,12 @@ A cell is wrong, and its test fails, above {bounds}. Under DeepSpeed a parameter
 that a step does not use has a gradient of zeros, where the other engines have none, so that its state decays, and
 bfloat16 gradients are summed in bfloat16: the unsharded run beside it does the same. The order of a sum of more than
 two is DeepSpeed's own, so that bf16 is compared where there are two. Its partitions are float32: it has no float64.
-"""
+
+What is left to differ comes with the gradients, whose sums over ranks have another order. Given equal gradients the
+full weights and the state are the same bits as the unsharded ones, with clipping, of every optimizer above and of SAM's
+family (`tests/test_bits.py`):
+
+{bits}"""
 
 
 def write(path: Path, answers: dict[Job, dict[str, float | str]]) -> None:
@@ -59,8 +65,15 @@ def render(answers: dict[Job, dict[str, float | str]]) -> str:
     footnotes = "".join(f"{i}. {reason}\n" for i, reason in enumerate(reasons, 1))
     some = ", ".join(f"`{name}`" for name in PARTS["some"])
     bounds = ", ".join(f"{bound:.0e} ({dtype})".replace("e-0", "e-") for dtype, bound in TOLERANCE.items())
-    blocks = [ABOUT, exact, footnotes, OTHERS, others, TESTS.format(some=some, bounds=bounds)]
+    blocks = [ABOUT, exact, footnotes, OTHERS, others, TESTS.format(some=some, bounds=bounds, bits=_bits())]
     return "\n".join(block for block in blocks if block)
+
+
+def _bits() -> str:
+    """The worlds at which tests hold the same bits, by engine."""
+    worlds = {kind: ", ".join(map(str, worlds)) for kind, worlds in KINDS.items()}
+    heads, line = [["", *(f"`{kind}`" for kind in worlds)], ["---"] * (1 + len(worlds))], ["same bits at processes"]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [*heads, [*line, *worlds.values()]])
 
 
 def table(rows: dict[str, list[str]]) -> str:

@@ -13,22 +13,10 @@ from tests import oracles
 from tests.optimizers import EDGES, Row, distance, pull
 from tests.test_rules import STEPS, TOLERANCE, leaves, trajectory
 
-# Whose kernels for float32 on the CPU are known to be off by 1e-5, and not mended yet. It is to be empty.
-NOT_YET = {
-    "adam_beta2_0.9999",
-    "adam_defaults",
-    "adamw_beta1_0",
-    "adamw_defaults",
-    "lamb_defaults",
-    "rmsprop_alpha_0.999",
-}
-
 
 @pytest.mark.parametrize("row", EDGES, ids=lambda row: row.name)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_step_equals_the_oracle(row: Row, dtype: torch.dtype) -> None:
-    if dtype == torch.float32 and row.name in NOT_YET:
-        return
     params = leaves(dtype)
     expected = row.expected(params, oracles.gradient_of(pull), STEPS)
     for step, ours in enumerate(trajectory(row.make(row.groups(params)), params, STEPS)):

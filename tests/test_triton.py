@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
-from distopt import kernels
+from distopt import exact, kernels
 from distopt.kernels import triton_move
 from distopt.kernels.rules import every
+from distopt.shards import Shards
 from tests.jobs import ROOT
 from tests.optimizers import ROWS, Row, distance, every_row, initial, named, pull
 
@@ -139,7 +140,27 @@ def interpreted() -> None:
             results.append(case())
             chosen.append(sorted(seen))
         found[name] = [distance(*results), *chosen]
+    triton_move.DEVICES = ("cpu",)  # type: ignore
+    found["same bits"] = [same_bits(row, cut) for row in (16, 48, 768) for cut in (1, 7, 30)]
     print(json.dumps(found))
+
+
+def same_bits(row: int, cut: int) -> bool:
+    """Whether the sums of a layer of 31 rows are those of two shards of it, added."""
+    numbers = torch.Generator().manual_seed(0)
+    whole = [torch.randn(31, row, generator=numbers) * torch.randn(31, row, generator=numbers).exp() for _ in range(2)]
+    group = distopt.SGD([torch.zeros(1)]).param_groups[0]
+
+    def squares(*shards: slice) -> list[Tensor]:
+        params, grads = ([tensor[shard].clone() for shard in shards] for tensor in whole)
+        (move,), _ = triton_move.triton_moves(
+            "sgd", Shards(group, [0] * len(shards), params, grads, {}, [1.0] * len(shards))
+        )
+        return [exact.value(sums.sum(0)) for sums in move.squares()]
+
+    together, apart = squares(slice(None)), squares(slice(cut), slice(cut, None))
+    near = torch.stack([t.double().square().sum() for t in whole])
+    return all(map(torch.equal, together, apart)) and bool(((torch.stack(together) - near).abs() < 1e-6 * near).all())
 
 
 def watch(seen: set[str], name: str, cls: type, method: str) -> None:
@@ -168,6 +189,10 @@ def test_a_kernel_is_its_rule(case: str, found: dict[str, Any]) -> None:
     assert error < TOLERANCE
     assert with_kernels == (["kernel", "rule"] if case.endswith("others_beside") else ["kernel"])
     assert without == ["rule"]
+
+
+def test_sums_are_the_same_bits_however_a_layer_is_sharded(found: dict[str, Any]) -> None:
+    assert all(found["same bits"])
 
 
 # What a GPU would run, compiled for it without one.

@@ -12,17 +12,6 @@ from hypothesis import strategies as st
 from tests.search.case import Case, Event, Group, Leg, Options, Param, Step
 from tests.search.execute import DDP, WORLDS, ZERO1
 
-# Faults that are known and not mended yet: what would meet them is not drawn. It is to be empty.
-NOT_YET = {
-    "a checkpoint's groups in another order",
-    "Adagrad's start under PreconditionedSAM",
-    "an empty first group under SAM",
-    "gradients in one pass of SAM only",
-    "momentum raised from 0",
-    "parameters without elements",
-    "rho of a param group",
-}
-
 SHAPES = (
     (),
     (1,),
@@ -111,16 +100,16 @@ def cases(draw: st.DrawFn) -> Case:
         if sam == "PreconditionedSAM" and kind not in ADAPTIVE:
             sam, sam_options = None, {}
         preconditioned = sam in ("PreconditionedSAM", "FunctionalSAM")
-        if kind == "Adagrad" and preconditioned and not draw(_unless("Adagrad's start under PreconditionedSAM")):
+        if kind == "Adagrad" and preconditioned and not draw(st.booleans()):
             options.pop("initial_accumulator_value", None)
         torch = torch and sam is not None
     if options.get("momentum") and kind in ("SGD", "LARS") and not options.get("dampening") and draw(st.booleans()):
         options["nesterov"] = True
         options.pop("dampening", None)
     changing = _options(kind, torch, sam)
-    if kind in ("SGD", "LARS") and (options.get("momentum") or draw(_unless("momentum raised from 0"))):
+    if kind in ("SGD", "LARS") and (options.get("momentum") or draw(st.booleans())):
         changing["momentum"] = st.sampled_from([0.5, 0.9])
-    if sam and draw(_unless("rho of a param group")):
+    if sam and draw(st.booleans()):
         changing["sam_rho"] = _RHO
     if options.get("nesterov"):
         changing.pop("dampening")
@@ -152,7 +141,7 @@ class _Draws:
         full = [group for group in groups if group.params]
         if not full:
             groups = [Group(tuple(order))]
-        elif self.sam and not draw(_unless("an empty first group under SAM")):
+        elif self.sam and not draw(st.booleans()):
             groups = full
         inside = {i for group in groups for i in group.params}
         self.late = [i for i in order if i not in inside]
@@ -178,15 +167,13 @@ class _Draws:
         # DDP and ZeRO-1 are told once, when a model is wrapped, what is to be trained.
         self.thawable = set() if layout in (*DDP, *ZERO1) else set(self.frozen)
         steps = [self.step() for _ in range(draw(st.integers(1, STEPS)))]
-        return Leg(
-            layout, world, tuple(steps), permuted=number > 0 and draw(_unless("a checkpoint's groups in another order"))
-        )
+        return Leg(layout, world, tuple(steps), permuted=number > 0 and draw(st.booleans()))
 
     def step(self) -> Step:
         draw = self.draw
         events = [event for _ in range(draw(st.integers(0, 2))) if (event := self.event())]
         some = st.sets(st.sampled_from(range(len(self.params))), max_size=2).map(lambda s: tuple(sorted(s)))
-        second = draw(some) if self.sam and draw(_unless("gradients in one pass of SAM only")) else None
+        second = draw(some) if self.sam and draw(st.booleans()) else None
         step = Step(tuple(events), draw(some), second)
         for unused in (step.unused, step.second):  # functional SAM has to be shown outputs in each pass
             assume(self.sam != "FunctionalSAM" or not set(range(len(self.params))) - set(unused) <= self.frozen)
@@ -228,11 +215,6 @@ def _options(kind: str, torch: bool, sam: str | None) -> dict[str, st.SearchStra
     return {name: values for name, values in options.items() if name not in left_out}
 
 
-def _unless(fault: str) -> st.SearchStrategy[bool]:
-    """Whether to draw what meets a fault."""
-    return st.just(False) if fault in NOT_YET else st.booleans()
-
-
 @st.composite
 def _some(draw: st.DrawFn, options: dict[str, st.SearchStrategy[Any]], most: int = 4) -> Options:
     names: Sequence[str] = sorted(draw(st.sets(st.sampled_from(sorted(options)), max_size=most)))
@@ -241,6 +223,6 @@ def _some(draw: st.DrawFn, options: dict[str, st.SearchStrategy[Any]], most: int
 
 @st.composite
 def _params(draw: st.DrawFn) -> Param:
-    shapes = EMPTY if draw(_unless("parameters without elements")) and draw(st.booleans()) else SHAPES
+    shapes = EMPTY if draw(st.booleans()) and draw(st.booleans()) else SHAPES
     flags = draw(st.sets(st.sampled_from(["zero", "frozen", "tied", "unit", "ignored"]), max_size=2))
     return Param(draw(st.sampled_from(shapes)), **dict.fromkeys(sorted(flags), True))
