@@ -18,6 +18,10 @@ _NUMBERS = 16  # of the first message
 _MARK = 0x70726F7665  # so that another collective's message is none of ours
 
 
+class NoGradients(ValueError):
+    """No parameter has a gradient on any rank, so that a step would move nothing."""
+
+
 @torch.no_grad()
 def prove(
     optimizer: torch.optim.Optimizer,
@@ -77,7 +81,7 @@ def prove(
     counts = table[whats.index(WHETHER)].tolist()  # the same on all ranks
     without = [name for (name, *_), count in zip(own.layers, counts) if not count]
     if without and len(without) == len(own.layers):
-        raise ValueError(
+        raise NoGradients(
             f"no parameter of {type(optimizer).__name__} has a gradient on any rank, the first is {without[0]}: there "
             "was no backward pass, or these are not the parameters that the model trains; make the optimizer after the "
             "model is wrapped or sharded, and before its first forward pass"

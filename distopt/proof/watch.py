@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distopt.layout import FlatLayout
-from distopt.proof.messages import prove, unwrapped
+from distopt.proof.messages import NoGradients, prove, unwrapped
 
 
 @dataclass
@@ -35,7 +36,11 @@ class Watch:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return  # a graph cannot ask; the next step that is none does
             asked = self.gradients and gradients
-            prove(optimizer, self.model, state=self.state, gradients=asked, group=self.group)
+            try:
+                prove(optimizer, self.model, state=self.state, gradients=asked, group=self.group)
+            except NoGradients as error:  # nothing moves, as in torch; the next step asks again
+                warnings.warn(str(error), UserWarning, stacklevel=2)
+                return
         self.taken += 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -59,6 +60,7 @@ class Run:
     def steps(self) -> list[list[Tensor]]:
         """The unsharded weights after each step."""
         weights = []
+        warnings.filterwarnings("ignore", "no parameter of .* has a gradient on any rank")
         for step in self.leg.steps:
             for event in step.events:
                 self._event(event)

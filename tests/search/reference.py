@@ -133,16 +133,19 @@ class Reference:
             measured = {i: scale[i] * g for i, g in first.items()}
             direction = {i: scale[i] ** 2 * g for i, g in first.items()}
         elif kind == "FriendlySAM":
-            means = {i: self.state[i].get("friendly", 0.0) for i in first}
-            means = {i: sam["decay"] * means[i] + (1 - sam["decay"]) * g for i, g in first.items()}
-            for i, mean in means.items():
-                self.state[i]["friendly"] = mean
-            direction = measured = {i: g - sam["sigma"] * means[i] for i, g in first.items()}
+            radius = self._radius()
+            new = {i: g for i, g in first.items() if radius[i]}
+            means = {i: self.state[i].get("friendly", 0.0) for i in new}
+            means = {i: sam["decay"] * means[i] + (1 - sam["decay"]) * g for i, g in new.items()}
+            direction = measured = {i: g - sam["sigma"] * means[i] for i, g in new.items()}
         elif kind == "PreconditionedSAM" or (kind == "FunctionalSAM" and sam["precondition"]):
             direction = measured = {i: g / (self._second_moment(i).sqrt() + sam["eps"]) for i, g in first.items()}
         at = self._perturbed(direction, measured)
         slope = self._slope(step.unused) if kind == "FunctionalSAM" and first else None
         second = self._grads(at, step.second, slope)
+        if kind == "FriendlySAM":  # whose mean moves with what is stepped
+            for i in means.keys() & second.keys():
+                self.state[i]["friendly"] = means[i]
         if kind == "GSAM":
             along = _over(_dot(first, second), _norm(second) ** 2)
             return {i: g - sam["alpha"] * (first.get(i, 0.0) - along * g) for i, g in second.items()}
@@ -158,12 +161,15 @@ class Reference:
         return {i: g + factor * look[i] for i, g in first.items()}
 
     def _perturbed(self, direction: Grads, measured: Grads) -> list[Tensor]:
-        radius = {i: group.get("sam_rho", self.sam["rho"]) for group in self.groups for i in group["params"]}
-        norm = _norm(measured)
+        radius = self._radius()
+        norm = _norm({i: m for i, m in measured.items() if radius[i]})
         at = list(self.weights)
         for i, d in direction.items():
             at[i] = at[i] + _over(radius[i], norm) * d
         return at
+
+    def _radius(self) -> dict[int, float]:
+        return {i: group.get("sam_rho", self.sam["rho"]) for group in self.groups for i in group["params"]}
 
     def _second_moment(self, i: int) -> Tensor:
         (group,) = (group for group in self.groups if i in group["params"])

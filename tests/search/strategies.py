@@ -110,7 +110,7 @@ def cases(draw: st.DrawFn) -> Case:
     if kind in ("SGD", "LARS") and (options.get("momentum") or draw(st.booleans())):
         changing["momentum"] = st.sampled_from([0.5, 0.9])
     if sam and draw(st.booleans()):
-        changing["sam_rho"] = _RHO
+        changing["sam_rho"] = st.sampled_from([0.0, 0.05, 0.3])
     if options.get("nesterov"):
         changing.pop("dampening")
     return _Draws(draw, params, kind, options, sam, sam_options, torch, changing).case()
