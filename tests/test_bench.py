@@ -55,6 +55,17 @@ def test_sam_counts_bytes_and_copies() -> None:
 
 
 @pytest.mark.matrix
+def test_proof_prints_what_it_costs() -> None:
+    small = ["--layers", "1", "--width", "256", "--batch-size", "1", "--sequence-length", "64", "--rounds", "3"]
+    done = bench("proof", *small)
+    assert done.returncode == 0, done.stderr
+    rows = cells(done.stdout)
+    weights, gradients, state = (float(cells[0]) for name, cells in rows.items() if name.startswith("proof of"))
+    assert 0.0 < weights < gradients < state
+    assert float(rows["proof of weights and gradients"][3]) < 1.0  # percent
+
+
+@pytest.mark.matrix
 def test_wire_counts_what_the_formula_says() -> None:
     """Norms and padding come on top: little, and less the larger the model."""
     small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]

@@ -574,6 +574,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "train.micro_batch_size=3": ("train.micro_batch_size=3 does not divide the 4 sequences",),
     "train.micro_batch_size=abc": ("train.micro_batch_size must be an integer >= 1 or null, got 'abc'",),
     "train.max_grad_norm=0": ("train.max_grad_norm must be a number > 0, or null", "got 0"),
+    "train.prove_every=-1": ("train.prove_every must be an integer >= 0 or null, got -1",),
     "train.max_skipped_steps=0": ("train.max_skipped_steps must be an integer >= 1, got 0",),
     "train.timeout_minutes=abc": ("train.timeout_minutes must be a number > 0, got 'abc'",),
     "train.sequence_length=65": ("train.sequence_length=65 is longer than the model's 64 positions", "shorten it"),
