@@ -63,6 +63,8 @@ def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
 
 def squares(shards: Shards) -> tuple[Tensor, Tensor]:
     """|p|^2 and |gradient|^2 of each shard, for rules that need norms before their state moves; in digits."""
+    if shards.params and len(fits(shards)) == len(shards.params):
+        return compiled("norms", shards).squares()  # both in one pass
     return squared_norms(shards.params, shards.rows), squared_norms(shards.grads, shards.rows)
 
 

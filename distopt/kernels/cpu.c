@@ -24,7 +24,7 @@
 
 enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
 enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
-enum { BLOCK = 512, LANES = 8, SHORT = 64 };       /* elements of a sum, its chains, of a row too short to be worth a call */
+enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
@@ -123,19 +123,32 @@ static inline float rmsprop_centered_momentum_update(const float *h, const float
     return *c = h[rmsprop_centered_momentum__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
 }
 
-/* The sum of a[i] b[i], always in the same order; the product of two float32 is exact. */
+/* The sum of a[i] b[i], always in the same order: in float32, whose squares are from 1e-38 to 1e38, or else in float64. */
 static double dot(const float *a, const float *b, int64_t n) {
-    double lane[LANES] = {0.0};
+    float lane[LANES] = {0.0f};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
-    for (int k = 0; i + k < n; k++) lane[k] += (double)a[i + k] * (double)b[i + k];
+        for (int k = 0; k < LANES; k++) lane[k] = fmaf(a[i + k], b[i + k], lane[k]);
+    for (int k = 0; i + k < n; k++) lane[k] = fmaf(a[i + k], b[i + k], lane[k]);
     for (int width = LANES / 2; width > 0; width /= 2)
         for (int k = 0; k < width; k++) lane[k] += lane[k + width];
-    return lane[0];
+    if (fabsf(lane[0]) > 1e-20f && fabsf(lane[0]) < 1e37f) return lane[0];
+    double wide = 0.0;
+    for (i = 0; i < n; i++) wide += (double)a[i] * (double)b[i];
+    return wide;
 }
 
-/* Adds a sum of products of float32 exactly; at most 2^24 of them until `carry`. */
+/* Adds an integer times 2^(place + LOWEST) exactly; at most 2^24 of them until `carry`. */
+static inline void add_integer(Sum *sum, int64_t sign, uint64_t integer, int place) {
+    const uint64_t mask = (1ull << WIDTH) - 1;
+    const unsigned __int128 wide = (unsigned __int128)integer << place % WIDTH;
+    int64_t *digit = sum->digit + place / WIDTH;
+    digit[0] += sign * (int64_t)((uint64_t)wide & mask);
+    digit[1] += sign * (int64_t)((uint64_t)(wide >> WIDTH) & mask);
+    digit[2] += sign * (int64_t)(uint64_t)(wide >> 2 * WIDTH);
+}
+
+/* Adds a sum of products of float32 exactly. */
 static inline void add(Sum *sum, double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -151,13 +164,26 @@ static inline void add(Sum *sum, double value) {
         mantissa = place > -64 ? mantissa >> -place : 0;
         place = 0;
     }
-    const uint64_t mask = (1ull << WIDTH) - 1;
-    const unsigned __int128 wide = (unsigned __int128)mantissa << place % WIDTH;
-    int64_t *digit = sum->digit + place / WIDTH;
-    const int64_t sign = bits >> 63 ? -1 : 1;
-    digit[0] += sign * (int64_t)((uint64_t)wide & mask);
-    digit[1] += sign * (int64_t)((uint64_t)(wide >> WIDTH) & mask);
-    digit[2] += sign * (int64_t)(uint64_t)(wide >> 2 * WIDTH);
+    add_integer(sum, bits >> 63 ? -1 : 1, mantissa, place);
+}
+
+/* Adds the products of at most CHUNK elements one by one: integers, in a bin for each exponent. */
+static void add_each(Sum *sum, const float *a, const float *b, int64_t n) {
+    int64_t bins[2 * 255] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t x, y;
+        memcpy(&x, a + i, sizeof x);
+        memcpy(&y, b + i, sizeof y);
+        int low = x >> 23 & 0xff, high = y >> 23 & 0xff;
+        if (low == 0xff || high == 0xff) {
+            sum->broken += (double)a[i] * (double)b[i];
+            continue;
+        }
+        const int64_t left = (x & 0x7fffff) | (low ? 1u << 23 : 0), right = (y & 0x7fffff) | (high ? 1u << 23 : 0);
+        bins[(low ? low : 1) + (high ? high : 1)] += (x ^ y) >> 31 ? -left * right : left * right;
+    }
+    for (int e = 0; e < 2 * 255; e++)
+        if (bins[e] != 0) add_integer(sum, bins[e] < 0 ? -1 : 1, bins[e] < 0 ? -bins[e] : bins[e], e - 300 - LOWEST);
 }
 
 /* Brings all digits but the last one between 0 and 2^WIDTH. */
@@ -177,6 +203,10 @@ static inline int64_t block(int64_t row, int64_t shard) {
 
 /* Adds the products of n elements from `from` on, in the blocks of rows of that length. */
 static void add_products(Sum *sum, const float *a, const float *b, int64_t from, int64_t n, int64_t row) {
+    if (row < TINY) { /* a sum of so few is not worth it */
+        for (int64_t i = 0; i < n; i += CHUNK) add_each(sum, a + i, b + i, n - i < CHUNK ? n - i : CHUNK);
+        return;
+    }
     int64_t left = row - from % row; /* of the row */
     for (int64_t i = 0; i < n;) {
         const int64_t count = block(left, n - i);
@@ -249,7 +279,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             float s[SCALES], widened[CHUNK], direction[CHUNK];
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
-            const int by_block = mode == MEASURE && row >= SHORT;
+            const int by_block = mode == MEASURE && row >= SHORT; /* a shorter one is not worth a call */
             int64_t left = row - pieces[k].start % row; /* of the row, block by block */
             for (int64_t from = pieces[k].start, n; from < end; from += n) {
                 if (by_block) {

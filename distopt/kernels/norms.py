@@ -1,7 +1,7 @@
 """Inner products of tensors, in digits whose sum is the same bits however their layers are sharded.
 
-The elements of a row (one index of a layer's dimension 0) are summed in blocks, each in float64 in one order; the sums
-of the blocks are added without rounding (`distopt.exact`). Whoever shards between rows, cuts no block.
+The elements of a row (one index of a layer's dimension 0) are summed in blocks, each in one order; the sums of the
+blocks are added without rounding (`distopt.exact`). Whoever shards between rows, cuts no block.
 """
 
 from __future__ import annotations

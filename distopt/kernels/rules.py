@@ -95,4 +95,5 @@ _RULES: dict[str, Callable[[dict[str, Any]], Rule]] = {
     "adamw": lambda group: _adam(group, 0.0, group["weight_decay"]),
     "adagrad": _adagrad,
     "rmsprop": _rmsprop,
+    "norms": lambda group: Rule("sgd", (), {"decay": 0.0}, {"rate": lambda step: 1.0}),  # no state moves
 }
