@@ -11,8 +11,13 @@ from tests.bits import JOBS, WORLDS, on_ranks, unsharded
 from tests.distributed import run
 
 
-@pytest.mark.parametrize("by", ["kernels", "rules"])
-@pytest.mark.parametrize(("kind", "world"), WORLDS)
+QUICK = {("zero1", 3, "kernels"), ("fsdp2", 3, "kernels"), ("hsdp", 4, "kernels"), ("fsdp2", 2, "rules")}
+EVERY = [(kind, world, by) for kind, world in WORLDS for by in ("kernels", "rules")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "by"), [pytest.param(*job, marks=[] if job in QUICK else [pytest.mark.matrix]) for job in EVERY]
+)
 def test_the_same_bits(kind: str, world: int, by: str) -> None:
     """Weights, perturbed weights and state, of every optimizer and of SAM's family around it, with clipping."""
     expected = unsharded(by)
