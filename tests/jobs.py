@@ -182,7 +182,7 @@ def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], file: Path)
     ended = []
     for words in commands:
         code, out, err = None, io.StringIO(), io.StringIO()
-        sys.argv = ["distopt.train", *words]
+        sys.argv = ["distopt.train", *cli.model_words(list(words))]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 with one_line_errors(), cli.explained():

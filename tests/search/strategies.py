@@ -173,7 +173,9 @@ class _Draws:
         draw = self.draw
         events = [event for _ in range(draw(st.integers(0, 2))) if (event := self.event())]
         some = st.sets(st.sampled_from(range(len(self.params))), max_size=2).map(lambda s: tuple(sorted(s)))
-        second = draw(some) if self.sam and draw(st.booleans()) else None
+        second = None  # FunctionalSAM's second pass takes the slope at the first one's outputs
+        if self.sam not in (None, "FunctionalSAM") and draw(st.booleans()):
+            second = draw(some)
         step = Step(tuple(events), draw(some), second)
         for unused in (step.unused, step.second):  # functional SAM has to be shown outputs in each pass
             assume(self.sam != "FunctionalSAM" or not set(range(len(self.params))) - set(unused) <= self.frozen)
