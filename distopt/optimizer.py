@@ -358,7 +358,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _refuse_lost_state(self, layout: ShardLayout) -> None:
         """State whose parameters an engine has replaced, all of them, would be begun anew without a word."""
-        held = [p for p, state in self.state.items() if state]
+        held = layouts.trained(p for p, state in self.state.items() if state)  # a frozen one keeps its state
         if held and not any(p in layout for p in held):
             raise ValueError(
                 f"the optimizer has state of {len(held)} parameters, none of which is in the layout: the engine has "

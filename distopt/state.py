@@ -149,7 +149,7 @@ class Settled:
         names = optimizer.slots(group)
         states = [optimizer.state[p] for p in params]
         low = [p for p in params if p.dtype.itemsize < 4]
-        held = _held(optimizer, states, names, low)
+        held = [*params, *_held(optimizer, states, names, low)]
         if layout is self._layout and len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             return
         for i, (p, state) in enumerate(zip(params, states)):
@@ -166,7 +166,7 @@ class Settled:
                 state["master"] = layout.master(p)
             else:
                 state["master"] = fit(layout, p, master, f"master of parameter {i} of {len(params)}")
-        self._layout, self._held = layout, _held(optimizer, states, names, low)
+        self._layout, self._held = layout, [*params, *_held(optimizer, states, names, low)]
 
 
 def _held(

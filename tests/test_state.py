@@ -503,3 +503,30 @@ def of_the_family(dtype: torch.dtype) -> list[bool]:
 def test_sam_perturbs_and_restores_16_bit_weights_beside_their_masters(dtype: torch.dtype) -> None:
     """Directions of float32 state did not fit float16 weights, and overflowed in them."""
     assert run(2, of_the_family, dtype) == [[True] * 10] * 2
+
+
+def test_a_frozen_parameter_keeps_its_state() -> None:
+    """All that had state were frozen after a load: the state was taken for that of replaced parameters."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = distopt.Adagrad([param], lr=0.1)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    again = distopt.Adagrad([param], lr=0.1)
+    again.load_state_dict(optimizer.state_dict())
+    optimizer.zero_grad()
+    param.requires_grad_(False)
+    again.step()
+    assert again.state[param]["step"] == 1.0
+
+
+def test_a_parameter_that_is_thawed_has_a_count() -> None:
+    """A rule without buffers had nothing to see the change by."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = distopt.SGD(params, lr=0.1)
+    params[1].requires_grad_(False)
+    for _ in range(2):
+        params[0].grad = torch.ones(3)
+        optimizer.step()
+    params[1].requires_grad_(True).grad = torch.ones(3)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [3.0, 1.0]
