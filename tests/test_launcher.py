@@ -117,6 +117,7 @@ def test_a_sweep_of_any_script(tmp_path: Path, script: list[str], monkeypatch: p
     assert {rank["HYDRA_LAUNCHER_RESUME"] for rank in notes(tmp_path / "out" / "1")} == {"auto"}
 
 
+@pytest.mark.matrix
 def test_a_failing_job_ends_no_sweep(tmp_path: Path, script: list[str]) -> None:
     """One after the other, the second of three fails: the third runs."""
     ended = sweep(tmp_path, script, "x=1,2,3")

@@ -27,7 +27,7 @@ PARAMS = (Param((5, 3)), Param((3,)), Param((2, 3)), Param(()), Param((4, 2), ze
 
 
 def test_a_minute_of_random_trainings() -> None:
-    count = search(SECONDS, number=0)
+    count = search(SECONDS, number=0, most=200)  # the same cases on every machine that is fast enough
     assert count > 3  # a quiet machine comes to some hundreds
 
 

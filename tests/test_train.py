@@ -209,6 +209,7 @@ def test_a_killed_run_goes_on_bit_for_bit(cwd: Path, changes: dict[str, str]) ->
     assert checkpoints(broken) == checkpoints(unbroken) == ["step_00000008", "step_00000009"]
 
 
+@pytest.mark.matrix
 def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_one_before(cwd: Path) -> None:
     """kill -9 while step 8's checkpoint is being written and training goes on: that of step 4 is whole, what is half
     written does not count. LookSAM under ZeRO-1 with dropout, so that all there is has to come back."""
@@ -359,6 +360,7 @@ def test_the_loss_does_not_depend_on_the_number_of_processes(cwd: Path) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.matrix
 def test_micro_batches_and_precision_are_the_same_step(cwd: Path) -> None:
     """Accumulated gradients are those of the whole batch; bf16 is near, and is not the same."""
     runs = {

@@ -46,13 +46,15 @@ def pack(matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int = 0) 
     goes to every rank.
     """
     pairs = list(_views(matrix, tensors, world, first, scalars=len(matrix)))
-    torch._foreach_copy_([inside for inside, _ in pairs], [outside for _, outside in pairs])
+    if pairs:  # none of parameters without elements
+        torch._foreach_copy_([inside for inside, _ in pairs], [outside for _, outside in pairs])
 
 
 def unpack(tensors: Sequence[Tensor], matrix: Tensor, world: int, first: int = 0) -> None:
     """The reverse. A 0-D tensor is the first rank's, so that all ranks have the same."""
     pairs = list(_views(matrix, tensors, world, first, scalars=1 if first == 0 else 0))
-    torch._foreach_copy_([outside for _, outside in pairs], [inside for inside, _ in pairs])
+    if pairs:
+        torch._foreach_copy_([outside for _, outside in pairs], [inside for inside, _ in pairs])
 
 
 def swap(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:

@@ -15,8 +15,8 @@ class _TimeIsUp(BaseException):
     """Not an Exception, which Hypothesis would take for a failure of the case."""
 
 
-def search(seconds: float, number: int, shrinking: float = 40.0) -> int:
-    """Draws cases for so long and returns how many; `number` seeds the draws.
+def search(seconds: float, number: int, shrinking: float = 40.0, most: int = 10**7) -> int:
+    """Draws cases for so long, or so many, and returns how many; `number` seeds the draws.
 
     Raises AssertionError with the smallest case that was found, as Python reads it, if one fails; looking for a smaller
     one takes `shrinking` seconds at most, and is left out where ranks hang.
@@ -26,7 +26,7 @@ def search(seconds: float, number: int, shrinking: float = 40.0) -> int:
     count = 0
 
     @settings(
-        max_examples=10**7,
+        max_examples=most,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
