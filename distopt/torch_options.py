@@ -20,17 +20,14 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
 
 Accepted = tuple[tuple[bool | None, ...], str]
 
-_CHOICE: Accepted = ((None, False, True), "it must be true, false or None; any of them gives the same update")
+_CHOICE: Accepted = (
+    (None, False, True),
+    "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
+)
 # name: (the values that change nothing, why no other is taken and what to do)
 TORCH_OPTIONS: dict[str, Accepted] = {
-    "foreach": (
-        (None, False, True),
-        "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
-    ),
-    "fused": (
-        (None, False, True),
-        "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
-    ),
+    "foreach": _CHOICE,
+    "fused": _CHOICE,
     "differentiable": ((None, False), "no gradient flows through a step of distopt: give False, or use torch.optim"),
     "amsgrad": (
         (None, False),
