@@ -1,21 +1,21 @@
 """Optimizers whose update is exactly the unsharded one, however parameters, gradients and state are cut up."""
 
 from distopt import layout
-from distopt.attach import attach
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
-from distopt.clip import clip_grad_norm_, grad_norms
+from distopt.integrations.accelerate.attach import attach
 from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
-from distopt.optimizer import ShardedOptimizer
-from distopt.param_groups import param_groups
-from distopt.proof import Fingerprint, fingerprint, prove, prove_every
-from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
-from distopt.schedule import (
+from distopt.optim.base import ShardedOptimizer
+from distopt.optim.clip import clip_grad_norm_, grad_norms
+from distopt.optim.param_groups import param_groups
+from distopt.optim.schedules import (
     warmup_constant,
     warmup_cosine,
     warmup_inverse_sqrt,
     warmup_linear,
     warmup_stable_decay,
 )
+from distopt.proof import Fingerprint, fingerprint, prove, prove_every
+from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 
 __version__ = "0.1.0"
 

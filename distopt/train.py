@@ -15,20 +15,22 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from distopt import cli, pretrained, ranks
-from distopt import run as runs
+from distopt import collective
 from distopt.checkpoint import load_checkpoint
-from distopt.diagnostics import blame, by_layer
-from distopt.ending import end_of_process, end_on_interrupt
-from distopt.errors import one_line_errors
-from distopt.evaluate import sample, validation_loss
-from distopt.model import blocks, check_length, positions
-from distopt.monitor import Monitor, plot
-from distopt.options import CONF, check_options, dry_run, make, micro_batch_size, refuse_swept_ranks
+from distopt.engine.train_step import update
+from distopt.job import cli
+from distopt.job import run_folder as runs
+from distopt.job.checkpointer import Saver
+from distopt.job.config import CONF, check_options, dry_run, make, micro_batch_size, refuse_swept_ranks
+from distopt.job.diagnostics import blame, by_layer
+from distopt.job.errors import one_line_errors
+from distopt.job.evaluate import sample, validation_loss
+from distopt.job.metrics import Monitor, plot
+from distopt.job.process import end_of_process, end_on_interrupt
+from distopt.job.stop import Stopped, StopSignal
+from distopt.models import pretrained
+from distopt.models.language_model import blocks, check_length, positions
 from distopt.proof import prove_every
-from distopt.saver import Saver
-from distopt.step import update
-from distopt.stop import Stopped, StopSignal
 
 
 def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
@@ -58,8 +60,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
     accelerator.log_with = trackers(cfg.trackers)
 
-    checkpoint, notes = ranks.on_first(lambda: runs.find_checkpoint(folder / "checkpoints", options.resume))
-    corpus = ranks.one_after_another(data.build)
+    checkpoint, notes = collective.on_first(lambda: runs.find_checkpoint(folder / "checkpoints", options.resume))
+    corpus = collective.one_after_another(data.build)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
     held_out = data.held_out(corpus, **sizes, max_sequences=cfg.evaluation.max_sequences)
@@ -96,11 +98,11 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         extra = load_checkpoint(checkpoint, engine.unwrap(model), stepper, schedule)
         step = extra.pop("step")
-        there = ranks.on_first(functools.partial(pretrained.saved_architecture, checkpoint))
+        there = collective.on_first(functools.partial(pretrained.saved_architecture, checkpoint))
         here = pretrained.architecture(config) if there else {}
         refuse_other_run(checkpoint, extra | there, here | identity, step, options.steps)
         configure_again(optimizer, schedule, groups)
-    moved = ranks.on_first(lambda: runs.open_folder(folder, checkpoint))
+    moved = collective.on_first(lambda: runs.open_folder(folder, checkpoint))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         hydra_cfg = HydraConfig.get()

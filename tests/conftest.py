@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import distributed
+from tests.harness import distributed
 
 # Before anything asks: the tests never reach for a hub, and every process computes with one thread.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", help="a file with the markers of `tests/matrix_table.py`: write the matrix there")
+    parser.addoption("--table", help="a file with the markers of `tests/harness/matrix_table.py`: write the matrix there")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

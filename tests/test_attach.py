@@ -24,10 +24,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import distopt
 from distopt import layout
-from tests import jobs
-from tests.distributed import RankError, run
-from tests.optimizers import distance, named
-from tests.sharded import full, mesh, whole
+from tests.harness import jobs
+from tests.harness.distributed import RankError, run
+from tests.harness.optimizers import distance, named
+from tests.harness.sharded import full, mesh, whole
 
 ACCUMULATION = 2
 MAX_NORM = 1.0

@@ -14,19 +14,19 @@ import torch
 import torch.distributed as dist
 
 import distopt
-from distopt.bench.__main__ import main
-from distopt.bench.curvature import noisy_loss, top_eigenvalue
-from distopt.bench.ranks import Team, TeamError
-from distopt.bench.train import SIDES, state_bytes
-from distopt.model import LanguageModel
-from distopt.step import update
-from tests.distributed import run
-from tests.engines import CONFIGS, ENGINES, VOCABULARY, batch, made
-from tests.jobs import ENVIRONMENT, ROOT
+from benchmarks.__main__ import main
+from benchmarks.curvature import noisy_loss, top_eigenvalue
+from benchmarks.ranks import Team, TeamError
+from benchmarks.train import SIDES, state_bytes
+from distopt.engine.train_step import update
+from distopt.models.language_model import LanguageModel
+from tests.harness.distributed import run
+from tests.harness.engines import CONFIGS, ENGINES, VOCABULARY, batch, made
+from tests.harness.jobs import ENVIRONMENT, ROOT
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "distopt.bench", *arguments]
+    command = [sys.executable, "-m", "benchmarks", *arguments]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=240
     )
@@ -255,7 +255,7 @@ def test_the_step_of_every_optimizer_is_measured(tmp_path: Path) -> None:
 def test_the_step_refuses_in_one_line(
     option: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["distopt.bench", "step", *option])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", *option])
     with pytest.raises(SystemExit) as ended:
         main()
     line = ended.value.code if isinstance(ended.value.code, str) else capsys.readouterr().err  # as Python prints it

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bits import JOBS, WORLDS, on_ranks, unsharded
-from tests.distributed import run
+from tests.harness.bits import JOBS, WORLDS, on_ranks, unsharded
+from tests.harness.distributed import run
 
 QUICK = {("zero1", 3, "kernels"), ("fsdp2", 3, "kernels"), ("hsdp", 4, "kernels"), ("fsdp2", 2, "rules")}
 EVERY = [(kind, world, by) for kind, world in WORLDS for by in ("kernels", "rules")]

@@ -24,9 +24,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt import schedule as schedules
 from distopt.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from tests.distributed import run
+from distopt.optim import schedules as schedules
+from tests.harness.distributed import run
 
 HALF, STEPS, ROWS = 3, 6, 8
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

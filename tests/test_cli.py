@@ -20,12 +20,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from distopt import run as runs
-from distopt.errors import one_line_errors
-from distopt.monitor import read_metrics
-from distopt.stop import SIGNALS
-from tests import jobs
-from tests.jobs import metrics, overrides
+from distopt.job import run_folder as runs
+from distopt.job.errors import one_line_errors
+from distopt.job.metrics import read_metrics
+from distopt.job.stop import SIGNALS
+from tests.harness import jobs
+from tests.harness.jobs import metrics, overrides
 
 LONG = {"train__steps": "80", "evaluation__every": "80", "checkpoint__every": "10"}
 

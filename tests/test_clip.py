@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import distopt
-from tests import oracles
-from tests.distributed import run
-from tests.optimizers import distance, initial, pull
-from tests.sharded import EVERYWHERE, backward, sharded, whole
+from tests.harness import oracles
+from tests.harness.distributed import run
+from tests.harness.optimizers import distance, initial, pull
+from tests.harness.sharded import EVERYWHERE, backward, sharded, whole
 
 
 def graded(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], torch.optim.Optimizer, float]:

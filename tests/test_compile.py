@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import distopt
-from tests.optimizers import ROWS, Row, named
+from tests.harness.optimizers import ROWS, Row, named
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*record function.*ignored")
 

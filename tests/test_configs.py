@@ -19,9 +19,9 @@ from torch import nn
 
 from distopt import SAM, param_groups
 from distopt.engine import Engine
-from distopt.model import LanguageModel, blocks
-from tests.jobs import write_text
-from tests.pretrained import chats, write_lines, write_tokenizer
+from distopt.models.language_model import LanguageModel, blocks
+from tests.harness.jobs import write_text
+from tests.harness.pretrained import chats, write_lines, write_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distopt.completions import CompletionData
-from distopt.conversation import Encoder
-from tests.pretrained import MARKED, TEMPLATE, chats, pairs, write_lines, write_tokenizer
+from distopt.data.chat import Encoder
+from distopt.data.sft import CompletionData
+from tests.harness.pretrained import MARKED, TEMPLATE, chats, pairs, write_lines, write_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -19,8 +19,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from distopt import corpus, text
-from distopt.data import Corpus, Sequences, TextData, ValidationSequences
+from distopt.data import sources, token_cache
+from distopt.data.order import Corpus, Sequences, TextData, ValidationSequences
 
 CONF = Path(__file__).parent.parent / "conf" / "data"
 END = "<|end|>"
@@ -73,7 +73,7 @@ def test_standard_library_is_the_default(tmp_path: Path) -> None:
     assert opened.train.tobytes().count(package) + opened.validation.tobytes().count(package) == 1
     share = len(opened.validation) / (len(opened.train) + len(opened.validation))
     assert 0.002 < share < 0.1  # two per cent of the files, not of the bytes
-    assert not [file for file in text.Source.open(None, "auto", (), "").files if "site-packages" in file.parts]
+    assert not [file for file in sources.Source.open(None, "auto", (), "").files if "site-packages" in file.parts]
 
 
 def test_folder_is_split_by_file(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_split_does_not_depend_on_the_other_files(tmp_path: Path) -> None:
     before = data.build()
     folder_of(tmp_path / "texts", 41)
     after = data.build()
-    for split in corpus.SPLITS:
+    for split in token_cache.SPLITS:
         assert set(documents(before, getattr(before, split))) <= set(documents(after, getattr(after, split)))
 
 
@@ -122,7 +122,7 @@ def test_few_files_are_split_by_their_tails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["\0", END], ids=["bytes", "tokenizer"])
 def test_long_documents_come_through_whole(tmp_path: Path, tokenizer: str, name: str, filling: str, end: str) -> None:
     """Documents are read in pieces; a piece never ends inside a character, with or without line breaks."""
-    content = "x" + filling * (5 * text.PIECE // 2 // len(filling.encode()))
+    content = "x" + filling * (5 * sources.PIECE // 2 // len(filling.encode()))
     file = tmp_path / name
     file.write_text(json.dumps({"text": content}) if name.endswith("jsonl") else content, encoding="utf-8")
     words = tokenizer if end == END else None
@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(opened.train) + len(opened.validation) == (64 << 20) + 2
     assert peak < 24 << 20
-    for split in corpus.SPLITS:
+    for split in token_cache.SPLITS:
         next(tmp_path.glob(f"*/{split}.bin")).unlink()
 
 
@@ -270,7 +270,7 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "data.TextData(path=sys.argv[1], cache_dir=sys.argv[2]).build()\n"
     )
-    root = str(Path(corpus.__file__).parent.parent)
+    root = str(Path(token_cache.__file__).parent.parent)
     killed = subprocess.run([sys.executable, "-c", program, file, cache], cwd=root, timeout=120)
     assert killed.returncode == -signal.SIGXFSZ
     (aside,) = cache.iterdir()
@@ -288,12 +288,12 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
 def test_second_of_two_builders_gives_way(tmp_path: Path) -> None:
     """Whoever renames last finds the folder taken, keeps what is there and leaves nothing behind."""
     folder_of(tmp_path / "texts", 20)
-    source = text.Source.open(str(tmp_path / "texts"), "text", ".txt", "text")
+    source = sources.Source.open(str(tmp_path / "texts"), "text", ".txt", "text")
     folder = tmp_path / "c" / "corpus"
-    corpus.write(folder, source, None, 0.25)
+    token_cache.write(folder, source, None, 0.25)
     first = Corpus.open(folder, None)
     inode = folder.stat().st_ino
-    corpus.write(folder, source, None, 0.25)
+    token_cache.write(folder, source, None, 0.25)
     assert folder.stat().st_ino == inode and list(folder.parent.iterdir()) == [folder]
     assert Corpus.open(folder, None).digest == first.digest
 
@@ -507,6 +507,6 @@ def test_import_is_cheap() -> None:
     """The job imports this before it knows which source it reads."""
     heavy = {"transformers", "datasets", "accelerate", "hydra"}
     program = f"import sys, distopt.data; print(sorted({heavy} & set(sys.modules)))"
-    root = str(Path(corpus.__file__).parent.parent)
+    root = str(Path(token_cache.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import distopt
+from benchmarks.collectives import Collectives
 from distopt import layout
-from distopt.bench.collectives import Collectives
-from distopt.checkpoint_flat import FlatContents
-from distopt.clip import grad_norms
-from distopt.diagnostics import by_layer
+from distopt.checkpoint.deepspeed import FlatContents
 from distopt.engine import DeepSpeed
-from distopt.names import bare_name
-from distopt.step import update
-from tests.distributed import RankError, run
-from tests.engines import full
-from tests.optimizers import ROWS, distance, named
-from tests.sharded import whole
+from distopt.engine.train_step import update
+from distopt.job.diagnostics import by_layer
+from distopt.layout.names import bare_name
+from distopt.optim.clip import grad_norms
+from tests.harness.distributed import RankError, run
+from tests.harness.engines import full
+from tests.harness.optimizers import ROWS, distance, named
+from tests.harness.sharded import whole
 
 STEPS = 10
 MAX_NORM = 1.0

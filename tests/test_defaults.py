@@ -1,6 +1,6 @@
 """Every rule at the hyper-parameters that users have, and at the edges, against its oracle and torch's optimizer.
 
-The rows of `tests.optimizers.ROWS` have short memories (betas of 0.8 and 0.95), in which errors show soon; a constant
+The rows of `tests.harness.optimizers.ROWS` have short memories (betas of 0.8 and 0.95), in which errors show soon; a constant
 such as 1 - 0.999, rounded to float32, is wrong in the fifth digit, and they do not see it.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import oracles
-from tests.optimizers import EDGES, Row, distance, pull
+from tests.harness import oracles
+from tests.harness.optimizers import EDGES, Row, distance, pull
 from tests.test_rules import STEPS, TOLERANCE, leaves, trajectory
 
 

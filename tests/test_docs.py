@@ -15,8 +15,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import distopt
-from distopt.options import CONF
-from tests import jobs, pages
+from distopt.job.config import CONF
+from distopt.optim import schedules
+from tests.harness import jobs, pages
 
 PAGES = [jobs.ROOT / "README.md", *sorted((jobs.ROOT / "docs").rglob("*.md"))]
 SECONDS = 900.0
@@ -100,7 +101,7 @@ def test_commands_that_do_not_run_exist() -> None:
                 continue
             module, *rest = words[words.index("-m") + 1 :]
             assert importlib.util.find_spec(module), f"{name(page)}: {command}"
-            if module == "distopt.bench":
+            if module == "benchmarks":
                 assert importlib.util.find_spec(f"{module}.{rest[0]}"), f"{name(page)}: {command}"
             if module == "distopt.train" and not {"...", "--help", "--cfg"} & set(rest):
                 if "-m" in rest:  # a sweep, by the first value of each key
@@ -130,7 +131,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         assert (tmp_path / page.relative_to(jobs.ROOT / "docs").with_suffix(".html")).is_file()
     pages_of_reference = (jobs.ROOT / "docs" / "reference").glob("*.md")
     listed = re.findall(r"^::: (?:\w+\.)+(\w+)$", "".join(map(Path.read_text, pages_of_reference)), re.MULTILINE)
-    modules = {"layout", *(name for name in distopt.__all__ if hasattr(distopt.schedule, name))}  # listed whole
+    modules = {"layout", *(name for name in distopt.__all__ if hasattr(schedules, name))}  # listed whole
     assert {*distopt.__all__} - modules <= {*listed}
     html = (tmp_path / "reference" / "optimizers.html").read_text()
     assert "ratio = |p| / |direction|" in html and "<li><code>momentum</code>: in [0, 1)" in html

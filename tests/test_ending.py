@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests import jobs
+from tests.harness import jobs
 
 # Thousands of tensors that only gloo's workers still hold, as after any last collective a worker may, for a moment.
 PROGRAM = """

@@ -20,15 +20,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import distopt
-from distopt.bench.collectives import Collectives
+from benchmarks.collectives import Collectives
 from distopt.engine import DDP, FSDP2, Engine
-from distopt.evaluate import sample, validation_loss
+from distopt.engine.train_step import backward, update
+from distopt.job.evaluate import sample, validation_loss
 from distopt.layout import local
-from distopt.model import LanguageModel, blocks
+from distopt.models.language_model import LanguageModel, blocks
 from distopt.optim import LAMB, SGD
-from distopt.step import backward, update
-from tests.distributed import RankError, run
-from tests.engines import (
+from tests.harness.distributed import RankError, run
+from tests.harness.engines import (
     CONFIGS,
     CPU,
     DEEPSPEED,

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import run
-from tests.jobs import BIN, ENVIRONMENT, ROOT, fork, launch
+from tests.harness.distributed import run
+from tests.harness.jobs import BIN, ENVIRONMENT, ROOT, fork, launch
 from tests.test_attach import start, start_deepspeed, start_fsdp
 
 SCRIPT = ROOT / "examples" / "accelerate_script.py"

@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from distopt import pretrained, vocabulary
 from distopt.checkpoint import save_checkpoint
-from distopt.export import DTYPES, export, fitting_tokenizer, main
-from tests import jobs
-from tests.jobs import metrics, overrides
+from distopt.data import tokenizers
+from distopt.models import pretrained
+from distopt.models.export import DTYPES, export, fitting_tokenizer, main
+from tests.harness import jobs
+from tests.harness.jobs import metrics, overrides
 
 PROMPT = torch.arange(60).reshape(2, 30)  # ids that every vocabulary here has
 TEXT = "It's  naïve\tĀ Ġ ☃😀 Cafe\u0301\r\n\n\0 . , ! 日本語"
@@ -295,7 +296,7 @@ def test_float16_is_refused_where_it_is_too_small(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.transformer.wpe.weight[3, 2] = 1e5
-    files = pretrained.description(config, vocabulary.Bytes().pretrained())
+    files = pretrained.description(config, tokenizers.Bytes().pretrained())
     save_checkpoint(tmp_path / "a", model, torch.optim.SGD(model.parameters(), lr=1.0), files=files)
     with pytest.raises(ValueError, match=r"transformer\.wpe\.weight is too large for float16: choose bfloat16"):
         export(tmp_path / "a", tmp_path / "out", torch.float16)
@@ -308,7 +309,7 @@ def test_float16_is_refused_where_it_is_too_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_bytes_as_a_tokenizer(tmp_path: Path, family: str) -> None:
     """U+0100 is GPT-2's character for the byte 0: as a letter in the text it was taken for the end of a document."""
-    vocabulary.Bytes().pretrained().save_pretrained(tmp_path)
+    tokenizers.Bytes().pretrained().save_pretrained(tmp_path)
     AutoConfig.for_model(family).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (len(tokenizer), tokenizer.vocab_size, tokenizer.eos_token_id) == (256, 256, 0)
@@ -317,13 +318,13 @@ def test_bytes_as_a_tokenizer(tmp_path: Path, family: str) -> None:
         assert tokenizer.encode(text) == list(text.encode())
         assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer(["ab", "é"])["input_ids"] == [[97, 98], [195, 169]]
-    assert tokenizer.decode([65, 200, 66]) == vocabulary.Bytes().decode([65, 200, 66]) == "A\ufffdB"
+    assert tokenizer.decode([65, 200, 66]) == tokenizers.Bytes().decode([65, 200, 66]) == "A\ufffdB"
     assert tokenizer.decode([65, 0], skip_special_tokens=True) == "A"
 
 
 def test_a_family_that_would_read_the_tokenizer_otherwise(tmp_path: Path) -> None:
     """For Qwen2 AutoTokenizer composes characters before it encodes, whatever tokenizer.json says."""
-    tokenizer = vocabulary.Bytes().pretrained()
+    tokenizer = tokenizers.Bytes().pretrained()
     for family, expected in (("gpt2", "AutoTokenizer"), ("qwen2", "PreTrainedTokenizerFast")):
         tokenizer.save_pretrained(tmp_path)
         AutoConfig.for_model(family).save_pretrained(tmp_path)
@@ -335,7 +336,7 @@ def test_a_family_that_would_read_the_tokenizer_otherwise(tmp_path: Path) -> Non
 def test_a_pretrained_model_keeps_how_it_ends(tmp_path: Path) -> None:
     """Its own several ends and its generation_config.json, but not where it was trained on with other tokens."""
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 0], "top_k": 7}')
-    bytes_ = vocabulary.Bytes().pretrained()
+    bytes_ = tokenizers.Bytes().pretrained()
     for known, kept in (([5, 0], True), (5, False)):
         config = AutoConfig.for_model("llama", eos_token_id=known, bos_token_id=1, use_cache=False)
         files = pretrained.description(config, bytes_, tmp_path)

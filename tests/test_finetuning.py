@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distopt.export import export
-from tests import jobs
-from tests.jobs import metrics
-from tests.pretrained import WORDS, chats, pairs, write_lines, write_model, write_tokenizer
+from distopt.models.export import export
+from tests.harness import jobs
+from tests.harness.jobs import metrics
+from tests.harness.pretrained import WORDS, chats, pairs, write_lines, write_model, write_tokenizer
 from tests.test_export import PROMPT, keep_logits
 
 

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 from distopt import layout
-from tests.distributed import run
-from tests.optimizers import distance
-from tests.sharded import full, mesh
+from tests.harness.distributed import run
+from tests.harness.optimizers import distance
+from tests.harness.sharded import full, mesh
 
 # One parameter, marked or made as libraries do it: all that an optimizer sees.
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt.bench.step import SHAPES as MODELS
-from distopt.kernels import triton_move
-from tests.optimizers import Row, distance, every_row, initial, named
+from benchmarks.step import SHAPES as MODELS
+from distopt.kernels import triton
+from tests.harness.optimizers import Row, distance, every_row, initial, named
 
 pytestmark = pytest.mark.gpu
 
@@ -51,13 +51,13 @@ def outcome(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The modes of the kernels that were launched."""
     seen: list[int] = []
-    launch = triton_move.TritonMove._launch
+    launch = triton.TritonMove._launch
 
     def watched(self: Any, mode: int, *args: Any) -> None:
         seen.append(mode)
         launch(self, mode, *args)
 
-    monkeypatch.setattr(triton_move.TritonMove, "_launch", watched)
+    monkeypatch.setattr(triton.TritonMove, "_launch", watched)
     return seen
 
 
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_the_cpu_in_float64(
     row: Row, by: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "rules":
-        monkeypatch.setattr(triton_move, "DEVICES", ())
+        monkeypatch.setattr(triton, "DEVICES", ())
     ours, exact = weights(), weights(torch.float64, "cpu")
     opt, reference = row.make(row.groups(ours)), row.make(row.groups(exact))
     walk(opt, ours, range(5))
@@ -81,7 +81,7 @@ def test_gradients_of_16_bits(row: Row, launches: list[int], monkeypatch: pytest
     """The kernels read them as they are; the rules get them in float32."""
     results = []
     for devices in (("cuda",), ()):
-        monkeypatch.setattr(triton_move, "DEVICES", devices)
+        monkeypatch.setattr(triton, "DEVICES", devices)
         params = weights()
         opt = row.make(row.groups(params))
         for step in range(3):
@@ -107,7 +107,7 @@ def test_no_step_waits_for_the_device(
     row: Row, by: str, strict: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "rules":
-        monkeypatch.setattr(triton_move, "DEVICES", ())
+        monkeypatch.setattr(triton, "DEVICES", ())
     params = weights()
     opt = row.make(row.groups(params))
     sam = distopt.SAM(opt)
@@ -193,7 +193,7 @@ PACE = {"adamw": (28, 0.85), "lamb": (40, 0.80)}
 
 @pytest.mark.parametrize("name", PACE)
 def test_memory_sets_the_pace(name: str) -> None:
-    """On GPT-2's shapes; `python -m distopt.bench step` is the whole comparison. `pytest -s` shows the numbers."""
+    """On GPT-2's shapes; `python -m benchmarks step` is the whole comparison. `pytest -s` shows the numbers."""
     params = [torch.randn(shape, device="cuda").mul_(0.02).requires_grad_() for shape in MODELS["gpt2_124m"]]
     for p in params:
         p.grad = torch.randn_like(p)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import BIN, ENVIRONMENT, ROOT
+from tests.harness.jobs import BIN, ENVIRONMENT, ROOT
 
 OTHERS = (
     "accelerate",
@@ -59,7 +59,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, list[s
 def test_torch_alone(probes: list[tuple[float, list[str]]]) -> None:
     """Beside what torch has brought: our own modules, and such of torch and of the standard library as are small."""
     for _, added in probes:
-        assert "distopt.optimizer" in added
+        assert "distopt.optim.base" in added
         assert [name for name in added if name in OTHERS or name.partition(".")[0] in OTHERS] == []
         foreign = {name.partition(".")[0] for name in added} - {"distopt", "torch", *sys.stdlib_module_names}
         assert foreign == set()

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt import kernels
-from distopt.kernels import cpu, rules, triton_move
-from tests.jobs import ROOT
+from distopt.kernels import cpu, dispatch, triton
+from distopt.kernels.dispatch import rules
+from tests.harness.jobs import ROOT
 
 STEPS = 20
 # Of what torch's own is off by (its fused kernel; foreach for RMSprop, which has none): the rest is the order of a few
@@ -78,9 +78,9 @@ def measured(case: str) -> dict[str, list[float]]:
     seen: list[str] = []
     for way in ways:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton_move, "DEVICES", ("cpu",) if way == "triton" else ())
-            patch.setattr(kernels, "fits", cpu.fits if way == "c" else lambda shards: [])
-            for move, cls in (("triton", triton_move.TritonMove), ("c", cpu.CompiledMove), ("rule", kernels.Move)):
+            patch.setattr(triton, "DEVICES", ("cpu",) if way == "triton" else ())
+            patch.setattr(dispatch, "fits", cpu.fits if way == "c" else lambda shards: [])
+            for move, cls in (("triton", triton.TritonMove), ("c", cpu.CompiledMove), ("rule", dispatch.Move)):
                 patch.setattr(cls, "step", lambda self, go=cls.step, move=move: (seen.append(move), go(self)))  # type: ignore
             found[way] = errors(trained(ours, torch.float32, case), exact)
         assert set(seen) == {way}
@@ -115,7 +115,7 @@ def test_a_small_beta1_forgets_a_large_gradient() -> None:
     for name in ("c", "rule"):
         with pytest.MonkeyPatch.context() as patch:
             if name == "rule":
-                patch.setattr(kernels, "fits", lambda shards: [])
+                patch.setattr(dispatch, "fits", lambda shards: [])
             p = torch.nn.Parameter(torch.ones(4))
             opt = distopt.Adam([p], lr=0.1, betas=(0.0, 0.9))
             for g in (1e6, 1.2345):
@@ -129,9 +129,9 @@ def test_triton_has_the_names_of_the_specification() -> None:
     import ast
     import inspect
 
-    from distopt.kernels import triton_rules
+    from distopt.kernels import triton_kernels
 
-    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_rules)).body if isinstance(f, ast.FunctionDef)}
+    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_kernels)).body if isinstance(f, ast.FunctionDef)}
     for rule in rules.every():
         unpacked: dict[str, list[str]] = {}
         for node in functions[rule.name].body:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt import kernels
-from distopt.kernels import compiler
-from distopt.shards import Shards
-from tests.optimizers import ROWS, Row, distance, every_row, initial, pull
+from distopt.kernels import build, dispatch
+from distopt.kernels.shards import Shards
+from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, pull
 
 # Longer than a piece of the kernels and no multiple of it, shorter, of one element, empty.
 SHAPES = ((97, 89), (20011,), (3, 5), (1,), (0, 4))
@@ -37,13 +36,13 @@ def train(row: Row, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, **
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were chosen."""
     seen: list[str] = []
-    original = kernels.compiled
+    original = dispatch.compiled
 
     def watched(name: str, shards: Any) -> Any:
         seen.append(name)
         return original(name, shards)
 
-    monkeypatch.setattr(kernels, "compiled", watched)
+    monkeypatch.setattr(dispatch, "compiled", watched)
     return seen
 
 
@@ -58,7 +57,7 @@ def threads() -> Iterator[None]:
 def test_a_kernel_is_its_rule(row: Row, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(row)
     assert calls
-    monkeypatch.setattr(kernels, "fits", lambda shards: [])
+    monkeypatch.setattr(dispatch, "fits", lambda shards: [])
     calls.clear()
     assert distance(ours, train(row)) < TOLERANCE
     assert not calls
@@ -89,7 +88,7 @@ def test_variants(
 
     ours = trained()
     assert calls
-    monkeypatch.setattr(kernels, "fits", lambda shards: [])
+    monkeypatch.setattr(dispatch, "fits", lambda shards: [])
     assert distance(ours, trained()) < TOLERANCE
 
 
@@ -102,9 +101,9 @@ def test_gradients_of_16_bits_are_taken_as_they_are() -> None:
         buffers = {k: [torch.zeros_like(p) for p in params] for k in ("exp_avg", "exp_avg_sq")}
         group = distopt.AdamW([torch.zeros(1)]).param_groups[0]
         shards = Shards(group, list(range(len(params))), params, grads, buffers, [1.0] * len(params))
-        assert len(kernels.fits(shards)) == len(params)
-        move = kernels.compiled("adamw", shards)
-        results.append([*move.squares(), *kernels.squares(shards)])
+        assert len(dispatch.fits(shards)) == len(params)
+        move = dispatch.compiled("adamw", shards)
+        results.append([*move.squares(), *dispatch.squares(shards)])
         move.step()
         results[-1] += params
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -127,7 +126,7 @@ def test_a_step_that_was_loaded_is_ones_own() -> None:
 def test_with_other_options(row: Row, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(row, **options)
     assert distance(ours, train(row)) > 100 * TOLERANCE
-    monkeypatch.setattr(kernels, "fits", lambda shards: [])
+    monkeypatch.setattr(dispatch, "fits", lambda shards: [])
     assert distance(ours, train(row, **options)) < TOLERANCE
 
 
@@ -196,11 +195,11 @@ def test_without_a_compiler_the_rules_run(
             monkeypatch.setenv("CC", "no-such-compiler")
         case _:
             monkeypatch.setenv("CC", "false")
-    compiler.library.cache_clear()
+    build.library.cache_clear()
     try:
         train(ROWS[0])
     finally:
-        compiler.library.cache_clear()
+        build.library.cache_clear()
     assert not calls
     assert not list(tmp_path.rglob("*.so"))
 
@@ -209,24 +208,24 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     """As of a home that is read-only: the process compiles for itself."""
     (tmp_path / "distopt").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler.library.cache_clear()
+    build.library.cache_clear()
     try:
         train(ROWS[0])
     finally:
-        compiler.library.cache_clear()
+        build.library.cache_clear()
     assert calls
 
 
 def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiler.library.cache_clear()
+    build.library.cache_clear()
     try:
-        assert compiler.library() is not None
+        assert build.library() is not None
         (file,) = tmp_path.rglob("*.so")
         made = file.stat().st_mtime_ns
-        compiler.library.cache_clear()
-        assert compiler.library() is not None
+        build.library.cache_clear()
+        assert build.library() is not None
         assert [f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.suffix == ".so"] == [made]
     finally:
-        compiler.library.cache_clear()
+        build.library.cache_clear()
     assert [f.name for f in (tmp_path / "distopt").iterdir()] == [file.name]  # nothing half made is left

@@ -17,9 +17,9 @@ from hydra_plugins.hydra_accelerate_launcher.config import AccelerateLauncherCon
 from hydra_plugins.hydra_accelerate_launcher.errors import LauncherError
 from hydra_plugins.hydra_accelerate_launcher.sweep import alone
 
-from distopt.run import open_folder
-from tests import jobs
-from tests.jobs import ROOT, metrics, overrides
+from distopt.job.run_folder import open_folder
+from tests.harness import jobs
+from tests.harness.jobs import ROOT, metrics, overrides
 from tests.test_stop import losses, steps, until
 
 # Anybody's program. What it does is in its configuration; every process leaves a note of what it saw.

@@ -18,8 +18,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distopt
 from distopt import layout
 from distopt.layout import Segment, ShardLayout
-from tests.distributed import RankError, run
-from tests.sharded import EVERYWHERE, mesh, sharded, whole
+from tests.harness.distributed import RankError, run
+from tests.harness.sharded import EVERYWHERE, mesh, sharded, whole
 
 everywhere = pytest.mark.parametrize(("kind", "world"), EVERYWHERE)
 

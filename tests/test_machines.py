@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import jobs
-from tests.jobs import BIN, ROOT, overrides
+from tests.harness import jobs
+from tests.harness.jobs import BIN, ROOT, overrides
 from tests.test_stop import losses, steps, until
 
 MACHINES = ROOT / "launch" / "machines.yaml"

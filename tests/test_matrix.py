@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests import matrix_table
-from tests.matrix import NAMES, REFUSED, TOLERANCE, Job, jobs, unsharded
-from tests.optimizers import distance
+from tests.harness import matrix_table
+from tests.harness.matrix import NAMES, REFUSED, TOLERANCE, Job, jobs, unsharded
+from tests.harness.optimizers import distance
 
 JOBS = list(jobs())
 ONE: dict[str, Any] = dict(dtype="fp32", casts=False, ranks=1, accumulation=1, deepspeed=False)

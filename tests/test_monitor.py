@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from distopt.monitor import METRICS, Monitor, plot, read_metrics
+from distopt.job.metrics import METRICS, Monitor, plot, read_metrics
 
 
 def monitor(folder: Path, first_step: int = 0, steps: int = 8, main: bool = True, track: Any = None) -> Monitor:
@@ -139,7 +139,7 @@ def test_the_tokens_per_second_leave_evaluation_out(tmp_path: Path, monkeypatch:
     """64 tokens in 2 s, whatever happened between the end of the step before and the start of this one."""
     clock = iter([100.0, 102.0, 900.0, 904.0])
     m = monitor(tmp_path)
-    monkeypatch.setattr("distopt.monitor.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("distopt.job.metrics.time.perf_counter", lambda: next(clock))
     step(m)
     step(m)
     monkeypatch.undo()

@@ -12,10 +12,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
-from distopt.checkpoint_contents import Contents
-from distopt.diagnostics import by_layer
-from distopt.names import bare_name, bare_parameters
-from tests.distributed import run
+from distopt.checkpoint.contents import Contents
+from distopt.job.diagnostics import by_layer
+from distopt.layout.names import bare_name, bare_parameters
+from tests.harness.distributed import run
 
 
 def made() -> nn.Module:

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import distopt
 from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
 from distopt.layout import Segment, ShardLayout, local
-from tests.distributed import RankError, run
-from tests.optimizers import ROWS, Row, distance, every_row, initial, named, pull
-from tests.sharded import EVERYWHERE, Fleet, backward, bind, full, mesh, shard, sharded, whole
+from tests.harness.distributed import RankError, run
+from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, named, pull
+from tests.harness.sharded import EVERYWHERE, Fleet, backward, bind, full, mesh, shard, sharded, whole
 
 STEPS = 20
 MAX_NORM = 1.0  # shorter than any of the gradients

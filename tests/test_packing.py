@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import distopt
-from distopt.adapter import LoRA
 from distopt.checkpoint import load_checkpoint, save_checkpoint
+from distopt.data.packing import IGNORED, Batch, Examples, HeldOut, Packed, best_fit, check_apart
 from distopt.engine import DDP, Engine
-from distopt.evaluate import validation_loss
-from distopt.model import LanguageModel, blocks
-from distopt.packing import IGNORED, Batch, Examples, HeldOut, Packed, best_fit, check_apart
-from distopt.step import update
-from tests.distributed import run
-from tests.engines import CONFIGS, CPU, ENGINES, VOCABULARY, full, made
+from distopt.engine.train_step import update
+from distopt.job.evaluate import validation_loss
+from distopt.models.language_model import LanguageModel, blocks
+from distopt.models.lora import LoRA
+from tests.harness.distributed import run
+from tests.harness.engines import CONFIGS, CPU, ENGINES, VOCABULARY, full, made
 
 LENGTH, SEQUENCES, STEPS = 24, 8, 3
 # float32 sums over a batch in another order, which each step passes on.

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distopt
-from distopt.param_groups import param_groups
+from distopt.optim.param_groups import param_groups
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"weight_decay": 0.0, "trust_ratio": False}
@@ -247,9 +247,9 @@ def test_fsdp2_gives_the_sharded_parameters(one_rank: None) -> None:
 ZERO_INIT = """
 import deepspeed.ops, torch.distributed as dist
 from torch import nn
-from distopt.ending import end_of_process
+from distopt.job.process import end_of_process
 import distopt
-from distopt.param_groups import param_groups
+from distopt.optim.param_groups import param_groups
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else one minute of compiling an op that is not used
 with end_of_process():

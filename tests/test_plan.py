@@ -18,18 +18,18 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 import distopt
-from distopt.allocations import Allocations
-from distopt.cost import Cluster
 from distopt.engine import DDP, FSDP2, Engine
-from distopt.engine.footprint import Collective
-from distopt.model import LanguageModel, blocks
-from distopt.options import CONF
-from distopt.plan import Plan, make_plan, smaller, smallest, verdict
-from distopt.rehearsal import Rehearsal, rehearse
-from distopt.step import update
-from tests.distributed import run
-from tests.engines import CPU, DEEPSPEED, ENGINES
-from tests.jobs import ENVIRONMENT, ROOT
+from distopt.engine.train_step import update
+from distopt.job.config import CONF
+from distopt.models.language_model import LanguageModel, blocks
+from distopt.plan.allocations import Allocations
+from distopt.plan.cost import Cluster
+from distopt.plan.footprint import Collective
+from distopt.plan.plan import Plan, make_plan, smaller, smallest, verdict
+from distopt.plan.rehearsal import Rehearsal, rehearse
+from tests.harness.distributed import run
+from tests.harness.engines import CPU, DEEPSPEED, ENGINES
+from tests.harness.jobs import ENVIRONMENT, ROOT
 
 NATIVE = [kind for kind in ENGINES if kind not in DEEPSPEED]
 # Rows that do not divide, tied and untied heads; wide enough that a scalar here and there is nothing.
@@ -145,7 +145,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("world", "kind"), [(64, "zero2"), (512, "hsdp"), (4096, "fsdp2")])
 def test_thousands_of_ranks_hold_what_was_planned(world: int, kind: str) -> None:
     """By torch's process group that sends nothing: FSDP2 itself says what its first rank holds."""
-    done = python("tests.fake_ranks", str(world), kind)
+    done = python("tests.harness.fake_ranks", str(world), kind)
     assert done.returncode == 0, done.stderr
     plan = planned(kind, "llama", world)
     assert json.loads(done.stdout) == {name: plan[name] for name in ("parameters", "state")}

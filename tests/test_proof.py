@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
 from distopt.proof import meeting, watch
-from tests.distributed import run
-from tests.proof_cases import CASES, Wrapper, back, data, lamb, loops, net, ones_for, prove_each, with_deepspeed
+from tests.harness.distributed import run
+from tests.harness.proof_cases import CASES, Wrapper, back, data, lamb, loops, net, ones_for, prove_each, with_deepspeed
 
 
 @pytest.mark.parametrize("world", [2, 4])

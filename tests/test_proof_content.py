@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt.bench import memory
+from benchmarks import memory
 from distopt.proof.content import Box, Place, Run, balanced, content, cover, signed, whole
-from tests.distributed import run
-from tests.proof_cases import fingerprints
+from tests.harness.distributed import run
+from tests.harness.proof_cases import fingerprints
 
 # Vectors and matrices beyond the first block of weights, a scalar, and more dimensions.
 SHAPES = [(7, 5), (300, 1000), (3, 70000), (70000, 3), (131,), (200000,), (), (5, 6, 7), (3, 4, 5, 6)]

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import distopt
-from distopt.diagnostics import by_layer
+from distopt.job.diagnostics import by_layer
 from distopt.report import Group, find_runs, grouped, pictures, write_report
 from distopt.report.__main__ import main
-from tests import jobs
+from tests.harness import jobs
 
 
 @pytest.fixture(scope="module")

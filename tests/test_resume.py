@@ -13,10 +13,10 @@ from torch import Tensor
 
 import distopt
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
-from distopt.model import LanguageModel
-from distopt.step import update
-from tests.distributed import run
-from tests.engines import CONFIGS, ENGINES, batch, full, made, mean
+from distopt.engine.train_step import update
+from distopt.models.language_model import LanguageModel
+from tests.harness.distributed import run
+from tests.harness.engines import CONFIGS, ENGINES, batch, full, made, mean
 
 STOPS, ENDS = 3, 6
 # float32 sums in another order at another world size, each step of which the steps after it see.

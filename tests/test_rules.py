@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distopt import LAMB, LARS, SGD, AdamW, RMSprop, ShardedOptimizer, shards
-from tests import oracles
-from tests.optimizers import ROWS, Row, distance, every_peer, every_row, initial, named, pull
+from distopt import LAMB, LARS, SGD, AdamW, RMSprop, ShardedOptimizer
+from distopt.kernels import shards
+from tests.harness import oracles
+from tests.harness.optimizers import ROWS, Row, distance, every_peer, every_row, initial, named, pull
 
 STEPS = 20
 # float64: 20 steps of about ten roundings of 1e-16 each; float32 the same with 6e-8, and a square root in between.

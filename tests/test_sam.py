@@ -28,10 +28,10 @@ from torch.utils._pytree import tree_leaves
 import distopt
 from distopt import SAM
 from distopt.layout import local
-from tests import oracles
-from tests.distributed import run
-from tests.optimizers import Row, distance, every_row, initial, named, pull
-from tests.sharded import EVERYWHERE, Fleet, backward, bind, full, shard, sharded, whole
+from tests.harness import oracles
+from tests.harness.distributed import run
+from tests.harness.optimizers import Row, distance, every_row, initial, named, pull
+from tests.harness.sharded import EVERYWHERE, Fleet, backward, bind, full, shard, sharded, whole
 
 RHO = 0.4
 STEPS = 6  # moments, their bias corrections and ratios are all there after a few

@@ -23,18 +23,18 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+from benchmarks.collectives import Collectives
 from distopt import SAM
-from distopt.bench.collectives import Collectives
 from distopt.checkpoint import load_checkpoint, save_checkpoint
 from distopt.engine import FSDP2
 from distopt.engine.fsdp2 import reshard
 from distopt.layout import local
 from distopt.sam.rounding import perturb_
-from tests import oracles, oracles_sam
-from tests.distributed import RankError, run
-from tests.optimizers import Row, distance, initial, named, target
-from tests.sams import EVERYONE, MEMBERS, RHO, Member, Task, every_member, everyone
-from tests.sharded import EVERYWHERE, SAMPLES, Fleet, bind, full, shard, whole
+from tests.harness import oracles, oracles_sam
+from tests.harness.distributed import RankError, run
+from tests.harness.optimizers import Row, distance, initial, named, target
+from tests.harness.sams import EVERYONE, MEMBERS, RHO, Member, Task, every_member, everyone
+from tests.harness.sharded import EVERYWHERE, SAMPLES, Fleet, bind, full, shard, whole
 
 STEPS = 7  # two cycles of the longest interval, and one more
 FEWER, HALF = 4, 2  # on layouts; the half is in the middle of a cycle

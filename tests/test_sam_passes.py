@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt import SAM
 from distopt.engine.fsdp2 import reshard
-from distopt.randomness import random_state, same_random_numbers
-from tests import oracles_sam
-from tests.distributed import run
-from tests.optimizers import distance, initial
-from tests.oracles import Grad, gradient_of
-from tests.sharded import mesh
+from distopt.rng import random_state, same_random_numbers
+from tests.harness import oracles_sam
+from tests.harness.distributed import run
+from tests.harness.optimizers import distance, initial
+from tests.harness.oracles import Grad, gradient_of
+from tests.harness.sharded import mesh
 
 RHO, LR = 0.3, 0.1
 SHAPES = ((5, 3), (4,), (3, 4), (2, 2), (3,))

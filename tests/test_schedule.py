@@ -14,8 +14,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from distopt import schedule
-from distopt.schedule import warmup_constant, warmup_cosine, warmup_inverse_sqrt, warmup_linear, warmup_stable_decay
+from distopt.optim import schedules
+from distopt.optim.schedules import (
+    warmup_constant,
+    warmup_cosine,
+    warmup_inverse_sqrt,
+    warmup_linear,
+    warmup_stable_decay,
+)
 
 CONF = Path(__file__).parents[1] / "conf" / "schedule"
 TOTAL = 20
@@ -105,7 +111,7 @@ def test_cosine_is_torchs_cosine_annealing_without_warmup() -> None:
 def test_inverse_sqrt_is_the_transformers_formula() -> None:
     """Equation 3 of Vaswani et al., with the peak lr = (d * w)^-0.5."""
     d, w = 512, 7
-    lrs = [schedule.inverse_sqrt_factor(t, w) * (d * w) ** -0.5 for t in range(40)]
+    lrs = [schedules.inverse_sqrt_factor(t, w) * (d * w) ** -0.5 for t in range(40)]
     paper = [d**-0.5 * min(n**-0.5, n * w**-1.5) for n in range(1, 41)]
     assert lrs == pytest.approx(paper, rel=1e-14)
 
@@ -191,7 +197,7 @@ def test_a_resumed_run_follows_the_configuration_and_not_the_checkpoint() -> Non
     long.load_state_dict(short.state_dict())
     resumed.step()
     long.step()
-    assert resumed.param_groups[0]["lr"] == schedule.linear_factor(11, 5, 2 * TOTAL, 0.0)
+    assert resumed.param_groups[0]["lr"] == schedules.linear_factor(11, 5, 2 * TOTAL, 0.0)
 
 
 @every_schedule
@@ -252,7 +258,7 @@ def test_every_config_makes_its_schedule(file: Path) -> None:
     """As the training loop calls it: everything but the length of the run comes from the file."""
     lr_schedule = instantiate(OmegaConf.load(file))(optimizer(1.0), total_steps=1000)
     expected = "constant" if file.stem == "constant" else file.stem.removeprefix("warmup_")
-    assert lr_schedule.lr_lambdas[0].func is getattr(schedule, f"{expected}_factor")
+    assert lr_schedule.lr_lambdas[0].func is getattr(schedules, f"{expected}_factor")
     assert lr_schedule.get_last_lr() == [1.0 if file.stem == "constant" else 0.01]
 
 

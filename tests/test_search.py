@@ -12,18 +12,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests import oracles
-from tests.optimizers import ROWS, Row, distance
-from tests.sams import EVERYONE, RHO, RHO_OTHERS, Member, Task
-from tests.search.case import Case, Group, Leg, Param, Step
-from tests.search.check import check
-from tests.search.model import batch, criterion, feature, initial, joined
-from tests.search.reference import Reference
-from tests.search.search import search
+from tests.harness import oracles
+from tests.harness.optimizers import ROWS, Row, distance
+from tests.harness.sams import EVERYONE, RHO, RHO_OTHERS, Member, Task
+from tests.harness.search.case import Case, Group, Leg, Param, Step
+from tests.harness.search.check import check
+from tests.harness.search.model import batch, criterion, feature, initial, joined
+from tests.harness.search.reference import Reference
+from tests.harness.search.search import search
 
 SECONDS, HOUR = 60.0, 3600.0
 STEPS = 4  # a cycle of three, and one more
 PARAMS = (Param((5, 3)), Param((3,)), Param((2, 3)), Param(()), Param((4, 2), zero=True))
+
+
+# What an hour has found, kept as it was printed.
+FOUND = (
+    Case(
+        params=(Param((0,)),),
+        groups=(Group((0,)),),
+        optimizer="Adagrad",
+        options={},
+        legs=(Leg("zero1_scattered", 2, (Step(),)),),
+    ),
+)
+
+
+@pytest.mark.parametrize("case", FOUND, ids=range(len(FOUND)))
+def test_what_an_hour_has_found(case: Case) -> None:
+    check(case)
 
 
 def test_a_minute_of_random_trainings() -> None:

@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
 from distopt import layout
-from tests.distributed import run
-from tests.sharded import mesh
+from tests.harness.distributed import run
+from tests.harness.sharded import mesh
 
 SHAPES = [(5, 3), (1,), (6, 2)]  # on two ranks even rows, odd rows, and rows that one of them lacks
 EMPTY = [(0, 4), (4, 0), (0,)]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from distopt.monitor import read_metrics
-from distopt.stop import SIGNALS, STOPPED
-from tests import jobs
-from tests.jobs import metrics, overrides
+from distopt.job.metrics import read_metrics
+from distopt.job.stop import SIGNALS, STOPPED
+from tests.harness import jobs
+from tests.harness.jobs import metrics, overrides
 
 # Dropout draws random numbers, which a checkpoint has to give back.
 LONG = {
@@ -53,12 +53,12 @@ def until(happened: Callable[[], bool], alive: Callable[[], bool], seconds: floa
 
 def slowly(seconds: float) -> None:
     """Makes a step take so long that a test can come in between."""
-    from distopt import step
     from distopt import train as program
+    from distopt.engine import train_step
 
     def update(*args: Any) -> Any:
         time.sleep(seconds)
-        return step.update(*args)
+        return train_step.update(*args)
 
     program.update = update
 

@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import distopt
 from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
-from tests.torch_configs import CONFIGS, Config, every_config, every_taken, every_way
+from tests.harness.torch_configs import CONFIGS, Config, every_config, every_taken, every_way
 
 CLASSES = (SGD, Adagrad, RMSprop, Adam, AdamW)
 # The order of operations differs: 1e-16 and 6e-8 in each, stretched by Adam where a gradient is small.

@@ -1,6 +1,6 @@
 """Training runs: resumed, killed, at several numbers of processes, with gradients that are not finite, with bad input.
 
-Every rank is a process of its own that runs the command line's `main` (`tests.jobs`); faults are injected into it.
+Every rank is a process of its own that runs the command line's `main` (`tests.harness.jobs`); faults are injected into it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pytest
 import torch
 
 import distopt
-from tests import jobs
-from tests.jobs import metrics, overrides, train
+from tests.harness import jobs
+from tests.harness.jobs import metrics, overrides, train
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml"))
@@ -57,18 +57,18 @@ def checkpoints(run: Path) -> list[str]:
 
 def die_in_forward(call: int, rank: int = 1) -> None:
     """SIGKILL to one rank in the forward pass of a training step, while the others wait for its gradients."""
-    from distopt import step
     from distopt import train as program
+    from distopt.engine import train_step
 
     calls = iter(range(1, 1_000_000))
 
     def fatal(*args: Any) -> torch.Tensor:
-        loss = step.next_token_loss(*args)
+        loss = train_step.next_token_loss(*args)
         if next(calls) == call and int(os.environ.get("RANK", "0")) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
-    program.update = functools.partial(step.update, loss=fatal)
+    program.update = functools.partial(train_step.update, loss=fatal)
 
 
 def die_in_save(step: int, file: str, rank: int) -> None:
@@ -86,18 +86,18 @@ def die_in_save(step: int, file: str, rank: int) -> None:
 
 def poison(factors: dict[int, float], folder: str) -> None:
     """Makes the loss of rank 1 not finite in some forward passes, and writes what every step did to this rank."""
-    from distopt import step
     from distopt import train as program
+    from distopt.engine import train_step
 
     rank = int(os.environ.get("RANK", "0"))
     count, log = iter(range(1, 1_000_000)), Path(folder) / f"steps-{rank}.jsonl"
 
     def poisoned(*args: Any) -> torch.Tensor:
-        loss = step.next_token_loss(*args)
+        loss = train_step.next_token_loss(*args)
         return loss * factors.get(next(count), 1.0) if rank == 1 else loss
 
     def watched(engine: Any, model: Any, optimizer: Any, *args: Any) -> Any:
-        done = step.update(engine, model, optimizer, *args, loss=poisoned)
+        done = train_step.update(engine, model, optimizer, *args, loss=poisoned)
         with log.open("a") as file:
             file.write(json.dumps([done.applied, digest(optimizer)]) + "\n")
         return done

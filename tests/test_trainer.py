@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 import distopt
 from distopt.layout import local
-from tests.distributed import RankError, run
-from tests.engines import CONFIGS, SEQUENCES, VOCABULARY
-from tests.trainers import error, language_model, sequences, trainer, whole
+from tests.harness.distributed import RankError, run
+from tests.harness.engines import CONFIGS, SEQUENCES, VOCABULARY
+from tests.harness.trainers import error, language_model, sequences, trainer, whole
 
 STEPS = 3
 # As in tests.test_engines: float32 sums over a batch in another order, which each step passes on.
@@ -361,7 +361,7 @@ def test_a_trainer_whose_passes_may_differ_is_refused() -> None:
     """Unless it says that they do not; its own compute_loss is what a subclass is for."""
     from transformers import Trainer
 
-    from distopt.trainer import SAMTrainerMixin
+    from distopt.integrations.transformers import SAMTrainerMixin
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise Stop

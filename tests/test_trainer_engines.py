@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import distopt
-from tests.distributed import RankError, run
-from tests.trainers import SETUPS, error, sequences, trainer, whole
+from tests.harness.distributed import RankError, run
+from tests.harness.trainers import SETUPS, error, sequences, trainer, whole
 
 STEPS, STOP = 4, 2
 # float32 sums over a batch in another order, which each step passes on.
@@ -54,7 +54,7 @@ def in_one(options: str) -> list[Tensor]:
 
 def test_the_trainer_alone_is_the_optimizer_alone() -> None:
     """LAMB written out beside it: a plain model, whole batches, the Trainer's groups and schedule."""
-    from tests.trainers import language_model
+    from tests.harness.trainers import language_model
 
     model = language_model()
     named = dict(model.named_parameters())
@@ -129,8 +129,8 @@ def each_for_itself() -> None:
     """As Accelerate does on the CPU when it is not told that it is one."""
     from transformers import Trainer, TrainingArguments
 
-    from distopt.trainer import ShardedTrainerMixin
-    from tests.trainers import language_model, reset
+    from distopt.integrations.transformers import ShardedTrainerMixin
+    from tests.harness.trainers import language_model, reset
 
     class Ours(ShardedTrainerMixin, Trainer):
         pass

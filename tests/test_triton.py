@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
-from distopt import exact, kernels
-from distopt.kernels import triton_move
+from distopt.kernels import dispatch, exact, triton
 from distopt.kernels.rules import every
-from distopt.shards import Shards
-from tests.jobs import ROOT
-from tests.optimizers import ROWS, Row, distance, every_row, initial, named, pull
+from distopt.kernels.shards import Shards
+from tests.harness.jobs import ROOT
+from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, named, pull
 
 # Two pieces and a rest, one piece to the element, shorter ones, one element, none.
 SHAPES = ((97, 89), (4096,), (3, 5), (1,), (0, 4))
@@ -67,7 +66,7 @@ def short_gradients(row: Row) -> list[Tensor]:
 def capturable(row: Row) -> list[Tensor]:
     """Steps counted where the weights are, and lr a tensor there, which a schedule moves."""
     params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
-    on = bool(triton_move.DEVICES)
+    on = bool(triton.DEVICES)
     groups = row.groups(params)
     for group in groups:
         lr = group.get("lr", row.kwargs["lr"])
@@ -127,20 +126,20 @@ def interpreted() -> None:
     """Prints, for each case, how far what the kernels do is from what the rules do, and which of them did it."""
     torch.set_num_threads(1)
     seen: set[str] = set()
-    watch(seen, "kernel", triton_move.TritonMove, "_launch")
-    watch(seen, "rule", kernels.Move, "step")
-    watch(seen, "rule", kernels.Move, "squares")
-    kernels.fits = lambda shards: []  # type: ignore
+    watch(seen, "kernel", triton.TritonMove, "_launch")
+    watch(seen, "rule", dispatch.Move, "step")
+    watch(seen, "rule", dispatch.Move, "squares")
+    dispatch.fits = lambda shards: []  # type: ignore
     found = {}
     for name, case in CASES.items():
         results, chosen = [], []
         for devices in (("cpu",), ()):
-            triton_move.DEVICES = devices  # type: ignore
+            triton.DEVICES = devices  # type: ignore
             seen.clear()
             results.append(case())
             chosen.append(sorted(seen))
         found[name] = [distance(*results), *chosen]
-    triton_move.DEVICES = ("cpu",)  # type: ignore
+    triton.DEVICES = ("cpu",)  # type: ignore
     found["same bits"] = [same_bits(row, cut) for row in (16, 48, 768) for cut in (1, 7, 30)]
     print(json.dumps(found))
 
@@ -153,7 +152,7 @@ def same_bits(row: int, cut: int) -> bool:
 
     def squares(*shards: slice) -> list[Tensor]:
         params, grads = ([tensor[shard].clone() for shard in shards] for tensor in whole)
-        (move,), _ = triton_move.triton_moves(
+        (move,), _ = triton.triton_moves(
             "sgd", Shards(group, [0] * len(shards), params, grads, {}, [1.0] * len(shards))
         )
         return [exact.value(sums.sum(0)) for sums in move.squares()]
@@ -229,13 +228,13 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 @pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
 def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], compiled: Callable[..., str]) -> None:
     """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
-    from distopt.kernels import triton_rules as rules
+    from distopt.kernels import triton_kernels as rules
 
     name, buffers = kernel
     scalars = len(next(rule for rule in every() if rule.name == name).scalars)
     for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
         constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
-        constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}
+        constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}
         squares = "*fp64" if mode == rules.MEASURE else "*fp32"
         signature = {"table": "*i64", "scales": "*fp32", "squares": squares, "tensors": "i32", "h": ("fp32",) * scalars}
         code = compiled(rules.walk, signature, constants)
@@ -243,13 +242,13 @@ def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], comp
         assert wide * 16 * 32 * rules.WARPS / rules.PIECE == expected
 
 
-@pytest.mark.parametrize("group", triton_move._GROUPS)
+@pytest.mark.parametrize("group", triton._GROUPS)
 def test_sums_compile_for_a_gpu(group: int, compiled: Callable[..., str]) -> None:
     """In registers: what they spill would go through the memory."""
-    from distopt.kernels import triton_rules as rules
+    from distopt.kernels import triton_kernels as rules
 
     constants = {"RULE": rules.adam, "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
-    constants |= {"ALIGNMENT": triton_move._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": group}
+    constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": group}
     signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp64", "tensors": "i32", "h": ("fp32",) * 7}
     assert ".local" not in compiled(rules.walk, signature, constants)
     signature = {"table": "*i64", "squares": "*fp64", "totals": "*fp64"}
@@ -275,9 +274,9 @@ class NoWaiting(TorchDispatchMode):
 @every_row
 @pytest.mark.parametrize("by", ["kernels", "rules", "capturable"])
 def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_move, "DEVICES", () if by == "rules" else ("meta",))
-    monkeypatch.setattr(triton_move.TritonMove, "_launch", lambda *_: None)
-    monkeypatch.setattr(triton_move.TritonMove, "_add_up", lambda *_: None)
+    monkeypatch.setattr(triton, "DEVICES", () if by == "rules" else ("meta",))
+    monkeypatch.setattr(triton.TritonMove, "_launch", lambda *_: None)
+    monkeypatch.setattr(triton.TritonMove, "_add_up", lambda *_: None)
     params = [p.to("meta").requires_grad_() for p in initial((97, 89), (5, 3), (7,), dtype=torch.float32)]
     idle = torch.ones(3, device="meta", requires_grad=True)
     opt = row.make([*row.groups(params), {"params": [idle]}], capturable=by == "capturable")
@@ -343,18 +342,18 @@ def test_a_state_dict_does_not_say_how_steps_are_counted() -> None:
 
 
 def test_without_triton_the_rules_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_move, "DEVICES", ("meta",))
+    monkeypatch.setattr(triton, "DEVICES", ("meta",))
     for how in ("off", "missing"):
         with monkeypatch.context() as patched:
             if how == "off":
                 patched.setenv("DISTOPT_KERNELS", "off")
             else:
                 patched.setattr("importlib.util.find_spec", lambda name: None)
-            triton_move.kernels.cache_clear()
+            triton.kernels.cache_clear()
             p = torch.ones(3, device="meta", requires_grad=True)
             p.grad = torch.ones_like(p)
             try:
                 distopt.AdamW([p]).step()  # a launch would fail: Triton has no driver for this device
-                assert triton_move.kernels() is None
+                assert triton.kernels() is None
             finally:
-                triton_move.kernels.cache_clear()
+                triton.kernels.cache_clear()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import distopt
-from tests.distributed import run
-from tests.pretrained import chats, write_model
-from tests.trainers import SEQUENCES, arguments, error, sharding, whole
+from tests.harness.distributed import run
+from tests.harness.pretrained import chats, write_model
+from tests.harness.trainers import SEQUENCES, arguments, error, sharding, whole
 
 # float32 sums over a batch in another order, which each step passes on.
 TOLERANCE = 2e-5
@@ -31,7 +31,7 @@ def trainer(base: Path, setup: str, accumulation: int, options: dict[str, Any], 
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import SFTConfig, SFTTrainer
 
-        from distopt.trainer import SAMTrainerMixin
+        from distopt.integrations.transformers import SAMTrainerMixin
 
         class Trainer(SAMTrainerMixin, SFTTrainer):
             pass
@@ -98,7 +98,7 @@ def test_trainers_that_generate_their_batches_are_refused() -> None:
         warnings.simplefilter("ignore")  # of what TRL 1.16 imports
         import trl
 
-        from distopt.trainer import SAMTrainerMixin
+        from distopt.integrations.transformers import SAMTrainerMixin
 
     for name, own in (("GRPOTrainer", "training_step"), ("RLOOTrainer", "training_step")):
         kind = type("SAMTrainer", (SAMTrainerMixin, getattr(trl, name)), {})

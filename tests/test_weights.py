@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from distopt.model import LanguageModel, blocks
+from distopt.models.language_model import LanguageModel, blocks
 
 SIZES = {
     "vocab_size": 64,

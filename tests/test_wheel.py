@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import jobs
+from tests.harness import jobs
 
 ROOT = jobs.ROOT
 

@@ -10,15 +10,15 @@ import pytest
 import torch.distributed as dist
 
 import distopt
-from distopt import exact
-from distopt.bench.collectives import Collectives, written
-from distopt.bench.wire import SIDES
+from benchmarks.collectives import Collectives, written
+from benchmarks.wire import SIDES
 from distopt.engine import DDP, Engine, Zero1
-from distopt.model import LanguageModel
-from distopt.rehearsal import rehearse
-from distopt.step import update
-from tests.distributed import run
-from tests.engines import CONFIGS, DEEPSPEED, ENGINES, VOCABULARY, batch, made
+from distopt.engine.train_step import update
+from distopt.kernels import exact
+from distopt.models.language_model import LanguageModel
+from distopt.plan.rehearsal import rehearse
+from tests.harness.distributed import run
+from tests.harness.engines import CONFIGS, DEEPSPEED, ENGINES, VOCABULARY, batch, made
 
 SIZES = CONFIGS["gpt2"] | {"n_embd": 128}
 SWAPPED = ("zero1", "zero1, reduce_dtype=bf16")  # a rank's stepped rows go as they are, and some have one more

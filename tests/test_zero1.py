@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt import layout
 from distopt.engine import Zero1
-from tests.distributed import RankError, run
-from tests.optimizers import distance
-from tests.sharded import mesh
+from tests.harness.distributed import RankError, run
+from tests.harness.optimizers import distance
+from tests.harness.sharded import mesh
 
 SHAPES = [(5, 3), (), (1,), (3, 7), (0, 2), (8, 2), (12,)]  # rows that divide by 2, 3, 4 or by none, and one or none
 
@@ -255,7 +255,7 @@ def not_over_gloo() -> contextlib.ExitStack:
     for name in ("scatter", "zero1"):
         module = sys.modules[f"distopt.layout.{name}"]
         stack.enter_context(mock.patch.object(module, "over_gloo", lambda *_: False))
-    stack.enter_context(mock.patch.object(sys.modules["distopt.layout.scatter"], "_reduce_scatter", Arrived))
+    stack.enter_context(mock.patch.object(sys.modules["distopt.layout.zero1_reduce_scatter"], "_reduce_scatter", Arrived))
     return stack
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.clip import clip_, measure
-from distopt.engine.footprint import Collective, Footprint, Units
+from distopt.optim.clip import clip_, measure
+from distopt.plan.footprint import Collective, Footprint, Units
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.engine.base import Engine, check_switch
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
+from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel
 
 
 class DDP(Engine):

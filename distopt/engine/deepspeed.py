@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distopt import layout
 from distopt.engine.base import Engine, check_switch
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel
+from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel
 from distopt.sam import SAM
 
 # Defaults of DeepSpeed 0.19.8's stage 3, in elements. Layers up to that size stay whole from their first use on until

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distopt.engine.base import Engine, check_switch
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel, rows
+from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel, rows
 from distopt.sam import SAM
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from distopt import layout
 from distopt.engine.ddp import DDP
-from distopt.engine.footprint import Collective, Footprint, Units, every_layer, numel, rows
+from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel, rows
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -16,7 +16,7 @@
  * compilation puts before this file.
  *
  * Sums are the same bits however a layer is sharded by rows, in whatever pieces and by however many threads: blocks of a
- * row's elements are summed in one order, and these sums are added without any rounding (distopt/exact.py).
+ * row's elements are summed in one order, and these sums are added without any rounding (distopt/kernels/exact.py).
  */
 #include <math.h>
 #include <stdint.h>
@@ -25,7 +25,7 @@
 enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
 enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
 enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
-enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/exact.py has them */
+enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
 /* An exact sum: digit i counts 2^(WIDTH i + LOWEST); `broken` is 0, or what is not finite. */

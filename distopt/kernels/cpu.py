@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.exact import DIGITS
-from distopt.kernels.compiler import library
+from distopt.kernels.build import library
+from distopt.kernels.exact import DIGITS
 from distopt.kernels.rules import SCALES, Rule, rule
-from distopt.shards import PLAIN, Shards
+from distopt.kernels.shards import PLAIN, Shards
 
 _STEP, _MEASURE, _APPLY = range(3)
 _ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them

@@ -1,7 +1,7 @@
 """Inner products of tensors, in digits whose sum is the same bits however their layers are sharded.
 
 The elements of a row (one index of a layer's dimension 0) are summed in blocks, each in one order; the sums of the
-blocks are added without rounding (`distopt.exact`). Whoever shards between rows, cuts no block.
+blocks are added without rounding (`distopt.kernels.exact`). Whoever shards between rows, cuts no block.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distopt import exact
-from distopt.kernels import cpu
+from distopt.kernels import cpu, exact
 
 _BLOCK = 512  # elements; as in cpu.c
 _SPAN = 2**17  # elements that are widened to float64 at once

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.shards import Segment, ShardLayout, of, trained
+from distopt.layout.base import Segment, ShardLayout, of, trained
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.rows import poison_remote_rows, span
+from distopt.layout.row_sharding import poison_remote_rows, span
 
 
 class GradientExchange:

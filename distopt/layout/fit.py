@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.layout.shards import ShardLayout, wide
+from distopt.layout.base import ShardLayout, wide
 
 
 def fit(layout: ShardLayout, param: Tensor, value: Tensor, name: str) -> Tensor:

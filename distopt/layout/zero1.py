@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distopt.layout.base import Segment, ShardLayout, of, trained, wide
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
-from distopt.layout.rows import poison_remote_rows, rows_of, span, swap, unpack, width
-from distopt.layout.shards import Segment, ShardLayout, of, trained, wide
+from distopt.layout.row_sharding import poison_remote_rows, rows_of, span, swap, unpack, width
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

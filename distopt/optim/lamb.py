@@ -9,7 +9,7 @@ from distopt.optim.adam import AdamW
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from distopt.torch_options import TorchOptions
+    from distopt.optim.torch_options import TorchOptions
 
 
 class LAMB(AdamW):

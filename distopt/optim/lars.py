@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt import kernels
+from distopt.kernels import dispatch
+from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
+from distopt.optim.base import ShardedOptimizer
 from distopt.optim.sgd import SGD
-from distopt.optimizer import ShardedOptimizer
-from distopt.shards import Shards
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from distopt.torch_options import TorchOptions
+    from distopt.optim.torch_options import TorchOptions
 
 
 class LARS(SGD):
@@ -80,7 +80,7 @@ class LARS(SGD):
         trusted = [shards for shards in work if shards.group["trust_ratio"]]
         if not trusted:
             return work
-        squares = kernels.joined([kernels.squares(shards) for shards in trusted])
+        squares = dispatch.joined([dispatch.squares(shards) for shards in trusted])
         layers = [layer for shards in trusted for layer in shards.layers]
         weight, gradient = layout.total(layers, *squares).sqrt()
         return [self._rated(shards, weight, gradient) if shards.group["trust_ratio"] else shards for shards in work]

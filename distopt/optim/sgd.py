@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt.kernels import kernel
+from distopt.kernels.dispatch import kernel
+from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
-from distopt.optimizer import ShardedOptimizer
-from distopt.shards import Shards
+from distopt.optim.base import ShardedOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from distopt.torch_options import TorchOptions
+    from distopt.optim.torch_options import TorchOptions
 
 
 def sgd(

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distopt import layout as layouts
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.layout.deepspeed import own_piece, whole_shape
-from distopt.names import bare_parameters
+from distopt.layout.names import bare_parameters
 from distopt.proof.content import Run, content
 from distopt.proof.faults import check_parameters
 from distopt.proof.messages import unwrapped

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.clip import layout_of
 from distopt.layout import FlatLayout, ShardLayout, local
+from distopt.layout.base import _sharding_groups
 from distopt.layout.deepspeed import whole_shape
-from distopt.layout.shards import _sharding_groups
-from distopt.names import bare_parameters
+from distopt.layout.names import bare_parameters
+from distopt.optim.clip import layout_of
 from distopt.proof.content import balanced, cover, whole
 from distopt.proof.faults import check_locally
 from distopt.proof.places import counted, coverage, parts, sums

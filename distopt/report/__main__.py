@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distopt.errors import one_line_errors
+from distopt.job.errors import one_line_errors
 from distopt.report.page import write_report
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distopt.monitor import LAYERS, METRICS, RUN, read_lines, read_metrics
+from distopt.job.metrics import LAYERS, METRICS, RUN, read_lines, read_metrics
 
 # What differs between runs without being what they compare.
 _NOT_COMPARED = ("name", "seed", "model.seed", "trackers", "train.resume")

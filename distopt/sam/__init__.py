@@ -1,11 +1,11 @@
 """Sharpness-aware minimization around any torch optimizer, and what grew from it."""
 
-from distopt.sam.adaptive import ASAM
+from distopt.sam.asam import ASAM
 from distopt.sam.base import SAM
 from distopt.sam.friendly import FriendlySAM
 from distopt.sam.functional import FunctionalSAM
-from distopt.sam.gap import GSAM
-from distopt.sam.look import LookSAM
+from distopt.sam.gsam import GSAM
+from distopt.sam.looksam import LookSAM
 from distopt.sam.momentum import MomentumSAM
 from distopt.sam.preconditioned import PreconditionedSAM
 

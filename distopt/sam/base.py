@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt import exact
-from distopt.clip import layout_of
-from distopt.eager import eager_island
+from distopt.kernels import exact
 from distopt.layout import FlatLayout, ShardLayout, fit, with_gradient
-from distopt.randomness import random_state, same_random_numbers
-from distopt.sam.around import Around
+from distopt.optim.clip import layout_of
+from distopt.optim.eager import eager_island
+from distopt.rng import random_state, same_random_numbers
 from distopt.sam.checks import bounded, check_inner, positive
 from distopt.sam.closure import GradientWatch
 from distopt.sam.rounding import perturb_, warn_of_rounding
+from distopt.sam.wrapper import Around
 
 
 class SAM(Around):

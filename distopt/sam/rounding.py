@@ -12,7 +12,7 @@ from torch import Tensor
 from distopt.layout import ShardLayout
 
 # The least that goes without a warning: below them the gradient changes by more than a tenth less or more than it
-# should (`python -m distopt.bench rounding`).
+# should (`python -m benchmarks rounding`).
 _SHARE, _COSINE = 0.9, 0.4
 
 

@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks loop`. Every comparison alternates its sides in one run."""

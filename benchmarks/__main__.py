@@ -1,0 +1,24 @@
+"""`python -m benchmarks NAME [options]`: one measurement each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+_NAMES = ("growth", "loop", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
+
+
+def main() -> None:
+    """Parses the command line and runs one benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    named = [name for name in _NAMES if name in sys.argv[1:2]]
+    for name in named or _NAMES:  # that one alone, since what others import need not be installed
+        import_module(f"benchmarks.{name}").add_parser(benchmarks)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

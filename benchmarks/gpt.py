@@ -1,0 +1,39 @@
+"""The model that the benchmarks train: a GPT-2 over bytes, of the sizes that the command line gives."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+from distopt.engine import Engine
+from distopt.models.language_model import LanguageModel, blocks
+
+
+def add_sizes(parser: argparse.ArgumentParser, layers: int, width: int, batch_size: int, sequence_length: int) -> None:
+    """The options of model and batch, with these defaults."""
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--width", type=int, default=width, help="of the model, 32 for each head")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences a step, over all processes")
+    parser.add_argument("--sequence-length", type=int, default=sequence_length)
+
+
+def build(engine: Engine, device: torch.device, options: argparse.Namespace) -> nn.Module:
+    """The model as the engine wraps it; its first weights are the same on every engine."""
+    made = _language_model(options)
+    model = made.empty(made.describe(256))
+    return engine.build(model, blocks(model), lambda unit, place: made.fill(model, unit, place), device)
+
+
+def numel(options: argparse.Namespace) -> int:
+    """The number of its parameters."""
+    made = _language_model(options)
+    return sum(p.numel() for p in made.empty(made.describe(256)).parameters())
+
+
+def _language_model(options: argparse.Namespace) -> LanguageModel:
+    sizes = {"n_layer": options.layers, "n_head": options.width // 32, "n_embd": options.width}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return LanguageModel("gpt2", {**sizes, **dropout, "n_positions": options.sequence_length})

@@ -1,0 +1,117 @@
+"""What others offer for sharded training, set up as their manuals say, with clipping, for the benchmark of training."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import distopt
+from benchmarks import gpt
+from distopt.engine import DDP, DeepSpeed, Engine
+from distopt.engine.train_step import next_token_loss
+
+Step = Callable[[Tensor], Tensor]  # a training step on this rank's part of a batch; its loss
+LR, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.1, 1.0
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Param groups in which matrices decay, with nothing that only distopt knows."""
+    made = distopt.param_groups(model, WEIGHT_DECAY)
+    return [{name: group[name] for name in ("params", "weight_decay")} for group in made]
+
+
+def torch_loop(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """The loop of torch's tutorials around a model that torch has wrapped."""
+
+    def step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        with engine.autocast(batch.device):
+            loss = next_token_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def torch_adamw(engine: Engine, device: torch.device, options: argparse.Namespace) -> tuple[Step, Any]:
+    """`torch.optim.AdamW(fused=True)` on FSDP2; returns the step, and what has the state."""
+    model = gpt.build(engine, device, options)
+    optimizer = torch.optim.AdamW(groups(model), lr=LR, fused=True)
+    return torch_loop(engine, model, optimizer), optimizer
+
+
+def zero_redundancy(device: torch.device, options: argparse.Namespace) -> tuple[Step, Any]:
+    """`ZeroRedundancyOptimizer` over fused AdamW on DDP. Parameters as views of buckets: fewer broadcasts, faster."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    engine = DDP(options.precision)
+    model = gpt.build(engine, device, options)
+    optimizer = ZeroRedundancyOptimizer(
+        groups(model), torch.optim.AdamW, parameters_as_bucket_view=True, lr=LR, fused=True
+    )
+    return torch_loop(engine, model, optimizer), optimizer.optim
+
+
+def deepspeed_own(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW: FusedAdam on a GPU, else CPUAdam. It builds an op, once, for a minute."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    if torch.cuda.is_available():
+        return FusedAdam(params, lr=LR, adam_w_mode=True)
+    return DeepSpeedCPUAdam(params, lr=LR, adamw_mode=True)
+
+
+def deepspeed_loop(
+    stage: int,
+    make: Callable[[Iterable[Any]], torch.optim.Optimizer],
+    device: torch.device,
+    options: argparse.Namespace,
+) -> tuple[Step, Any]:
+    """DeepSpeed's loop with an optimizer that is not ours as its client optimizer."""
+    engine = DeepSpeed(stage, options.precision)
+    plain = gpt.build(engine, device, options)
+    import_deepspeed()
+    import deepspeed
+
+    optimizer = make(groups(plain))
+    config = {
+        "train_micro_batch_size_per_gpu": options.batch_size // options.processes,
+        "gradient_clipping": MAX_NORM,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": engine.bf16},
+        "steps_per_print": 10**9,
+    }
+    model, *_ = deepspeed.initialize(model=plain, optimizer=optimizer, config=config)
+
+    def step(batch: Tensor) -> Tensor:
+        loss = next_token_loss(model, batch)
+        model.backward(loss)
+        model.step()
+        return loss.detach()
+
+    return step, optimizer
+
+
+def import_deepspeed() -> None:
+    """Imports DeepSpeed as `distopt.engine.DeepSpeed` does: without an op that it builds and training never uses."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        import deepspeed.ops
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,213 @@
+"""The optimizer step alone: ours, torch's and other packages' on the same tensors, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import distopt
+from benchmarks import memory
+
+Shapes = list[tuple[int, ...]]
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+_BASE = "torch AdamW fused"  # what all are compared with
+
+
+def add_parser(benchmarks: Any) -> None:
+    """The options of `python -m benchmarks step`."""
+    parser = benchmarks.add_parser("step", help="time, bandwidth and memory of one optimizer step, against others")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="sets of tensors")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants whose name has one of these in it")
+    parser.add_argument("--rounds", type=int, default=15, help="how often all take turns")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; all if not given")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.set_defaults(run=run)
+
+
+def gpt(layers: int, width: int, vocabulary: int, positions: int) -> Shapes:
+    """The shapes of a GPT-2: tied embeddings, and twelve tensors a block."""
+    weights = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    vectors = [(3 * width,), (width,), (4 * width,), *[(width,)] * 5]
+    return [(vocabulary, width), (positions, width), *(weights + vectors) * layers, (width,), (width,)]
+
+
+SHAPES: dict[str, Shapes] = {
+    "gpt2_124m": gpt(12, 768, 50257, 1024),
+    "gpt_d256": gpt(12, 256, 1024, 256),
+    "1000_small": [(1000,)] * 1000,
+    "one_50m": [(50_000_000,)],
+}
+
+_ADAM: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
+_AVERAGED = dict(momentum=0.9, dampening=0.9)
+_NESTEROV = dict(momentum=0.9, nesterov=True)
+_CENTERED = dict(centered=True, momentum=0.9)
+
+# Families, whose members take turns: the name of a rule, the bytes that it has to read and write for each float32
+# parameter, its class (in torch.optim, in distopt), its arguments, and how torch's has it. Their states are in memory
+# together, so that all rules at once would need 20 GB for 124M parameters.
+_FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]] = {
+    "adam": [
+        ("AdamW", 28, "AdamW", _ADAM, ("fused", "foreach")),
+        ("Adam", 28, "Adam", {"lr": 1e-4}, ("fused", "foreach")),
+    ],
+    "layerwise": [
+        ("LAMB", 40, "LAMB", _ADAM, ()),
+        ("LARS", 28, "LARS", dict(lr=1e-4, weight_decay=0.01), ()),
+    ],
+    "sgd": [
+        ("SGD", 12, "SGD", {"lr": 1e-4}, ("fused", "foreach")),
+        ("momentum", 20, "SGD", dict(lr=1e-4, momentum=0.9, weight_decay=0.01), ("fused", "foreach")),
+        ("averaged momentum", 20, "SGD", dict(lr=1e-4, **_AVERAGED), ("fused", "foreach")),
+        ("Nesterov", 20, "SGD", dict(lr=1e-4, **_NESTEROV), ("fused", "foreach")),
+    ],
+    "scaled": [
+        ("Adagrad", 20, "Adagrad", {"lr": 1e-4}, ("fused", "foreach")),
+        ("RMSprop", 20, "RMSprop", {"lr": 1e-4}, ("foreach",)),
+        ("RMSprop centered momentum", 36, "RMSprop", dict(lr=1e-4, **_CENTERED), ("foreach",)),
+    ],
+}
+
+# LAMBs of other packages: name, module, class, whether on a GPU alone.
+_LAMBS = (
+    ("timm LAMB", "timm.optim", "Lamb", False),
+    ("pytorch_optimizer LAMB", "pytorch_optimizer", "Lamb", False),
+    ("bitsandbytes LAMB", "bitsandbytes.optim", "LAMB", True),
+    ("DeepSpeed FusedLamb", "deepspeed.ops.lamb", "FusedLamb", True),
+)
+
+
+def contestants(gpu: bool) -> dict[str, dict[str, tuple[int, Make]]]:
+    """What takes part, by family and name: bytes a parameter, and what makes it. Who does not is named."""
+    found: dict[str, dict[str, tuple[int, Make]]] = {family: {} for family in _FAMILIES}
+    for family, rules in _FAMILIES.items():
+        for name, size, cls, arguments, ways in rules:
+            for way in ways:
+                if gpu and (name, way) == ("Adagrad", "fused"):
+                    print("torch Adagrad fused does not take part: torch 2.13 has it for the CPU alone")
+                    continue
+                found[family][f"torch {name} {way}"] = size, _maker(torch.optim, cls, {way: True, **arguments})
+            found[family][f"distopt {name}"] = size, _maker(distopt, cls, arguments)
+    for name, module, cls, gpu_alone in _LAMBS:
+        if gpu_alone and not gpu:
+            print(f"{name} does not take part: it has no CPU version")
+            continue
+        try:
+            package = import_module(module)
+            _maker(package, cls, _ADAM)([torch.zeros(1, requires_grad=True)])
+        except Exception as error:  # not installed, or it does not get along with what is
+            print(f"{name} does not take part: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            continue
+        found["layerwise"][name] = 40, _maker(package, cls, _ADAM)
+    return found
+
+
+def _maker(package: Any, cls: str, arguments: dict[str, Any]) -> Make:
+    return lambda params: getattr(package, cls)(params, **arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a table for each set of tensors."""
+    _check(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}, float32; medians of {options.rounds} rounds in turns")
+    families = contestants(device.type == "cuda")
+    base = families["adam"][_BASE]
+    if options.only:
+        families = {
+            family: {name: c for name, c in members.items() if any(part in name for part in options.only)}
+            for family, members in families.items()
+        }
+        if not any(families.values()):
+            raise SystemExit(f"--only {' '.join(options.only)}: no contestant has that in its name")
+    results: dict[str, dict[str, Any]] = {}
+    for name in options.shapes:
+        shapes = SHAPES[name]
+        numel = sum(torch.Size(shape).numel() for shape in shapes)
+        print(f"\n{name}: {numel / 1e6:,.1f}M parameters in {len(shapes)} tensors", flush=True)
+        results[name] = {}
+        for family, members in families.items():
+            if members:
+                print(f"{name}: {family}, {len(members)} contestants ...", file=sys.stderr, flush=True)
+                results[name][family] = measure(shapes, {_BASE: base, **members}, device, options.rounds)
+        _print_table(results[name], numel)
+    if options.json:
+        options.json.write_text(json.dumps({"where": where, "torch": torch.__version__, **results}, indent=1) + "\n")
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("rounds", "threads"):
+        if getattr(options, name) < 1:
+            raise SystemExit(f"--{name} must be >= 1, got {getattr(options, name)}")
+    if options.json and not options.json.parent.is_dir():
+        raise SystemExit(f"--json {options.json}: there is no folder {options.json.parent}")
+
+
+def _print_table(families: dict[str, Any], numel: int) -> None:
+    print("| optimizer | ms | / fused AdamW | bytes a parameter | / copy | / in place | extra bytes a parameter |")
+    print("|---|---|---|---|---|---|---|")
+    for rows in families.values():
+        for name, row in rows["steps"].items():
+            rate = row["bytes"] * numel / row["seconds"]
+            print(
+                f"| {name} | {1e3 * row['seconds']:.2f} | {row['seconds'] / rows['steps'][_BASE]['seconds']:.2f} | "
+                f"{row['bytes']} | {rate / rows['copy']:.2f} | {rate / rows['in_place']:.2f} | "
+                f"{row['extra'] / numel:.2f} |"
+            )
+    bandwidths = [f"{rows['copy'] / 1e9:.1f} / {rows['in_place'] / 1e9:.1f}" for rows in families.values()]
+    print(f"GB/s of a copy / of scaling in place, family by family: {', '.join(bandwidths)}", flush=True)
+
+
+def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Median seconds, bytes and extra memory of a step of each contestant, all on the same weights and gradients.
+
+    copy, in_place: bytes a second that a copy of the weights moves, and their multiplication where they lie. The second
+    is nearer to what a step does: a line that is written has been read, while a copy has the processor fetch it first.
+    """
+    numbers = torch.Generator(device).manual_seed(0)
+    params = [torch.randn(shape, generator=numbers, device=device).mul_(0.02).requires_grad_() for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=numbers, device=device).mul_(0.01)
+    source = torch.cat([p.detach().view(-1) for p in params])
+    target = torch.empty_like(source)
+    steps: dict[str, Callable[[], Any]] = {name: make(params).step for name, (_, make) in chosen.items()}
+    steps |= {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
+    extra = {}
+    for name, step in steps.items():
+        step()  # makes the state
+        with memory.watched(device) as peak:
+            step()
+        extra[name] = peak[0]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name in list(steps) if turn % 2 else reversed(list(steps)):
+            _wait(device)
+            started = time.perf_counter()
+            steps[name]()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    moved = 2 * source.numel() * source.element_size()
+    return {
+        "steps": {n: {"seconds": medians[n], "bytes": size, "extra": extra[n]} for n, (size, _) in chosen.items()},
+        "copy": moved / medians["copy"],
+        "in_place": moved / medians["in_place"],
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,124 @@
+"""What a training step sends, and how long it takes, for each engine: by formula, by torch's count, by the kernel's."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distopt
+from benchmarks import gpt
+from benchmarks.collectives import Collectives, nbytes, written
+from benchmarks.ranks import spawn
+from distopt import layout
+from distopt.data.order import Sequences, TextData
+from distopt.engine import DDP, FSDP2, Engine, Zero1
+from distopt.engine.train_step import update
+from distopt.models.language_model import blocks
+
+
+class WholeGradients(DDP):
+    """ZeRO-1 over a DDP whose gradients are all-reduced: `layout.zero1`."""
+
+    def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
+        optimizer.bind(layout.zero1(self.unwrap(model)))
+        return model
+
+
+class Side(NamedTuple):
+    """An engine, and of what each of N ranks sends in a step, in units of (N-1)/N, the parts: how often the parameters
+    in blocks, and how often the others, are sent."""
+
+    engine: Callable[[], Engine]
+    inside: float
+    outside: float
+
+
+SIDES = {
+    "ddp": Side(DDP, 2, 2),
+    "zero1, whole gradients": Side(WholeGradients, 3, 3),
+    "zero1": Side(Zero1, 2, 2),
+    "zero1, overlap_gather": Side(partial(Zero1, overlap_gather=True), 2, 2),
+    "zero1, reduce_dtype=bf16": Side(partial(Zero1, reduce_dtype="bf16"), 1.5, 1.5),
+    "zero2": Side(partial(FSDP2, reshard_after_forward=False), 2, 2),
+    "fsdp2": Side(FSDP2, 3, 2),
+}
+
+
+def add_parser(benchmarks: Any) -> None:
+    """The options of `python -m benchmarks wire`."""
+    parser = benchmarks.add_parser("wire", help="bytes sent and time of a step on each engine")
+    parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
+    gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
+    parser.add_argument("--rounds", type=int, default=11, help="how often the sides take turns")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints a Markdown table with a row for each side; times are compared with the first."""
+    TextData().build()
+    spawn(options.processes, _measure, options)
+
+
+def _measure(device: torch.device, options: argparse.Namespace) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    corpus = TextData().build()
+    sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
+    names = [name for name in SIDES if name in options.only]
+    sides = {name: _step(name, device, options) for name in names}
+    rows = {name: _count(name, *sides[name], sequences.batch(0, rank, world).to(device)) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(options.rounds):
+        batches = [sequences.batch(turn * options.steps + i, rank, world).to(device) for i in range(options.steps)]
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            dist.barrier()
+            started = time.perf_counter()
+            for batch in batches:
+                sides[name][0](batch)
+            dist.barrier()
+            seconds[name].append((time.perf_counter() - started) / options.steps)
+    if rank == 0:
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        print(f"{world} processes, medians of {options.rounds} turns of {options.steps} steps; MB that a rank sends\n")
+        print("| | ms/step | ratio | collectives | formula, MB | counted, MB | by the kernel, MB |")
+        print("|---|---|---|---|---|---|---|")
+        for name, row in rows.items():
+            print(f"| {name} | {1e3 * medians[name]:.1f} | {medians[name] / medians[names[0]]:.3f} | {row}")
+
+
+def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple[Callable[[Tensor], None], nn.Module]:
+    engine = SIDES[name].engine()
+    model = gpt.build(engine, device, options)
+    optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model), 0.1), lr=1e-3)
+    model = engine.attach(model, optimizer, 1, 1.0)
+
+    def step(batch: Tensor) -> None:
+        update(engine, model, optimizer, [batch], 1.0)
+
+    return step, engine.unwrap(model)
+
+
+def _count(name: str, step: Callable[[Tensor], None], model: nn.Module, batch: Tensor) -> str:
+    """The cells of a step that is like those after it: state is there, and DDP has laid out its buckets anew."""
+    for _ in range(2):
+        step(batch)
+    dist.barrier()
+    before = written()
+    with Collectives() as mode:
+        step(batch)
+    dist.barrier()
+    sent = written() - before
+    world, side = dist.get_world_size(), SIDES[name]
+    inside = [p for block in blocks(model) for p in block.parameters()]
+    own = nbytes(inside) * (world if hasattr(inside[0], "placements") else 1)
+    every = nbytes(model.parameters()) * (world if hasattr(inside[0], "placements") else 1)
+    formula = (side.inside * own + side.outside * (every - own)) * (world - 1) / world
+    return f"{len(mode.seen)} | {formula / 1e6:.2f} | {mode.sent / 1e6:.2f} | {sent / 1e6:.2f} |"

@@ -1,1 +1,0 @@
-"""Measurements: `python -m distopt.bench loop`. Every comparison alternates its sides in one run."""

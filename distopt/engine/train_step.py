@@ -1,0 +1,116 @@
+"""One training step: gradients over the micro-batches, SAM's second pass, clipping, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distopt.rng import random_state, same_random_numbers
+from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from distopt.data.packing import Batch
+    from distopt.engine import Engine
+
+PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
+
+
+def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
+    """Mean cross-entropy, in nats a token, of each token of a batch [sequences, length + 1] given those before it.
+
+    A batch of examples has a loss of its own: `distopt.data.packing.Batch`.
+    """
+    if not isinstance(batch, Tensor):
+        return batch.loss(model, pass_loss)
+    logits = model(input_ids=batch[:, :-1]).logits
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+
+    return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
+
+
+Loss = Callable[[nn.Module, Any, PassLoss], Tensor]  # the mean over a micro-batch
+
+
+class Update(NamedTuple):
+    """What a step did: this rank's mean loss, the global gradient norm before clipping, whether weights moved."""
+
+    loss: Tensor
+    grad_norm: float
+    applied: bool
+
+
+def update(
+    engine: Engine,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Tensor | Batch],
+    max_grad_norm: float = math.inf,
+    loss: Loss = next_token_loss,
+) -> Update:
+    """One optimizer step on the mean loss of this rank's micro-batches, of as many sequences each.
+
+    With `SAM` both passes run over the same micro-batches with the same random numbers, and the gradient of the second
+    is the one that is clipped. A gradient norm that is inf or nan, which all ranks see alike, leaves weights and state
+    as they are.
+    """
+    engine.zero_grad(model, optimizer)
+    if isinstance(optimizer, SAM):
+        mean = sharpness_aware(engine, model, optimizer, batches, loss)
+    else:
+        mean = backward(engine, model, batches, loss)
+    return Update(mean, *engine.step(model, optimizer, max_grad_norm))
+
+
+def sharpness_aware(
+    engine: Engine,
+    model: nn.Module,
+    sam: SAM,
+    batches: Sequence[Tensor | Batch],
+    loss: Loss = next_token_loss,
+) -> Tensor:
+    """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay.
+
+    Raises ValueError for a SAM that the engine cannot run.
+    """
+    engine.check_sam(sam)
+    start, losses = random_state(batches[0].device), []
+    if sam.first_pass:
+        exchange = sam.scope == "global" or not sam.ascends
+        losses.append(backward(engine, model, batches, loss, sam.loss, exchange))
+    with engine.perturbed(model, sam):
+        if sam.ascends or not sam.first_pass:
+            engine.zero_grad(model, sam)
+            with same_random_numbers(start) if sam.first_pass else contextlib.nullcontext():
+                losses.append(backward(engine, model, batches, loss, sam.loss))
+    return losses[0]
+
+
+def backward(
+    engine: Engine,
+    model: nn.Module,
+    batches: Sequence[Tensor | Batch],
+    loss: Loss = next_token_loss,
+    pass_loss: PassLoss = None,
+    exchange: bool = True,
+) -> Tensor:
+    """Adds the gradient of the mean loss over the micro-batches; returns this rank's loss.
+
+    pass_loss: how the loss of the outputs is computed where that depends on the pass (`SAM.loss`).
+    exchange: average the gradient over the ranks.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=batches[0].device)
+    for i, batch in enumerate(batches):
+        with engine.sync(model, last=exchange and i == len(batches) - 1):
+            with engine.autocast(batch.device):
+                share = loss(model, batch, pass_loss) / len(batches)
+            engine.backward(model, share)
+        total += share.detach()
+    return total

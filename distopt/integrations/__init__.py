@@ -1,0 +1,1 @@
+"""distopt inside the programs of others."""

@@ -1,0 +1,61 @@
+"""ZeRO-1 in an Accelerate script: the cheapest way of gradients and weights that its settings allow."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distopt import layout
+from distopt.kernels import exact
+from distopt.layout import ShardLayout
+from distopt.optim.base import ShardedOptimizer
+from distopt.optim.clip import layout_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def zero1_layout(accelerator: Accelerator, model: nn.Module, optimizer: ShardedOptimizer) -> ShardLayout:
+    """ZeRO-1's layout; where all who read gradients can be told, those are reduce-scattered (`zero1_scattered`).
+
+    Not where DDP has a communication hook of the script's, and not where a loss scaler looks for inf in full gradients
+    (fp16).
+    """
+    ddp = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+    if ddp is None or ddp._comm_hooks or accelerator.scaler is not None:
+        return layout.zero1(model)
+    _clip_rows(accelerator, optimizer)
+    return layout.zero1_scattered(ddp)
+
+
+def forget(accelerator: Accelerator) -> None:
+    """Gives an accelerator back what an earlier `attach` has put in its place."""
+    accelerator.__dict__.pop("clip_grad_norm_", None)
+
+
+def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
+    """Makes `accelerator.clip_grad_norm_` clip by the norm over all ranks, of which each has its rows."""
+    whole, held = accelerator.clip_grad_norm_, weakref.ref(optimizer)
+
+    def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        stepped = held()
+        if stepped is None or not accelerator.sync_gradients:  # of no step that comes: gradients are each rank's own
+            norm: Tensor = whole(parameters, max_norm, norm_type)
+            return norm
+        if norm_type != 2:
+            raise ValueError(f"norm_type={norm_type} under zero=1, where norms over all ranks are 2-norms: use 2")
+        owners = [p for p in parameters if p.grad is not None]
+        if not owners:
+            return torch.zeros((), dtype=torch.float32)
+        shards = layout_of(stepped)
+        (norms,) = shards.norms(shards.layers(owners), shards.grads(owners))
+        norm = exact.norm(norms).to(owners[0].dtype)
+        torch.nn.utils.clip_grads_with_norm_(owners, max_norm, norm)
+        return norm
+
+    accelerator.__dict__["clip_grad_norm_"] = clip_grad_norm_

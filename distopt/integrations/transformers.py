@@ -1,0 +1,186 @@
+"""distopt inside the Trainer of transformers, under what it has set up: DDP, FSDP2 or DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distopt.engine.fsdp2 import leave_pass, reshard
+from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
+from distopt.integrations.accelerate.sam import attach_sam, sam_of
+from distopt.rng import RandomState, random_state, same_random_numbers
+from distopt.sam import SAM
+
+# What these of TRL 1.16 put around the Trainer's training_step (offloaded activations) leaves no trace.
+_SAME_IN_BOTH_PASSES = (
+    "trl.trainer.sft_trainer.SFTTrainer",
+    "trl.trainer.reward_trainer.RewardTrainer",
+    "trl.trainer.dpo_trainer.DPOTrainer",
+    "trl.trainer.kto_trainer.KTOTrainer",
+)
+
+
+class ShardedTrainerMixin:
+    """Tells distopt's optimizers how the Trainer has cut up the model, so that they step and resume as without.
+
+        class Trainer(ShardedTrainerMixin, transformers.Trainer): pass
+
+        Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
+
+    DeepSpeed: binds the layout of its partitions, without which a step raises ValueError. FSDP2: makes all state before
+    a checkpoint is loaded, since torch fills only what is there. DDP and one process need nothing. Any subclass of the
+    Trainer will do, TRL's too.
+
+    Raises ValueError where DeepSpeed steps another optimizer than distopt's, or SAM, and where several processes were
+    launched of which each would train for itself.
+    """
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's; it calls this when the optimizer has been prepared and no checkpoint has been loaded yet."""
+        check_processes(self.accelerator)  # type: ignore[attr-defined]
+        wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)  # type: ignore[attr-defined]
+        if wrapped is not None:
+            attach_deepspeed(wrapped.engine, None)
+        elif self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            inner = self.optimizer  # type: ignore[attr-defined]
+            while not hasattr(inner, "init_state") and isinstance(getattr(inner, "optimizer", None), Optimizer):
+                inner = inner.optimizer  # Accelerate's wrapper
+            if hasattr(inner, "init_state"):
+                inner.init_state()
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+
+class SAMTrainerMixin(ShardedTrainerMixin):
+    """Gives a Trainer both passes of SAM: over the same micro-batches, with the same random numbers.
+
+        class SAMTrainer(SAMTrainerMixin, transformers.Trainer): pass
+
+        trainer = SAMTrainer(model, args, train_dataset=data, sam=partial(distopt.SAM, rho=0.05),
+                             optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
+
+    The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
+    steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
+    overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
+    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. The second pass
+    leaves no trace in the Trainer's own numbers and metrics (`self.count += 1`, TRL's `_metrics`), so that nothing is
+    counted twice. Does all that `ShardedTrainerMixin` does.
+
+    A subclass may have its own `compute_loss`. With its own `training_step` or `_prepare_inputs`, which may keep state
+    between calls, it is refused, unless its class attribute `same_in_both_passes` is True: called again with the same
+    micro-batch they compute the same. Those of TRL's SFT, Reward, DPO and KTO trainers do.
+
+    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; where
+    scope=local meets FSDP2; and for a Trainer whose passes may differ (TRL's GRPO, RLOO and others that generate).
+
+    Args: as Trainer, and
+        sam: makes a SAM of the optimizer; None trains without.
+    """
+
+    same_in_both_passes = False
+
+    def __init__(self, *args: Any, sam: Callable[[torch.optim.Optimizer], SAM] | None = None, **kwargs: Any) -> None:
+        self._make_sam = sam
+        self._sam: SAM | None = None
+        self._batches: list[Any] = []
+        self._start: RandomState = random_state()
+        if sam is not None:
+            self._check_passes()
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with SAM around it."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if self._make_sam is not None and sam_of(optimizer) is None:
+            optimizer = self.optimizer = self._make_sam(optimizer)
+        attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
+        self._sam = sam_of(optimizer)
+        if self._sam is not None:
+            self._check_passes()
+        return optimizer
+
+    def _check_passes(self) -> None:
+        """Raises ValueError where a micro-batch that is passed again may not be the same computation."""
+        kinds = type(self).__mro__
+        inner = kinds[kinds.index(SAMTrainerMixin) + 1 :]  # what runs in each pass
+        for kind, names in [(kind, ("training_step", "_prepare_inputs")) for kind in inner] + [
+            (kind, ("_prepare_inputs",)) for kind in kinds if kind not in inner
+        ]:
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            if self.same_in_both_passes or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES:
+                continue
+            if own := [name for name in names if name in vars(kind)]:
+                raise ValueError(
+                    f"{kind.__name__} has its own {own[0]}, which SAM's second pass would call again, at perturbed "
+                    "weights, and which may count or generate anew, as that of TRL's GRPO does: train without sam, or "
+                    "set the class attribute same_in_both_passes = True if it keeps no state between calls"
+                )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, remembered for the second pass."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._batches = batches
+        return batches, items
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's, and after the last micro-batch of a step SAM's second pass over all of them."""
+        sam = self._sam
+        if sam is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if inputs is self._batches[0]:
+            self._start = random_state(self.args.device)  # type: ignore[attr-defined]
+        try:
+            if not sam.first_pass:  # for each micro-batch, since between them the Trainer shows the weights to others
+                with sam.perturbed():
+                    reshard(model)
+                    loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+                reshard(model)
+                return loss
+            alone = sam.scope == "local" and sam.ascends
+            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():  # type: ignore[attr-defined]
+                loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+                with sam.perturbed():
+                    if sam.ascends:
+                        with same_random_numbers(self._start), _unrecorded(self):
+                            self._second_pass(model, num_items_in_batch)
+                reshard(model)
+            return loss
+        except BaseException:
+            sam.give_up()
+            leave_pass(model)
+            reshard(model)
+            raise
+
+    def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> None:
+        reshard(model)
+        model.zero_grad()
+        *others, last = self._batches
+        for batch in others:
+            with self.accelerator.no_sync(model):  # type: ignore[attr-defined]
+                super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
+        super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _unrecorded(trainer: Any) -> Iterator[None]:
+    """A block that leaves no trace in a Trainer's own numbers, and in its dictionaries of metrics.
+
+    TRL's trainers add to `_metrics` and `_total_train_tokens` (1.16) whenever they compute a loss.
+    """
+    own = vars(trainer)
+    kept = {name: value for name, value in own.items() if type(value) in (int, float) or _holds_metrics(name, value)}
+    own.update({name: copy.deepcopy(value) for name, value in kept.items()})
+    try:
+        yield
+    finally:
+        own.update(kept)
+
+
+def _holds_metrics(name: str, value: object) -> bool:
+    return isinstance(value, dict) and "metrics" in name

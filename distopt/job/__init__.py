@@ -1,0 +1,1 @@
+"""What surrounds the training steps of a run: configuration, folder, metrics, evaluation, signals and errors."""

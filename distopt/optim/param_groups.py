@@ -1,0 +1,166 @@
+"""Param groups: which parameters decay and take a trust ratio, and other options by the parameters' names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distopt.layout.names import bare_parameters
+
+# Vectors that are stacked, one for each expert or head, and so have two dimensions and more: biases, the scales of
+# norms, the gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
+_VECTORS = re.compile(
+    r"(^|[._])(bias|weight_g|A_log)$"
+    r"|(norm|(^|[._])ln)(_?\d+)?[._](weight|scale|gain|gamma)$"
+    r"|(^|\.)parametrizations\.\w+\.original0$"  # its original1 is weight norm's direction
+)
+_OTHERS = {"trust_ratio", "trust_clip", "trust_coefficient", "sam_rho", "name"}
+_MEANT = {"learning_rate": "lr", "initial_lr": "lr", "wd": "weight_decay"}
+
+log = logging.getLogger(__name__)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.01, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Sorts a model's trainable parameters into param groups for any torch optimizer, each into exactly one.
+
+    The first of these rules that applies to a parameter decides:
+
+    1. The options of the first pattern of `overrides` that is found in its name, for what they say.
+    2. `weight_decay=0.0, trust_ratio=False` for a parameter with fewer than two dimensions (biases, the scales of
+       norms), as in the published trainings of BERT with AdamW and LAMB.
+    3. The same for a parameter that asks for no decay: it has the attribute `_no_weight_decay`; or it is among the
+       names that the method `no_weight_decay()` of its model, or of a module that holds it, returns, as timm's models
+       have it; or its name says that it is a stack of vectors: it ends with `bias`, `norm.weight` and its like, or
+       `weight_g` and `parametrizations.weight.original0`, the gains of weight norm; or it is Mamba's `A_log`, or the
+       `D` beside it.
+    4. `weight_decay` for the others.
+
+    Every group has `param_names`, in the order of `params` and without the prefixes of wrappers (DDP, `torch.compile`,
+    activation checkpointing), as torch's optimizers do when they are made from `model.named_parameters()`. How many
+    parameters decay, and why others do not, is logged at the level INFO.
+
+    Args:
+        model: plain, on the meta device, or wrapped for DDP, FSDP2 or DeepSpeed. Tied weights belong to a group once,
+            by their first name; frozen parameters to none. `fully_shard` and `to_empty` replace parameters and drop
+            their attributes: a model that marks its parameters by `_no_weight_decay` needs an override under FSDP2.
+        weight_decay: of the parameters that decay, >= 0. It precedes the optimizer's argument of that name.
+        overrides: options for the parameters in whose names a regular expression is found (`re.search`), for example
+            `{"wte": {"lr": 1e-4}, r"layers\\.0\\.": {"lr": 3e-4}}`. The first expression that is found wins; its
+            options are merged over those of the rules above: a bias keeps `weight_decay=0.0` unless they say otherwise.
+
+    Returns:
+        The param groups that are not empty. Groups that are added to the optimizer later need `param_names` too, which
+        torch asks of all groups or of none.
+
+    Raises:
+        ValueError: for a negative weight decay, a model with nothing to train, an expression that is malformed or that
+            no trainable parameter follows, and an option that no optimizer of torch or distopt has. The values of
+            options are for the optimizer to check.
+    """
+    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
+    overrides = overrides or {}
+    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
+        raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
+    patterns = {pattern: _compile(pattern) for pattern in overrides}
+    for pattern, options in overrides.items():
+        _check_names(pattern, options)
+    trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
+    if not trainable:
+        raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
+
+    default = {True: {"weight_decay": weight_decay}, False: {"weight_decay": 0.0, "trust_ratio": False}}
+    groups: dict[tuple[str | None, bool], dict[str, Any]] = {
+        (pattern, decays): {**default[decays], **options, "params": [], "param_names": []}
+        for pattern, options in [(None, {}), *overrides.items()]
+        for decays in (True, False)
+    }
+    asked = _asks_for_no_decay(model, trainable)
+    for name, param in trainable.items():
+        first = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
+        group = groups[first, _dims(param) > 1 and name not in asked]
+        group["params"].append(param)
+        group["param_names"].append(name)
+    for pattern in overrides:
+        if not groups[pattern, True]["params"] and not groups[pattern, False]["params"]:
+            raise ValueError(
+                f"no trainable parameter follows the override {pattern!r}: it is found in none of the "
+                f"{len(trainable)} names, or an earlier override takes them all; the first names are "
+                f"{', '.join([*trainable][:5])}"
+            )
+    made = [group for group in groups.values() if group["params"]]
+    log.info(_summary(made, trainable, asked))
+    return made
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"the override {pattern!r} is not a regular expression ({error}): any text is '.*', a dot is '\\.'"
+        ) from error
+
+
+def _check_names(pattern: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for an option that would do nothing, or, as `initial_lr`, what only a schedule may do."""
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+    known = {name for c in classes for name in inspect.signature(c).parameters} - {"params", "defaults"} | _OTHERS
+    for name in options:
+        if name not in known:
+            near = _MEANT.get(name) or next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ValueError(
+                f"the override {pattern!r} has the option {name!r}, which no optimizer of torch or distopt has: {hint} "
+                "(an option of another optimizer can be set in the groups that param_groups returns)"
+            )
+
+
+def _asks_for_no_decay(model: nn.Module, names: Mapping[str, Tensor]) -> set[str]:
+    """Which of the parameters ask for no decay, whatever their shape."""
+    asked = {name for name, param in names.items() if getattr(param, "_no_weight_decay", False)}
+    asked |= {name for name in names if _VECTORS.search(name) and _is_gain(name, names)}
+    asked |= {name for name in names if re.search(r"(^|\.)D$", name) and f"{name[:-1]}A_log" in names}
+    members = {id(param): name for name, param in names.items()}
+    for module in model.modules():
+        listed = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            wanted = set(listed())
+            own = bare_parameters(module, remove_duplicate=False)
+            asked |= {members[id(p)] for name, p in own.items() if name in wanted and id(p) in members}
+    return asked
+
+
+def _is_gain(name: str, names: Mapping[str, Tensor]) -> bool:
+    """Other parametrizations than weight norm have an original0 too, but most of them no original1."""
+    return not name.endswith(".original0") or f"{name[:-1]}1" in names
+
+
+def _dims(param: Tensor) -> int:
+    """The number of dimensions of the full parameter."""
+    # DeepSpeed 0.19.8 zero.Init (runtime/zero/partition_parameters.py) leaves an empty 1-D tensor in each parameter and
+    # its shape in ds_shape; asking that tensor, no parameter would decay (DeepSpeed pull request 8438).
+    return len(getattr(param, "ds_shape", param.shape))
+
+
+def _summary(groups: list[dict[str, Any]], trainable: Mapping[str, Tensor], asked: set[str]) -> str:
+    """One line: how many parameters decay, and why the others do not."""
+    decaying = {name for group in groups if group["weight_decay"] for name in group["param_names"]}
+    rest = [name for name in trainable if name not in decaying]
+    vectors = [name for name in rest if _dims(trainable[name]) < 2]
+    named = [name for name in rest if _dims(trainable[name]) > 1 and name in asked]
+    line = f"{len(decaying)} parameters decay, {len(rest)} do not: {len(vectors)} have fewer than two dimensions"
+    if named:
+        line += f", {len(named)} ask for none ({', '.join(named[:3])}{', ...' * (len(named) > 3)})"
+    if others := len(rest) - len(vectors) - len(named):
+        line += f", {others} by weight_decay=0"
+    return line

@@ -1,0 +1,54 @@
+"""GSAM: descend the perturbed loss and the surrogate gap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distopt.kernels import exact
+from distopt.layout import ShardLayout
+from distopt.sam.base import SAM, paired
+from distopt.sam.checks import bounded
+
+
+class GSAM(SAM):
+    r"""Surrogate-gap SAM: minimizes the perturbed loss, and its distance to the loss where that costs nothing.
+
+        perturb and second pass as SAM:  g at p, and g' at p + rho g / |g|
+        g_perp = g - (g . g' / |g'|^2) g'          what of g the perturbed loss does not feel
+        step with g' - alpha * g_perp
+
+    Products and norms are over all parameters and ranks: one more all-reduce per mesh axis that shards, and one more
+    copy of the gradients. The paper lets rho fall with the learning rate: set `rho` as training goes on.
+
+    Args: as `SAM`, and
+        alpha: >= 0; 0 is SAM.
+
+    Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu, Surrogate Gap Minimization Improves
+    Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065.
+    """
+
+    keeps_first = True
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rho: float = 0.05,
+        *,
+        alpha: float = 0.4,
+        interval: int = 1,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(optimizer, rho, interval=interval, model=model)
+        self.alpha = bounded("alpha", alpha, 0.0)
+
+    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
+        if first is None:  # a step that did not ascend
+            return
+        before, after = paired(layout, owners, first)
+        dots, squares = layout.dots(layout.layers(owners), (before, after), (after, after))
+        dot, square = exact.total(dots), exact.total(squares)
+        along = torch.where(square > 0, dot / square, 0.0)
+        for g, second in zip(before, after, strict=True):
+            perpendicular = g - along.to(g.dtype) * second
+            second.sub_(perpendicular, alpha=self.alpha)

@@ -1,0 +1,65 @@
+"""LookSAM: the second gradient at every k-th step, remembered in between."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distopt.kernels import exact
+from distopt.layout import ShardLayout
+from distopt.sam.base import SAM, paired
+from distopt.sam.checks import bounded
+
+
+class LookSAM(SAM):
+    r"""LookSAM: at every k-th step SAM's gradient, in between the part of it that changes slowly.
+
+        every k-th step:  g at p, and g' at p + rho g / |g|
+                          v = g' - (g . g' / |g|^2) g            the part that leads to flat places
+                          step with g'
+        the others:       step with g + alpha * (|g| / |v|) * v
+
+    Products and norms are over all parameters and ranks. v is kept in the optimizer's state, as `sam_look`, and lies as
+    the gradients do. A step that ascends costs SAM's two passes, the others one.
+
+    Args: as `SAM`, and
+        interval: k, 5 in the paper.
+        alpha: >= 0; 0 steps with plain gradients in between.
+
+    Reference: Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022,
+    arXiv 2203.02714.
+    """
+
+    keeps_first = True
+    always_descends = True
+    buffers = ("sam_look",)
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rho: float = 0.05,
+        *,
+        interval: int = 5,
+        alpha: float = 0.7,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(optimizer, rho, interval=interval, model=model)
+        self.alpha = bounded("alpha", alpha, 0.0)
+
+    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
+        if first is not None:
+            params = list(dict.fromkeys((*first, *owners)))
+            before, after = paired(layout, params, first)
+            dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
+            dot, square = exact.total(dots), exact.total(squares)
+            along = torch.where(square > 0, dot / square, 0.0)
+            for g, second in zip(before, after, strict=True):
+                g.mul_(-along.to(g.dtype)).add_(second)
+            self._stage(layout, params, "sam_look", before)
+        else:
+            grads, look = layout.grads(owners), self._shards(layout, owners, "sam_look")
+            norms = layout.norms(layout.layers(owners), grads, look)
+            of_grads, of_look = (exact.norm(each) for each in norms)
+            ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
+            for g, v in zip(grads, look, strict=True):
+                g.add_(v * ratio.to(v.dtype))

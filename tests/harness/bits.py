@@ -1,0 +1,98 @@
+"""Trainings by gradients that are equal on every layout and at every number of ranks, for tests of equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import distopt
+from distopt import FunctionalSAM, layout
+from distopt.kernels import cpu, dispatch
+from tests.harness.optimizers import ROWS, initial
+from tests.harness.sams import EVERYONE
+from tests.harness.sharded import mesh
+
+# Rows shorter and longer than a block of a sum and no multiple of it, of one element, fewer rows than ranks, long ones.
+SHAPES = ((97, 89), (13, 300), (3, 700), (1031,), (7, 5, 3), (2, 1), (1,), (5000, 4))
+STEPS = 3
+KINDS = {"ddp": (2, 3, 4), "zero1": (1, 2, 3, 4), "fsdp2": (1, 2, 3, 4), "hsdp": (2, 4)}
+WORLDS = [(kind, world) for kind, worlds in KINDS.items() for world in worlds]
+JOBS = [row.name for row in ROWS] + [
+    f"{member.name} {row.name}" for member, row in EVERYONE if member.cls is not FunctionalSAM
+]
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """By the compiled kernels, or by the rules."""
+    if name == "kernels":
+        yield
+        return
+    with mock.patch.object(dispatch, "fits", lambda shards: []), mock.patch.object(cpu, "library", lambda: None):
+        yield
+
+
+def numbers(step: int, which: int) -> list[Tensor]:
+    """The full gradients of a pass of a step: over many orders of magnitude, so that every order of a sum shows."""
+    source = torch.Generator().manual_seed(10 * step + which)
+    return [torch.randn(s, generator=source) * torch.exp(2.0 * torch.randn(s, generator=source)) for s in SHAPES]
+
+
+def trained(kind: str, job: str) -> list[Tensor]:
+    """The full perturbed weights of every step, and the full weights and state after the last one."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    shape, axes = ((2, world // 2), ("replicate", "shard")) if kind == "hsdp" else ((world,), ("shard",))
+    where = mesh(shape, axes) if kind in ("zero1", "fsdp2", "hsdp") else None
+    how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}.get(kind)
+
+    def placed(full: Tensor) -> Tensor:
+        return distribute_tensor(full, where, how) if how else full
+
+    params = [nn.Parameter(placed(p)) for p in initial(*SHAPES, dtype=torch.float32)]
+    member, row = next(((m, r) for m, r in EVERYONE if f"{m.name} {r.name}" == job), (None, None))
+    row = row or next(row for row in ROWS if row.name == job)
+    opt = row.make(row.groups(params))
+    if kind == "zero1":
+        opt.bind(layout.zero1(nn.ParameterList(params), where))
+    sam = member.make(opt) if member else None
+    seen: list[Tensor] = []
+
+    def gradients(step: int, which: int) -> None:
+        for i, (p, grad) in enumerate(zip(params, numbers(step, which))):
+            p.grad = placed(grad) if (step + i) % 5 else None  # not every one in every step
+
+    for step in range(STEPS):
+        gradients(step, 0)
+        if sam is not None:
+            sam.perturb()
+            seen += [full(p) for p in params]
+            gradients(step, 1)
+            sam.restore()
+        distopt.clip_grad_norm_(opt, 1.0)
+        (sam or opt).step()
+    state = [opt.state[p][name] for p in params for name in sorted(opt.state[p])]
+    return seen + [full(t) for t in [*params, *state]]
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+@lru_cache
+def unsharded(by: str) -> dict[str, list[Tensor]]:
+    assert not dist.is_initialized()
+    with way(by):
+        return {job: trained("plain", job) for job in JOBS}
+
+
+def on_ranks(kind: str, by: str) -> dict[str, list[Tensor]] | None:
+    with way(by):
+        found = {job: trained(kind, job) for job in JOBS}
+    return found if dist.get_rank() in (0, dist.get_world_size() - 1) else None

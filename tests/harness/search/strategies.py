@@ -1,0 +1,230 @@
+"""What cases are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from tests.harness.search.case import Case, Event, Group, Leg, Options, Param, Step
+from tests.harness.search.execute import DDP, WORLDS, ZERO1
+
+SHAPES = (
+    (),
+    (1,),
+    (2,),
+    (3,),
+    (5,),
+    (7,),
+    (1, 1),
+    (1, 5),
+    (2, 3),
+    (3, 2),
+    (5, 3),
+    (4, 4),
+    (7, 1),
+    (2, 1, 3),
+    (3, 2, 2),
+)
+EMPTY = ((0,), (0, 3), (2, 0))
+STEPS = 4  # of a leg, at most
+PEERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")  # of `torch.optim`
+MOMENTUM, ADAPTIVE = (
+    ("SGD", "LARS", "RMSprop", "Adam", "AdamW", "LAMB"),
+    ("Adagrad", "RMSprop", "Adam", "AdamW", "LAMB"),
+)
+
+_LR = st.sampled_from([0.0, 1e-3, 0.01, 0.05])
+_DECAY = st.sampled_from([0.0, 0.01, 0.1])
+_BETA = st.sampled_from([0.0, 0.5, 0.9])
+_BETA2 = st.sampled_from([0.9, 0.95, 0.99, 0.999, 0.9999])
+_CLIP = st.sampled_from([None, (0.01, 10.0), (0.25, 0.4), (0.0, 1.0)])
+_COMMON: dict[str, st.SearchStrategy[Any]] = {
+    "lr": _LR,
+    "weight_decay": _DECAY,
+    "maximize": st.booleans(),
+    "trust_ratio": st.booleans(),
+    "trust_clip": _CLIP,
+}
+_MOMENTS = {"betas": st.tuples(_BETA, _BETA2), "eps": st.sampled_from([1e-8, 1e-6, 1e-3])}
+_POSITIVE_MOMENTUM = st.sampled_from([0.5, 0.9])
+# By class: what may be set, in the constructor, in a param group, and in the middle of a run.
+OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "SGD": {"dampening": st.sampled_from([0.0, 0.5, 0.9])},
+    "LARS": {"dampening": st.sampled_from([0.0, 0.5]), "trust_coefficient": st.sampled_from([1e-3, 0.02, 0.5])},
+    "Adagrad": {"lr_decay": st.sampled_from([0.0, 0.05]), "eps": st.sampled_from([1e-10, 1e-3])},
+    "RMSprop": {"alpha": st.sampled_from([0.5, 0.9, 0.99, 0.999]), "eps": st.sampled_from([1e-8, 1e-3])},
+    "Adam": _MOMENTS,
+    "AdamW": _MOMENTS,
+    "LAMB": _MOMENTS,
+}
+# And what decides which state there is, so that it is set in the constructor alone.
+FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "SGD": {"momentum": st.sampled_from([0.0, 0.5, 0.9])},
+    "LARS": {"momentum": st.sampled_from([0.0, 0.9])},
+    "Adagrad": {"initial_accumulator_value": st.sampled_from([0.0, 0.1])},
+    "RMSprop": {"momentum": st.sampled_from([0.0, 0.8]), "centered": st.booleans()},
+}
+_RHO = st.sampled_from([0.05, 0.3])
+_INTERVAL = st.integers(1, 3)
+MEMBERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "SAM": {"interval": _INTERVAL},
+    "ASAM": {"interval": _INTERVAL, "eta": st.sampled_from([0.01, 0.1])},
+    "GSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.4])},
+    "FriendlySAM": {"interval": _INTERVAL, "sigma": st.sampled_from([0.8, 1.0]), "decay": st.sampled_from([0.6, 0.9])},
+    "LookSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.7])},
+    "MomentumSAM": {"interval": _INTERVAL},
+    "PreconditionedSAM": {"interval": _INTERVAL, "eps": st.sampled_from([1e-8, 1e-2])},
+    "FunctionalSAM": {"interval": _INTERVAL, "precondition": st.booleans(), "eps": st.sampled_from([1e-8, 1e-2])},
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    params = tuple(draw(st.lists(_params(), min_size=1, max_size=6)))
+    kind = draw(st.sampled_from(sorted(OPTIONS)))
+    sam = draw(st.none() | st.sampled_from(sorted(MEMBERS)))
+    torch = sam is not None and kind in PEERS and draw(st.booleans())
+    options = draw(_some(_options(kind, torch, sam) | FIXED.get(kind, {})))
+    sam_options: Options = {}
+    if sam:
+        sam_options = draw(_some({"rho": _RHO} | MEMBERS[sam]))
+        if sam == "FunctionalSAM" and kind not in ADAPTIVE:
+            sam_options["precondition"] = False
+        stateless = kind in ("SGD", "LARS", "RMSprop") and not options.get("momentum", kind == "LARS")
+        if sam == "MomentumSAM" and (kind not in MOMENTUM or stateless):
+            sam, sam_options = None, {}
+        if sam == "PreconditionedSAM" and kind not in ADAPTIVE:
+            sam, sam_options = None, {}
+        preconditioned = sam in ("PreconditionedSAM", "FunctionalSAM")
+        if kind == "Adagrad" and preconditioned and not draw(st.booleans()):
+            options.pop("initial_accumulator_value", None)
+        torch = torch and sam is not None
+    if options.get("momentum") and kind in ("SGD", "LARS") and not options.get("dampening") and draw(st.booleans()):
+        options["nesterov"] = True
+        options.pop("dampening", None)
+    changing = _options(kind, torch, sam)
+    if kind in ("SGD", "LARS") and (options.get("momentum") or draw(st.booleans())):
+        changing["momentum"] = st.sampled_from([0.5, 0.9])
+    if sam and draw(st.booleans()):
+        changing["sam_rho"] = st.sampled_from([0.0, 0.05, 0.3])
+    if options.get("nesterov"):
+        changing.pop("dampening")
+    return _Draws(draw, params, kind, options, sam, sam_options, torch, changing).case()
+
+
+@dataclass
+class _Draws:
+    """What depends on what was drawn before: groups, layouts, steps and events."""
+
+    draw: st.DrawFn
+    params: tuple[Param, ...]
+    kind: str
+    options: Options
+    sam: str | None
+    sam_options: Options
+    torch: bool
+    changing: dict[str, st.SearchStrategy[Any]]
+
+    def case(self) -> Case:
+        draw = self.draw
+        order = draw(st.permutations(range(len(self.params))))
+        number = draw(st.integers(1, 3))
+        where = [draw(st.integers(0, number)) for _ in order]  # the last is not given to the optimizer at first
+        groups = [
+            Group(tuple(i for i, at in zip(order, where) if at == g), draw(_some(self.changing, 2)))
+            for g in range(number)
+        ]
+        full = [group for group in groups if group.params]
+        if not full:
+            groups = [Group(tuple(order))]
+        elif self.sam and not draw(st.booleans()):
+            groups = full
+        inside = {i for group in groups for i in group.params}
+        self.late = [i for i in order if i not in inside]
+        closure = self.sam is not None and draw(st.booleans())
+        max_norm = None if closure else draw(st.sampled_from([None, 0.5, 3.0]))
+        self.frozen = {i for i, p in enumerate(self.params) if p.frozen}
+        self.thawable: set[int] = set()
+        self.number = len(groups)
+        legs = [self.leg(i) for i in range(draw(st.integers(1, 2)))]
+        dtype = draw(st.sampled_from(["float64", "float64", "float32"]))  # which has kernels of its own
+        return Case(
+            self.params, tuple(groups), self.kind, self.options, tuple(legs), self.sam, self.sam_options, self.torch,
+            closure, max_norm, dtype,
+        )  # fmt: skip
+
+    def leg(self, number: int) -> Leg:
+        draw = self.draw
+        layouts = [name for name in WORLDS if not (self.torch and name in ZERO1)]
+        if len(self.frozen) == len(self.params):  # DDP takes no such model
+            layouts = [name for name in layouts if name not in DDP]
+        layout = draw(st.sampled_from(layouts))
+        world = draw(st.sampled_from(WORLDS[layout]))
+        # DDP and ZeRO-1 are told once, when a model is wrapped, what is to be trained.
+        self.thawable = set() if layout in (*DDP, *ZERO1) else set(self.frozen)
+        steps = [self.step() for _ in range(draw(st.integers(1, STEPS)))]
+        return Leg(layout, world, tuple(steps), permuted=number > 0 and draw(st.booleans()))
+
+    def step(self) -> Step:
+        draw = self.draw
+        events = [event for _ in range(draw(st.integers(0, 2))) if (event := self.event())]
+        some = st.sets(st.sampled_from(range(len(self.params))), max_size=2).map(lambda s: tuple(sorted(s)))
+        second = None  # FunctionalSAM's second pass takes the slope at the first one's outputs
+        if self.sam not in (None, "FunctionalSAM") and draw(st.booleans()):
+            second = draw(some)
+        step = Step(tuple(events), draw(some), second)
+        for unused in (step.unused, step.second):  # functional SAM has to be shown outputs in each pass
+            assume(self.sam != "FunctionalSAM" or not set(range(len(self.params))) - set(unused) <= self.frozen)
+        return step
+
+    def event(self) -> Event | None:
+        draw = self.draw
+        match draw(st.sampled_from(["set", "reload", "freeze", "thaw", "add", "through torch"])):
+            case "set":
+                name = draw(st.sampled_from(sorted(self.changing)))
+                return ("set", draw(st.integers(0, self.number - 1)), name, draw(self.changing[name]))
+            case "reload":
+                return ("reload",)
+            case "freeze" if trained := sorted(set(range(len(self.params))) - self.frozen):
+                i = draw(st.sampled_from(trained))
+                self.frozen.add(i)
+                self.thawable.add(i)
+                return ("freeze", i)
+            case "thaw" if self.thawable:
+                i = draw(st.sampled_from(sorted(self.thawable)))
+                self.thawable.remove(i)
+                self.frozen.remove(i)
+                return ("thaw", i)
+            case "add" if self.late:
+                params = tuple(self.late)
+                self.late = []
+                self.number += 1
+                return ("add", Group(params, draw(_some(self.changing, 2))))
+            case "through torch" if self.kind in PEERS:
+                return ("through torch",)
+        return None
+
+
+def _options(kind: str, torch: bool, sam: str | None) -> dict[str, st.SearchStrategy[Any]]:
+    options = _COMMON | OPTIONS[kind]
+    left_out = {"trust_ratio", "trust_clip"} if torch else set()
+    if sam:  # which perturbs along the gradient whatever the sign of the step
+        left_out |= {"maximize"}
+    return {name: values for name, values in options.items() if name not in left_out}
+
+
+@st.composite
+def _some(draw: st.DrawFn, options: dict[str, st.SearchStrategy[Any]], most: int = 4) -> Options:
+    names: Sequence[str] = sorted(draw(st.sets(st.sampled_from(sorted(options)), max_size=most)))
+    return {name: draw(options[name]) for name in names}
+
+
+@st.composite
+def _params(draw: st.DrawFn) -> Param:
+    shapes = EMPTY if draw(st.booleans()) and draw(st.booleans()) else SHAPES
+    flags = draw(st.sets(st.sampled_from(["zero", "frozen", "tied", "unit", "ignored"]), max_size=2))
+    return Param(draw(st.sampled_from(shapes)), **dict.fromkeys(sorted(flags), True))
