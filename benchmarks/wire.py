@@ -25,10 +25,10 @@ from distopt.models.language_model import blocks
 
 
 class WholeGradients(DDP):
-    """ZeRO-1 over a DDP whose gradients are all-reduced: `layout.zero1`."""
+    """ZeRO-1 over a DDP whose gradients are all-reduced: `layout.zero1_layout`."""
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        optimizer.bind(layout.zero1(self.unwrap(model)))
+        optimizer.bind(layout.zero1_layout(self.unwrap(model)))
         return model
 
 

@@ -16,8 +16,7 @@ from distopt.optim.schedules import (
 )
 from distopt.proof import Fingerprint, fingerprint, prove, prove_every
 from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
-
-__version__ = "0.1.0"
+from distopt.version import __version__ as __version__
 
 __all__ = [
     "ASAM",

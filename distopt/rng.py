@@ -56,7 +56,7 @@ def same_random_numbers(start: RandomState) -> Iterator[None]:
     """A block which draws what was drawn since `start`; after it the generators are as if it had drawn nothing.
 
     start = random_state(device)
-    first_pass()
+    needs_ascent_gradient()
     with same_random_numbers(start):
         second_pass()
     """

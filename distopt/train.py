@@ -21,8 +21,9 @@ from distopt.engine.train_step import update
 from distopt.job import cli
 from distopt.job import run_folder as runs
 from distopt.job.checkpointer import Saver
-from distopt.job.config import CONF, check_options, dry_run, make, micro_batch_size, refuse_swept_ranks
-from distopt.job.diagnostics import blame, by_layer
+from distopt.job.config import CONF, check_options, dry_run, instantiate, micro_batch_size, refuse_swept_ranks
+from distopt.job.contamination import check_no_cross_contamination
+from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.errors import one_line_errors
 from distopt.job.evaluate import sample, validation_loss
 from distopt.job.metrics import Monitor, plot
@@ -46,10 +47,14 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     # Everything that can be refused is refused before anything that takes time.
     refuse_swept_ranks()
     check_options(cfg)
-    engine, language_model, data = make(cfg.engine), make(cfg.model), make(cfg.data)
-    adapter = make(cfg.adapter) if cfg.adapter else None
-    make_optimizer, make_schedule, make_groups = make(cfg.optimizer), make(cfg.schedule), make(cfg.param_groups)
-    make_sam = make(cfg.sam) if cfg.sam else None
+    engine, language_model, data = instantiate(cfg.engine), instantiate(cfg.model), instantiate(cfg.data)
+    adapter = instantiate(cfg.adapter) if cfg.adapter else None
+    make_optimizer, make_schedule, make_groups = (
+        instantiate(cfg.optimizer),
+        instantiate(cfg.schedule),
+        instantiate(cfg.param_groups),
+    )
+    make_sam = instantiate(cfg.sam) if cfg.sam else None
     dry_run(engine, make_optimizer, make_schedule, make_sam, options)
     language_model.check()
     data.check()
@@ -89,7 +94,8 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     model = engine.attach(model, optimizer, options.batch_size // world // micro_batch, max_norm)
     prove_every(optimizer, engine.unwrap(model), options.prove_every)
 
-    data.check_model(engine, model, device, corpus.vocab_size)
+    if getattr(data, "packing", False):
+        check_no_cross_contamination(engine, model, device, corpus.vocab_size)
 
     # What must not change when a run is resumed: with it the batches are those of the unbroken run.
     identity = {"seed": cfg.seed, **sizes, "data": corpus.digest, "adapter": adapter and adapter.describe()}
@@ -138,7 +144,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
         if monitor.skipped_in_a_row >= options.max_skipped_steps:
             saver.wait()
             monitor.close()
-            raise ValueError(blame(engine.unwrap(model), stepper, step, monitor.skipped_in_a_row))
+            raise ValueError(nonfinite_gradient_report(engine.unwrap(model), stepper, step, monitor.skipped_in_a_row))
         stopping = asked > 0 and step < options.steps
         if (step % cfg.evaluation.every == 0 and not stopping) or step == options.steps:
             clipped = min(1.0, max_norm / done.grad_norm) if done.applied and done.grad_norm else 1.0

@@ -33,7 +33,7 @@ def main() -> None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(schedule)  # prepared, it would step once per process
-    distopt.attach(accelerator, model, optimizer, zero=ZERO)  # the one line more
+    distopt.attach(accelerator, model, optimizer, zero_stage=ZERO)  # the one line more
 
     def train(epoch: int) -> None:
         for x, y in loader:
@@ -52,7 +52,7 @@ def main() -> None:
     for epoch in range(1, EPOCHS + 1):
         train(epoch)
         if epoch == EPOCHS - 1:
-            accelerator.save_state(FOLDER)  # on every process; loads at any number of processes, with zero=0 or 1
+            accelerator.save_state(FOLDER)  # on every process; loads at any number of processes, with zero_stage=0 or 1
 
     accelerator.load_state(FOLDER)
     train(EPOCHS)  # the last epoch once more, with the same numbers

@@ -14,7 +14,9 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", help="a file with the markers of `tests/harness/matrix_table.py`: write the matrix there")
+    parser.addoption(
+        "--table", help="a file with the markers of `tests/harness/matrix_table.py`: write the matrix there"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -103,7 +103,7 @@ def prepared(accelerator: Any, zero: int | None, sam: bool = False) -> tuple[nn.
     schedule = distopt.warmup_cosine(inner, warmup_steps=2, total_steps=STEPS)
     model, optimizer = accelerator.prepare(model, distopt.SAM(inner) if sam else inner)
     accelerator.register_for_checkpointing(schedule)
-    distopt.attach(accelerator, model, optimizer, zero=zero)
+    distopt.attach(accelerator, model, optimizer, zero_stage=zero)
     return model, optimizer, schedule
 
 
@@ -133,7 +133,7 @@ def told(zero: int | None) -> list[int]:
     sam = distopt.SAM(distopt.AdamW(model.parameters()))
     norm = model[1]
     model, optimizer = accelerator.prepare(model, sam)
-    distopt.attach(accelerator, model, optimizer, zero=zero)
+    distopt.attach(accelerator, model, optimizer, zero_stage=zero)
     counted = []
     for _ in range(2):
         accelerator.backward(model(torch.randn(5, 3)).square().sum())
@@ -161,7 +161,7 @@ def computes(precision: str, zero: int | None) -> tuple[torch.dtype | None, torc
         sam = distopt.SAM(lamb(model))
         sam.compute_dtype = own
         model, optimizer = accelerator.prepare(model, sam)
-        distopt.attach(accelerator, model, optimizer, zero=zero)
+        distopt.attach(accelerator, model, optimizer, zero_stage=zero)
         found.append(sam.compute_dtype)
     return found[0], found[1]
 
@@ -238,7 +238,7 @@ def exchanged(how: str) -> tuple[bool, list[float], str, list[Tensor]]:
         model.register_comm_hook(None, allreduce_hook)
     if how == "scaler":
         accelerator.scaler = object()
-    distopt.attach(accelerator, model, optimizer, zero=1)
+    distopt.attach(accelerator, model, optimizer, zero_stage=1)
     accelerator.scaler = None
     norms, refused = [], ""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -270,12 +270,12 @@ def test_gradients_are_of_rows_where_all_who_read_them_can_be_told(how: str) -> 
     for rows, norms, refused, after in run(2, exchanged, how):
         assert rows == (how in ("rows", "sync_each_batch"))
         assert norms == pytest.approx([*expected, 0.0, expected[0]], rel=1e-12)
-        assert ("norm_type=1 under zero=1" in refused) == rows
+        assert ("norm_type=1 under zero_stage=1" in refused) == rows
         assert distance(after, [p.detach() for p in model.parameters()]) < TOLERANCE
 
 
 def loops(how: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters after a loop of Accelerate's own, with zero=1 and with zero=0."""
+    """Parameters after a loop of Accelerate's own, with zero_stage=1 and with zero_stage=0."""
     from accelerate.local_sgd import LocalSGD
 
     after = []
@@ -283,7 +283,7 @@ def loops(how: str) -> tuple[list[Tensor], list[Tensor]]:
         accelerator = start(gradient_accumulation_steps=1)
         model = whole("replicated")
         model, optimizer = accelerator.prepare(model, distopt.AdamW(model.parameters(), lr=0.01))
-        distopt.attach(accelerator, model, optimizer, zero=zero)
+        distopt.attach(accelerator, model, optimizer, zero_stage=zero)
         with LocalSGD(accelerator, model, local_sgd_steps=2, enabled=how == "LocalSGD") as local_sgd:
             for step in (0, 3):  # that use every parameter
                 for part in batch(step).chunk(2):
@@ -302,7 +302,7 @@ def test_loops_that_exchange_in_their_own_way() -> None:
     exchanges none."""
     for ours, plain in run(2, loops, "nlp_example"):
         assert distance(ours, plain) < TOLERANCE
-    with pytest.raises(RankError, match=r"this rank's alone.*LocalSGD.*zero=0"):
+    with pytest.raises(RankError, match=r"this rank's alone.*LocalSGD.*zero_stage=0"):
         run(2, loops, "LocalSGD")
 
 
@@ -477,7 +477,7 @@ def single_processes() -> None:
 
 def torch_optimizer() -> None:
     accelerator, model = start(), nn.Linear(4, 4)
-    distopt.attach(accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters())), zero=1)
+    distopt.attach(accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters())), zero_stage=1)
 
 
 def other_parameters() -> None:
@@ -493,7 +493,7 @@ def unprepared() -> None:
 def twice() -> None:
     accelerator = start()
     model, optimizer, _ = prepared(accelerator, 1)
-    distopt.attach(accelerator, model, optimizer, zero=1)
+    distopt.attach(accelerator, model, optimizer, zero_stage=1)
 
 
 def inside() -> None:
@@ -512,7 +512,7 @@ def stepped(zero: int) -> tuple[list[Tensor], bool]:
     inner.step()
     inner.zero_grad()
     model, optimizer = accelerator.prepare(model, inner)
-    distopt.attach(accelerator, model, optimizer, zero=zero)
+    distopt.attach(accelerator, model, optimizer, zero_stage=zero)
     accelerator.backward(model(torch.ones(1, 4)).sum())
     optimizer.step()
     (state, *_) = inner.state.values()
@@ -549,16 +549,16 @@ def save_in_mid_step() -> None:
 
 
 REFUSED: list[tuple[Callable[..., None], tuple[Any, ...], str]] = [
-    (ask, (3,), r"zero=3 was asked, Accelerate prepared DDP: .* silently drops"),
-    (ask, (2,), r"zero=2 was asked, Accelerate prepared DDP"),
+    (ask, (3,), r"zero_stage=3 was asked, Accelerate prepared DDP: .* silently drops"),
+    (ask, (2,), r"zero_stage=2 was asked, Accelerate prepared DDP"),
     (ask, (4,), r"zero must be None, 0, 1, 2 or 3, got 4"),
     (ask, (True,), r"got True"),
-    (ask_fsdp2, (1, True), r"zero=1 was asked, Accelerate prepared FSDP2 .* zero=3"),
+    (ask_fsdp2, (1, True), r"zero_stage=1 was asked, Accelerate prepared FSDP2 .* zero_stage=3"),
     (ask_fsdp2, (2, True), r"reshard_after_forward=True"),
     (ask_fsdp2, (3, False), r"reshard_after_forward=False"),
     (fsdp1, (), r"FSDP1.*fsdp_version=2"),
     (single_processes, (), r"2 processes were launched, Accelerate runs 1"),
-    (torch_optimizer, (), r"zero=1 needs an optimizer of distopt, got AdamW"),
+    (torch_optimizer, (), r"zero_stage=1 needs an optimizer of distopt, got AdamW"),
     (other_parameters, (), r"2 of the 2 parameters of the optimizer are not the model's"),
     (unprepared, (), r"after accelerator\.prepare"),
     (twice, (), r"call attach once"),
@@ -588,7 +588,7 @@ def in_folder(folder: Path, script: Callable[..., None], args: tuple[Any, ...]) 
 
 
 def test_state_that_is_whole_may_be_there_already() -> None:
-    """Under zero=1 each process keeps its part of it."""
+    """Under zero_stage=1 each process keeps its part of it."""
     (whole, sharded), (other, cut) = (run(2, stepped, zero)[0] for zero in (0, 1))
     assert (sharded, cut) == (False, True)
     assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(whole, other, strict=True))
@@ -694,7 +694,7 @@ def prepared_deepspeed(stage: int, zero: int | None, model: nn.Module) -> tuple[
     engine, optimizer = accelerator.prepare(model, inner)
     schedule = distopt.warmup_cosine(inner, warmup_steps=2, total_steps=STEPS)
     accelerator.register_for_checkpointing(schedule)
-    distopt.attach(accelerator, engine, optimizer, zero=zero)
+    distopt.attach(accelerator, engine, optimizer, zero_stage=zero)
     return accelerator, engine, schedule
 
 
@@ -844,7 +844,7 @@ def clipped_by_us(zero: int) -> tuple[list[float], list[Tensor]]:
     accelerator = start(gradient_accumulation_steps=1)
     model = Perceptron()
     model, optimizer = accelerator.prepare(model, distopt.LAMB(model.parameters(), lr=0.05))
-    distopt.attach(accelerator, model, optimizer, zero=zero)
+    distopt.attach(accelerator, model, optimizer, zero_stage=zero)
     norms = []
     for step in range(2):
         optimizer.zero_grad()
@@ -878,7 +878,7 @@ def refused_deepspeed() -> list[str]:
         model = whole("replicated", torch.float32)
         optimizer = lamb(model) if wrap is None else wrap(lamb(model))
         try:
-            distopt.attach(accelerator, *accelerator.prepare(model, optimizer), zero=zero)
+            distopt.attach(accelerator, *accelerator.prepare(model, optimizer), zero_stage=zero)
         except ValueError as error:
             messages.append(str(error))
         finally:
@@ -889,6 +889,6 @@ def refused_deepspeed() -> list[str]:
 def test_refused_with_deepspeed() -> None:
     for messages in run(2, refused_deepspeed):
         stage, sam, offload = messages
-        assert "zero=3 was asked, Accelerate prepared DeepSpeed at stage 2" in stage
+        assert "zero_stage=3 was asked, Accelerate prepared DeepSpeed at stage 2" in stage
         assert "SAM cannot see" in sam
         assert "DeepSpeed steps DeepSpeedCPUAdam" in offload and "zero_force_ds_cpu_optimizer=false" in offload

@@ -125,7 +125,7 @@ def start(
     optimizer = row.make(row.groups([*model.parameters()]))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if bind:
-        optimizer.bind(layout.deepspeed(engine))
+        optimizer.bind(layout.deepspeed_layout(engine))
     return engine, model, optimizer
 
 
@@ -246,7 +246,7 @@ def moved_attribute(stage: int, name: str) -> str:
     zero = engine.optimizer
     value = zero.__dict__.pop(name)
     try:
-        layout.deepspeed(engine)
+        layout.deepspeed_layout(engine)
     except ValueError as error:
         return str(error)
     finally:
@@ -280,7 +280,7 @@ def bind_late(stage: int) -> str:
             p.ds_tensor.data = p.ds_tensor.data.clone()
     flats[0].data.add_(1.0)
     try:
-        layout.deepspeed(engine)
+        layout.deepspeed_layout(engine)
     except ValueError as error:
         return str(error)
     return ""
@@ -402,7 +402,7 @@ def among_some_ranks(stage: int) -> str:
     # As with AutoTP or an mpu, which DeepSpeed keeps for the process: the other tests would have it too.
     engine.seq_data_parallel_group = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     try:
-        layout.deepspeed(engine)
+        layout.deepspeed_layout(engine)
     except ValueError as error:
         return str(error)
     return "taken"
@@ -420,7 +420,7 @@ def other_class(stage: int) -> None:
     engine, _, optimizer = start("lamb", stage, {}, bind=False)
     zero = engine.optimizer
     zero.__class__ = type("ZenFlowZeroOptimizer", (type(zero),), {})
-    optimizer.bind(layout.deepspeed(engine))
+    optimizer.bind(layout.deepspeed_layout(engine))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -1,7 +1,7 @@
 """Every rule at the hyper-parameters that users have, and at the edges, against its oracle and torch's optimizer.
 
-The rows of `tests.harness.optimizers.ROWS` have short memories (betas of 0.8 and 0.95), in which errors show soon; a constant
-such as 1 - 0.999, rounded to float32, is wrong in the fifth digit, and they do not see it.
+The rows of `tests.harness.optimizers.ROWS` have short memories (betas of 0.8 and 0.95), in which errors show soon; a
+constant such as 1 - 0.999, rounded to float32, is wrong in the fifth digit, and they do not see it.
 """
 
 from __future__ import annotations

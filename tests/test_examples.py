@@ -123,7 +123,7 @@ def test_what_accelerate_silently_drops_is_told(tmp_path: Path) -> None:
     """FSDP2 on the CPU."""
     ended = launch(tmp_path, [str(SCRIPT), "3"], FSDP2)
     assert ended.code == 1
-    assert "zero=3 was asked, Accelerate prepared DDP" in ended.err and "silently drops" in ended.err
+    assert "zero_stage=3 was asked, Accelerate prepared DDP" in ended.err and "silently drops" in ended.err
 
 
 @pytest.mark.matrix

@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from distopt.checkpoint import save_checkpoint
 from distopt.data import tokenizers
+from distopt.export import main
 from distopt.models import pretrained
-from distopt.models.export import DTYPES, export, fitting_tokenizer, main
+from distopt.models.export import DTYPES, export, fitting_tokenizer
 from tests.harness import jobs
 from tests.harness.jobs import metrics, overrides
 

@@ -19,7 +19,7 @@ import distopt
 from distopt import layout
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance
-from tests.harness.sharded import full, mesh
+from tests.harness.sharded import full, mesh, reduce_scattered
 
 # One parameter, marked or made as libraries do it: all that an optimizer sees.
 
@@ -64,7 +64,7 @@ FOREIGN: list[tuple[Callable[[], Tensor], str]] = [
     (marked(tensor_model_parallel=True), r"tensor-parallel.*set the mark to False \(tensor_model_parallel=True\)"),
     (marked(model_parallel=True), "tensor-parallel.*DTensor"),
     (marked(allreduce=False), r"expert.*set the mark to True \(allreduce=False\)"),
-    (marked(ds_tensor=torch.ones(8)), r"stage 3.*bind\(distopt.layout.deepspeed\(engine\)\)"),
+    (marked(ds_tensor=torch.ones(8)), r"stage 3.*bind\(distopt.layout.deepspeed_layout\(engine\)\)"),
     (freed, "no memory any more.*before the first forward pass"),
     (wrapper, "is a Wrapped.*train the tensor that it wraps"),
 ]
@@ -184,7 +184,7 @@ def beside_each_other(scattered: bool) -> list[Tensor]:
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model = DistributedDataParallel(net(), process_group=groups[half])
     optimizer = distopt.LAMB(model.parameters(), lr=0.1)
-    optimizer.bind((layout.zero1_scattered if scattered else layout.zero1)(model))
+    optimizer.bind((reduce_scattered if scattered else layout.zero1_layout)(model))
     for step in range(3):
         optimizer.zero_grad()
         loss(model, 10 * half + step, dist.get_rank() % 2, 2).backward()
@@ -213,7 +213,7 @@ def test_zero1_is_sharded_over_the_ranks_of_ddp(scattered: bool) -> None:
 def another_mesh() -> str:
     model = DistributedDataParallel(net(), process_group=[dist.new_group([r]) for r in range(2)][dist.get_rank()])
     try:
-        layout.zero1(model, mesh((2,), ("shard",)))
+        layout.zero1_layout(model, mesh((2,), ("shard",)))
     except ValueError as error:
         return str(error)
     return "taken"

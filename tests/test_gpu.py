@@ -51,13 +51,13 @@ def outcome(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The modes of the kernels that were launched."""
     seen: list[int] = []
-    launch = triton.TritonMove._launch
+    launch = triton.TritonUpdate._launch
 
     def watched(self: Any, mode: int, *args: Any) -> None:
         seen.append(mode)
         launch(self, mode, *args)
 
-    monkeypatch.setattr(triton.TritonMove, "_launch", watched)
+    monkeypatch.setattr(triton.TritonUpdate, "_launch", watched)
     return seen
 
 

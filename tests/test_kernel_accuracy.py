@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt.kernels import cpu, dispatch, triton
-from distopt.kernels.dispatch import rules
+from distopt.kernels import cpu, dispatch, rules, triton
 from tests.harness.jobs import ROOT
 
 STEPS = 20
@@ -80,7 +79,11 @@ def measured(case: str) -> dict[str, list[float]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton, "DEVICES", ("cpu",) if way == "triton" else ())
             patch.setattr(dispatch, "fits", cpu.fits if way == "c" else lambda shards: [])
-            for move, cls in (("triton", triton.TritonMove), ("c", cpu.CompiledMove), ("rule", dispatch.Move)):
+            for move, cls in (
+                ("triton", triton.TritonUpdate),
+                ("c", cpu.CompiledUpdate),
+                ("rule", dispatch.ForeachUpdate),
+            ):
                 patch.setattr(cls, "step", lambda self, go=cls.step, move=move: (seen.append(move), go(self)))  # type: ignore
             found[way] = errors(trained(ours, torch.float32, case), exact)
         assert set(seen) == {way}

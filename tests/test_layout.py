@@ -26,7 +26,7 @@ everywhere = pytest.mark.parametrize(("kind", "world"), EVERYWHERE)
 
 def norms_of(params: list[Tensor], *lists: list[Tensor]) -> list[list[float]]:
     """The norms by their layout of the parameters, or of other tensors that lie as they do."""
-    lay = layout.of(params)
+    lay = layout.infer_layout(params)
     shards = [[shard for p, t in zip(params, ts) for shard in lay.split(p, t)] for ts in lists or [params]]
     return [norms.tolist() for norms in lay.norms(lay.layers(params), *shards)]
 
@@ -209,12 +209,14 @@ def test_inf_and_nan_reach_every_rank(kind: str, name: str, value: float) -> Non
 
 def partial() -> None:
     p = DTensor.from_local(torch.ones(3), mesh((2,), ("shard",)), [Partial()])
-    layout.of([p])
+    layout.infer_layout([p])
 
 
 def foreign_meshes() -> None:
     flat, grid = mesh((4,), ("shard",)), mesh((2, 2), ("dp", "tp"))
-    layout.of([distribute_tensor(torch.ones(4, 4), flat, [Shard(0)]), placed(torch.ones(4, 4), grid, [Shard(0)] * 2)])
+    layout.infer_layout(
+        [distribute_tensor(torch.ones(4, 4), flat, [Shard(0)]), placed(torch.ones(4, 4), grid, [Shard(0)] * 2)]
+    )
 
 
 def gradient_lies_elsewhere(placement: Placement | None, use: str) -> None:
@@ -222,7 +224,7 @@ def gradient_lies_elsewhere(placement: Placement | None, use: str) -> None:
     p = nn.Parameter(distribute_tensor(torch.ones(4, 4), over, [Shard(0)]))
     opt = distopt.LAMB([p])
     if placement is None:
-        distopt.layout.of([p]).split(p, torch.ones(4, 4))
+        distopt.layout.infer_layout([p]).split(p, torch.ones(4, 4))
     p.grad = distribute_tensor(torch.ones(4, 4), over, [placement])
     {"step": opt.step, "clip": lambda: distopt.clip_grad_norm_(opt, 1.0), "perturb": distopt.SAM(opt).perturb}[use]()
 

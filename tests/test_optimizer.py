@@ -445,7 +445,7 @@ def train_masters(row: Row, kind: str) -> tuple[bool, set[torch.dtype], float]:
     masters = [p.float().requires_grad_() for p in start]
     opt, whole_opt = row.make(row.groups(params)), row.make(row.groups(masters))
     if kind == "zero1":
-        opt.bind(distopt.layout.zero1(nn.ParameterList(params), ranks))
+        opt.bind(distopt.layout.zero1_layout(nn.ParameterList(params), ranks))
     same = True
     for step in range(10):
         for i, (p, master) in enumerate(zip(params, masters)):
@@ -484,7 +484,7 @@ def share(numels: str, world: int) -> float:
     }[numels]
     model = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
     opt = AdamW(model.parameters())
-    opt.bind(distopt.layout.zero1(model, mesh((world,), ("shard",))))
+    opt.bind(distopt.layout.zero1_layout(model, mesh((world,), ("shard",))))
     opt.init_state()
     held = sum(local(t).numel() for values in opt.state.values() for key, t in values.items() if key != "step")
     return held * world / (2 * sum(p.numel() for p in model.parameters()))

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import distopt
 from distopt.checkpoint import load_checkpoint, save_checkpoint
-from distopt.data.packing import IGNORED, Batch, Examples, HeldOut, Packed, best_fit, check_apart
+from distopt.data.packing import IGNORED, Batch, Examples, HeldOut, Packed, best_fit
 from distopt.engine import DDP, Engine
 from distopt.engine.train_step import update
+from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.evaluate import validation_loss
 from distopt.models.language_model import LanguageModel, blocks
 from distopt.models.lora import LoRA
@@ -162,7 +163,7 @@ def train(
     optimizer = distopt.LAMB(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.03)
     stepper: Any = distopt.SAM(optimizer, rho=0.1) if sam else optimizer
     model = engine.attach(model, optimizer, micro_batches, 1.0)
-    check_apart(engine, model, CPU, VOCABULARY)
+    check_no_cross_contamination(engine, model, CPU, VOCABULARY)
     if source is not None:
         assert load_checkpoint(source, engine.unwrap(model), stepper) == {"step": start}
     sequences, losses, norms = packed(), [], []
@@ -371,13 +372,13 @@ class Recurrent(torch.nn.Module):
 def test_a_model_that_mixes_examples_is_refused(positions: bool) -> None:
     engine = DDP()
     with pytest.raises(ValueError, match=r"data\.packing=true: .* set data\.packing=false"):
-        check_apart(engine, Recurrent(positions), CPU, VOCABULARY)
+        check_no_cross_contamination(engine, Recurrent(positions), CPU, VOCABULARY)
 
 
 def one_forward(family: str) -> bool:
     engine = DDP()
     model = made(LanguageModel(family, CONFIGS[family]), engine)
-    check_apart(engine, model, CPU, VOCABULARY)
+    check_no_cross_contamination(engine, model, CPU, VOCABULARY)
     return model.training
 
 

@@ -25,6 +25,7 @@ from distopt.models.language_model import LanguageModel, blocks
 from distopt.plan.allocations import Allocations
 from distopt.plan.cost import Cluster
 from distopt.plan.footprint import Collective
+from distopt.plan.memory import footprint
 from distopt.plan.plan import Plan, make_plan, smaller, smallest, verdict
 from distopt.plan.rehearsal import Rehearsal, rehearse
 from tests.harness.distributed import run
@@ -94,7 +95,7 @@ def rehearsed(family: str, engine: type[Engine] = DDP, precision: str = "fp32") 
 
 def planned(kind: str, family: str, world: int, precision: str = "fp32", accumulation: int = 1) -> dict[str, int]:
     rehearsal = rehearsed(family, DDP if kind in ("ddp", "zero1") else FSDP2, precision)  # autocast, or weights cast
-    held = ENGINES[kind](precision=precision).footprint(rehearsal.units, world)
+    held = footprint(ENGINES[kind](precision=precision), rehearsal.units, world)
     beside, early = (0, held.early) if accumulation == 1 else (held.accumulated, True)
     return {**vars(held), "peak": held.parameters + held.state + beside + rehearsal.peak(held, early)}
 

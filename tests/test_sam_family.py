@@ -34,7 +34,7 @@ from tests.harness import oracles, oracles_sam
 from tests.harness.distributed import RankError, run
 from tests.harness.optimizers import Row, distance, initial, named, target
 from tests.harness.sams import EVERYONE, MEMBERS, RHO, Member, Task, every_member, everyone
-from tests.harness.sharded import EVERYWHERE, SAMPLES, Fleet, bind, full, shard, whole
+from tests.harness.sharded import EVERYWHERE, SAMPLES, Fleet, bind, full, reduce_scattered, shard, whole
 
 STEPS = 7  # two cycles of the longest interval, and one more
 FEWER, HALF = 4, 2  # on layouts; the half is in the middle of a cycle
@@ -72,11 +72,11 @@ def by_closure(sam: SAM, run_pass: Callable[[], Any]) -> Any:
 
 
 def by_verbs(sam: SAM, run_pass: Callable[[], Any]) -> Any:
-    loss = run_pass() if sam.first_pass else None
+    loss = run_pass() if sam.needs_ascent_gradient else None
     sam.perturb()
-    if sam.ascends or not sam.first_pass:
+    if sam.ascends or not sam.needs_ascent_gradient:
         second = run_pass()
-        loss = loss if sam.first_pass else second
+        loss = loss if sam.needs_ascent_gradient else second
     sam.restore()
     sam.step()
     return loss
@@ -118,7 +118,7 @@ def test_every_step_equals_the_oracle(member: Member, row: Row, way: Callable[..
     for step in range(STEPS):
         unperturbed = criterion(outputs(params, step), step).item()
         loss = way(sam, partial(one_pass, sam, params, step))
-        if sam.first_pass:
+        if sam.needs_ascent_gradient:
             assert loss.item() == unperturbed
         assert distance([p.detach() for p in params], expected[step]) < 1e-12, step
 
@@ -173,7 +173,7 @@ def test_weights_are_restored_bit_for_bit(member: Member, dtype: torch.dtype) ->
     cycle = len(member.reduces)
     steps(sam, params, 0, cycle)
     before = values(params)
-    if sam.first_pass:
+    if sam.needs_ascent_gradient:
         one_pass(sam, params, cycle)
     sam.perturb()
     assert not any(torch.equal(p, b) for p, b in zip(params, before))
@@ -201,7 +201,7 @@ def test_a_pass_that_raises_leaves_weights_and_state(member: Member, failing: in
             raise KeyboardInterrupt
         return loss
 
-    if failing == 1 or (sam.first_pass and sam.ascends):
+    if failing == 1 or (sam.needs_ascent_gradient and sam.ascends):
         with pytest.raises(KeyboardInterrupt):
             sam.step(closure)
         assert equal(values(params), before)
@@ -251,13 +251,13 @@ def test_a_step_that_is_left_out_leaves_no_trace(member: Member, which: int, val
     steps(sam, params, 0, cycle)
     steps(calm, others, 0, cycle)
     before, state = values(params), state_of(sam)
-    if sam.first_pass:
+    if sam.needs_ascent_gradient:
         one_pass(sam, params, 9)
         if which == 1:
             params[3].grad[0, 0] = value
     norm = sam.perturb()
     one_pass(sam, params, 9)
-    if which == 2 or not sam.first_pass:
+    if which == 2 or not sam.needs_ascent_gradient:
         params[3].grad[0, 0] = value
     elif which == 1:
         assert not norm.isfinite()
@@ -371,7 +371,7 @@ def test_the_statistics_of_batch_norm_are_those_of_the_first_pass(member: Member
         plain(x)
         sam.step(closure)
         assert model.norm.num_batches_tracked.item() == step + 1
-        if sam.first_pass:
+        if sam.needs_ascent_gradient:
             assert torch.equal(model.norm.running_mean, plain.norm.running_mean)
             assert torch.equal(model.norm.running_var, plain.norm.running_var)
         assert not torch.equal(model.first.weight, plain.first.weight)
@@ -391,7 +391,7 @@ def test_both_passes_draw_the_same_and_the_generator_ends_as_after_one(member: M
 
     torch.manual_seed(3)
     for _ in range(4):
-        passes = 2 if sam.first_pass and sam.ascends else 1
+        passes = 2 if sam.needs_ascent_gradient and sam.ascends else 1
         drawn.clear()
         before = torch.get_rng_state()
         sam.step(closure)
@@ -466,8 +466,8 @@ def train(kind: str, models: nn.Module, sams: dict[str, SAM], first: int, last: 
         average(models)
 
     for step in range(first, last):
-        ahead = [sam for sam in sams.values() if not sam.first_pass]
-        around = [sam for sam in sams.values() if sam.first_pass]
+        ahead = [sam for sam in sams.values() if not sam.needs_ascent_gradient]
+        around = [sam for sam in sams.values() if sam.needs_ascent_gradient]
         for sam in ahead:
             sam.perturb()
         run_pass(step)
@@ -541,11 +541,11 @@ def put_back(kind: str) -> list[str]:
         kept = sam._perturbed.first
         if sum(copy.numel() for _, copy in sam._perturbed.copies) != held or mine > held:
             wrong.append(f"{name}: copies")
-        if kind == "zero1" and sam.uses_state and mine > 0.7 * held:
+        if kind == "zero1" and sam.reads_optimizer_state and mine > 0.7 * held:
             wrong.append(f"{name}: moves more than its rows")
-        if (kept is not None) != sam.keeps_first or sum(g.numel() for gs in (kept or {}).values() for g in gs) != (
-            mine if sam.keeps_first else 0
-        ):
+        if (kept is not None) != sam.needs_unperturbed_gradient or sum(
+            g.numel() for gs in (kept or {}).values() for g in gs
+        ) != (mine if sam.needs_unperturbed_gradient else 0):
             wrong.append(f"{name}: gradients")
         if any(torch.equal(local(p), b) for p, b in zip(params, before) if b.numel()):
             wrong.append(f"{name}: moved nothing")
@@ -598,7 +598,7 @@ def test_each_step_communicates_as_often_as_its_docstring_says(kind: str, world:
             member, _ = PAIRS[name]
             expected = [(axes * member.reduces[step % len(member.reduces)], 0) for step in range(6)]
             if kind == "zero1":
-                of_state = member.make(named("adamw").make(leaves())).uses_state
+                of_state = member.make(named("adamw").make(leaves())).reads_optimizer_state
                 moves = [n > 0 and (step > 0 or "Momentum" not in name) for step, (n, _) in enumerate(expected)]
                 expected = [(n, int(m)) if of_state else (0, 0) for (n, _), m in zip(expected, moves)]
             assert seen == expected, name
@@ -680,9 +680,11 @@ def own_pass(sam: SAM, model: nn.Module, step: int, accumulation: int, exchange:
 # Where whole weights lie: the layout that the optimizer is bound to, of a model of one unit.
 WHOLE: dict[str, Callable[[DistributedDataParallel], Any]] = {
     "ddp": lambda model: None,
-    "zero1": distopt.layout.zero1,
-    "zero1, scattered": distopt.layout.zero1_scattered,
-    "zero1, scattered, units": lambda model: distopt.layout.zero1_scattered(model, units=[model.module[0]]),
+    "zero1": distopt.layout.zero1_layout,
+    "zero1, scattered": reduce_scattered,
+    "zero1, scattered, units": lambda model: distopt.layout.zero1_layout(
+        model, units=[model.module[0]], gradients="reduce_scatter"
+    ),
 }
 
 
@@ -838,7 +840,7 @@ def accumulated(micro_batches: int) -> list[Tensor]:
     model, row = Wrapped(), named("adamw")
     sam = SAM(row.make(row.groups(list(model.parameters()))), RHO)
     model, optimizer = accelerator.prepare(model, sam)
-    distopt.attach(accelerator, model, optimizer, zero=1)
+    distopt.attach(accelerator, model, optimizer, zero_stage=1)
     replay: list[int] = []
 
     def backward(micro: int) -> None:
@@ -988,6 +990,6 @@ def test_float32_is_not_warned_about() -> None:
 def test_inner_products_of_16_bits_are_not_rounded_to_16_bits() -> None:
     """torch's dot of bfloat16 has 8 bits; GSAM and LookSAM stepped with those."""
     a, b = (torch.rand(50_001, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
-    layout = distopt.layout.of([a])
+    layout = distopt.layout.infer_layout([a])
     (product,) = layout.dots([0], ([a], [b]))
     assert product.item() == pytest.approx((a.double() @ b.double()).item(), rel=1e-6)

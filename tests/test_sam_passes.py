@@ -111,10 +111,10 @@ def expected_of(name: str) -> list[Tensor]:
 
 def routed_step(sam: SAM, run_pass: Callable[[int, int], None], step: int) -> None:
     """One step by hand; a pass is given the step and its own number, and clears the gradients first."""
-    if sam.first_pass:
+    if sam.needs_ascent_gradient:
         run_pass(step, 0)
     sam.perturb()
-    if not sam.first_pass:
+    if not sam.needs_ascent_gradient:
         run_pass(step, 0)
     elif sam.ascends:
         run_pass(step, 1)
@@ -398,10 +398,10 @@ def test_lightnings_manual_optimization(kind: Any) -> None:
         task = Regression(kind)
         optimizer = wrap(task.sam)
         for _ in range(7):
-            if task.sam.first_pass:
+            if task.sam.needs_ascent_gradient:
                 task.closure()
             with task.sam.perturbed():
-                if task.sam.ascends or not task.sam.first_pass:
+                if task.sam.ascends or not task.sam.needs_ascent_gradient:
                     task.closure()
             optimizer.step()
         ends.append(task.end)
@@ -554,7 +554,7 @@ def test_a_step_between_perturb_and_restore_is_refused(kind: Any) -> None:
     for closure in (None, task.closure):
         with pytest.raises(RuntimeError, match=r"step\(\) was called between perturb\(\) and restore\(\)"):
             task.sam.step(closure)
-    task.sam.give_up()
+    task.sam.abort_pass()
     assert distance(task.end, before) == 0.0
 
 

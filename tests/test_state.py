@@ -52,7 +52,7 @@ def make(
         model.all = nn.ParameterList([distribute_tensor(p.detach(), ranks, [Shard(0)]) for p in model.all])
     opt = cls(model.parameters(), lr=0.01)
     if kind == "zero1":
-        opt.bind(layout.zero1(model, ranks))
+        opt.bind(layout.zero1_layout(model, ranks))
     return model, opt
 
 
@@ -122,10 +122,10 @@ def bound_later() -> dict[str, Any]:
 
     model, opt = make("plain")
     train(model, opt)
-    opt.bind(layout.zero1(model, mesh((2,), ("shard",))))
+    opt.bind(layout.zero1_layout(model, mesh((2,), ("shard",))))
     train(model, opt)
     found["bound to zero1 after steps"] = same(weights(model), weights(expected))
-    opt.bind(layout.of(list(model.parameters())))
+    opt.bind(layout.infer_layout(list(model.parameters())))
     train(model, opt)
     train(expected, of_expected)
     found["and back"] = same(weights(model), weights(expected))

@@ -1,6 +1,7 @@
 """Training runs: resumed, killed, at several numbers of processes, with gradients that are not finite, with bad input.
 
-Every rank is a process of its own that runs the command line's `main` (`tests.harness.jobs`); faults are injected into it.
+Every rank is a process of its own that runs the command line's `main` (`tests.harness.jobs`); faults are injected into
+it.
 """
 
 from __future__ import annotations

@@ -126,9 +126,9 @@ def interpreted() -> None:
     """Prints, for each case, how far what the kernels do is from what the rules do, and which of them did it."""
     torch.set_num_threads(1)
     seen: set[str] = set()
-    watch(seen, "kernel", triton.TritonMove, "_launch")
-    watch(seen, "rule", dispatch.Move, "step")
-    watch(seen, "rule", dispatch.Move, "squares")
+    watch(seen, "kernel", triton.TritonUpdate, "_launch")
+    watch(seen, "rule", dispatch.ForeachUpdate, "step")
+    watch(seen, "rule", dispatch.ForeachUpdate, "squares")
     dispatch.fits = lambda shards: []  # type: ignore
     found = {}
     for name, case in CASES.items():
@@ -152,7 +152,7 @@ def same_bits(row: int, cut: int) -> bool:
 
     def squares(*shards: slice) -> list[Tensor]:
         params, grads = ([tensor[shard].clone() for shard in shards] for tensor in whole)
-        (move,), _ = triton.triton_moves(
+        (move,), _ = triton.triton_updates(
             "sgd", Shards(group, [0] * len(shards), params, grads, {}, [1.0] * len(shards))
         )
         return [exact.value(sums.sum(0)) for sums in move.squares()]
@@ -275,8 +275,8 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("by", ["kernels", "rules", "capturable"])
 def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "DEVICES", () if by == "rules" else ("meta",))
-    monkeypatch.setattr(triton.TritonMove, "_launch", lambda *_: None)
-    monkeypatch.setattr(triton.TritonMove, "_add_up", lambda *_: None)
+    monkeypatch.setattr(triton.TritonUpdate, "_launch", lambda *_: None)
+    monkeypatch.setattr(triton.TritonUpdate, "_add_up", lambda *_: None)
     params = [p.to("meta").requires_grad_() for p in initial((97, 89), (5, 3), (7,), dtype=torch.float32)]
     idle = torch.ones(3, device="meta", requires_grad=True)
     opt = row.make([*row.groups(params), {"params": [idle]}], capturable=by == "capturable")

@@ -17,6 +17,7 @@ from distopt.engine.train_step import update
 from distopt.kernels import exact
 from distopt.models.language_model import LanguageModel
 from distopt.plan.rehearsal import rehearse
+from distopt.plan.wire import wire
 from tests.harness.distributed import run
 from tests.harness.engines import CONFIGS, DEEPSPEED, ENGINES, VOCABULARY, batch, made
 
@@ -121,7 +122,7 @@ def planned(kind: str) -> list[tuple[float, float]]:
         )  # for each layer, over ranks that shard
         shards = world // 2 if kind == "hsdp" else world
         norms = 0.0 if kind in DEEPSPEED else norm * (shards - 1) / shards
-        found.append((sum(c.sent for c in engine.wire(units, world, micro_batches)), mode.sent - norms))
+        found.append((sum(c.sent for c in wire(engine, units, world, micro_batches)), mode.sent - norms))
     return found
 
 

@@ -22,7 +22,7 @@ from distopt import layout
 from distopt.engine import Zero1
 from tests.harness.distributed import RankError, run
 from tests.harness.optimizers import distance
-from tests.harness.sharded import mesh
+from tests.harness.sharded import mesh, reduce_scattered
 
 SHAPES = [(5, 3), (), (1,), (3, 7), (0, 2), (8, 2), (12,)]  # rows that divide by 2, 3, 4 or by none, and one or none
 
@@ -88,7 +88,7 @@ def scattered_gradients(
 ) -> tuple[list[float], bool]:
     """The largest differences of the rows that this rank steps over three steps; whether all others are nan."""
     model = wrapped(dtype, view, cap)
-    layout.zero1_scattered(model, reduce_dtype=reduce_dtype)
+    layout.zero1_layout(model, reduce_dtype=reduce_dtype, gradients="reduce_scatter")
     world, rank = dist.get_world_size(), dist.get_rank()
     errors, others = [], True
     for step in range(3):  # after the first one DDP orders its buckets anew
@@ -138,7 +138,7 @@ def accumulated(passes: str, view: bool, set_to_none: bool) -> list[tuple[float,
     """
     scattered, plain = wrapped(view=view), wrapped(view=view)
     optimizer = distopt.SGD(trained(scattered), lr=0.1)
-    optimizer.bind(layout.zero1_scattered(scattered))
+    optimizer.bind(layout.zero1_layout(scattered, gradients="reduce_scatter"))
     seen = []
     for step in range(3):
         for model in (scattered, plain):
@@ -174,7 +174,7 @@ def stepped_alone(then_exchanged: bool) -> float:
     """A step whose gradients were not exchanged, or were exchanged at last."""
     model = wrapped()
     optimizer = distopt.SGD(trained(model), lr=0.1)
-    optimizer.bind(layout.zero1_scattered(model))
+    optimizer.bind(layout.zero1_layout(model, gradients="reduce_scatter"))
     model(dist.get_rank()).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -206,7 +206,7 @@ def joined(make: Callable[[DistributedDataParallel], Any]) -> None:
             optimizer.step()
 
 
-@pytest.mark.parametrize("make", [layout.zero1, layout.zero1_scattered])
+@pytest.mark.parametrize("make", [layout.zero1_layout, reduce_scattered])
 def test_unlike_numbers_of_steps_are_refused_at_the_first(make: Callable[[DistributedDataParallel], Any]) -> None:
     """A rank without inputs takes no step, and the others waited for its rows for ever."""
     with pytest.raises(RankError, match=r"runs under Join.*even_batches=True") as error:
@@ -255,18 +255,20 @@ def not_over_gloo() -> contextlib.ExitStack:
     for name in ("scatter", "zero1"):
         module = sys.modules[f"distopt.layout.{name}"]
         stack.enter_context(mock.patch.object(module, "over_gloo", lambda *_: False))
-    stack.enter_context(mock.patch.object(sys.modules["distopt.layout.zero1_reduce_scatter"], "_reduce_scatter", Arrived))
+    stack.enter_context(
+        mock.patch.object(sys.modules["distopt.layout.zero1_reduce_scatter"], "_reduce_scatter", Arrived)
+    )
     return stack
 
 
 def compared(sam: bool) -> tuple[float, float, list[Tensor]]:
     def with_units(model: Any) -> Any:
-        return layout.zero1_scattered(model, units=[model.module.seldom])
+        return layout.zero1_layout(model, units=[model.module.seldom], gradients="reduce_scatter")
 
-    whole, norm = steps(layout.zero1, sam)
-    others = [steps(make, sam) for make in (layout.zero1_scattered, with_units)]
+    whole, norm = steps(layout.zero1_layout, sam)
+    others = [steps(make, sam) for make in (reduce_scattered, with_units)]
     with not_over_gloo():
-        others += [steps(make, sam) for make in (layout.zero1, layout.zero1_scattered, with_units)]
+        others += [steps(make, sam) for make in (layout.zero1_layout, reduce_scattered, with_units)]
     differences = [distance(a, b) for after, _ in others for a, b in zip(after, whole, strict=True)]
     return max(differences), max(abs(other / norm - 1) for _, other in others), others[0][0][-1]
 
@@ -289,7 +291,7 @@ def reads() -> dict[str, bool]:
     """What sees nan."""
     model = wrapped()
     optimizer = distopt.SGD(trained(model), lr=0.1)
-    bound = layout.zero1_scattered(model, units=[model.module.seldom])
+    bound = layout.zero1_layout(model, units=[model.module.seldom], gradients="reduce_scatter")
     optimizer.bind(bound)
     seen = {}
 
@@ -350,17 +352,17 @@ def test_a_read_of_what_is_not_there_shows() -> None:
 
 
 def bare() -> None:
-    layout.zero1_scattered(nn.Linear(2, 2))
+    layout.zero1_layout(nn.Linear(2, 2), gradients="reduce_scatter")
 
 
 def hooked() -> None:
     model = wrapped()
-    layout.zero1_scattered(model)
-    layout.zero1_scattered(model)
+    layout.zero1_layout(model, gradients="reduce_scatter")
+    layout.zero1_layout(model, gradients="reduce_scatter")
 
 
 def on_other_ranks() -> None:
-    layout.zero1_scattered(wrapped(), mesh((1, 2), ("replicate", "shard"))["replicate"])
+    layout.zero1_layout(wrapped(), mesh((1, 2), ("replicate", "shard"))["replicate"], gradients="reduce_scatter")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint
 from distopt.layout import FlatLayout
 from distopt.optim.base import ShardedOptimizer
+from distopt.version import __version__
 
 __all__ = [
     "Saving",
@@ -158,7 +159,7 @@ def _begin(
     }
     content = {
         "torch": str(torch.__version__),
-        "distopt": _version(),
+        "distopt": __version__,
         "world_size": len(every),
         "parameters": manifest.described(contents.tensors),
         "optimizer": type(optimizer).__name__,
@@ -251,12 +252,6 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 def _kind(schedule: LRScheduler | None) -> str | None:
     return None if schedule is None else type(schedule).__name__
-
-
-def _version() -> str:
-    from distopt import __version__  # not there yet while the package is being imported
-
-    return __version__
 
 
 @contextlib.contextmanager

@@ -7,16 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from distopt.data import sources, token_cache, tokenizers
 from distopt.data.token_cache import Corpus
-
-if TYPE_CHECKING:
-    from distopt.engine import Engine
 
 __all__ = ["SUFFIXES", "Corpus", "Order", "Sequences", "TextData", "ValidationSequences"]
 
@@ -72,9 +68,6 @@ class TextData:
         return ValidationSequences(
             corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
         )
-
-    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocab_size: int) -> None:
-        """Every causal language model can be trained on text."""
 
     def _open(self) -> tuple[sources.Source, str | None, str]:
         """The checked source, the tokenizer's folder, and a key that hashes all that determines the tokens."""

@@ -5,20 +5,12 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
+from distopt.data.batch import IGNORED, Batch
 from distopt.data.order import Order
-
-if TYPE_CHECKING:
-    from distopt.engine import Engine
-    from distopt.engine.train_step import PassLoss
-
-IGNORED = -100  # as a label: nothing is to be predicted there
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,55 +26,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    r"""Sequences of examples, and their share of the loss of a step.
-
-        loss = sum over targets of -log p(token | those before it in its example) / (sequences * targets)
-
-    With `targets`, the mean number of targets of a sequence over the whole global batch, the mean of this over
-    micro-batches and ranks of equal numbers of sequences, which is what accumulation and the engines take, is the mean
-    over all targets of the step, however unequal their numbers are. A mean in each micro-batch would give the tokens of
-    short completions more weight. Every rank knows the whole batch: nothing is communicated.
-
-    inputs: tokens, shape [sequences, length].
-    labels: the token that follows each, or -100.
-    positions: of each token within its example, which keep attention within it; None where a sequence is one example.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    positions: Tensor | None
-    targets: float
-
-    @property
-    def device(self) -> torch.device:
-        return self.inputs.device
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.inputs.to(device), self.labels.to(device), positions, self.targets)
-
-    def split(self, sequences: int) -> list[Batch]:
-        """Micro-batches of so many sequences."""
-        parts = self.inputs.split(sequences), self.labels.split(sequences)
-        positions = [None] * len(parts[0]) if self.positions is None else self.positions.split(sequences)
-        return [Batch(i, t, p, self.targets) for i, t, p in zip(*parts, positions)]
-
-    def loss(self, model: nn.Module, pass_loss: PassLoss = None) -> Tensor:
-        """This micro-batch's share, in nats a target; see above. `pass_loss` as for `distopt.engine.train_step.next_token_loss`."""
-        where = {} if self.positions is None else {"position_ids": self.positions}
-        logits = model(input_ids=self.inputs, **where).logits
-
-        def cross_entropy(logits: Tensor) -> Tensor:
-            labels = self.labels.flatten()
-            total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
-            return total / (len(self.inputs) * self.targets)
-
-        return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
 
 
 class Packed(Order):
@@ -224,27 +167,3 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         if rest:
             open_bins.setdefault(rest, []).append(number)
     return bins
-
-
-@torch.no_grad()
-def check_apart(engine: Engine, model: nn.Module, device: torch.device, vocabulary: int) -> None:
-    """Raises ValueError if a model lets packed examples see each other; every rank has to call it.
-
-    One forward pass over two sequences whose second examples are the same: so have their logits to be.
-    """
-    tokens = torch.arange(16, device=device).remainder(vocabulary).repeat(2, 1)
-    tokens[1, :8] = tokens[1, :8].flip(0)
-    positions = torch.arange(8, device=device).repeat(2, 2)
-    model.eval()
-    try:
-        with engine.autocast(device):
-            first, second = model(input_ids=tokens, position_ids=positions).logits[:, 8:].float()
-    except TypeError:
-        first, second = torch.zeros(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
-    model.train()
-    engine.refresh(model)
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max())):
-        raise ValueError(
-            "data.packing=true: this model does not keep the examples of a sequence apart by their positions, "
-            "one would be learnt from the others: set data.packing=false"
-        )

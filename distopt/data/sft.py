@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ import torch
 from distopt.data import tokenizers
 from distopt.data.chat import Encoder, checked
 from distopt.data.order import cache, check_text
-from distopt.data.packing import Examples, HeldOut, Packed, check_apart
+from distopt.data.packing import Examples, HeldOut, Packed
 from distopt.data.sources import Line, Source
-from distopt.data.token_cache import SPLITS, Corpus, in_validation, mapped, whole
-
-if TYPE_CHECKING:
-    from distopt.engine import Engine
+from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, mapped
 
 VERSION = 1  # of the cache: raise it when the same lines would give other tokens
 _BATCH = 512  # examples tokenized in one call
@@ -64,7 +61,7 @@ class CompletionData:
         sources, encoder, key = self._open()
         folder = cache(self.cache_dir) / f"{sources[0].root.stem}-{key}"
         if not folder.is_dir():
-            with whole(folder) as aside:
+            with atomic_directory(folder) as aside:
                 self._write(aside, sources, encoder)
         corpus = CompletionCorpus.read(folder, encoder)
         # Of the batches, not only of the tokens: a run does not go on with other ones.
@@ -87,11 +84,6 @@ class CompletionData:
             max_sequences=max_sequences,
             packing=self.packing,
         )
-
-    def check_model(self, engine: Engine, model: torch.nn.Module, device: torch.device, vocab_size: int) -> None:
-        """Raise `ValueError` if the model cannot be trained on these sequences; every rank has to call it."""
-        if self.packing:
-            check_apart(engine, model, device, vocab_size)
 
     def _open(self) -> tuple[list[Source], Encoder, str]:
         """The checked sources, how to encode them, and a key that hashes all that determines the tokens."""

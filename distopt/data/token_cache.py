@@ -87,12 +87,12 @@ def write(folder: Path, source: sources.Source, tokenizer: str | None, validatio
     without any document (one file alone), the tail of every document does instead. Memory is bounded whatever the size
     of the source. Raises `ValueError` on text that cannot be read and on a split without any text.
     """
-    with whole(folder) as aside:
+    with atomic_directory(folder) as aside:
         _tokenize(aside, source, tokenizer, validation_fraction)
 
 
 @contextlib.contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def atomic_directory(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder`: that is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.optim.clip import clip_, measure
-from distopt.plan.footprint import Collective, Footprint, Units
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,7 +139,7 @@ class Engine:
                 self.refresh(model)
                 yield
         except BaseException:
-            self.give_up(model)
+            self.abort_pass(model)
             raise
         finally:
             self.refresh(model)
@@ -152,20 +151,12 @@ class Engine:
     def refresh(self, model: nn.Module) -> None:
         """After parameters changed, or ran without a backward pass: drops whole copies that would be stale."""
 
-    def give_up(self, model: nn.Module) -> None:
+    def abort_pass(self, model: nn.Module) -> None:
         """After a pass that raised in its middle: the next one starts as if there had been none."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model as `transformers` made it."""
         return model
-
-    def footprint(self, units: Units, world: int) -> Footprint:
-        """What the rank that holds most holds of a model of these layers, in bytes."""
-        raise NotImplementedError
-
-    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        """The collectives of a step of that many forward and backward passes, but for the norms' few numbers."""
-        raise NotImplementedError
 
     def _checkpoint_activations(self, model: nn.Module) -> None:
         if self.activation_checkpointing:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.engine.base import Engine, check_switch
-from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel
 
 
 class DDP(Engine):
@@ -57,13 +56,3 @@ class DDP(Engine):
     def unwrap(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, DistributedDataParallel)
         return model.module
-
-    def footprint(self, units: Units, world: int) -> Footprint:
-        layers = every_layer(units)
-        state = sum(4 * layer.slots * layer.numel for layer in layers)
-        fresh = 4 * max((layer.numel for layer in layers if layer.trained), default=0)  # not yet in its bucket
-        gradients = 4 * numel(layers, trained=True)  # in DDP's buckets, which those of earlier micro-batches are not in
-        return Footprint(4 * numel(layers), gradients, state, fresh, accumulated=gradients)
-
-    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        return [Collective("all_reduce", 4 * numel(every_layer(units), trained=True), world, 1, "backward")]

@@ -16,13 +16,7 @@ from torch import Tensor, nn
 
 from distopt import layout
 from distopt.engine.base import Engine, check_switch
-from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel
 from distopt.sam import SAM
-
-# Defaults of DeepSpeed 0.19.8's stage 3, in elements. Layers up to that size stay whole from their first use on until
-# the step; others stay for a next use that is no farther away: from forward to backward the last half of that.
-_PERSISTENT = 10**5
-_REUSED = 10**9
 
 
 class DeepSpeed(Engine):
@@ -100,7 +94,7 @@ class DeepSpeed(Engine):
             )
         # In float32 stages 1 and 2 of DeepSpeed 0.19.8 step with gradients that are not finite unless told to look.
         engine.optimizer.check_grad_overflow = True
-        optimizer.bind(layout.deepspeed(engine))
+        optimizer.bind(layout.deepspeed_layout(engine))
         return engine
 
     def zero_grad(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -181,37 +175,6 @@ class DeepSpeed(Engine):
 
     def unwrap(self, model: Any) -> nn.Module:
         return getattr(model, "module", model)
-
-    def footprint(self, units: Units, world: int) -> Footprint:
-        layers, width = every_layer(units), 2 if self.bf16 else 4
-        part, whole = -(-numel(layers, trained=True) // world), numel(layers)
-        low = width * (-(-whole // world) if self.stage == 3 else whole)
-        masters = 4 * part
-        state = sum(4 * layer.slots * -(-layer.numel // world) for layer in layers)
-        gradients = width * (whole if self.stage == 1 else part) + (4 * part if self.bf16 else 0)
-        block = max((numel(unit) for unit in units), default=0)
-        if self.offload:
-            masters, state = 0, 0
-        whole = 4 * width * block if self.stage > 1 else 0
-        return Footprint(low + masters, gradients, state, whole, whole)
-
-    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        width, layers = 2 if self.bf16 else 4, every_layer(units)
-        trained = width * numel(layers, trained=True)
-        if self.stage < 3:
-            # 0.19.8 all-reduces buckets of gradients that lie in several partitions, also where it says reduce_scatter.
-            return [
-                Collective("all_reduce", trained, world, 1 if self.stage == 1 else passes, "backward"),
-                Collective("all_gather", trained, world, 1, "step"),
-            ]
-        kept = numel(layer for layer in layers if layer.numel <= _PERSISTENT)
-        let_go = numel(layers) - kept
-        return [
-            Collective("all_gather", width * kept, world, 1, "forward"),
-            Collective("all_gather", width * let_go, world, passes, "forward"),
-            Collective("all_gather", width * max(0, let_go - _REUSED // 2), world, passes, "backward"),
-            Collective("reduce_scatter", trained, world, passes, "backward"),
-        ]
 
     def _config(self, accumulation: int, max_grad_norm: float) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}

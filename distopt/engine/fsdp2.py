@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 
 from distopt.engine.base import Engine, check_switch
-from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel, rows
 from distopt.sam import SAM
 
 
@@ -92,40 +91,8 @@ class FSDP2(Engine):
     def refresh(self, model: nn.Module) -> None:
         reshard(model)
 
-    def give_up(self, model: nn.Module) -> None:
+    def abort_pass(self, model: nn.Module) -> None:
         leave_pass(model)
-
-    def footprint(self, units: Units, world: int) -> Footprint:
-        ranks, width = world // self.replicas, 2 if self.bf16 else 4
-        layers, (*inner, root) = every_layer(units), units
-        block = max((numel(unit) for unit in inner), default=0)
-        # What lies outside of the blocks stays. Later its gradients are whole too, until the end of the backward pass;
-        # one block is gathered ahead, and the gradients of another are whole, and in the buffer that is reduced.
-        outside = width * (numel(root) + (0 if self.reshard_after_forward else sum(map(numel, inner))))
-        whole = outside + width * numel(root) + (width * (1 + 2 * self.reshard_after_forward) + 4) * block
-        return Footprint(
-            parameters=4 * rows(layers, ranks),
-            gradients=4 * rows(layers, ranks, trained=True),
-            state=sum(4 * layer.slots * layer.rows(ranks) for layer in layers),
-            gathered=whole,
-            outside=outside,
-            early=False,
-        )
-
-    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        ranks, width = world // self.replicas, 2 if self.bf16 else 4
-        layers, inner = every_layer(units), [layer for unit in units[:-1] for layer in unit]
-        reduced = passes if self.sync_each_batch else 1
-        trained = 4 * rows(layers, ranks, trained=True)
-        sent = [
-            Collective("all_gather", width * ranks * rows(layers, ranks), ranks, passes, "forward"),
-            Collective("reduce_scatter", ranks * trained, ranks, reduced, "backward"),
-        ]
-        if self.reshard_after_forward:
-            sent.append(Collective("all_gather", width * ranks * rows(inner, ranks), ranks, passes, "backward"))
-        if self.replicas > 1:
-            sent.append(Collective("all_reduce", trained, self.replicas, reduced, "backward", across=True))
-        return sent
 
 
 def leave_pass(model: nn.Module) -> None:

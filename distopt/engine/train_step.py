@@ -9,32 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from distopt.data.batch import Batch, PassLoss, next_token_loss
 from distopt.rng import random_state, same_random_numbers
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
-    from distopt.data.packing import Batch
     from distopt.engine import Engine
-
-PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
-
-
-def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
-    """Mean cross-entropy, in nats a token, of each token of a batch [sequences, length + 1] given those before it.
-
-    A batch of examples has a loss of its own: `distopt.data.packing.Batch`.
-    """
-    if not isinstance(batch, Tensor):
-        return batch.loss(model, pass_loss)
-    logits = model(input_ids=batch[:, :-1]).logits
-
-    def cross_entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
-    return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
-
 
 Loss = Callable[[nn.Module, Any, PassLoss], Tensor]  # the mean over a micro-batch
 
@@ -82,13 +63,13 @@ def sharpness_aware(
     """
     engine.check_sam(sam)
     start, losses = random_state(batches[0].device), []
-    if sam.first_pass:
+    if sam.needs_ascent_gradient:
         exchange = sam.scope == "global" or not sam.ascends
         losses.append(backward(engine, model, batches, loss, sam.loss, exchange))
     with engine.perturbed(model, sam):
-        if sam.ascends or not sam.first_pass:
+        if sam.ascends or not sam.needs_ascent_gradient:
             engine.zero_grad(model, sam)
-            with same_random_numbers(start) if sam.first_pass else contextlib.nullcontext():
+            with same_random_numbers(start) if sam.needs_ascent_gradient else contextlib.nullcontext():
                 losses.append(backward(engine, model, batches, loss, sam.loss))
     return losses[0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 
 from distopt import layout
 from distopt.engine.ddp import DDP
-from distopt.plan.footprint import Collective, Footprint, Units, every_layer, numel, rows
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,7 +57,9 @@ class Zero1(DDP):
         return super().build(model, blocks, fill, device)
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        self._layout = layout.zero1_scattered(model, reduce_dtype=_DTYPES[self.reduce_dtype], units=self._units)
+        self._layout = layout.zero1_layout(
+            model, reduce_dtype=_DTYPES[self.reduce_dtype], units=self._units, gradients="reduce_scatter"
+        )
         optimizer.bind(self._layout)
         return model
 
@@ -67,15 +67,3 @@ class Zero1(DDP):
         if self._layout is not None:
             self._layout.wait()
         return super().unwrap(model)
-
-    def footprint(self, units: Units, world: int) -> Footprint:
-        state = sum(4 * layer.slots * layer.rows(world) for layer in every_layer(units))
-        return replace(super().footprint(units, world), state=state)
-
-    def wire(self, units: Units, world: int, passes: int) -> list[Collective]:
-        layers = every_layer(units)
-        padded = world * rows(layers, world, trained=True)
-        return [
-            Collective("reduce_scatter", (2 if self.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
-            Collective("all_gather", 4 * numel(layers, trained=True), world, 1, "step"),
-        ]

@@ -135,7 +135,9 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         if inputs is self._batches[0]:
             self._start = random_state(self.args.device)  # type: ignore[attr-defined]
         try:
-            if not sam.first_pass:  # for each micro-batch, since between them the Trainer shows the weights to others
+            if (
+                not sam.needs_ascent_gradient
+            ):  # for each micro-batch, since between them the Trainer shows the weights to others
                 with sam.perturbed():
                     reshard(model)
                     loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
@@ -152,7 +154,7 @@ class SAMTrainerMixin(ShardedTrainerMixin):
                 reshard(model)
             return loss
         except BaseException:
-            sam.give_up()
+            sam.abort_pass()
             leave_pass(model)
             reshard(model)
             raise

@@ -8,10 +8,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from hydra import utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from distopt.engine import Engine
@@ -22,10 +22,10 @@ _INSIDE = Path(__file__).parents[1] / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "conf"
 
 
-def make(cfg: DictConfig) -> Any:
+def instantiate(cfg: DictConfig) -> Any:
     """`hydra.utils.instantiate`, whose own exception is replaced by the ValueError or TypeError under it."""
     try:
-        return instantiate(cfg)
+        return utils.instantiate(cfg)
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error)) from error
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from distopt import collective
+from distopt.layout import layout_of
 from distopt.layout.names import bare_parameters
-from distopt.optim.clip import grad_norms, layout_of
+from distopt.optim.clip import grad_norms
 from distopt.sam import SAM
 
 _UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
@@ -35,7 +36,7 @@ def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str
     return {what: values for what, values in found.items() if any(values.values())}
 
 
-def blame(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
+def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
     """Says which layers' gradients are not finite; asked of all ranks together."""
 
     def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:

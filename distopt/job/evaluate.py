@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distopt.engine.train_step import next_token_loss
+from distopt.data.batch import Batch, next_token_loss
 
 if TYPE_CHECKING:
-    from distopt.data.packing import Batch
     from distopt.engine import Engine
 
 

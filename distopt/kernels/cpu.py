@@ -20,8 +20,8 @@ _STEP, _MEASURE, _APPLY = range(3)
 _ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them
 
 
-class CompiledMove:
-    """As `Move`, by a function of cpu.c."""
+class CompiledUpdate:
+    """As `ForeachUpdate`, by a function of cpu.c."""
 
     def __init__(self, rule: Rule, shards: Shards) -> None:
         self.group, self.layers = shards.group, shards.layers
@@ -53,9 +53,9 @@ class CompiledMove:
         self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._half, mode, threads)
 
 
-def compiled(name: str, shards: Shards) -> CompiledMove:
+def compiled(name: str, shards: Shards) -> CompiledUpdate:
     """The move of a rule, by its name, on shards that fit."""
-    return CompiledMove(rule(name, shards.group), shards)
+    return CompiledUpdate(rule(name, shards.group), shards)
 
 
 def fits(shards: Shards) -> list[int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from distopt.kernels.cpu import compiled, fits
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
-from distopt.kernels.triton import triton_moves, unfit
-from distopt.kernels.update import Move
+from distopt.kernels.triton import triton_updates, unfit
+from distopt.kernels.update import ForeachUpdate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,10 +27,10 @@ def kernel(name: str) -> Callable[[F], F]:
     return named
 
 
-def moves(optimizer: Any, shards: Shards) -> list[Any]:
+def updates(optimizer: Any, shards: Shards) -> list[Any]:
     """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
     name = getattr(type(optimizer).directions, "kernel", "")
-    chosen, left = triton_moves(name, shards) if name else ([], list(range(len(shards.params))))
+    chosen, left = triton_updates(name, shards) if name else ([], list(range(len(shards.params))))
     if chosen and not left:
         return chosen
     return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
@@ -54,11 +54,11 @@ def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
         return [move for indices in alike for move in _others(optimizer, name, shards.part(indices))]
     fitting = fits(shards) if name else []
     if not fitting:
-        return [Move(optimizer, shards)]
+        return [ForeachUpdate(optimizer, shards)]
     if len(fitting) == len(shards.params):
         return [compiled(name, shards)]
     rest = sorted(set(range(len(shards.params))) - set(fitting))
-    return [compiled(name, shards.part(fitting)), Move(optimizer, shards.part(rest))]
+    return [compiled(name, shards.part(fitting)), ForeachUpdate(optimizer, shards.part(rest))]
 
 
 def squares(shards: Shards) -> tuple[Tensor, Tensor]:

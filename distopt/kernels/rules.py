@@ -33,7 +33,7 @@ class Rule:
 
 
 def rule(name: str, group: dict[str, Any]) -> Rule:
-    """The specification of an optimizer's kernel (`distopt.kernels.dispatch.kernel`) for the options of a param group."""
+    """The specification of a kernel, by its name, for the options of a param group."""
     return _RULES[name](group)
 
 

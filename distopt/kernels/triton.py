@@ -35,8 +35,8 @@ def kernels() -> Any:
     return triton_kernels
 
 
-class TritonMove:
-    """As `Move`, by a rule of triton_kernels.py.
+class TritonUpdate:
+    """As `ForeachUpdate`, by a rule of triton_kernels.py.
 
     Sums are the same bits however layers are sharded by rows, if these are multiples of 16 elements; others may differ.
     """
@@ -108,7 +108,7 @@ class TritonMove:
             )
 
 
-def triton_moves(name: str, shards: Shards) -> tuple[list[TritonMove], list[int]]:
+def triton_updates(name: str, shards: Shards) -> tuple[list[TritonUpdate], list[int]]:
     """The moves of a rule, by its name, on those shards that the kernels are for, and the indices of the others.
 
     They are for plain tensors of float32 weights and state, flat in a GPU's memory; gradients may have 16 bits.
@@ -118,7 +118,7 @@ def triton_moves(name: str, shards: Shards) -> tuple[list[TritonMove], list[int]
     if kinds and kernels() is None:
         return [], list(range(len(shards.params)))
     alike = [shards if len(numbers) == len(shards.params) else shards.part(numbers) for numbers in kinds.values()]
-    return [TritonMove(rule(name, part.group), part) for part in alike], left
+    return [TritonUpdate(rule(name, part.group), part) for part in alike], left
 
 
 def unfit(shards: Shards) -> list[int]:

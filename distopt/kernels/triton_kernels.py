@@ -6,7 +6,8 @@ the last of them what the direction is multiplied by. `MODE`:
 
     STEP     moves state and weights;
     MEASURE  moves the state, and adds up the squares of each piece's weights and of its direction, in the digits of
-             `distopt.kernels.exact`: those of groups of elements, which no shard cuts that is a number of rows, in float32;
+             `distopt.kernels.exact`: those of groups of elements, which no shard cuts that is a number of rows, in
+             float32;
     APPLY    makes the same direction again, from the state, and moves the weights.
 
 So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it. What a mode does not

@@ -11,11 +11,12 @@ from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
 
 
-class Move:
+class ForeachUpdate:
     """The directions of a rule, and what they do to the weights; a kernel does the same (`distopt.kernels.dispatch`).
 
         step:     p <- p - lr * direction
-        squares:  moves the state; |p|^2 and |direction|^2 of each shard, for trust ratios, in digits (`distopt.kernels.exact`)
+        squares:  moves the state; |p|^2 and |direction|^2 of each shard, for trust ratios, in digits
+        (`distopt.kernels.exact`)
         apply:    p <- p - lr * ratio * direction, afterwards
 
     layers: the layer of each square.

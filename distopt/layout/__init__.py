@@ -1,25 +1,25 @@
 """Where each layer lives: the only thing an engine has to tell an optimizer."""
 
-from distopt.layout.base import Segment, ShardLayout, local, of, trained, wide, with_gradient
-from distopt.layout.deepspeed import FlatLayout, deepspeed
+from distopt.layout.base import Segment, ShardLayout, local, trained, wide, with_gradient
+from distopt.layout.deepspeed import FlatLayout, deepspeed_layout
 from distopt.layout.fit import check_shape, fit
 from distopt.layout.foreign import refuse_foreign
-from distopt.layout.zero1 import zero1
-from distopt.layout.zero1_reduce_scatter import zero1_scattered
+from distopt.layout.infer import infer_layout, layout_of
+from distopt.layout.zero1 import zero1_layout
 
 __all__ = [
     "FlatLayout",
     "Segment",
     "ShardLayout",
     "check_shape",
-    "deepspeed",
+    "deepspeed_layout",
     "fit",
+    "infer_layout",
+    "layout_of",
     "local",
-    "of",
     "refuse_foreign",
     "trained",
     "wide",
     "with_gradient",
-    "zero1",
-    "zero1_scattered",
+    "zero1_layout",
 ]

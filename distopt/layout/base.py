@@ -15,7 +15,6 @@ from distopt.kernels import exact
 from distopt.kernels.device_lists import DeviceLists
 from distopt.kernels.norms import products, squared_norms
 from distopt.kernels.shards import PLAIN, row_of
-from distopt.layout.foreign import refuse_foreign
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -83,7 +82,7 @@ class ShardLayout:
         """How many layers there are over all ranks."""
         return len(self.params)
 
-    def owners(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
+    def local_params(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         """The tensors that an optimizer steps for its param group of that number, given the params it lists there."""
         return trained(params)
 
@@ -179,11 +178,11 @@ class ShardLayout:
             gradients=self.gradients and self.gradients.moved(copied),
         )
 
-    def touched(self, owners: Sequence[Tensor]) -> list[Tensor]:
+    def tensors_to_back_up(self, owners: Sequence[Tensor]) -> list[Tensor]:
         """Local tensors that change when every rank moves its `weights` and publishes them."""
         return self.weights(owners)
 
-    def within(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
+    def own_shards_of(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
         """Of copies of what is `touched`, the views that are in the places of `weights`."""
         return list(touched)
 
@@ -268,53 +267,3 @@ def trained(params: Iterable[Tensor]) -> list[Tensor]:
 def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
     """The parameters that have a gradient."""
     return [p for p in params if p.grad is not None]
-
-
-def of(params: Iterable[Tensor]) -> ShardLayout:
-    """The layout that the parameters themselves tell: plain ones are whole on every rank, DTensors lie as placed.
-
-    DDP, FSDP2, HSDP and tensor parallelism, mixed too: a parameter that is replicated along an axis that cuts others
-    is counted once. Raises ValueError for partial placements, for meshes that are not axes of one, and for parameters
-    that are sharded in ways that they do not tell (`refuse_foreign`).
-    """
-    params = list(params)
-    refuse_foreign(params)
-    axes = [_sharding_groups(p) for p in params]
-    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for held in axes:
-        groups = held | groups
-    _check_one_mesh(params, groups)
-    return ShardLayout(
-        segments={p: (Segment(i, 0, local(p).numel()),) for i, p in enumerate(params)},
-        params=tuple(params),
-        device=params[0].device if params else torch.device("cpu"),
-        groups=tuple(groups.values()),
-        counted=tuple(all(dist.get_rank(g) == 0 for ranks, g in groups.items() if ranks not in held) for held in axes),
-    )
-
-
-def _sharding_groups(param: Tensor) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of the mesh axes of more than one rank along which a parameter is cut, by their ranks.
-
-    Not by name: torch 2.13 keeps what it has found out for one mesh for all that are equal to it, so that parameters of
-    a process that has made such a mesh before lie on the one or on the other.
-    """
-    placements = getattr(param, "placements", ())
-    if any(p.is_partial() for p in placements):
-        raise ValueError(f"a parameter has placements {placements}: partial sums have no norm; redistribute it first")
-    mesh: Any = getattr(param, "device_mesh", None)
-    cut = [mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
-    return {tuple(dist.get_process_group_ranks(group)): group for group in cut}
-
-
-def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> None:
-    """Sums over several axes count each element once only if the axes are those of one mesh."""
-    if len(groups) < 2:
-        return
-    mesh = max((p.device_mesh for p in params if hasattr(p, "device_mesh")), key=lambda mesh: mesh.ndim)
-    if not groups.keys() <= {tuple(dist.get_process_group_ranks(mesh.get_group(i))) for i in range(mesh.ndim)}:
-        meshes = {str(p.device_mesh) for p in params if hasattr(p, "device_mesh")}
-        raise ValueError(
-            f"parameters are sharded on meshes that are not axes of one: {sorted(meshes)}; build one mesh, and where "
-            "it has an axis for experts alone, replicate the other parameters along that (as HSDP does)"
-        )

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Segment, ShardLayout, of, trained
+from distopt.layout.base import Segment, ShardLayout, trained
+from distopt.layout.infer import infer_layout
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,7 +51,7 @@ class FlatLayout(ShardLayout):
     def full_shape(self, param: Tensor) -> torch.Size:
         return whole_shape(param)
 
-    def owners(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
+    def local_params(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         return [partition.flat for partition in self.partitions if partition.group == group]
 
     def whole(self, param: Tensor, values: Mapping[Tensor, Tensor]) -> Tensor:
@@ -119,7 +120,7 @@ _KNOWN = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optim
 _Part = tuple[Tensor, Tensor, int, Piece]
 
 
-def deepspeed(engine: Any) -> ShardLayout:
+def deepspeed_layout(engine: Any) -> ShardLayout:
     """The layout of an optimizer that was given to `deepspeed.initialize`, for `optimizer.bind`; ZeRO stages 0 to 3.
 
     DeepSpeed flattens the parameters of a group (stages 1, 2) or of a sub-group (3), cuts the result into one
@@ -139,7 +140,7 @@ def deepspeed(engine: Any) -> ShardLayout:
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     _refuse_model_parallel(engine)
     if stage == 0:
-        layout = of(trained(p for group in engine.basic_optimizer.param_groups for p in group["params"]))
+        layout = infer_layout(trained(p for group in engine.basic_optimizer.param_groups for p in group["params"]))
         return replace(layout, gradients_stay=zero is engine.basic_optimizer)  # else these are float32 masters
     if type(zero).__name__ not in _KNOWN:
         raise ValueError(

@@ -57,7 +57,7 @@ class GradientExchange:
                 f"{len(local)} gradients (the first of shape {tuple(local[0].shape)}) are this rank's alone: their "
                 "backward pass ran under no_sync, as in Accelerate's LocalSGD, and under ZeRO-1 each rank would step "
                 "its rows by its own samples only; run the last backward pass of a step outside of no_sync, or use "
-                "plain DDP (zero=0)"
+                "plain DDP (zero_stage=0)"
             )
 
     def _before_accumulation(self, param: Tensor, _: Any) -> None:
@@ -85,5 +85,5 @@ def refuse_join(model: DistributedDataParallel, _: Any) -> None:
         raise ValueError(
             "the model runs under Join (join_uneven_inputs), where a rank without inputs takes no optimizer step, and "
             "under ZeRO-1 the others need the rows that it owns: give every rank as many batches "
-            "(even_batches=True, or drop_last=True), or use plain DDP (zero=0)"
+            "(even_batches=True, or drop_last=True), or use plain DDP (zero_stage=0)"
         )

@@ -22,8 +22,8 @@ _EXPERT = (
     "say which: shard the experts as DTensors; if every rank has all of them, set the mark to True"
 )
 _DEEPSPEED = (
-    "is partitioned by DeepSpeed's ZeRO stage 3: call optimizer.bind(distopt.layout.deepspeed(engine)) right after "
-    "deepspeed.initialize"
+    "is partitioned by DeepSpeed's ZeRO stage 3: call optimizer.bind(distopt.layout.deepspeed_layout(engine)) right "
+    "after deepspeed.initialize"
 )
 _REPLACED = (
     "was replaced in its model by fully_shard, and gets no gradient any more: make the optimizer after fully_shard, "

@@ -76,6 +76,11 @@ def swap(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         work.wait()
 
 
+def over_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether tensors of this device go by gloo in this group."""
+    return group._get_backend(device).name() == "gloo"
+
+
 def _views(
     matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int, scalars: int
 ) -> Iterator[tuple[Tensor, Tensor]]:

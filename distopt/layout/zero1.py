@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.base import Segment, ShardLayout, of, trained, wide
+from distopt.layout.base import Segment, ShardLayout, trained, wide
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
-from distopt.layout.row_sharding import poison_remote_rows, rows_of, span, swap, unpack, width
+from distopt.layout.infer import infer_layout
+from distopt.layout.reduce_scatter import hookable, reduce_scatter_gradients
+from distopt.layout.row_sharding import over_gloo, poison_remote_rows, rows_of, span, swap, unpack, width
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -33,7 +35,8 @@ class Zero1Layout(ShardLayout):
     checkpoint moves it between engines and world sizes. A 0-D parameter has no rows: every rank steps it, and takes the
     first rank's.
 
-    Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only (`zero1_scattered`).
+    Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only
+    (`gradients="reduce_scatter"`).
 
     With `units` a step returns while rows are on their way, beside the next forward pass: each unit's forward waits for
     its own, the model's for all that lie outside of units. A state dict waits, and who asks the optimizer for its
@@ -64,10 +67,10 @@ class Zero1Layout(ShardLayout):
             self.exchange.check(owners)
         return super().grads(owners)
 
-    def touched(self, owners: Iterable[Tensor]) -> list[Tensor]:
+    def tensors_to_back_up(self, owners: Iterable[Tensor]) -> list[Tensor]:
         return [p.detach() for p in owners]
 
-    def within(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
+    def own_shards_of(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
         return [shard for p, copy in zip(owners, touched) for shard in self.split(p, copy)]
 
     def placement(self, owner: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
@@ -143,18 +146,70 @@ class Zero1Layout(ShardLayout):
         )
 
 
-def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
-    """The layout of ZeRO-1 for a model whose parameters are whole on every rank, as under DDP.
+def zero1_layout(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    gradients: str = "all_reduce",
+    reduce_dtype: torch.dtype | None = None,
+    units: Sequence[nn.Module] = (),
+) -> Zero1Layout:
+    r"""The layout of ZeRO-1 for a model whose parameters are full on every rank, as under DDP.
 
-    model: DDP, or the model inside of it, which does not tell DDP's process group.
-    mesh: of one axis, over the ranks that hold copies; if None those of DDP's process group, without DDP all ranks.
-    Raises ValueError for parameters that are sharded already, or not contiguous, and for a mesh that has not DDP's
-    ranks: rows would come from models that are trained apart.
+        optimizer.bind(distopt.layout.zero1_layout(ddp, gradients="reduce_scatter"))
+
+    With N ranks and parameters of psi bytes each rank sends, for every step, (N-1)/N psi of updated shards and
+
+        all_reduce:      2 (N-1)/N psi of gradients, by DDP itself: `.grad` is full
+        reduce_scatter:  (N-1)/N psi of gradients, so that the step sends what plain DDP does
+
+    `reduce_scatter` registers DDP's communication hook: the exchange overlaps the backward pass, bucket by bucket, and
+    `no_sync` postpones it. After a backward pass that exchanges, `.grad` is the mean over the ranks in the rows that
+    this rank updates, and NaN in all others. Clip by `distopt.clip_grad_norm_`: torch's function sees NaN, and so does
+    its GradScaler (fp16), which would skip every step. A later backward pass may add to such gradients: their sum is
+    right again once it has exchanged them. `step` raises ValueError for gradients that were not exchanged since
+    (`no_sync`), and the forward pass raises it under torch's Join, where ranks take different numbers of steps. SAM
+    perturbs its rows and sends them: 4 (N-1)/N psi per step.
+
+    Args:
+        model: DDP, before its first backward pass; with `all_reduce` also the model inside, which does not know DDP's
+            process group.
+        mesh: One axis, over the ranks that hold replicas. None takes those of DDP's process group, without DDP all
+        ranks.
+        gradients: `all_reduce` or `reduce_scatter`.
+        reduce_dtype: The dtype in which `reduce_scatter` sends gradients, as FSDP2's; None for their own. bfloat16
+        halves
+            the bytes; on the CPU the sum is in float32 all the same.
+        units: With `reduce_scatter`: blocks of the model, in the order of its forward pass, each of which waits for its
+            own updated shards (see `Zero1Layout`); as under FSDP2, only a unit's own forward pass may use its
+            parameters. Without them `step` waits.
+
+    Raises:
+        ValueError: If parameters are sharded already, or not contiguous; if the mesh has other ranks than DDP, since
+        rows
+            would come from models that are trained apart; for options of `reduce_scatter` without it; and, with
+            `reduce_scatter`, if the model is not DDP or has a communication hook already.
     """
+    if gradients not in ("all_reduce", "reduce_scatter"):
+        raise ValueError(f"gradients must be all_reduce or reduce_scatter, got {gradients!r}")
+    if gradients == "all_reduce":
+        if reduce_dtype is not None or units:
+            raise ValueError(
+                "reduce_dtype and units are options of the reduce-scatter: give gradients='reduce_scatter'"
+            )
+        return _replicated(model, mesh)
+    ddp = hookable(model)
+    layout = _replicated(ddp, mesh)
+    exchange = reduce_scatter_gradients(ddp, layout.mesh.get_group(), reduce_dtype)
+    return layout.scattered(ddp.module, units, exchange)
+
+
+def _replicated(model: nn.Module, mesh: DeviceMesh | None) -> Zero1Layout:
+    """The layout for gradients that are full."""
     params = trained(model.parameters())
     for name, p in model.named_parameters():
         if hasattr(p, "placements"):
-            raise ValueError(f"{name} is sharded already ({p.placements}): zero1 is for DDP; FSDP2 needs no layout")
+            raise ValueError(f"{name} is sharded already ({p.placements}): ZeRO-1 is for DDP; FSDP2 needs no layout")
         if not p.is_contiguous():
             raise ValueError(f"{name} is not contiguous, so its rows cannot be cut: make it contiguous first")
     refuse_foreign(params)
@@ -170,7 +225,7 @@ def zero1(model: nn.Module, mesh: DeviceMesh | None = None) -> Zero1Layout:
         device=device,
         groups=(mesh.get_group(),) if world > 1 else (),
         counted=tuple(p.ndim > 0 or rank == 0 for p in params),
-        model=(whole := of(params)),
+        model=(whole := infer_layout(params)),
         gradients=whole,
         mesh=mesh,
     )
@@ -226,11 +281,6 @@ def all_gather(matrix: Tensor, rank: int, group: dist.ProcessGroup) -> list[dist
         # Of torch 2.13: its all-gather takes four times as long as these broadcasts, of the same bytes.
         return [dist.broadcast(row, group=group, group_src=i, async_op=True) for i, row in enumerate(matrix)]
     return [dist.all_gather_single(matrix.view(-1), matrix[rank], group=group, async_op=True)]
-
-
-def over_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether tensors of this device go by gloo in this group."""
-    return group._get_backend(device).name() == "gloo"
 
 
 def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:

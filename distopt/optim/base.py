@@ -99,7 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return self._bound
         if self._inferred is None or not all(p in self._inferred for p in params):
             self._refuse_unknown(params)
-            inferred = layouts.of(params)
+            inferred = layouts.infer_layout(params)
             self._refuse_lost_state(inferred)
             self._inferred = inferred
         return self._inferred
@@ -132,7 +132,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # All of them before a step is counted, so that one that is refused moves nothing.
         found = [self._shards(layout, i, owners[i]) for i in numbers]
         work = self.rate(layout, [self._counted(layout, i, owners[i], shards) for i, shards in zip(numbers, found)])
-        moves = [move for shards in work for move in dispatch.moves(self, shards)]
+        moves = [move for shards in work for move in dispatch.updates(self, shards)]
         for move in moves:
             if not self.trusts(move.group):
                 move.step()
@@ -178,7 +178,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         layout = self.layout
         for i, group in enumerate(self.param_groups):
-            self._settle(layout, i, layout.owners(i, group["params"]))
+            self._settle(layout, i, layout.local_params(i, group["params"]))
 
     def required(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of what a loaded state has to have, for parameters of the group that have any."""
@@ -352,8 +352,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) were replaced by plain "
                 "tensors after the optimizer was made: which layers they hold is unknown, so a norm of them would be "
                 "silently wrong; call optimizer.bind(layout) with the engine's layout, or in a Trainer mix in "
-                "distopt.integrations.transformers.ShardedTrainerMixin (DeepSpeed at stage 0 in 16 bits steps before it can have one: "
-                "use stage 1, or DDP)"
+                "distopt.integrations.transformers.ShardedTrainerMixin (DeepSpeed at stage 0 in 16 "
+                "bits steps before it can have one: use stage 1, or DDP)"
             )
 
     def _refuse_lost_state(self, layout: ShardLayout) -> None:

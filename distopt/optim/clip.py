@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt import layout as layouts
 from distopt.kernels import exact
-from distopt.layout import ShardLayout
+from distopt.layout import ShardLayout, layout_of
 from distopt.optim.eager import eager_island
 
 
@@ -69,25 +69,6 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiplies each tensor by a scalar, rounded to its own dtype."""
     for dtype in {t.dtype for t in tensors}:
         torch._foreach_mul_([t for t in tensors if t.dtype == dtype], factor.to(dtype))
-
-
-def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
-    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters.
-
-    Finds the layout also inside of what Accelerate and DeepSpeed put around an optimizer. Raises TypeError for what is
-    no optimizer.
-    """
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"expected an optimizer, which knows how its parameters are sharded, got {type(optimizer).__name__}: call "
-            "distopt.clip_grad_norm_(optimizer, max_norm), or torch.nn.utils.clip_grad_norm_ for parameters without "
-            "ZeRO-1 or DeepSpeed"
-        )
-    while not hasattr(optimizer, "layout") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if hasattr(optimizer, "layout"):
-        return optimizer.layout.gradients or optimizer.layout
-    return layouts.of(layouts.trained(p for group in optimizer.param_groups for p in group["params"]))
 
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:

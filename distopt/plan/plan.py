@@ -12,11 +12,13 @@ from omegaconf import DictConfig
 
 from distopt.engine import Engine
 from distopt.job import cli
-from distopt.job.config import CONF, make
+from distopt.job.config import CONF, instantiate
 from distopt.job.errors import one_line_errors
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, every_layer, numel
+from distopt.plan.memory import footprint
 from distopt.plan.rehearsal import Rehearsal, rehearse
+from distopt.plan.wire import wire
 
 _MOST = 2**16  # GPUs: where the search for the smallest cluster ends
 
@@ -40,7 +42,7 @@ class Plan:
 
     @property
     def footprint(self) -> Footprint:
-        return self.engine.footprint(self.rehearsal.units, self.cluster.gpus)
+        return footprint(self.engine, self.rehearsal.units, self.cluster.gpus)
 
     @property
     def peak(self) -> int:
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def wire(self) -> list[Collective]:
-        once = self.engine.wire(self.rehearsal.units, self.cluster.gpus, self.accumulation)
+        once = wire(self.engine, self.rehearsal.units, self.cluster.gpus, self.accumulation)
         return [c if c.stage == "step" else c._replace(size=round(c.size * self.passes)) for c in once]
 
     @property
@@ -105,11 +107,15 @@ def make_plan(cfg: DictConfig) -> Plan:
     for name in ("nodes", "gpus_per_node", "vocabulary", "sequence_length", "micro_batch_size", "accumulation"):
         if not isinstance(cfg[name], int) or isinstance(cfg[name], bool) or cfg[name] < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {cfg[name]!r}")
-    cluster = make(cfg.cluster)(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
-    engine, make_optimizer, make_sam = make(cfg.engine), make(cfg.optimizer), make(cfg.sam) if cfg.sam else None
+    cluster = instantiate(cfg.cluster)(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
+    engine, make_optimizer, make_sam = (
+        instantiate(cfg.engine),
+        instantiate(cfg.optimizer),
+        instantiate(cfg.sam) if cfg.sam else None,
+    )
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
-    rehearsal = rehearse(engine, make(cfg.model), make(cfg.param_groups), make_optimizer, *sizes)
+    rehearsal = rehearse(engine, instantiate(cfg.model), instantiate(cfg.param_groups), make_optimizer, *sizes)
     optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])  # which tells its options
     sam = make_sam(optimizer) if make_sam else None
     if sam is not None:
@@ -120,8 +126,8 @@ def make_plan(cfg: DictConfig) -> Plan:
         rehearsal=rehearsal,
         tokens=cfg.accumulation * cfg.micro_batch_size * cfg.sequence_length,
         accumulation=cfg.accumulation,
-        passes=1.0 if sam is None else int(sam.first_pass) + 1 / sam.interval,
-        sam=0 if sam is None else 1 + sam.keeps_first + len(sam.buffers),
+        passes=1.0 if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
+        sam=0 if sam is None else 1 + sam.needs_unperturbed_gradient + len(sam.buffers),
         trusts=optimizer.trusts(optimizer.param_groups[0]),
     )
 

@@ -77,7 +77,7 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     found = _partitioned_sums(partitioned)
     rest = [param for param in names if not hasattr(param, "ds_tensor")]
     check_parameters(rest)
-    layout = layouts.of(rest)
+    layout = layouts.infer_layout(rest)
     found |= dict(zip(rest, _over_ranks(layout, sums(layout, parts(layout)))))
     params = {name: _hexadecimal(found[param]) for param, name in names.items()}
     return Fingerprint(params, {} if optimizer is None else _state(unwrapped(optimizer), names))
@@ -99,7 +99,7 @@ def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:
 
 def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]]:
     """The checksums of the state by name; of parameters that have some."""
-    layout: ShardLayout = getattr(optimizer, "layout", None) or layouts.of(
+    layout: ShardLayout = getattr(optimizer, "layout", None) or layouts.infer_layout(
         layouts.trained(p for group in optimizer.param_groups for p in group["params"])
     )
     owners = _owners(layout)

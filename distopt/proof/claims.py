@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout import FlatLayout, ShardLayout, local
-from distopt.layout.base import _sharding_groups
+from distopt.layout import FlatLayout, ShardLayout, layout_of, local
 from distopt.layout.deepspeed import whole_shape
+from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
-from distopt.optim.clip import layout_of
 from distopt.proof.content import balanced, cover, whole
 from distopt.proof.faults import check_locally
 from distopt.proof.places import counted, coverage, parts, sums
@@ -173,7 +172,7 @@ def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:
     """
     if type(layout) is not ShardLayout or not _stepped_alone(layout):  # each element is on one rank
         return
-    axes = [set(_sharding_groups(param)) for param in layout.params]
+    axes = [set(sharding_groups(param)) for param in layout.params]
     for group in layout.groups:
         ranks = tuple(dist.get_process_group_ranks(group))
         copied = torch.tensor([ranks not in sharding for sharding in axes], dtype=torch.int64, device=own.device)

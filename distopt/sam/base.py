@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from distopt.kernels import exact
-from distopt.layout import FlatLayout, ShardLayout, fit, with_gradient
-from distopt.optim.clip import layout_of
+from distopt.layout import FlatLayout, ShardLayout, fit, layout_of, with_gradient
 from distopt.optim.eager import eager_island
 from distopt.rng import random_state, same_random_numbers
 from distopt.sam.checks import bounded, check_inner, positive
 from distopt.sam.closure import GradientWatch
 from distopt.sam.rounding import perturb_, warn_of_rounding
-from distopt.sam.wrapper import Around
+from distopt.sam.wrapper import OptimizerWrapper
 
 
-class SAM(Around):
+class SAM(OptimizerWrapper):
     r"""Sharpness-aware minimization (SAM) around any torch optimizer.
 
         perturb:  p <- p + rho * g / |g|     the norm over all parameters and ranks; g is the gradient at p
@@ -30,7 +29,7 @@ class SAM(Around):
         step:     one step of the optimizer with that gradient
 
     The weights are put back from a copy, bit for bit; the copy is sharded as they are, so that under DDP and
-    ZeRO-1 every rank has a whole one. Where a rank's gradients are right in its rows only (`layout.zero1_scattered`) it
+    ZeRO-1 every rank has a whole one. Where a rank's gradients are right in its rows only (ZeRO-1's reduce-scatter) it
     perturbs these and sends them: each pass then costs on the wire what the exchange of whole gradients would. Two ways
     to use it:
 
@@ -77,10 +76,12 @@ class SAM(Around):
     Generalization, ICLR 2021, arXiv 2010.01412.
     """
 
-    first_pass = True  # whether `perturb` needs the gradient at the weights
-    keeps_first = False  # whether `descent` needs it too
-    remembers_gradients = False  # whether the direction is made of gradients of several steps, and so of loss scales
-    uses_state = False  # whether the direction is made of state, which lies as the optimizer steps
+    needs_ascent_gradient = True  # whether `perturb` needs the gradient at the weights
+    needs_unperturbed_gradient = False  # whether `descent` needs it too
+    mixes_gradients_of_steps = (
+        False  # whether the direction is made of gradients of several steps, and so of loss scales
+    )
+    reads_optimizer_state = False  # whether the direction is made of state, which lies as the optimizer steps
     always_descends = False  # whether `descent` changes the gradients of steps that do not ascend too
     _step_supports_amp_scaling = False  # a fused optimizer's own: torch's GradScaler would tell us, and not it, of inf
 
@@ -129,7 +130,8 @@ class SAM(Around):
     def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
         """Makes of the owners' gradients what the step is to take.
 
-        first: the shards of the gradients at the weights, by parameter, if it `keeps_first`; None where the step did
+        first: the shards of the gradients at the weights, by parameter, if it `needs_unperturbed_gradient`; None where
+        the step did
             not ascend. Its parameters and the owners need not be the same.
         """
 
@@ -171,25 +173,25 @@ class SAM(Around):
         try:
             return self._ascend(self._perturbed)
         except BaseException:  # a warning that is an error, for one
-            self.give_up()
+            self.abort_pass()
             raise
 
     def _ascend(self, perturbed: _Perturbed) -> Tensor:
         layout, owners = perturbed.layout, perturbed.owners
-        if self.keeps_first:
+        if self.needs_unperturbed_gradient:
             perturbed.first = {p: [g.clone() for g in layout.grads([p])] for p in self._with_gradients()}
         directions, measured = self.ascent(layout, owners)
         weights, layers = layout.weights(owners), layout.layers(owners)
         (norms,) = layout.norms(layers, measured)
         self._norms, total = (layout.params, norms), exact.norm(norms)
-        buffers = list(self.model.buffers()) if self.model is not None and self.first_pass else []
-        touched = layout.touched(owners)
+        buffers = list(self.model.buffers()) if self.model is not None and self.needs_ascent_gradient else []
+        touched = layout.tensors_to_back_up(owners)
         perturbed.copies = [(t, t.clone()) for t in (*touched, *buffers)]
         factors = self._factors(layout, owners, total)
         perturb_(weights, directions, factors)
         layout.publish(owners)
         if not self.measured:
-            before = layout.within(owners, [copy for _, copy in perturbed.copies[: len(touched)]])
+            before = layout.own_shards_of(owners, [copy for _, copy in perturbed.copies[: len(touched)]])
             moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
             self.measure(layout, layers, before, weights, moves)
         return total
@@ -225,7 +227,7 @@ class SAM(Around):
         return {} if self._norms is None else dict(zip(*self._norms))
 
     @eager_island
-    def give_up(self) -> None:
+    def abort_pass(self) -> None:
         """After a pass that failed: puts the weights back, bit for bit, and makes nothing of the gradients."""
         self._put_back()
 
@@ -236,7 +238,7 @@ class SAM(Around):
         try:
             yield
         except BaseException:
-            self.give_up()
+            self.abort_pass()
             raise
         self.restore()
 
@@ -270,7 +272,7 @@ class SAM(Around):
         """Runs the closure as often as this step needs it, around the perturbation; returns its first result."""
         params = [p for group in self.param_groups for p in group["params"]]
         start, by_hand = random_state(*dict.fromkeys(p.device for p in params)), self._visited
-        with contextlib.nullcontext() if self.first_pass else self.perturbed():
+        with contextlib.nullcontext() if self.needs_ascent_gradient else self.perturbed():
             with GradientWatch(params) as watch, torch.enable_grad():
                 loss = closure()
             if watch.added and self.ascends:
@@ -281,7 +283,7 @@ class SAM(Around):
                 )
         if not watch.changed and (watch.found or loss is None):
             self._visited = by_hand
-        elif self.first_pass:
+        elif self.needs_ascent_gradient:
             with self.perturbed():
                 if self.ascends:
                     self.zero_grad()
@@ -333,7 +335,7 @@ class SAM(Around):
         layout = getattr(self.optimizer, "layout", None)
         if isinstance(layout, FlatLayout):
             raise ValueError("DeepSpeed owns weights and gradients: distopt.engine.DeepSpeed runs SAM there")
-        if layout is None or not self.uses_state:
+        if layout is None or not self.reads_optimizer_state:
             layout = layout_of(self.optimizer)
         if self.scope == "local":  # by gradients that no rank has exchanged
             layout = layout.model or layout

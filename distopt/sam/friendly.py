@@ -29,8 +29,8 @@ class FriendlySAM(SAM):
     Reference: Li, Zhou, He, Cheng, Huang, Friendly Sharpness-Aware Minimization, CVPR 2024, arXiv 2403.12350.
     """
 
-    remembers_gradients = True
-    uses_state = True
+    mixes_gradients_of_steps = True
+    reads_optimizer_state = True
     buffers = ("sam_mean",)
 
     def __init__(

@@ -46,7 +46,7 @@ class FunctionalSAM(PreconditionedSAM):
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
-        self.precondition = self.uses_state = precondition
+        self.precondition = self.reads_optimizer_state = precondition
         super().__init__(optimizer, rho, eps=eps, interval=interval, model=model)
         self._slopes: list[Tensor] = []
         self._in_closure = False

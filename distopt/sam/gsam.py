@@ -28,7 +28,7 @@ class GSAM(SAM):
     Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065.
     """
 
-    keeps_first = True
+    needs_unperturbed_gradient = True
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class LookSAM(SAM):
     arXiv 2203.02714.
     """
 
-    keeps_first = True
+    needs_unperturbed_gradient = True
     always_descends = True
     buffers = ("sam_look",)
 

@@ -34,8 +34,8 @@ class MomentumSAM(SAM):
     arXiv 2401.12033.
     """
 
-    first_pass = False
-    uses_state = True
+    needs_ascent_gradient = False
+    reads_optimizer_state = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.3, *, interval: int = 1) -> None:
         super().__init__(optimizer, rho, interval=interval)

@@ -32,7 +32,7 @@ class PreconditionedSAM(SAM):
     ICML 2025, arXiv 2502.02407.
     """
 
-    uses_state = True
+    reads_optimizer_state = True
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class PreconditionedSAM(SAM):
     ) -> None:
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.eps = positive("eps", eps)
-        names = state_names(optimizer) if self.uses_state else None
+        names = state_names(optimizer) if self.reads_optimizer_state else None
         if names is not None and names.isdisjoint(SECOND):
             raise self._no_moments()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class Around(torch.optim.Optimizer):
+class OptimizerWrapper(torch.optim.Optimizer):
     """To schedules, clipping, scalers and checkpoints it is the optimizer that it is around."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:

@@ -60,7 +60,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
     row = row or next(row for row in ROWS if row.name == job)
     opt = row.make(row.groups(params))
     if kind == "zero1":
-        opt.bind(layout.zero1(nn.ParameterList(params), where))
+        opt.bind(layout.zero1_layout(nn.ParameterList(params), where))
     sam = member.make(opt) if member else None
     seen: list[Tensor] = []
 

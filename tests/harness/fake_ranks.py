@@ -1,4 +1,4 @@
-"""What one of many ranks holds: `python -m tests.harness.fake_ranks WORLD ENGINE`, over a process group that sends nothing."""
+"""What one of many ranks holds: `python -m tests.harness.fake_ranks WORLD ENGINE`, in a group that sends nothing."""
 
 from __future__ import annotations
 

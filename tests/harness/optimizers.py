@@ -19,7 +19,8 @@ from tests.harness import oracles
 class Row:
     """An optimizer with its arguments, the rule as the paper writes it, and the class of torch with the same arguments.
 
-    oracle: a rule of `tests.harness.oracles`; it gets `lr` and `weight_decay` (and `trust_ratio`, if the optimizer has it on)
+    oracle: a rule of `tests.harness.oracles`; it gets `lr` and `weight_decay` (and `trust_ratio`, if the optimizer has
+    it on)
         for each tensor, so that they are not among its arguments here.
     peer: None where torch has no such optimizer.
     """

@@ -1,9 +1,10 @@
 """SAM's family once more, in float64, as the papers write it, on lists of whole tensors: what tests compare with.
 
-As `clipped` and `sam` of `tests.harness.oracles`, each makes one gradient function of another, to be given to any rule there:
-`adamw(params, asam(grad, rho=0.5, eta=0.01), steps, lr=1e-3)`. Those that remember (a mean, a momentum) have to be
-asked once for every step, in order. Nothing here is shared with `distopt`. `rho` is one value, or one for each tensor;
-the norm is over all tensors all the same, but for those whose rho is 0, which have no part in the perturbation at all.
+As `clipped` and `sam` of `tests.harness.oracles`, each makes one gradient function of another, to be given to any rule
+there: `adamw(params, asam(grad, rho=0.5, eta=0.01), steps, lr=1e-3)`. Those that remember (a mean, a momentum) have to
+be asked once for every step, in order. Nothing here is shared with `distopt`. `rho` is one value, or one for each
+tensor; the norm is over all tensors all the same, but for those whose rho is 0, which have no part in the perturbation
+at all.
 
 `second` is the gradient function of the second pass, where that is another one: of a model that uses other parameters
 there. Either may give None for a tensor. It is not perturbed without the first, and without the second the result is

@@ -141,7 +141,7 @@ def fsdp2_accumulated_without_exchange() -> Made:
 def zero1() -> Made:
     model = DDP(net())
     optimizer = lamb(model.parameters())
-    optimizer.bind(distopt.layout.zero1(model.module, line()))
+    optimizer.bind(distopt.layout.zero1_layout(model.module, line()))
     back(model)
     return optimizer, model.module
 
@@ -150,7 +150,7 @@ def _overlapped() -> tuple[distopt.LAMB, Any]:
     model = DDP(net())
     optimizer = lamb(model.parameters())
     units = [model.module[0], model.module[2], model.module[4]]
-    optimizer.bind(distopt.layout.zero1_scattered(model, line(), units=units))
+    optimizer.bind(distopt.layout.zero1_layout(model, line(), units=units, gradients="reduce_scatter"))
     back(model)
     optimizer.step()
     return optimizer, model
@@ -286,7 +286,7 @@ def with_deepspeed(
             "bf16": {"enabled": dtype == "bf16"},
         }
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, **more)
-        optimizer.bind(distopt.layout.deepspeed(engine))
+        optimizer.bind(distopt.layout.deepspeed_layout(engine))
     return optimizer, engine
 
 
@@ -385,7 +385,7 @@ def zero1_over_other_ranks_than_ddp() -> Made:
     halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     model = DDP(net(), process_group=halves[dist.get_rank() % 2])
     optimizer = lamb(model.parameters())
-    optimizer.bind(distopt.layout.zero1(model.module, line()))
+    optimizer.bind(distopt.layout.zero1_layout(model.module, line()))
     back(model)
     return optimizer, model.module
 
@@ -457,7 +457,7 @@ def other_number_of_layers() -> Made:
 def bound_on_one_rank_only() -> Made:
     model = DDP(net())
     optimizer = lamb(model.parameters())
-    layout = distopt.layout.zero1(model.module, line())
+    layout = distopt.layout.zero1_layout(model.module, line())
     if dist.get_rank() == 0:
         optimizer.bind(layout)
     back(model)
@@ -648,7 +648,7 @@ def fingerprints(dtype: str) -> dict[str, distopt.Fingerprint]:
             parallelize_module(model, line(), {"0": ColwiseParallel(), "1": RowwiseParallel()})
         optimizer = lamb(model.parameters())
         if kind == "zero1":
-            optimizer.bind(distopt.layout.zero1(model.module, line()))
+            optimizer.bind(distopt.layout.zero1_layout(model.module, line()))
         found[kind] = _with_state(model, optimizer)
     for stage in (1, 2, 3) if world == 2 else ():
         model = wide()
@@ -693,7 +693,7 @@ def classifier(dtype: torch.dtype) -> nn.Sequential:
 
 def _units(model: Any) -> Any:
     units = [model.module[0], model.module[2], model.module[7]]
-    return distopt.layout.zero1_scattered(model, line(), units=units)
+    return distopt.layout.zero1_layout(model, line(), units=units, gradients="reduce_scatter")
 
 
 def _mixed(model: nn.Module) -> Any:
@@ -702,7 +702,7 @@ def _mixed(model: nn.Module) -> Any:
 
 
 def _zero1(model: Any) -> Any:
-    return distopt.layout.zero1(model.module, line())
+    return distopt.layout.zero1_layout(model.module, line())
 
 
 LOOPS: dict[str, Loop] = {
@@ -717,7 +717,9 @@ LOOPS: dict[str, Loop] = {
     "zero1, masters": Loop(DDP, _zero1, dtype=torch.bfloat16),
     "zero1, scattered, overlapped": Loop(DDP, _units),
     "zero1, scattered, SAM": Loop(
-        DDP, lambda m: distopt.layout.zero1_scattered(m, line()), lambda o: distopt.SAM(o, rho=0.05)
+        DDP,
+        lambda m: distopt.layout.zero1_layout(m, line(), gradients="reduce_scatter"),
+        lambda o: distopt.SAM(o, rho=0.05),
     ),
     "fsdp2": Loop(cut),
     "fsdp2, mixed precision": Loop(_mixed),

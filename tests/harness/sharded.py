@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,6 +71,9 @@ class MLP(nn.Module):
         return (self.down(self.up(self.norm(x)).tanh()) - 2.0 * y).square().sum(1).mean()
 
 
+reduce_scattered = functools.partial(layout.zero1_layout, gradients="reduce_scatter")
+
+
 def toward(p: Tensor, i: int, step: int, samples: Tensor) -> Tensor:
     """Half the squared distance to targets that move with the step, a little with the sample; the mean over samples.
 
@@ -125,7 +129,7 @@ def shard(kind: str, model: nn.Module, units: Iterable[nn.Module] = ()) -> nn.Mo
 def bind(kind: str, opt: ShardedOptimizer, model: nn.Module) -> None:
     """What an engine does whose parameters do not tell how the optimizer steps them."""
     if kind == "zero1" and dist.is_initialized():
-        opt.bind(layout.zero1(model, mesh((dist.get_world_size(),), ("shard",))))
+        opt.bind(layout.zero1_layout(model, mesh((dist.get_world_size(),), ("shard",))))
 
 
 _meshes: dict[tuple[Any, ...], DeviceMesh] = {}

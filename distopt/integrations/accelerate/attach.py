@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None = None) -> None:
+def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero_stage: int | None = None) -> None:
     """Gives the optimizer the layout of what `accelerator.prepare` made, and makes save_state and load_state right.
 
     Every process has to call it, once, after `prepare`. State of earlier steps is sharded as the model's layout says.
@@ -42,7 +42,7 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
 
     accelerator: that of `prepare`. model, optimizer: what it returned; there may be a `SAM` around the optimizer, which
         is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
-    zero: the ZeRO stage that the script means to run, to be checked; None takes what there is.
+    zero_stage: the ZeRO stage that the script means to run, to be checked; None takes what there is.
 
     Warns if a scheduler was prepared so that Accelerate steps it once per process, and if DeepSpeed clips gradients
     although nobody asked for it.
@@ -52,25 +52,25 @@ def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zer
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    if zero not in (None, 0, 1, 2, 3) or isinstance(zero, bool):
-        raise ValueError(f"zero must be None, 0, 1, 2 or 3, got {zero!r}")
+    if zero_stage not in (None, 0, 1, 2, 3) or isinstance(zero_stage, bool):
+        raise ValueError(f"zero_stage must be None, 0, 1, 2 or 3, got {zero_stage!r}")
     check_processes(accelerator)
     _check_prepared(accelerator, model, optimizer)
     kinds = [type(module) for module in model.modules()]
     if any(issubclass(kind, FullyShardedDataParallel) for kind in kinds):
         raise ValueError("Accelerate prepared FSDP1, which hides the layers in flat parameters: set fsdp_version=2")
     if hasattr(model, "zero_optimization_stage"):
-        attach_deepspeed(model, zero)
+        attach_deepspeed(model, zero_stage)
         _warn_of_clipping(accelerator, model)
     elif any(issubclass(kind, FSDPModule) for kind in kinds):
-        _attach_fsdp2(accelerator, model, optimizer, zero)
+        _attach_fsdp2(accelerator, model, optimizer, zero_stage)
     else:
-        _attach_whole(accelerator, model, optimizer, zero)
+        _attach_whole(accelerator, model, optimizer, zero_stage)
     attach_sam(accelerator, model, optimizer)
     _warn_of_schedulers(accelerator)
 
 
-def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None) -> None:
+def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero_stage: int | None) -> None:
     """Full parameters on every process (DDP, or one process), or tensor parallelism over all processes."""
     ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
@@ -81,18 +81,19 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             "neither DDP, FSDP2, DeepSpeed nor tensor parallelism over all processes: give attach what prepare "
             "returned, or choose one of these"
         )
-    if zero not in (None, 0, 1):
+    if zero_stage not in (None, 0, 1):
         raise ValueError(
-            f"zero={zero} was asked, Accelerate prepared {'DDP' if ddp else 'a single process'}: ask for zero=0 or 1, "
-            "or launch FSDP2 or DeepSpeed on GPUs, since on the CPU Accelerate silently drops them"
+            f"zero_stage={zero_stage} was asked, Accelerate prepared {'DDP' if ddp else 'a single process'}: ask for "
+            "zero_stage=0 or 1, or launch FSDP2 or DeepSpeed on GPUs, since on the CPU Accelerate silently drops them"
         )
-    if zero and tensor_parallel:
+    if zero_stage and tensor_parallel:
         raise ValueError(
-            f"zero={zero} was asked, and tensor parallelism shards state as it does weights: ask for zero=0"
+            f"zero_stage={zero_stage} was asked, and tensor parallelism shards state as it does weights: ask for "
+            "zero_stage=0"
         )
     _check_parameters(model, optimizer)
     forget(accelerator)
-    if zero == 1:
+    if zero_stage == 1:
         inner = _distopt(optimizer)
         if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
@@ -101,25 +102,26 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     keep_in_folder(accelerator)
 
 
-def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero: int | None) -> None:
+def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero_stage: int | None) -> None:
     if not accelerator.is_fsdp2:
         raise ValueError("the model was sharded by hand, so save_state would lose shards: let prepare shard it (FSDP2)")
     stage = 3 if accelerator.state.fsdp_plugin.reshard_after_forward else 2
-    if zero not in (None, stage):
+    if zero_stage not in (None, stage):
         raise ValueError(
-            f"zero={zero} was asked, Accelerate prepared FSDP2 with reshard_after_forward={stage == 3}, which is "
-            f"zero={stage}: ask for that, or change reshard_after_forward (true is zero=3, false zero=2)"
+            f"zero_stage={zero_stage} was asked, Accelerate prepared FSDP2 with reshard_after_forward={stage == 3}, which "
+            f"is zero_stage={stage}: ask for that, or change reshard_after_forward (true is zero_stage=3, false "
+            "zero_stage=2)"
         )
     _check_parameters(model, optimizer)
 
 
-def attach_deepspeed(engine: Any, zero: int | None) -> None:
+def attach_deepspeed(engine: Any, zero_stage: int | None) -> None:
     """Binds the layout of DeepSpeed's partitions; raises ValueError as `attach`."""
     stage, optimizer = engine.zero_optimization_stage(), engine.basic_optimizer
-    if zero not in (None, stage):
+    if zero_stage not in (None, stage):
         raise ValueError(
-            f"zero={zero} was asked, Accelerate prepared DeepSpeed at stage {stage}: ask for that, or change "
-            "zero_optimization.stage in DeepSpeed's configuration"
+            f"zero_stage={zero_stage} was asked, Accelerate prepared DeepSpeed at stage {stage}: ask for that, or "
+            "change zero_optimization.stage in DeepSpeed's configuration"
         )
     if isinstance(optimizer, SAM):
         raise ValueError("SAM cannot see the gradients that DeepSpeed keeps to itself: use DDP or FSDP2 with SAM")
@@ -128,7 +130,7 @@ def attach_deepspeed(engine: Any, zero: int | None) -> None:
             f"DeepSpeed steps {type(optimizer).__name__}, not an optimizer of distopt: make one, and with "
             "offload_optimizer set zero_force_ds_cpu_optimizer=false, or Accelerate replaces it by DeepSpeedCPUAdam"
         )
-    optimizer.bind(layout.deepspeed(engine))
+    optimizer.bind(layout.deepspeed_layout(engine))
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -171,7 +173,9 @@ def _distopt(optimizer: Any) -> ShardedOptimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not isinstance(optimizer, ShardedOptimizer):
-        raise ValueError(f"zero=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero=0")
+        raise ValueError(
+            f"zero_stage=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero_stage=0"
+        )
     return optimizer
 
 

@@ -23,7 +23,7 @@ def attach_sam(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer)
     sam = sam_of(optimizer)
     if sam is None:
         return
-    if accelerator.scaler is not None and sam.remembers_gradients:
+    if accelerator.scaler is not None and sam.mixes_gradients_of_steps:
         raise ValueError(
             f"{type(sam).__name__} remembers gradients of earlier steps, and fp16's loss scale, which is in them, "
             "changes: use mixed_precision=bf16 (bf16=True in TrainingArguments), or another member of SAM's family"

@@ -40,7 +40,7 @@ def keep_in_folder(accelerator: Accelerator) -> None:
         if not collective.on_first(lambda: [path.name for path in Path(folder).glob(f"{_FOLDER}*")]):
             raise ValueError(
                 f"{folder} was saved without distopt.attach: load it without, and if it holds whole state (one process "
-                "or DDP, without zero=1) save it again after attach(zero=0)"
+                "or DDP, without zero_stage=1) save it again after attach(zero_stage=0)"
             )
         extra = load_checkpoint(Path(folder) / _FOLDER, models[0], accelerator._optimizers[0])
         accelerator.step = extra["step"]  # Accelerate's own is in one file for each process that there was
@@ -73,7 +73,7 @@ class _Shards(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
-            "the optimizer's state is cut up over the processes (zero=1), and a file of it would hold one part: "
+            "the optimizer's state is cut up over the processes (zero_stage=1), and a file of it would hold one part: "
             "use accelerator.save_state or distopt.checkpoint.save_checkpoint"
         )
 

@@ -12,25 +12,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout
 from distopt.kernels import exact
-from distopt.layout import ShardLayout
+from distopt.layout import ShardLayout, layout_of
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.clip import layout_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 def zero1_layout(accelerator: Accelerator, model: nn.Module, optimizer: ShardedOptimizer) -> ShardLayout:
-    """ZeRO-1's layout; where all who read gradients can be told, those are reduce-scattered (`zero1_scattered`).
+    """ZeRO-1's layout; where all who read gradients can be told, those are reduce-scattered (`zero1_layout`).
 
     Not where DDP has a communication hook of the script's, and not where a loss scaler looks for inf in full gradients
     (fp16).
     """
     ddp = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
     if ddp is None or ddp._comm_hooks or accelerator.scaler is not None:
-        return layout.zero1(model)
+        return layout.zero1_layout(model)
     _clip_rows(accelerator, optimizer)
-    return layout.zero1_scattered(ddp)
+    return layout.zero1_layout(ddp, gradients="reduce_scatter")
 
 
 def forget(accelerator: Accelerator) -> None:
@@ -48,7 +47,7 @@ def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
             norm: Tensor = whole(parameters, max_norm, norm_type)
             return norm
         if norm_type != 2:
-            raise ValueError(f"norm_type={norm_type} under zero=1, where norms over all ranks are 2-norms: use 2")
+            raise ValueError(f"norm_type={norm_type} under zero_stage=1, where norms over all ranks are 2-norms: use 2")
         owners = [p for p in parameters if p.grad is not None]
         if not owners:
             return torch.zeros((), dtype=torch.float32)

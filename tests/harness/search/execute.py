@@ -19,7 +19,7 @@ import distopt
 from distopt import layout
 from tests.harness.search.case import Case, Event, Group, Step, standing
 from tests.harness.search.model import Model, batch, criterion
-from tests.harness.sharded import mesh
+from tests.harness.sharded import mesh, reduce_scattered
 
 # How a model is laid out, and the world sizes at which it can be.
 WORLDS = {
@@ -49,7 +49,7 @@ class Run:
         self.frozen = now.frozen
         self.layout = None  # once for a leg, so that a parameter that is frozen for a while belongs to it
         if self.leg.layout in ZERO1:
-            describe = layout.zero1 if self.leg.layout == "zero1" else layout.zero1_scattered
+            describe = layout.zero1_layout if self.leg.layout == "zero1" else reduce_scattered
             self.layout = describe(self.wrapped, mesh((self.leg.world,), ("shard",)))
         groups = [Group(g.params[::-1], g.options) if self.leg.permuted else g for g in now.groups]
         self.optimizer, self.stepper = self._made([self._group(group) for group in groups])

@@ -1,7 +1,7 @@
 """The training of a case by one process, in float64, one tensor after the other, without a line of distopt.
 
-Written from the papers' formulas (see `tests.harness.oracles`, which it is compared with), with state that can be looked at in
-the middle of a run: parameters without a gradient, groups that are added, options that change.
+Written from the papers' formulas (see `tests.harness.oracles`, which it is compared with), with state that can be
+looked at in the middle of a run: parameters without a gradient, groups that are added, options that change.
 """
 
 from __future__ import annotations

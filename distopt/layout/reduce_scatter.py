@@ -1,9 +1,8 @@
-"""ZeRO-1 at the cost of DDP: gradients go, on DDP's own wire, only to the rank that steps their rows."""
+"""The reduce-scatter of gradients as a communication hook of DDP, which brings ZeRO-1 to the cost of DDP."""
 
 # No `from __future__ import annotations`: DDP of torch 2.13 compares the annotations of a hook with types.
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,51 +11,31 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.exchange import GradientExchange
-from distopt.layout.row_sharding import pack, span, width
-from distopt.layout.zero1 import Zero1Layout, over_gloo, zero1
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+from distopt.layout.row_sharding import over_gloo, pack, span, width
 
 
-def zero1_scattered(
-    model: nn.Module,
-    mesh: "DeviceMesh | None" = None,
-    reduce_dtype: torch.dtype | None = None,
-    units: Sequence[nn.Module] = (),
-) -> Zero1Layout:
-    r"""The layout of ZeRO-1 for a DDP model whose gradients are reduce-scattered from now on, and not all-reduced.
-
-        optimizer.bind(distopt.layout.zero1_scattered(ddp))
-
-    With N ranks and parameters of psi bytes each rank sends (N-1)/N psi of gradients and (N-1)/N psi of stepped rows:
-    the 2 (N-1)/N psi of plain DDP, where `zero1` sends half as much again. Registers DDP's communication hook, so the
-    exchange runs beside the backward pass, bucket by bucket, and `no_sync` puts it off.
-
-    After a backward pass that exchanges, `.grad` is the mean over the ranks in the rows that this rank steps, and nan
-    in all others. So clip by `distopt.clip_grad_norm_`: torch's function sees nan, and so does its GradScaler (fp16),
-    which would skip every step. A later backward pass may add to such gradients: their sum is right again once it has
-    exchanged them. `step` raises ValueError for gradients that were not exchanged since (`no_sync`), and the forward
-    pass under torch's Join, where ranks take unlike numbers of steps. SAM perturbs rows and sends them:
-    4 (N-1)/N psi per step.
-
-    model: DDP, before its first backward pass. mesh: as for `zero1`; it has to be of DDP's own ranks.
-    reduce_dtype: in which gradients are sent, as FSDP2's; None for their own. bfloat16 halves the bytes; on the CPU the
-        sum is in float32 all the same.
-    units: blocks of the model, in the order of its forward pass, that may wait for their stepped rows by themselves
-        (see `Zero1Layout`); as under FSDP2 only a unit's own forward may use its parameters. None: `step` waits.
-    Raises ValueError as `zero1`; for a model that is not DDP, has a hook already, or has other ranks than the mesh.
-    """
+def hookable(model: nn.Module) -> DistributedDataParallel:
+    """The model, if it can take the hook of `reduce_scatter_gradients`; raises ValueError otherwise."""
     if not isinstance(model, DistributedDataParallel):
-        raise ValueError(f"the reduce-scatter is a hook of DDP, got {type(model).__name__}: wrap it, or use zero1")
+        raise ValueError(
+            f"the reduce-scatter is a hook of DDP, got {type(model).__name__}: wrap it, or use gradients='all_reduce'"
+        )
     if model._comm_hooks:
-        raise ValueError("DDP has a communication hook already, and takes only one: use zero1, which needs none")
-    layout = zero1(model, mesh)
-    exchange = None
-    if layout.mesh.size() > 1:
-        exchange = GradientExchange(model)
-        model.register_comm_hook(layout.mesh.get_group(), _hook(reduce_dtype, exchange))
-    return layout.scattered(model.module, units, exchange)
+        raise ValueError(
+            "DDP has a communication hook already, and takes only one: use gradients='all_reduce', which needs none"
+        )
+    return model
+
+
+def reduce_scatter_gradients(
+    model: DistributedDataParallel, group: "dist.ProcessGroup", dtype: torch.dtype | None
+) -> GradientExchange | None:
+    """Registers the hook of DDP that sends each gradient to the rank which updates its rows; None for one rank."""
+    if dist.get_world_size(group) == 1:
+        return None
+    exchange = GradientExchange(model)
+    model.register_comm_hook(group, _hook(dtype, exchange))
+    return exchange
 
 
 def _hook(

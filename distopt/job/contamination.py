@@ -1,0 +1,32 @@
+"""Whether a model keeps examples that are packed in one sequence apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distopt.engine import Engine
+
+
+@torch.no_grad()
+def check_no_cross_contamination(engine: Engine, model: nn.Module, device: torch.device, vocabulary: int) -> None:
+    """Raises ValueError if a model lets packed examples see each other; every rank has to call it.
+
+    One forward pass over two sequences whose second examples are the same: so have their logits to be.
+    """
+    tokens = torch.arange(16, device=device).remainder(vocabulary).repeat(2, 1)
+    tokens[1, :8] = tokens[1, :8].flip(0)
+    positions = torch.arange(8, device=device).repeat(2, 2)
+    model.eval()
+    try:
+        with engine.autocast(device):
+            first, second = model(input_ids=tokens, position_ids=positions).logits[:, 8:].float()
+    except TypeError:
+        first, second = torch.zeros(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
+    model.train()
+    engine.refresh(model)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max())):
+        raise ValueError(
+            "data.packing=true: this model does not keep the examples of a sequence apart by their positions, "
+            "one would be learnt from the others: set data.packing=false"
+        )
