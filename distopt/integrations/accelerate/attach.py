@@ -108,8 +108,8 @@ def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
     stage = 3 if accelerator.state.fsdp_plugin.reshard_after_forward else 2
     if zero_stage not in (None, stage):
         raise ValueError(
-            f"zero_stage={zero_stage} was asked, Accelerate prepared FSDP2 with reshard_after_forward={stage == 3}, which "
-            f"is zero_stage={stage}: ask for that, or change reshard_after_forward (true is zero_stage=3, false "
+            f"zero_stage={zero_stage} was asked, Accelerate prepared FSDP2 with reshard_after_forward={stage == 3}, "
+            f"which is zero_stage={stage}: ask for that, or change reshard_after_forward (true is zero_stage=3, false "
             "zero_stage=2)"
         )
     _check_parameters(model, optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 Options = dict[str, Any]
@@ -111,6 +111,8 @@ class Standing:
         match event:
             case ("add", group):
                 self.groups.append(group)
+            case ("set", i, "momentum", value):  # which decides what state there is, and so what a checkpoint is for
+                self.groups[i] = replace(self.groups[i], options=self.groups[i].options | {"momentum": value})
             case ("freeze", i):
                 self.frozen.add(i)
             case ("thaw", i):
