@@ -31,7 +31,7 @@ two is DeepSpeed's own, so that bf16 is compared where there are two. Its partit
 
 What is left to differ comes with the gradients, whose sums over ranks have another order. Given equal gradients the
 full weights and the state are the same bits as the unsharded ones, with clipping, of every optimizer above and of SAM's
-family (`tests/test_bits.py`):
+family but FunctionalSAM (`tests/test_bits.py`):
 
 {bits}"""
 
