@@ -264,13 +264,13 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
     file, cache = tmp_path / "text.txt", tmp_path / "c"
     file.write_text("some words\n" * 600_000)
     program = (
-        "import resource, signal, sys, distopt.data as data\n"
+        "import resource, signal, sys\nfrom distopt.data.order import TextData\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "data.TextData(path=sys.argv[1], cache_dir=sys.argv[2]).build()\n"
+        "TextData(path=sys.argv[1], cache_dir=sys.argv[2]).build()\n"
     )
-    root = str(Path(token_cache.__file__).parent.parent)
+    root = str(Path(token_cache.__file__).parents[2])
     killed = subprocess.run([sys.executable, "-c", program, file, cache], cwd=root, timeout=120)
     assert killed.returncode == -signal.SIGXFSZ
     (aside,) = cache.iterdir()
@@ -507,6 +507,6 @@ def test_import_is_cheap() -> None:
     """The job imports this before it knows which source it reads."""
     heavy = {"transformers", "datasets", "accelerate", "hydra"}
     program = f"import sys, distopt.data; print(sorted({heavy} & set(sys.modules)))"
-    root = str(Path(token_cache.__file__).parent.parent)
+    root = str(Path(token_cache.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt import layout
 from distopt.engine import Zero1
+from distopt.layout import reduce_scatter, zero1
 from tests.harness.distributed import RankError, run
 from tests.harness.optimizers import distance
 from tests.harness.sharded import mesh, reduce_scattered
@@ -252,12 +252,9 @@ class Arrived:
 def not_over_gloo() -> contextlib.ExitStack:
     """The collectives that are chosen over other backends, which gloo has too."""
     stack = contextlib.ExitStack()
-    for name in ("scatter", "zero1"):
-        module = sys.modules[f"distopt.layout.{name}"]
+    for module in (reduce_scatter, zero1):
         stack.enter_context(mock.patch.object(module, "over_gloo", lambda *_: False))
-    stack.enter_context(
-        mock.patch.object(sys.modules["distopt.layout.zero1_reduce_scatter"], "_reduce_scatter", Arrived)
-    )
+    stack.enter_context(mock.patch.object(reduce_scatter, "_reduce_scatter", Arrived))
     return stack
 
 
@@ -368,8 +365,8 @@ def on_other_ranks() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (bare, r"hook of DDP, got Linear: wrap it, or use zero1"),
-        (hooked, r"has a communication hook already.*use zero1"),
+        (bare, r"hook of DDP, got Linear: wrap it, or use gradients='all_reduce'"),
+        (hooked, r"has a communication hook already.*use gradients='all_reduce'"),
         (on_other_ranks, r"its ranks in the same order"),
     ],
 )
