@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.harness import distributed
+from tests.harness import distributed, jobs
 
 # Before anything asks: the tests never reach for a hub, and every process computes with one thread.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -30,3 +31,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _ranks() -> Iterator[None]:
     yield
     distributed.stop_all()
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Path:
+    """A folder with the text of a tiny run."""
+    jobs.write_text(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of 8 steps, `done`, with the checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    jobs.write_text(folder)
+    jobs.train(folder, name="done", schedule="constant", schedule__warmup_steps="0", train__steps="8")
+    return folder

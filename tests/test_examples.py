@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from tests.harness.accelerated import start, start_deepspeed, start_fsdp
 from tests.harness.distributed import run
 from tests.harness.jobs import BIN, ENVIRONMENT, ROOT, fork, launch
-from tests.test_attach import start, start_deepspeed, start_fsdp
 
 SCRIPT = ROOT / "examples" / "accelerate_script.py"
 FINETUNE = SCRIPT.with_name("finetune.py")

@@ -20,7 +20,7 @@ from hydra_plugins.hydra_accelerate_launcher.sweep import alone
 from distopt.job.run_folder import open_folder
 from tests.harness import jobs
 from tests.harness.jobs import ROOT, metrics, overrides
-from tests.test_stop import losses, steps, until
+from tests.harness.runs import last_step, losses, until
 
 # Anybody's program. What it does is in its configuration; every process leaves a note of what it saw.
 SCRIPT = """
@@ -371,11 +371,11 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
     words = [*SWEEP, *overrides(name="grid", **every, train__steps=",".join(lengths)), "hydra.launcher.num_processes=2"]
     command, grid = [sys.executable, "-m", "distopt.train"], tmp_path / "runs" / "grid"
     with jobs.launched(tmp_path, words, command) as (process, _, err):
-        until(lambda: (grid / "1").is_dir() and steps(grid / "1") > 5, lambda: process.poll() is None, 240)
+        until(lambda: (grid / "1").is_dir() and last_step(grid / "1") > 5, lambda: process.poll() is None, 240)
         process.terminate()
         assert process.wait(60) == 143
         assert "SIGTERM: 1 of 3 jobs are done" in err.read_text()
-    stopped = steps(grid / "1")
+    stopped = last_step(grid / "1")
     assert stopped < 300
     ended = jobs.launch(tmp_path, words, command, 240)
     assert ended.code == 0, ended.err

@@ -16,7 +16,7 @@ import pytest
 
 from tests.harness import jobs
 from tests.harness.jobs import BIN, ROOT, overrides
-from tests.test_stop import losses, steps, until
+from tests.harness.runs import last_step, losses, until
 
 MACHINES = ROOT / "launch" / "machines.yaml"
 LONG = {"train__steps": "400", "evaluation__every": "400", "schedule": "constant", "schedule__warmup_steps": "0"}
@@ -59,12 +59,12 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead:
     run = cwd / "runs" / "broken"
     words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", **LONG)
     with two_machines(cwd, words) as (processes, _):
-        until(lambda: steps(run) > 5, lambda: processes[0].poll() is None and processes[1].poll() is None)
+        until(lambda: last_step(run) > 5, lambda: processes[0].poll() is None and processes[1].poll() is None)
         jobs.kill_all(processes[dead].pid)
         killed = time.monotonic()
         assert processes[1 - dead].wait(60) not in (0, None)
         assert time.monotonic() - killed < 45  # torchrun gives a rank 30 s to end by itself
-    end = max(4 * (steps(run) // 4), 4) + 6
+    end = max(4 * (last_step(run) // 4), 4) + 6
     short = {**LONG, "train__steps": str(end)}
     again = overrides(name="broken", engine="fsdp2", train__resume="auto", **short)
     with two_machines(cwd, again) as (processes, errors):
@@ -117,10 +117,10 @@ def test_the_slurm_script_saves_requeues_and_goes_on(
     run = cwd / "runs" / "queued"
 
     with jobs.launched(cwd, overrides(name="queued", engine="fsdp2", **LONG), script) as (process, _, err):
-        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        until(lambda: last_step(run) > 5, lambda: process.poll() is None)
         process.send_signal(number)
         assert process.wait(60) not in (0, None)
-        stopped = steps(run)
+        stopped = last_step(run)
         assert f"distopt: stopped: by a signal, after step {stopped} of 400" in err.read_text()
     assert [file.read_text() for file in cwd.glob("requeued")] == requeued
 
@@ -139,7 +139,7 @@ def test_submitit_saves_requeues_and_goes_on(cwd: Path) -> None:
     run = cwd / "runs" / "submitted"
     script = [sys.executable, str(ROOT / "launch" / "with_submitit.py"), "--cluster", "local", "--processes", "2"]
     with jobs.launched(cwd, overrides(name="submitted", engine="fsdp2", **LONG), script) as (process, out, err):
-        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        until(lambda: last_step(run) > 5, lambda: process.poll() is None)
         (controller,) = jobs.children(process.pid)
         (task,) = jobs.children(controller)
         os.kill(task, signal.SIGUSR2)

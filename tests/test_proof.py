@@ -17,7 +17,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import distopt
 from distopt.proof import meeting, watch
 from tests.harness.distributed import run
-from tests.harness.proof_cases import CASES, Wrapper, back, data, lamb, loops, net, ones_for, prove_each, with_deepspeed
+from tests.harness.proof_cases import prove_each
+from tests.harness.proof_loops import loops
+from tests.harness.proof_setups import CASES, back, data, lamb, net, ones_for, with_deepspeed
+from tests.harness.proof_wrong import Wrapper
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -6,16 +6,15 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distopt.job.metrics import read_metrics
 from distopt.job.stop import SIGNALS, STOPPED
 from tests.harness import jobs
-from tests.harness.jobs import metrics, overrides
+from tests.harness.jobs import overrides
+from tests.harness.runs import last_step, losses, until
 
 # Dropout draws random numbers, which a checkpoint has to give back.
 LONG = {
@@ -27,28 +26,6 @@ LONG = {
     "model__config__resid_pdrop": "0.1",
     "engine": "fsdp2",
 }
-
-
-@pytest.fixture
-def cwd(tmp_path: Path) -> Path:
-    jobs.write_text(tmp_path)
-    return tmp_path
-
-
-def steps(run: Path) -> int:
-    return max((row["step"] for row in read_metrics(run)), default=0)
-
-
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(run) if "loss" in row]
-
-
-def until(happened: Callable[[], bool], alive: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert alive(), "the run ended by itself"
-        assert time.monotonic() < deadline, f"nothing within {seconds} s"
-        time.sleep(0.01)
 
 
 def slowly(seconds: float) -> None:
@@ -73,13 +50,13 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: sign
     run = cwd / "runs" / "stopped"
     job = jobs.start(cwd, overrides(name="stopped", **changes), 2, slowly, 0.1)
     try:
-        until(lambda: steps(run) > 2, job.processes[1].is_alive)
+        until(lambda: last_step(run) > 2, job.processes[1].is_alive)
         os.kill(job.processes[1].pid or 0, number)
         ended = job.wait(30)
     finally:
         job.kill()
     assert [rank.code for rank in ended] == [STOPPED, STOPPED], [rank.err for rank in ended]
-    stopped = steps(run)
+    stopped = last_step(run)
     assert 2 < stopped < 50
     checkpoint = run / "checkpoints" / f"step_{stopped:08d}"
     line = f"distopt: stopped: by a signal, after step {stopped} of 60; train.resume=auto goes on: {checkpoint}"
@@ -92,13 +69,13 @@ def test_a_launch_that_is_asked_to_stop_goes_on_bit_for_bit(cwd: Path) -> None:
     """SIGTERM to `accelerate launch`, which hands it on: what a preempted job gets."""
     run = cwd / "runs" / "stopped"
     with jobs.launched(cwd, overrides(name="stopped", **{**LONG, "train__steps": "600"})) as (process, _, err):
-        until(lambda: steps(run) > 5, lambda: process.poll() is None)
+        until(lambda: last_step(run) > 5, lambda: process.poll() is None)
         process.terminate()
         assert process.wait(30) not in (0, None)
     (stopped,) = map(
         int, re.findall(r"^distopt: stopped: by a signal, after step (\d+) of 600;", err.read_text(), re.M)
     )
-    assert steps(run) == stopped
+    assert last_step(run) == stopped
     more = {**LONG, "train__steps": str(stopped + 5)}
     out = jobs.train(cwd, 2, name="stopped", train__resume="auto", **more)[0].out
     assert f"resuming after step {stopped} from" in out
