@@ -103,7 +103,7 @@ def save_in_mid_step() -> None:
 REFUSED: list[tuple[Callable[..., None], tuple[Any, ...], str]] = [
     (ask, (3,), r"zero_stage=3 was asked, Accelerate prepared DDP: .* silently drops"),
     (ask, (2,), r"zero_stage=2 was asked, Accelerate prepared DDP"),
-    (ask, (4,), r"zero must be None, 0, 1, 2 or 3, got 4"),
+    (ask, (4,), r"zero_stage must be None, 0, 1, 2 or 3, got 4"),
     (ask, (True,), r"got True"),
     (ask_fsdp2, (1, True), r"zero_stage=1 was asked, Accelerate prepared FSDP2 .* zero_stage=3"),
     (ask_fsdp2, (2, True), r"reshard_after_forward=True"),

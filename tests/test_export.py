@@ -181,7 +181,10 @@ def test_the_command(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_export_leaves_nothing_of_that_name(trained: Path, tmp_path: Path) -> None:
-    fatal = "import os, distopt.export as e, distopt.models.export as m; m.fitting_tokenizer = lambda _: os.kill(os.getpid(), 9); e.main()"
+    fatal = (
+        "import os, distopt.export as e, distopt.models.export as m; "
+        "m.fitting_tokenizer = lambda _: os.kill(os.getpid(), 9); e.main()"
+    )
     words = [sys.executable, "-c", fatal, str(trained / "runs" / "gpt2"), str(tmp_path / "out")]
     ended = subprocess.run(words, env={**os.environ, **jobs.ENVIRONMENT}, capture_output=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL

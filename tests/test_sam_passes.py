@@ -22,7 +22,7 @@ from tests.harness.distributed import run
 from tests.harness.optimizers import distance, initial
 from tests.harness.oracles import Grad, gradient_of
 from tests.harness.sam_problems import LR, RHO, SHAPES
-from tests.harness.sharded import mesh
+from tests.harness.sharded import mesh, reduce_scattered
 
 STEPS = 8
 
@@ -170,7 +170,7 @@ def routed_on(kind: str, world: int) -> dict[str, list[Tensor]]:
             model = DistributedDataParallel(model, find_unused_parameters=True)
         optimizer = optimizer_of(name, distopt, model.parameters())
         if kind.startswith("zero1"):
-            optimizer.bind(getattr(distopt.layout, kind)(model))
+            optimizer.bind((distopt.layout.zero1_layout if kind == "zero1" else reduce_scattered)(model))
         sam = MEMBERS[name][0](optimizer, RHO)
         sample = 0.5 if dist.get_rank() % 2 else -0.5
 
