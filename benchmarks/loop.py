@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import distopt
 from benchmarks import gpt
 from benchmarks.ranks import spawn
-from distopt.data.order import Sequences, TextData
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine import FSDP2
 from distopt.engine.train_step import update
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import distopt
-from distopt.data.order import Sequences, TextData
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine.train_step import next_token_loss
 from distopt.models.language_model import LanguageModel, blocks
 from distopt.sam.rounding import perturb_

@@ -17,7 +17,8 @@ import distopt
 from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes
 from benchmarks.ranks import spawn
-from distopt.data.order import Sequences, TextData
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine
 from distopt.engine.train_step import update
 

@@ -21,7 +21,8 @@ from benchmarks import gpt, peers
 from benchmarks.collectives import nbytes
 from benchmarks.memory import Peak
 from benchmarks.ranks import Team, TeamError
-from distopt.data.order import Sequences, TextData
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine import FSDP2, DeepSpeed, Engine, Zero1
 from distopt.engine.train_step import update
 

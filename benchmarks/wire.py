@@ -18,7 +18,8 @@ from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes, written
 from benchmarks.ranks import spawn
 from distopt import layout
-from distopt.data.order import Sequences, TextData
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine, Zero1
 from distopt.engine.train_step import update
 from distopt.models.language_model import blocks

@@ -69,7 +69,7 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     corpus = collective.one_after_another(data.build)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
-    held_out = data.held_out(corpus, **sizes, max_sequences=cfg.evaluation.max_sequences)
+    validation = data.validation_sequences(corpus, **sizes, max_sequences=cfg.evaluation.max_sequences)
 
     config = language_model.describe(corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
@@ -121,11 +121,13 @@ def train(cfg: DictConfig, ending: contextlib.ExitStack) -> float:
     monitor = Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log)
     ending.callback(monitor.close)  # an error would stand at the end of the progress bar
     resumed = f"resuming after step {step} from {checkpoint}" if checkpoint else None
-    for line in filter(None, [moved, *notes, *language_model.notes, *sequences.notes, *held_out.notes, resumed]):
+    for line in filter(None, [moved, *notes, *language_model.notes, *sequences.notes, *validation.notes, resumed]):
         monitor.say(line)
 
     def evaluate() -> float:
-        loss = accelerator.reduce(validation_loss(engine, model, held_out.batches(rank, world), device), "mean").item()
+        loss = accelerator.reduce(
+            validation_loss(engine, model, validation.batches(rank, world), device), "mean"
+        ).item()
         monitor.write({"validation_loss": loss, "bits_per_byte": loss / math.log(2) / corpus.bytes_per_token})
         return loss
 

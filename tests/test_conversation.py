@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "missing": ({"prompt": "a"}, r"has no field 'completion' \(found: prompt\)"),
     "a number": ({"prompt": 1, "completion": "b"}, "prompt must be text, got int 1"),
     "null": ({"prompt": "a", "completion": None}, "completion must be text, got NoneType None"),
-    "empty completion": ({"prompt": "a", "completion": ""}, "completion is empty, .* leave the line out"),
+    "empty completion": ({"prompt": "a", "completion": ""}, "completion is empty, .* remove the line"),
     "messages are text": ({"messages": "hi"}, "messages must be a list of messages, got 'hi'"),
     "no messages": ({"messages": []}, "messages must be a list"),
     "a message is text": ({"messages": ["hi"]}, r"messages\[0\] must be"),
@@ -187,7 +187,7 @@ def test_a_bad_line_is_named(folder: Path, tmp_path: Path, line: Any, expected: 
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "no template": ("plain", {"messages": list(CHAT)}, "has no chat template: set its chat_template and save it"),
     "no end": ("endless", GOOD, "has no token that ends a text: set its eos_token"),
-    "changing": ("changing", {"messages": TALK}, "renders a message otherwise when others follow it"),
+    "changing": ("changing", {"messages": TALK}, "renders a message differently when others follow it"),
     "refusing": ("strict", {"messages": list(CHAT)}, "refuses it: roles must alternate"),
 }
 
@@ -207,10 +207,10 @@ def test_arguments_are_checked(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     for arguments, expected in (
         ({}, "data.path is not set"),
-        ({"path": path}, "holds one example, of which none can be held out: give data.validation_path"),
+        ({"path": path}, "contains one example, which leaves none for validation: give data.validation_path"),
         ({"path": path, "validation_fraction": 1.0}, r"validation_fraction must be in \(0, 1\), got 1.0"),
         ({"path": path, "packing": "yes"}, "data.packing must be true or false, got 'yes'"),
-        ({"path": str(tmp_path / "empty.jsonl")}, "holds no example"),
+        ({"path": str(tmp_path / "empty.jsonl")}, "contains no example"),
         ({"path": str(tmp_path / "none.jsonl")}, "does not exist"),
     ):
         with pytest.raises(ValueError, match=expected):

@@ -20,7 +20,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from distopt.data import sources, token_cache
-from distopt.data.order import Corpus, Sequences, TextData, ValidationSequences
+from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.text_data import TextData
+from distopt.data.token_cache import Corpus
 
 CONF = Path(__file__).parent.parent / "conf" / "data"
 END = "<|end|>"
@@ -264,7 +266,8 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
     file, cache = tmp_path / "text.txt", tmp_path / "c"
     file.write_text("some words\n" * 600_000)
     program = (
-        "import resource, signal, sys\nfrom distopt.data.order import TextData\n"
+        "import resource, signal, sys\n"
+        "from distopt.data.text_data import TextData\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
@@ -315,7 +318,7 @@ def test_damaged_cache_is_refused(tmp_path: Path) -> None:
     data.build()
     (file,) = (tmp_path / "c").glob("*/train.bin")
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(ValueError, match=r"train\.bin does not hold the \d+ bytes it was given; delete its folder"):
+    with pytest.raises(ValueError, match=r"train\.bin does not have the \d+ bytes that were written; delete"):
         data.build()
 
 
@@ -430,14 +433,14 @@ def _folder(path: Path) -> Path:
 
 BAD_INPUT = [
     ("nowhere", lambda path: path, {}, r"does not exist; give path="),
-    ("empty file", _file(""), {}, r"holds no non-empty text file; give another path"),
-    ("folder without text", _folder, {}, r"holds no non-empty text file ending in \('\.txt', .*; give another path"),
+    ("empty file", _file(""), {}, r"contains no non-empty text file; give another path"),
+    ("folder without text", _folder, {}, r"contains no non-empty text file ending in \('\.txt', .*; give another path"),
     ("not UTF-8", _not_utf8, {}, r"source\.txt is not UTF-8 at byte 3; convert it"),
     ("not JSON", _jsonl('{"text": "a"}\n{"text": '), {}, r"source\.jsonl:2 is not UTF-8 JSON \("),
     ("no field", _jsonl('{"body": "a"}'), {}, r"source\.jsonl:1 has no text under 'text' \(found: body\); give field="),
     ("not text", _jsonl('{"text": 1}'), {}, r"source\.jsonl:1 has no text under 'text'"),
     ("no object", _jsonl("[1]"), {}, r"source\.jsonl:1 has no text under 'text' \(found: list\)"),
-    ("only empty text", _jsonl('{"text": ""}'), {}, r"holds no text; give another path"),
+    ("only empty text", _jsonl('{"text": ""}'), {}, r"contains no text; give another path"),
     ("no dataset", _folder, {"format": "datasets"}, r"is not a folder that datasets' save_to_disk wrote"),
     ("no tokenizer", _file("words"), {"tokenizer": "/no/such"}, r"tokenizer /no/such is not a folder with tokenizer"),
     ("other folder", _file("words"), {"tokenizer": str(CONF)}, r"data.tokenizer: .*conf/data has no tokenizer"),
@@ -506,7 +509,7 @@ def test_configs_hold_the_defaults() -> None:
 def test_import_is_cheap() -> None:
     """The job imports this before it knows which source it reads."""
     heavy = {"transformers", "datasets", "accelerate", "hydra"}
-    program = f"import sys, distopt.data; print(sorted({heavy} & set(sys.modules)))"
+    program = f"import sys, distopt.data.text_data; print(sorted({heavy} & set(sys.modules)))"
     root = str(Path(token_cache.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

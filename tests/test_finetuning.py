@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "data.tokenizer=null (bytes) is not the tokenizer of the model in base",
         "leave data.tokenizer out",
     ),
-    "data.ignore=messages": ("data.ignore must be names of fields, as [id, source], got 'messages'",),
+    "data.ignore=messages": ("data.ignore must be names of fields, such as [id, source], got 'messages'",),
     "model.config.num_hidden_layers=99": ("base has no weights for model.layers.2.", "the sizes of weights cannot"),
     "adapter=lora adapter.target_modules=[q_proj,vproj]": ("vproj is not found", "there are", "v_proj"),
     "adapter=lora adapter.target_modules=1": ("adapter.target_modules must be all-linear, null, or names",),

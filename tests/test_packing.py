@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import distopt
 from distopt.checkpoint import load_checkpoint, save_checkpoint
-from distopt.data.packing import IGNORED, Batch, Examples, HeldOut, Packed, best_fit
+from distopt.data.packing import IGNORED, Batch, Examples, PackedSequences, PackedValidationSequences, best_fit
 from distopt.engine import DDP, Engine
 from distopt.engine.train_step import update
 from distopt.job.contamination import check_no_cross_contamination
@@ -42,8 +42,8 @@ def examples(count: int = 60, seed: int = 0) -> Examples:
     return Examples(draw.integers(0, VOCABULARY, starts[-1]).astype(np.uint8), taught, starts)
 
 
-def packed(packing: bool = True, seed: int = 0, batch_size: int = SEQUENCES) -> Packed:
-    return Packed(examples(), sequence_length=LENGTH, batch_size=batch_size, seed=seed, packing=packing)
+def packed(packing: bool = True, seed: int = 0, batch_size: int = SEQUENCES) -> PackedSequences:
+    return PackedSequences(examples(), sequence_length=LENGTH, batch_size=batch_size, seed=seed, packing=packing)
 
 
 # Packing and order
@@ -88,7 +88,7 @@ def test_an_epoch_holds_each_example_once_with_the_next_tokens_as_labels() -> No
     assert sorted(seen) == sorted(cut(examples()))
     assert all(sequences.batch(step).inputs.shape[1] <= LENGTH for step in range(sequences.count))
     assert len(sequences.notes) == 2
-    assert "of 60 train examples are longer than 24 tokens: cut, and 1 of them" in sequences.notes[0]
+    assert "of 60 train examples to 24 tokens, and dropped 1 of them" in sequences.notes[0]
 
 
 def test_without_packing_a_sequence_is_one_example() -> None:
@@ -125,8 +125,8 @@ def test_the_order_is_a_pure_function_of_seed_and_step() -> None:
 def test_a_completion_beyond_every_sequence_is_refused() -> None:
     starts = np.arange(0, 121, 30)
     given = Examples(np.zeros(120, np.uint8), (np.arange(120) % 30 == 29).astype(np.uint8), starts)
-    with pytest.raises(ValueError, match=r"every completion of train lies beyond 24 tokens: .*sequence_length"):
-        Packed(given, sequence_length=24, batch_size=2)
+    with pytest.raises(ValueError, match=r"every completion of train starts beyond 24 tokens: .*sequence_length"):
+        PackedSequences(given, sequence_length=24, batch_size=2)
 
 
 # The mean over all targets
@@ -325,7 +325,7 @@ def test_an_adapter_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, base: 
 
 def evaluated(batch_size: int, max_sequences: int | None, packing: bool) -> float:
     engine, model = fresh("ddp", False, None)
-    held = HeldOut(
+    held = PackedValidationSequences(
         examples(), sequence_length=LENGTH, batch_size=batch_size, max_sequences=max_sequences, packing=packing
     )
     loss = validation_loss(engine, model, held.batches(dist.get_rank(), dist.get_world_size()), CPU)

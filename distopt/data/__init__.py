@@ -1,1 +1,1 @@
-"""From text and examples to batches of tokens, the same whatever the number of processes."""
+"""Data pipeline: text and fine-tuning examples become batches of tokens, identical at any number of processes."""

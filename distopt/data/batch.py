@@ -1,4 +1,4 @@
-"""A micro-batch, and its loss."""
+"""A micro-batch of sequences, and the next-token loss."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# How the loss of the outputs is computed where that depends on the pass (`SAM.loss`).
+# Computes the loss from the logits and a function of them, where the loss depends on the pass (`SAM.loss`).
 PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
-IGNORED = -100  # as a label: nothing is to be predicted there
+IGNORED = -100  # the label of a position without a target, as in `torch.nn.functional.cross_entropy`
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    r"""Sequences of examples, and their share of the loss of a step.
+    r"""A micro-batch of fine-tuning sequences, which computes its share of the loss of a step.
 
-        loss = sum over targets of -log p(token | those before it in its example) / (sequences * targets)
+        loss = sum over targets of -log p(target | preceding tokens of its example) / (sequences * targets)
 
-    With `targets`, the mean number of targets of a sequence over the whole global batch, the mean of this over
-    micro-batches and ranks of equal numbers of sequences, which is what accumulation and the engines take, is the mean
-    over all targets of the step, however unequal their numbers are. A mean in each micro-batch would give the tokens of
-    short completions more weight. Every rank knows the whole batch: nothing is communicated.
+    `targets` is the mean number of targets per sequence of the global batch. Gradient accumulation and the engines
+    average this loss over micro-batches and ranks, all of which have the same number of sequences, so that the result
+    is the mean over all targets of the step, however unevenly they are distributed. A mean within each micro-batch
+    would give more weight to the tokens of short completions. Every rank computes `targets` from the global batch
+    without communication.
 
-    inputs: tokens, shape [sequences, length].
-    labels: the token that follows each, or -100.
-    positions: of each token within its example, which keep attention within it; None where a sequence is one example.
+    Attributes:
+        inputs: Tokens, int64, shape [sequences, length].
+        labels: The token that follows each input, or -100 where it is no target; int64, shape [sequences, length].
+        positions: The position of each token within its example, int64, shape [sequences, length], by which attention
+            is restricted to the example; None if every sequence is a single example.
+        targets: The mean number of targets per sequence of the global batch.
     """
 
     inputs: Tensor
@@ -37,23 +41,32 @@ class Batch:
 
     @property
     def device(self) -> torch.device:
+        """The device of the tensors."""
         return self.inputs.device
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """Return a copy of the batch on another device."""
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.inputs.to(device), self.labels.to(device), positions, self.targets)
 
     def split(self, sequences: int) -> list[Batch]:
-        """Micro-batches of so many sequences."""
+        """Split the batch into micro-batches of `sequences` sequences each."""
         parts = self.inputs.split(sequences), self.labels.split(sequences)
         positions = [None] * len(parts[0]) if self.positions is None else self.positions.split(sequences)
         return [Batch(i, t, p, self.targets) for i, t, p in zip(*parts, positions)]
 
     def loss(self, model: nn.Module, pass_loss: PassLoss = None) -> Tensor:
-        """This micro-batch's share, in nats a target; see above. `pass_loss` as for `next_token_loss`."""
-        where = {} if self.positions is None else {"position_ids": self.positions}
-        logits = model(input_ids=self.inputs, **where).logits
+        """Compute this micro-batch's share of the loss, in nats per target (see the class).
+
+        Args:
+            model: A causal language model of transformers.
+            pass_loss: As for `next_token_loss`.
+
+        Returns:
+            A 0-D float32 tensor on the model's device.
+        """
+        options = {} if self.positions is None else {"position_ids": self.positions}
+        logits = model(input_ids=self.inputs, **options).logits
 
         def cross_entropy(logits: Tensor) -> Tensor:
             labels = self.labels.flatten()
@@ -64,9 +77,16 @@ class Batch:
 
 
 def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
-    """Mean cross-entropy, in nats a token, of each token of a batch [sequences, length + 1] given those before it.
+    """Compute the mean cross-entropy of every token given the preceding tokens, in nats per token.
 
-    A batch of examples has a loss of its own: `Batch`.
+    Args:
+        model: A causal language model of transformers.
+        batch: Tokens, int64, shape [sequences, length + 1]. A `Batch` computes its own loss.
+        pass_loss: Called with the logits and the function that computes the loss from them, where the loss depends on
+            the pass (`SAM.loss`); None for the cross-entropy itself.
+
+    Returns:
+        A 0-D float32 tensor on the model's device.
     """
     if not isinstance(batch, Tensor):
         return batch.loss(model, pass_loss)

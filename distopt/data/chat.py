@@ -1,199 +1,185 @@
-"""An example of fine-tuning: from a line of JSON to tokens, and which of them the model is to learn."""
+"""Tokenization of chat and completion examples: their tokens, and which of them are targets."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from distopt.data import tokenizers
-from distopt.data.sources import parsed
+from distopt.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FIELDS = "an example has either messages, or prompt and completion"
-
 
 class Segment(NamedTuple):
-    """A piece of an example's text, and whether the model is to learn to write it."""
+    """A segment of an example's text, and whether its tokens are targets."""
 
     text: str
     target: bool
 
 
-class Encoded(NamedTuple):
-    """An example as tokens, and which of them are targets (1) or given (0)."""
+class EncodedExample(NamedTuple):
+    """A tokenized example.
+
+    Attributes:
+        tokens: The tokens, uint32.
+        targets: 1 for targets, 0 for context; uint8, same shape.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
 
 
-def checked(line: bytes, where: str, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of an example; `ValueError`, with file and line, for any but those that it should have.
-
-    Either `prompt` and `completion`, which are text, or `messages`: a list of {"role": ..., "content": ...}, of which
-    one at least has the role assistant. Nothing that is to be learnt may be empty.
-    """
-    record = parsed(line, where)
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}, not an object: {_FIELDS}")
-    record = {name: value for name, value in record.items() if name not in ignore}
-    wanted = ("messages",) if "messages" in record else ("prompt", "completion")
-    _check_fields(record, wanted, where, _FIELDS + "; name others in data.ignore")
-    if "messages" not in record:
-        for name in wanted:
-            _check_text(record[name], name, where)
-        if not record["completion"]:
-            raise ValueError(f"{where}: completion is empty, so there is nothing to learn: leave the line out")
-        return record
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages must be a list of messages, got {messages!r:.60}")
-    for number, message in enumerate(messages):
-        name = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise ValueError(f'{where}: {name} must be {{"role": ..., "content": ...}}, got {message!r:.60}')
-        _check_fields(message, ("role", "content"), f"{where}: {name}", "a message has role and content")
-        for key in ("role", "content"):
-            _check_text(message[key], f"{name}.{key}", where)
-        if message["role"] == "assistant" and not message["content"]:
-            raise ValueError(f"{where}: {name}.content, of the assistant, is empty, so there is nothing to learn")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"{where}: no message has the role assistant, so there is nothing to learn")
-    return record
-
-
-def _check_fields(record: dict[str, Any], wanted: Sequence[str], where: str, rule: str) -> None:
-    if unknown := [name for name in record if name not in wanted]:
-        raise ValueError(f"{where} has an unknown field {unknown[0]!r}: {rule}")
-    if missing := [name for name in wanted if name not in record]:
-        found = ", ".join(record) or "none"
-        raise ValueError(f"{where} has no field {missing[0]!r} (found: {found}): {rule}")
-
-
-def _check_text(value: Any, name: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} must be text, got {type(value).__name__} {value!r:.40}")
-
-
 class Encoder:
-    """Tokens of examples, as they are when the model writes: what it is given is tokenized without what follows.
+    """Tokenizes examples as in generation, where the context is tokenized without the completion.
 
-    `prompt` and `completion` stand side by side as they are, after the token that the tokenizer begins with, if it has
-    one, and before the one that ends a text, which is a target too. `messages` are rendered by the tokenizer's chat
-    template; targets are what the template marks by `{% generation %}`, or else what it adds to the conversation so
-    far, prompted for an answer, when the assistant's message is appended: the message and what ends it.
+    `prompt` and `completion` are concatenated without a separator, preceded by the tokenizer's beginning-of-sequence
+    token, if it has one, and followed by its end-of-sequence token, which is a target. `messages` are rendered by the
+    chat template of the tokenizer. Their targets are the spans that the template marks by `{% generation %}`, or else
+    the text by which the rendered conversation grows, after the generation prompt, when a message of the assistant is
+    appended: the message and the tokens that end it.
 
-    folder: of a Hugging Face tokenizer; None is bytes.
-    Raises ValueError for a tokenizer without a token that ends a text.
+    Args:
+        folder: A Hugging Face tokenizer folder; None for bytes.
+
+    Attributes:
+        folder: The argument.
+        size: The vocabulary size.
+        begin: The tokens before a prompt.
+        end: The tokens after a completion.
+        tokenizer: The tokenizer of transformers.
+
+    Raises:
+        ValueError: The tokenizer cannot be loaded, or has no end-of-sequence token.
     """
 
     def __init__(self, folder: str | None) -> None:
-        words = tokenizers.load(folder)
-        self.folder, self.name, self.size = folder, folder or "of bytes", words.size
-        self.end = list(words.separator)
+        vocabulary = tokenizers.load(folder)
+        self.folder, self.size = folder, vocabulary.size
+        self._name = folder or "of bytes"
+        self.end = list(vocabulary.separator)
         if not self.end:
             raise ValueError(f"tokenizer {folder} has no token that ends a text: set its eos_token and save it")
-        self.tokenizer: PreTrainedTokenizerBase = words.pretrained()
+        self.tokenizer: PreTrainedTokenizerBase = vocabulary.pretrained()
         tokenizer = self.tokenizer
         begin = tokenizer("a", verbose=False)["input_ids"][:1]
         self.begin: list[int] = begin if begin and begin[0] in tokenizer.all_special_ids else []
         template = tokenizer.chat_template
-        texts = template.values() if isinstance(template, dict) else [template or ""]
-        self._marked = any(re.search(r"\{%-?\s*generation\s*-?%\}", text) for text in texts)
+        templates = template.values() if isinstance(template, dict) else [template or ""]
+        self._marks_targets = any(re.search(r"\{%-?\s*generation\s*-?%\}", text) for text in templates)
 
-    def encode(self, records: Sequence[dict[str, Any]], wheres: Sequence[str]) -> list[Encoded]:
-        """Each example's tokens; the texts of all of them are tokenized together, in parallel."""
-        marked = [self._marked and "messages" in record for record in records]
-        segments = [[] if m else self.segments(r, w) for r, w, m in zip(records, wheres, marked)]
-        texts = [text for example in segments for text in _prefixes(example)]
-        prefixes = iter(self._tokens(texts))
+    def encode(self, examples: Sequence[Example], wheres: Sequence[str]) -> list[EncodedExample]:
+        """Tokenize examples; the texts of all of them are tokenized together, in parallel.
+
+        Args:
+            examples: Examples as `parse_example` returns them.
+            wheres: The file and line number of each, for error messages.
+
+        Raises:
+            ValueError: An example cannot be rendered or has no targets.
+        """
+        marked = [self._marks_targets and "messages" in example for example in examples]
+        segments = [[] if m else self._segments(e, w) for e, w, m in zip(examples, wheres, marked)]
+        prefixes = iter(self._tokens([text for each in segments for text in _prefixes(each)]))
         encoded = []
-        for record, where, pieces, by_template in zip(records, wheres, segments, marked):
+        for example, where, own, by_template in zip(examples, wheres, segments, marked):
             if by_template:
-                tokens, targets = self._by_template(record, where)
+                tokens, targets = self._encode_by_template(example, where)
             else:
-                tokens, targets = self._joined(pieces, [next(prefixes) for _ in pieces])
-            if "messages" not in record:
+                tokens, targets = self._join(own, [next(prefixes) for _ in own])
+            if "messages" not in example:
                 tokens = [*self.begin, *tokens, *self.end]
                 targets = [*[0] * len(self.begin), *targets, *[1] * len(self.end)]
             flags = np.asarray(targets, dtype=np.uint8)
-            flags[:1] = 0  # nothing comes before the first token, of which it could be predicted
+            flags[:1] = 0  # the first token has no context from which it could be predicted
             if not flags.any():
-                raise ValueError(f"{where} has no token that could be learnt: leave it out")
-            encoded.append(Encoded(np.asarray(tokens, dtype=np.uint32), flags))
+                raise ValueError(f"{where} has no token that could be learnt: remove the line")
+            encoded.append(EncodedExample(np.asarray(tokens, dtype=np.uint32), flags))
         return encoded
 
-    def segments(self, record: dict[str, Any], where: str) -> list[Segment]:
-        """The pieces of an example's text."""
-        if "messages" not in record:
-            return [Segment(record["prompt"], False), Segment(record["completion"], True)]
-        messages, pieces, done = record["messages"], [], ""
+    def prompt(self, text: str) -> list[int]:
+        """Return the tokens of a prompt: of a user's message if there is a chat template, else of the text itself."""
+        if self.tokenizer.chat_template:
+            message = {"role": "user", "content": text}
+            return self._tokens([self._render([message], "the prompt", add_generation_prompt=True)])[0]
+        return [*self.begin, *self._tokens([text])[0]]
+
+    def _segments(self, example: Example, where: str) -> list[Segment]:
+        """Split the text of an example into context and targets."""
+        if "messages" not in example:
+            return [Segment(example["prompt"], False), Segment(example["completion"], True)]
+        messages, segments, done = example["messages"], [], ""
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 for text, target in (
-                    (self.rendered(messages[:i], where, prompted=True), False),
-                    (self.rendered(messages[: i + 1], where), True),
+                    (self._render(messages[:i], where, add_generation_prompt=True), False),
+                    (self._render(messages[: i + 1], where), True),
                 ):
                     if not text.startswith(done) or (target and len(text) == len(done)):
                         raise ValueError(
-                            f"{where}: the chat template of {self.name} renders a message otherwise when others "
-                            "follow it, so that targets cannot be told: mark them in the template by {% generation %}"
+                            f"{where}: the chat template of {self._name} renders a message differently when others "
+                            "follow it, so that targets cannot be located: mark them in the template by "
+                            "{% generation %}"
                         )
-                    pieces.append(Segment(text[len(done) :], target))
+                    segments.append(Segment(text[len(done) :], target))
                     done = text
-        return pieces
+        return segments
 
-    def prompt(self, text: str) -> list[int]:
-        """Tokens that the model is given to answer `text`: as a user's message, if there is a chat template."""
-        if self.tokenizer.chat_template:
-            message = {"role": "user", "content": text}
-            return self._tokens([self.rendered([message], "the prompt", prompted=True)])[0]
-        return [*self.begin, *self._tokens([text])[0]]
-
-    def rendered(self, messages: Sequence[dict[str, str]], where: str, prompted: bool = False) -> str:
-        """A conversation as text; prompted: up to where the assistant goes on."""
+    def _render(self, messages: Sequence[dict[str, str]], where: str, add_generation_prompt: bool = False) -> str:
+        """Render a conversation by the chat template."""
         from jinja2.exceptions import TemplateError
 
         if not self.tokenizer.chat_template:
             raise ValueError(
-                f"{where} has messages, and tokenizer {self.name} has no chat template: set its chat_template and "
+                f"{where} has messages, and tokenizer {self._name} has no chat template: set its chat_template and "
                 "save it, take the tokenizer of an instruct model, or give prompt and completion"
             )
-        if not messages:  # many templates look at the first one
+        if not messages:  # many templates read the first message
             return ""
         try:
             return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompted)
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
         except TemplateError as error:
-            raise ValueError(f"{where}: the chat template of {self.name} refuses it: {error}") from None
+            raise ValueError(f"{where}: the chat template of {self._name} refuses it: {error}") from None
 
-    def _by_template(self, record: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
-        self.rendered(record["messages"], where)
+    def _encode_by_template(self, example: Example, where: str) -> tuple[list[int], list[int]]:
+        """Return the tokens and targets of a conversation by the marks of its chat template."""
+        self._render(example["messages"], where)
         out: Any = self.tokenizer.apply_chat_template(
-            record["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            example["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return out["input_ids"], out["assistant_masks"]
 
-    def _joined(self, pieces: list[Segment], prefixes: list[list[int]]) -> tuple[list[int], list[int]]:
-        """Tokens of the pieces together, if cutting the text between two pieces cuts no token; else of each alone."""
-        whole = prefixes[-1]
-        if any(whole[: len(tokens)] != tokens for tokens in prefixes):
-            parts = self._tokens([piece.text for piece in pieces])
+    def _join(self, segments: list[Segment], prefixes: list[list[int]]) -> tuple[list[int], list[int]]:
+        """Return the tokens and targets of segments.
+
+        The text is tokenized as one if every boundary of segments is a boundary of tokens, else segment by segment.
+
+        Args:
+            segments: The segments.
+            prefixes: The tokens of the text up to the end of each segment.
+        """
+        tokens = prefixes[-1]
+        if any(tokens[: len(prefix)] != prefix for prefix in prefixes):
+            parts = self._tokens([segment.text for segment in segments])
         else:
-            ends = [len(tokens) for tokens in prefixes]
-            parts = [whole[start:end] for start, end in zip([0, *ends], ends)]
-        targets = [int(piece.target) for piece, part in zip(pieces, parts) for _ in part]
+            ends = [len(prefix) for prefix in prefixes]
+            parts = [tokens[start:end] for start, end in zip([0, *ends], ends)]
+        targets = [int(segment.target) for segment, part in zip(segments, parts) for _ in part]
         return [token for part in parts for token in part], targets
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenize texts without added special tokens."""
         if not texts:
             return []
-        # JSON can escape half a surrogate pair, which no tokenizer takes: it becomes a question mark.
+        # JSON may escape a lone surrogate, which no tokenizer accepts: it becomes a question mark.
         texts = [text.encode(errors="replace").decode() for text in texts]
         rows: list[list[int]] = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -201,10 +187,10 @@ class Encoder:
         return rows
 
 
-def _prefixes(pieces: Sequence[Segment]) -> list[str]:
-    """The text up to the end of each piece."""
+def _prefixes(segments: Sequence[Segment]) -> list[str]:
+    """Return the text up to the end of each segment."""
     texts, text = [], ""
-    for piece in pieces:
-        text += piece.text
+    for segment in segments:
+        text += segment.text
         texts.append(text)
     return texts

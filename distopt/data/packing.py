@@ -1,4 +1,4 @@
-"""Examples side by side in sequences of one length, and the loss on what they teach alone."""
+"""Packing: fine-tuning examples share sequences of a fixed length, with the loss on their completions only."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from distopt.data.order import Order
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Tokens of many examples end to end, and which of them are targets: those of completions.
+    """Tokenized examples, concatenated.
 
-    starts: of each example, and the end of the last; int64, shape [examples + 1].
+    Attributes:
+        tokens: The tokens of all examples, a 1-D array of unsigned integers.
+        targets: 1 for tokens of completions, on which the loss is computed, else 0; uint8, same shape.
+        starts: The offset of each example and the end of the last one; int64, shape [examples + 1].
     """
 
     tokens: np.ndarray
@@ -28,15 +31,26 @@ class Examples:
         return len(self.starts) - 1
 
 
-class Packed(Order):
-    """Training sequences of whole examples, in the order of `Order`.
+class PackedSequences(Order):
+    """Training sequences of examples, in the order of `Order`.
 
-    Which examples share a sequence is decided once, by best fit (each, longest first, goes where it leaves the least
-    room), and depends on their lengths alone; `packing=False` gives each a sequence of its own. An example of n tokens
-    takes n - 1 places, since its last token is only a target. One that is longer is cut at its end, and left out if no
-    target is left. Batches are as long as their longest sequence.
+    The packing is computed once, by best-fit decreasing (the longest example first, each into the sequence with the
+    least remaining space), and depends on the lengths of the examples only. An example of n tokens takes n - 1
+    positions, since its last token is only a target. Longer examples are truncated, and dropped if no target is left.
+    A batch is as long as its longest sequence.
 
-    notes: what happened to examples that are too long, and how full the sequences are, one line each.
+    Args:
+        examples: The tokenized examples.
+        sequence_length: The maximum number of inputs of a sequence.
+        batch_size: The number of sequences of a global batch, B.
+        seed: The seed of the order, >= 0.
+        packing: False gives every example a sequence of its own.
+
+    Attributes:
+        notes: How many examples were truncated or dropped, and how full the sequences are, one line each.
+
+    Raises:
+        ValueError: An argument is out of bounds, or every example was dropped.
     """
 
     def __init__(
@@ -47,16 +61,29 @@ class Packed(Order):
         self.notes = self._bins.notes
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The rank-th of `world` contiguous blocks of the global batch of `step`, of B / world sequences."""
+        """Return block `rank` of the `world` contiguous blocks of the global batch of `step`: B / world sequences."""
         rows = self.rows(step)
         return self._bins.batch(np.split(rows, world)[rank], float(self._bins.targets[rows].mean()))
 
 
-class HeldOut:
-    """A fixed set of whole global batches, the same at any world size; the last one is filled up with empty sequences.
+class PackedValidationSequences:
+    """A fixed set of full global batches of examples, identical at any world size; empty sequences pad the last batch.
 
-    The mean of the batches' losses over all of them and all ranks is the mean over all targets. Of more than
-    `max_sequences` sequences (None: all) so many are taken, spread evenly. `len()` is the number of batches.
+    The mean of the losses over all batches and ranks is the mean over all targets. `len()` is the number of batches.
+
+    Args:
+        examples: The tokenized examples.
+        sequence_length: The maximum number of inputs of a sequence.
+        batch_size: The number of sequences of a global batch.
+        max_sequences: The maximum number of sequences, selected evenly; None for all.
+        packing: False gives every example a sequence of its own.
+
+    Attributes:
+        sequences: The number of sequences, padding included.
+        notes: As for `PackedSequences`.
+
+    Raises:
+        ValueError: An argument is out of bounds, or every example was dropped.
     """
 
     def __init__(
@@ -80,39 +107,46 @@ class HeldOut:
         return len(self._rows)
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield the rank-th of `world` contiguous blocks of every batch."""
+        """Yield block `rank` of the `world` contiguous blocks of every batch."""
         for rows in self._rows:
             yield self._bins.batch(np.split(rows, world)[rank], self._targets)
 
 
 class _Bins:
-    """Which examples each sequence holds."""
+    """The assignment of examples to sequences.
+
+    Attributes:
+        members: The indices of the examples of each sequence.
+        targets: The number of targets of each sequence, int64.
+        lengths: The number of positions that each example takes, int64.
+        notes: As for `PackedSequences`.
+    """
 
     def __init__(self, examples: Examples, length: int, batch_size: int, packing: bool, split: str) -> None:
         if length < 1 or batch_size < 1:
             raise ValueError(f"sequence_length and batch_size must be >= 1, got {length} and {batch_size}")
         self.examples, self.packing = examples, packing
-        whole = np.diff(examples.starts)
-        self.lengths = np.minimum(whole - 1, length)
-        taught = np.add.reduceat(examples.targets, examples.starts[:-1], dtype=np.int64)
-        too_long = np.flatnonzero(whole - 1 > length)
+        full_lengths = np.diff(examples.starts)
+        self.lengths = np.minimum(full_lengths - 1, length)
+        targets = np.add.reduceat(examples.targets, examples.starts[:-1], dtype=np.int64)
+        too_long = np.flatnonzero(full_lengths - 1 > length)
         for i in too_long:
-            taught[i] = examples.targets[examples.starts[i] : examples.starts[i] + length + 1].sum()
-        kept = np.flatnonzero(taught)
-        self.notes = []
+            targets[i] = examples.targets[examples.starts[i] : examples.starts[i] + length + 1].sum()
+        kept = np.flatnonzero(targets)
+        self.notes: list[str] = []
         if len(too_long):
-            lost = len(too_long) - np.isin(too_long, kept).sum()
+            dropped = len(too_long) - np.isin(too_long, kept).sum()
             self.notes.append(
-                f"{len(too_long):,} of {len(examples):,} {split} examples are longer than {length} tokens: cut"
-                + (f", and {lost:,} of them, whose completion lies beyond, left out" if lost else "")
+                f"truncated {len(too_long):,} of {len(examples):,} {split} examples to {length} tokens"
+                + (f", and dropped {dropped:,} of them, whose completion starts later" if dropped else "")
             )
         if not len(kept):
             raise ValueError(
-                f"every completion of {split} lies beyond {length} tokens: give a longer train.sequence_length"
+                f"every completion of {split} starts beyond {length} tokens: give a longer train.sequence_length"
             )
         packed = best_fit(self.lengths[kept], length) if packing else np.arange(len(kept))[:, None].tolist()
         self.members = [kept[bin] for bin in packed]
-        self.targets = np.array([taught[bin].sum() for bin in self.members])
+        self.targets = np.array([targets[bin].sum() for bin in self.members])
         if packing:
             full = self.lengths[kept].sum() / (len(self.members) * length)
             self.notes.append(
@@ -123,47 +157,55 @@ class _Bins:
         return len(self.members)
 
     def batch(self, rows: np.ndarray, targets: float) -> Batch:
-        """The sequences of these numbers; -1 is an empty one."""
-        held = [self.members[row] if row >= 0 else [] for row in rows]
-        length = max([1, *(int(self.lengths[bin].sum()) for bin in held if len(bin))])
+        """Return the sequences at the indices `rows`, where -1 is an empty sequence, as a batch with `targets`."""
+        members = [self.members[row] if row >= 0 else [] for row in rows]
+        length = max([1, *(int(self.lengths[bin].sum()) for bin in members if len(bin))])
         inputs = np.zeros((len(rows), length), dtype=np.int64)
         labels = np.full_like(inputs, IGNORED)
         positions = np.zeros_like(inputs)
-        for row, bin in enumerate(held):
-            at = 0
+        for row, bin in enumerate(members):
+            offset = 0
             for i in bin:
                 start, size = self.examples.starts[i], self.lengths[i]
                 tokens = self.examples.tokens[start : start + size + 1].astype(np.int64)
-                taught = self.examples.targets[start + 1 : start + size + 1].astype(bool)
-                inputs[row, at : at + size] = tokens[:-1]
-                labels[row, at : at + size] = np.where(taught, tokens[1:], IGNORED)
-                positions[row, at : at + size] = np.arange(size)
-                at += size
-            positions[row, at:] = np.arange(length - at)  # what fills up is an example of its own
-        where = torch.from_numpy(positions) if self.packing else None
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), where, targets)
+                is_target = self.examples.targets[start + 1 : start + size + 1].astype(bool)
+                inputs[row, offset : offset + size] = tokens[:-1]
+                labels[row, offset : offset + size] = np.where(is_target, tokens[1:], IGNORED)
+                positions[row, offset : offset + size] = np.arange(size)
+                offset += size
+            positions[row, offset:] = np.arange(length - offset)  # so that padding is an example of its own
+        packed_positions = torch.from_numpy(positions) if self.packing else None
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), packed_positions, targets)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing: for each bin the numbers of its items; no length may be above the capacity."""
+    """Pack items into bins by best-fit decreasing.
+
+    Args:
+        lengths: The lengths of the items, integers of at most `capacity`.
+        capacity: The capacity of every bin.
+
+    Returns:
+        The indices of the items of each bin.
+    """
     bins: list[list[int]] = []
-    open_bins: dict[int, list[int]] = {}  # by the room they have left
-    rooms: list[int] = []  # of these, in order
+    open_bins: dict[int, list[int]] = {}  # the indices of bins by their remaining space
+    spaces: list[int] = []  # the keys of open_bins, sorted
     for i in np.argsort(-lengths, kind="stable").tolist():
         size = int(lengths[i])
-        at = bisect.bisect_left(rooms, size)
-        if at < len(rooms):
-            room = rooms[at]
-            number = open_bins[room].pop()
-            if not open_bins[room]:
-                del open_bins[room], rooms[at]
+        position = bisect.bisect_left(spaces, size)
+        if position < len(spaces):
+            space = spaces[position]
+            index = open_bins[space].pop()
+            if not open_bins[space]:
+                del open_bins[space], spaces[position]
         else:
-            room, number = capacity, len(bins)
+            space, index = capacity, len(bins)
             bins.append([])
-        bins[number].append(i)
-        rest = room - size
-        if rest and rest not in open_bins:
-            bisect.insort(rooms, rest)
-        if rest:
-            open_bins.setdefault(rest, []).append(number)
+        bins[index].append(i)
+        remaining = space - size
+        if remaining and remaining not in open_bins:
+            bisect.insort(spaces, remaining)
+        if remaining:
+            open_bins.setdefault(remaining, []).append(index)
     return bins

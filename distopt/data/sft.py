@@ -1,4 +1,4 @@
-"""Examples to fine-tune on: found, checked, split into train and validation, tokenized once and cached."""
+"""A fine-tuning dataset: configuration, checks, and the cached corpus of its tokenized examples."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ import numpy as np
 import torch
 
 from distopt.data import tokenizers
-from distopt.data.chat import Encoder, checked
-from distopt.data.order import cache, check_text
-from distopt.data.packing import Examples, HeldOut, Packed
+from distopt.data.chat import EncodedExample, Encoder
+from distopt.data.examples import parse_example
+from distopt.data.packing import Examples, PackedSequences, PackedValidationSequences
 from distopt.data.sources import Line, Source
-from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, mapped
+from distopt.data.text_data import cache_folder, check_text
+from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, map_file
 
-VERSION = 1  # of the cache: raise it when the same lines would give other tokens
+VERSION = 1  # of the cache: increment it when the same lines would give different tokens
 _BATCH = 512  # examples tokenized in one call
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionData:
-    """Conversations, or prompts and completions, to fine-tune a causal language model on: the loss is on completions.
+    """Conversations, or prompts and completions, to fine-tune a causal language model on, with the loss on completions.
 
     Args:
-        path: a JSONL file, or a folder of them (recursive). Each line is an example: {"messages": [{"role": ...,
-            "content": ...}, ...]}, whose targets are the assistant's turns, or {"prompt": ..., "completion": ...}.
-        validation_path: the same, to evaluate on; None takes some of the examples of `path`.
-        validation_fraction: in (0, 1): the share of the examples that is held out; at least one is.
-        tokenizer: the model's own Hugging Face tokenizer folder; None is bytes, 256 tokens, with which distopt.train
-            trains without a tokenizer.
-        packing: put several examples into a sequence, each of which sees itself alone; a model that cannot keep them
-            apart is refused. False gives each example a sequence of its own.
-        ignore: fields of the lines that are not looked at; others that do not belong there are refused.
-        cache_dir: None is `$XDG_CACHE_HOME/distopt`, or `~/.cache/distopt`; what it holds may be deleted between runs
+        path: A JSONL file, or a folder of them (searched recursively). Each line is an example: {"messages": [{"role":
+            ..., "content": ...}, ...]}, whose targets are the turns of the assistant, or {"prompt": ..., "completion":
+            ...}.
+        validation_path: Validation examples, alike; None to use a fraction of the examples of `path`.
+        validation_fraction: The fraction of the examples used for validation, in (0, 1); at least one example is.
+        tokenizer: The Hugging Face tokenizer folder of the model; None for bytes, 256 tokens, as in training without a
+            tokenizer.
+        packing: Pack several examples into a sequence without attention between them; models that cannot separate them
+            are refused. False gives every example a sequence of its own.
+        ignore: Fields of the lines to ignore; other unknown fields are refused.
+        cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
+            or `~/.cache/distopt`.
     """
 
     path: str | None = None
@@ -50,34 +53,43 @@ class CompletionData:
     cache_dir: str | None = None
 
     def check(self) -> None:
-        """Raise `ValueError` on what is wrong and cheap to see: arguments, paths, the first example."""
+        """Check the arguments, the paths and the first example, which is cheap.
+
+        Raises:
+            ValueError: One of them is invalid.
+        """
         self._open()
 
     def build(self) -> CompletionCorpus:
-        """Open the tokens, after making them if the cache has none; `ValueError`, with file and line, for a bad one.
+        """Open the corpus, tokenizing the examples first if they are not in the cache.
 
-        Safe on several ranks at once, but then each may do the work: let one go first.
+        Several ranks may call this at once, but each of them may then tokenize the examples: let one rank finish first.
+
+        Raises:
+            ValueError: An argument or an example is invalid; names the file and line of the latter.
         """
         sources, encoder, key = self._open()
-        folder = cache(self.cache_dir) / f"{sources[0].root.stem}-{key}"
+        folder = cache_folder(self.cache_dir) / f"{sources[0].root.stem}-{key}"
         if not folder.is_dir():
-            with atomic_directory(folder) as aside:
-                self._write(aside, sources, encoder)
+            with atomic_directory(folder) as building:
+                self._write(building, sources, encoder)
         corpus = CompletionCorpus.read(folder, encoder)
-        # Of the batches, not only of the tokens: a run does not go on with other ones.
+        # The digest identifies the batches, since a run must not resume with others.
         return corpus if self.packing else replace(corpus, digest=f"{corpus.digest} unpacked")
 
-    def sequences(self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Packed:
-        """What is trained on."""
-        return Packed(
+    def sequences(
+        self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, seed: int = 0
+    ) -> PackedSequences:
+        """Return the training sequences of a corpus."""
+        return PackedSequences(
             corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=self.packing
         )
 
-    def held_out(
+    def validation_sequences(
         self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
-    ) -> HeldOut:
-        """What is evaluated on."""
-        return HeldOut(
+    ) -> PackedValidationSequences:
+        """Return the validation sequences of a corpus."""
+        return PackedValidationSequences(
             corpus.validation,
             sequence_length=sequence_length,
             batch_size=batch_size,
@@ -86,7 +98,7 @@ class CompletionData:
         )
 
     def _open(self) -> tuple[list[Source], Encoder, str]:
-        """The checked sources, how to encode them, and a key that hashes all that determines the tokens."""
+        """Return the checked sources, their encoder, and a hash of everything that determines the tokens."""
         if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.05 is usual")
         if not isinstance(self.packing, bool):
@@ -95,9 +107,9 @@ class CompletionData:
             raise ValueError("data.path is not set: give data.path=<a JSONL file, or a folder of them>")
         check_text("tokenizer", self.tokenizer, null=True)
         check_text("cache_dir", self.cache_dir, null=True)
-        listed = isinstance(self.ignore, Sequence) and not isinstance(self.ignore, str)
-        if not listed or not all(isinstance(name, str) for name in self.ignore):
-            raise ValueError(f"data.ignore must be names of fields, as [id, source], got {self.ignore!r}")
+        is_list = isinstance(self.ignore, Sequence) and not isinstance(self.ignore, str)
+        if not is_list or not all(isinstance(name, str) for name in self.ignore):
+            raise ValueError(f"data.ignore must be names of fields, such as [id, source], got {self.ignore!r}")
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         digest = tokenizers.digest(tokenizer)
         encoder = Encoder(tokenizer)
@@ -106,38 +118,40 @@ class CompletionData:
         for source in sources:
             first = next(source.lines(), None)
             if first is None:
-                raise ValueError(f"{source} holds no example; give another path")
-            self._encoded(encoder, [first])
+                raise ValueError(f"{source} contains no example; give another path")
+            self._encode(encoder, [first])
         prints = " ".join(source.fingerprint() for source in sources)
         key = f"completions {VERSION} {prints} {digest} {self.validation_fraction!r} {sorted(self.ignore)}"
         return sources, encoder, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
 
-    def _encoded(self, encoder: Encoder, lines: Sequence[Line]) -> list[Any]:
+    def _encode(self, encoder: Encoder, lines: Sequence[Line]) -> list[EncodedExample]:
         wheres = [line.where for line in lines]
-        return encoder.encode([checked(line.content, line.where, self.ignore) for line in lines], wheres)
+        return encoder.encode([parse_example(line.content, line.where, self.ignore) for line in lines], wheres)
 
     def _write(self, folder: Path, sources: Sequence[Source], encoder: Encoder) -> None:
+        """Write the files of both splits and meta.json into `folder`."""
         from tqdm import tqdm
 
-        sides = _sides(sources, self.validation_fraction)
+        split_keys = _split_keys(sources, self.validation_fraction)
         dtype = np.min_scalar_type(encoder.size - 1)
         meta: dict[str, Any] = {"source": str(sources[0]), "vocab_size": encoder.size, "dtype": dtype.name}
-        bar = tqdm(desc=f"tokenizing {sources[0].root}", total=sum(map(len, sides)), unit="example", delay=2)
-        for split, source, side in zip(SPLITS, [sources[0], sources[-1]], sides):
+        bar = tqdm(desc=f"tokenizing {sources[0].root}", total=sum(map(len, split_keys)), unit="example", delay=2)
+        for split, source, keys in zip(SPLITS, [sources[0], sources[-1]], split_keys):
             starts, digest = [0], hashlib.blake2b(digest_size=16)
             size = 0
             with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.targets", "wb") as targets:
-                for lines in _batches(line for line in source.lines() if line.key in side):
-                    for example in self._encoded(encoder, lines):
+                for lines in _batches(line for line in source.lines() if line.key in keys):
+                    for example in self._encode(encoder, lines):
                         data = example.tokens.astype(dtype).tobytes(), example.targets.tobytes()
                         for file, part in zip((tokens, targets), data):
                             file.write(part)
                             digest.update(part)
                         starts.append(starts[-1] + len(example.tokens))
                         if split == "validation":
-                            taught = example.tokens[example.targets > 0]
-                            size += len(str(encoder.tokenizer.decode(taught, skip_special_tokens=True)).encode())
-                            size += int(np.isin(taught, encoder.tokenizer.all_special_ids).sum())
+                            target_tokens = example.tokens[example.targets > 0]
+                            text = str(encoder.tokenizer.decode(target_tokens, skip_special_tokens=True))
+                            size += len(text.encode())
+                            size += int(np.isin(target_tokens, encoder.tokenizer.all_special_ids).sum())
                     bar.update(len(lines))
             np.save(folder / f"{split}.starts.npy", np.asarray(starts, dtype=np.int64))
             meta[split] = {"tokens": starts[-1], "bytes": size, "digest": digest.hexdigest()}
@@ -146,6 +160,7 @@ class CompletionData:
 
 
 def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    """Group lines into batches of `_BATCH`."""
     batch: list[Line] = []
     for line in lines:
         batch.append(line)
@@ -156,42 +171,51 @@ def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
         yield batch
 
 
-def _sides(sources: Sequence[Source], fraction: float) -> tuple[set[str], set[str]]:
-    """The keys of the examples of train and of validation.
+def _split_keys(sources: Sequence[Source], fraction: float) -> tuple[set[str], set[str]]:
+    """Return the keys of the train and the validation examples.
 
-    An example goes to validation when the hash of its key falls under `fraction`; where that leaves one side empty, the
-    last ones do instead. Raises ValueError if there are not enough.
+    An example belongs to validation if the hash of its key is below `fraction`. If a split is empty by this rule, the
+    last examples become the validation set instead.
+
+    Raises:
+        ValueError: There are too few examples for two splits.
     """
     keys = [line.key for line in sources[0].lines()]
     if len(sources) == 2:
         return set(keys), {line.key for line in sources[1].lines()}
     if len(keys) < 2:
-        raise ValueError(f"{sources[0]} holds one example, of which none can be held out: give data.validation_path")
-    held = {key for key in keys if in_validation(key, fraction)}
-    if len(held) in (0, len(keys)):
-        held = set(keys[-min(max(1, round(len(keys) * fraction)), len(keys) - 1) :])
-    return set(keys) - held, held
+        raise ValueError(
+            f"{sources[0]} contains one example, which leaves none for validation: give data.validation_path"
+        )
+    validation = {key for key in keys if in_validation(key, fraction)}
+    if len(validation) in (0, len(keys)):
+        validation = set(keys[-min(max(1, round(len(keys) * fraction)), len(keys) - 1) :])
+    return set(keys) - validation, validation
 
 
 @dataclass(frozen=True, eq=False)
 class CompletionCorpus(Corpus):
-    """The examples of the two splits, memory-mapped, and what is needed to read them.
+    """The memory-mapped examples of both splits, with their encoder.
 
-    `bytes_per_token` is of the targets of the validation examples, where a special token counts as one byte.
+    Attributes:
+        train: The training examples.
+        validation: The validation examples.
+        bytes_per_token: The mean size of a target of the validation examples, where a special token counts as one byte.
+        encoder: The tokenizer and chat template of the examples.
     """
 
-    train: Any  # Examples
-    validation: Any
+    train: Examples  # type: ignore[assignment]  # in place of the base class's stream of tokens
+    validation: Examples  # type: ignore[assignment]
     encoder: Encoder = field(kw_only=True)
 
     @classmethod
     def read(cls, folder: Path, encoder: Encoder) -> CompletionCorpus:
-        """Map the files of a folder that was written whole."""
+        """Map the files of a folder that `CompletionData.build` wrote."""
         meta = json.loads((folder / "meta.json").read_text())
         train, validation = (
             Examples(
-                mapped(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]),
-                mapped(folder / f"{split}.targets", "uint8", meta[split]["tokens"]),
+                map_file(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]),
+                map_file(folder / f"{split}.targets", "uint8", meta[split]["tokens"]),
                 np.load(folder / f"{split}.starts.npy"),
             )
             for split in SPLITS
@@ -203,12 +227,12 @@ class CompletionCorpus(Corpus):
         )
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokens of `prompt`, as a user's message if there is a chat template; if empty, of the first one held out."""
+        """Tokenize a prompt (a user's message, if there is a chat template); "" is the first validation prompt."""
         if not prompt:
-            held = self.validation
-            return held.tokens[: int(np.flatnonzero(held.targets)[0])].tolist()
+            first_target = int(np.flatnonzero(self.validation.targets)[0])
+            return self.validation.tokens[:first_target].tolist()
         return self.encoder.prompt(prompt)
 
     def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
-        """Text of `tokens`."""
+        """Return the text of some tokens."""
         return str(self.encoder.tokenizer.decode(np.asarray(tokens).tolist()))

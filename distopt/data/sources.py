@@ -1,4 +1,4 @@
-"""Text as documents: files, JSONL files and dataset folders, read in pieces."""
+"""Sources of text: text files, JSONL files and dataset folders, read document by document in bounded pieces."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-FORMATS = ("auto", "text", "jsonl", "datasets")
-PIECE = (
-    1 << 18
-)  # bytes read and tokenized at once: a document longer than this is tokenized line-aligned piece by piece
+Format = Literal["auto", "text", "jsonl", "datasets"]
+FORMATS = get_args(Format)
+PIECE = 1 << 18  # bytes read and tokenized at once: longer documents are split into pieces, at line ends if possible
 
 
 class Document(NamedTuple):
-    """One document: a key that names it within its source, its size in bytes, and its UTF-8 text in pieces."""
+    """One document.
+
+    Attributes:
+        key: A name that is unique within the source.
+        size: The size of the text in bytes.
+        pieces: The text, UTF-8, in pieces that are read on iteration.
+    """
 
     key: str
     size: int
@@ -28,7 +33,13 @@ class Document(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a JSONL file: a key that names it within its source, the file and the number for users, its bytes."""
+    """One line of a JSONL file.
+
+    Attributes:
+        key: A name that is unique within the source.
+        where: The file and the line number, for error messages.
+        content: The bytes of the line.
+    """
 
     key: str
     where: str
@@ -37,19 +48,33 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """The files that the text comes from: `format` is stdlib, text, jsonl or datasets; `open` finds and checks them."""
+    """The files of a data source; `open` finds and checks them.
 
-    format: str
+    Attributes:
+        format: How the files are read.
+        root: The file or folder that was given.
+        files: The files, sorted by path.
+        field: The JSONL field or the dataset column that contains the text.
+    """
+
+    format: Literal["stdlib", "text", "jsonl", "datasets"]
     root: Path
     files: tuple[Path, ...]
     field: str
 
     @classmethod
-    def open(cls, path: str | None, format: str, suffixes: str | Sequence[str], field: str) -> Source:
-        """List the files of `path` (None: the standard library of this Python) without reading them.
+    def open(cls, path: str | None, format: Format, suffixes: str | Sequence[str], field: str) -> Source:
+        """Find the files of a source without reading them; hidden files and folders are skipped.
 
-        `auto` is jsonl for a .jsonl file, datasets for a folder that `save_to_disk` wrote, text for anything else.
-        Hidden files and folders are left out. Raises `ValueError` when there is nothing to read.
+        Args:
+            path: A file or a folder (searched recursively); None for the standard library of this Python.
+            format: "auto" is jsonl for a .jsonl file, datasets for a folder that `save_to_disk` wrote, text for
+                anything else.
+            suffixes: File name endings that "text" reads from a folder.
+            field: The JSONL field or the dataset column that contains the text.
+
+        Raises:
+            ValueError: An argument is invalid, or there is nothing to read.
         """
         if format not in FORMATS:
             raise ValueError(f"data format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -70,19 +95,23 @@ class Source:
         files = _find(root, wanted)
         if not any(file.stat().st_size for file in files):
             kind = f"non-empty {format} file" + (f" ending in {wanted}" if root.is_dir() and wanted else "")
-            raise ValueError(f"data path {root} holds no {kind}; give another path, suffixes or format")
+            raise ValueError(f"data path {root} contains no {kind}; give another path, suffixes or format")
         return cls(format, root, files, field)
 
     def documents(self) -> Iterator[Document]:
-        """Yield every document that has text, in a fixed order; its pieces are read only when iterated.
+        """Yield every non-empty document in a fixed order; its pieces are read only on iteration.
 
-        A key is the file's path relative to the root, `path:line` in JSONL, the row's index in a dataset.
+        The key of a document is the path of its file relative to the root, `path:line` for JSONL, and the row index for
+        a dataset.
+
+        Raises:
+            ValueError: A file cannot be read as the format of the source.
         """
         read = {"stdlib": self._text, "text": self._text, "jsonl": self._jsonl, "datasets": self._datasets}[self.format]
         return (document for document in read() if document.size)
 
     def lines(self) -> Iterator[Line]:
-        """Yield every line of JSONL files that is not blank."""
+        """Yield every line of the JSONL files that is not blank."""
         for file in self.files:
             with file.open("rb") as stream:
                 for number, content in enumerate(stream, start=1):
@@ -90,7 +119,7 @@ class Source:
                         yield Line(f"{self._key(file)}:{number}", f"{file}:{number}", content)
 
     def fingerprint(self) -> str:
-        """Hash what determines the documents: root, format, field, and every file's path, size and time of change."""
+        """Hash what determines the documents: format, root, field, and the path, size and mtime of every file."""
         digest = hashlib.blake2b(f"{self.format}\0{self.root}\0{self.field}".encode(errors="surrogateescape"))
         for file in self.files:
             stat = file.stat()
@@ -99,7 +128,7 @@ class Source:
 
     @property
     def size(self) -> int | None:
-        """Bytes of text, None where only reading would tell."""
+        """The size of the text in bytes; None if it is unknown before reading."""
         return sum(file.stat().st_size for file in self.files) if self.format in ("stdlib", "text") else None
 
     def __str__(self) -> str:
@@ -110,7 +139,7 @@ class Source:
 
     def _text(self) -> Iterator[Document]:
         for file in self.files:
-            # The standard library tests its own decoders: a few of its files are Latin-1 or KOI8-R on purpose.
+            # The standard library's tests of its decoders include a few files in Latin-1 or KOI8-R.
             if self.format == "stdlib" and not _is_utf8(file):
                 continue
             yield Document(self._key(file), file.stat().st_size, _pieces(file))
@@ -118,7 +147,7 @@ class Source:
     def _jsonl(self) -> Iterator[Document]:
         for line in self.lines():
             text = _field_of(line.content, self.field, line.where)
-            yield Document(line.key, len(text), _cut(text))
+            yield Document(line.key, len(text), _split(text))
 
     def _datasets(self) -> Iterator[Document]:
         if importlib.util.find_spec("datasets") is None:
@@ -141,7 +170,7 @@ class Source:
                     f"{self.root} row {index}: column {self.field!r} must be text, got {row[self.field]!r:.40}"
                 )
             text = row[self.field].encode()
-            yield Document(str(index), len(text), _cut(text))
+            yield Document(str(index), len(text), _split(text))
 
 
 def _find(root: Path, suffixes: str | Sequence[str], skip: Sequence[str] = ()) -> tuple[Path, ...]:
@@ -164,24 +193,26 @@ def _is_utf8(file: Path) -> bool:
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
+    """Read a UTF-8 file in pieces of whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, ended = 0, False
     with file.open("rb") as stream:
         while not ended:
-            # Up to the end of a line, so that a cut seldom falls inside a token; an endless line is cut all the same.
+            # Extended to the end of the line, so that pieces rarely split a token; an endless line is split anyway.
             raw = stream.read(PIECE) + stream.readline(PIECE)
             ended = not raw
             try:
                 piece = decoder.decode(raw, final=ended).encode()
             except UnicodeDecodeError as error:
                 where = f"byte {offset + error.start}"
-                raise ValueError(f"{file} is not UTF-8 at {where}; convert it or leave it out of path") from None
+                raise ValueError(f"{file} is not UTF-8 at {where}; convert it, or exclude it from path") from None
             offset += len(piece)
             if piece:
                 yield piece
 
 
-def _cut(text: bytes) -> Iterator[bytes]:
+def _split(text: bytes) -> Iterator[bytes]:
+    """Split a text into pieces of at most `PIECE` bytes, at a line end if possible."""
     start = 0
     while len(text) - start > PIECE:
         end = text.rfind(b"\n", start, start + PIECE) + 1 or character_start(text, start + PIECE)
@@ -191,24 +222,25 @@ def _cut(text: bytes) -> Iterator[bytes]:
 
 
 def character_start(text: bytes, index: int) -> int:
-    """The first byte of the UTF-8 character of `text` that byte `index` belongs to."""
+    """Return the index of the first byte of the UTF-8 character that contains byte `index`."""
     while 0 < index < len(text) and text[index] & 0xC0 == 0x80:
         index -= 1
     return index
 
 
-def parsed(line: bytes, where: str) -> Any:
-    """What a line of JSON says; `ValueError`, with file and line, if it is none."""
+def parse_json(line: bytes, where: str) -> Any:
+    """Parse a line of JSON; raise `ValueError`, with the file and line of `where`, if it is malformed."""
     try:
         return json.loads(line.decode())
     except ValueError as error:
-        raise ValueError(f"{where} is not UTF-8 JSON ({error}); one JSON object a line is needed") from None
+        raise ValueError(f"{where} is not UTF-8 JSON ({error}); one JSON object per line is needed") from None
 
 
 def _field_of(line: bytes, field: str, where: str) -> bytes:
-    record = parsed(line, where)
+    """Return the text of a field of a JSONL line, UTF-8."""
+    record = parse_json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where} has no text under {field!r} (found: {found}); give field=<name>")
-    # JSON can escape half a surrogate pair, which UTF-8 cannot hold: it becomes a question mark.
+    # JSON may escape a lone surrogate, which UTF-8 cannot encode: it becomes a question mark.
     return record[field].encode(errors="replace")

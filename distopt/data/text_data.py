@@ -1,0 +1,107 @@
+"""A text dataset: configuration, checks, and the cached corpus of its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distopt.data import sources, token_cache, tokenizers
+from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.token_cache import Corpus
+
+SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Text to train on, split by document into train and validation, tokenized once and cached.
+
+    Args:
+        path: A file or a folder (searched recursively); None for the sources of Python's standard library, about 30 MB.
+        format: "text" (UTF-8, one document per file), "jsonl", "datasets" (a folder that `Dataset.save_to_disk` wrote),
+            or "auto": jsonl for a .jsonl file, datasets for such a folder, text for anything else.
+        field: The JSONL field or the dataset column that contains the text.
+        suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
+        tokenizer: A Hugging Face tokenizer folder; None for bytes, 256 tokens.
+        validation_fraction: The fraction of the documents used for validation, in (0, 1); or of the bytes of each
+            document if there are too few documents.
+        cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
+            or `~/.cache/distopt`.
+    """
+
+    path: str | None = None
+    format: Literal["auto", "text", "jsonl", "datasets"] = "auto"
+    field: str = "text"
+    suffixes: str | Sequence[str] = SUFFIXES
+    tokenizer: str | None = None
+    validation_fraction: float = 0.02
+    cache_dir: str | None = None
+
+    def check(self) -> None:
+        """Check the arguments, the paths and the start of the first document, which is cheap.
+
+        Raises:
+            ValueError: One of them is invalid.
+        """
+        self._open()
+
+    def build(self) -> Corpus:
+        """Open the corpus, tokenizing the text first if it is not in the cache.
+
+        Several ranks may call this at once, but each of them may then tokenize the text: let one rank finish first.
+
+        Raises:
+            ValueError: An argument is invalid, or the text cannot be read.
+        """
+        source, tokenizer, key = self._open()
+        folder = cache_folder(self.cache_dir) / f"{source.root.stem if self.path else 'stdlib'}-{key}"
+        if not folder.is_dir():
+            token_cache.write(folder, source, tokenizer, self.validation_fraction)
+        return Corpus.open(folder, tokenizer)
+
+    def sequences(self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Sequences:
+        """Return the training sequences of a corpus."""
+        return Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+
+    def validation_sequences(
+        self, corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
+    ) -> ValidationSequences:
+        """Return the validation sequences of a corpus."""
+        return ValidationSequences(
+            corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
+        )
+
+    def _open(self) -> tuple[sources.Source, str | None, str]:
+        """Return the checked source, the tokenizer folder, and a hash of everything that determines the tokens."""
+        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.02 is usual")
+        endings = [self.suffixes] if isinstance(self.suffixes, str) else self.suffixes
+        if not isinstance(endings, Sequence) or not all(isinstance(ending, str) for ending in endings):
+            raise ValueError(f"suffixes must be endings of file names, such as [.txt, .md], got {self.suffixes!r}")
+        check_text("field", self.field)
+        check_text("tokenizer", self.tokenizer, null=True)
+        check_text("cache_dir", self.cache_dir, null=True)
+        tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
+        tokenizer_digest = tokenizers.digest(tokenizer)
+        source = sources.Source.open(self.path, self.format, self.suffixes, self.field)
+        first = next(source.documents(), None)
+        if first is None:
+            raise ValueError(f"{source} contains no text; give another path")
+        next(iter(first.pieces))
+        key = f"{token_cache.VERSION} {source.fingerprint()} {tokenizer_digest} {self.validation_fraction!r}"
+        return source, tokenizer, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+
+
+def check_text(name: str, value: object, null: bool = False) -> None:
+    """Raise `ValueError` if the option `data.<name>` is not a string (or None, if `null`)."""
+    if not isinstance(value, str) and not (null and value is None):
+        raise ValueError(f"data.{name} must be text{', or null' * null}, got {value!r}")
+
+
+def cache_folder(folder: str | None) -> Path:
+    """Return the folder of the token cache: `folder`, else `$XDG_CACHE_HOME/distopt`, else `~/.cache/distopt`."""
+    return Path(folder or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/distopt").expanduser()
