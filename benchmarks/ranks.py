@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-_IMPORTED_ONCE = ("torch.distributed.fsdp", "torch.distributed.optim", "transformers.models.gpt2.modeling_gpt2")
+IMPORTED_ONCE = ("torch.distributed.fsdp", "torch.distributed.optim", "transformers.models.gpt2.modeling_gpt2")
 _GRACE = 5.0  # seconds that the other ranks get once one has failed, and that processes get to end
 
 
@@ -51,7 +51,7 @@ class RankSetup(NamedTuple):
         after: A function that runs in each rank after every call.
     """
 
-    imports: Sequence[str] = _IMPORTED_ONCE
+    imports: Sequence[str] = IMPORTED_ONCE
     gpu: bool = False
     threads: int | None = None
     keeps_stdout: bool = False
@@ -157,52 +157,6 @@ class Ranks:
         return "", message, message
 
 
-class TeamError(RuntimeError):
-    """The reason, in one line, why a team could not do something."""
-
-
-class Team(Ranks):
-    """A pool with an object on every rank, whose methods are called on all ranks at the same time.
-
-    A rank that raises, dies or does not answer in time ends its team.
-
-    Args:
-        world: The number of ranks.
-        make: `make(device, *args)` makes the object of a rank; a function or a class of a module.
-        args: Its arguments, which are pickled.
-        seconds: The time limit of making the objects, and of each call.
-
-    Raises:
-        TeamError: If a rank could not make its object, as in `call`.
-    """
-
-    def __init__(self, world: int, make: Callable[..., Any], *args: Any, seconds: float = 300.0) -> None:
-        setup = RankSetup(imports=[make.__module__, *_IMPORTED_ONCE], gpu=torch.cuda.is_available())
-        super().__init__(world, seconds, setup)
-        self._run_or_stop("start", _make_member, make, args)
-
-    def call(self, name: str, *args: Any) -> list[Any]:
-        """Call this method on all ranks; returns the results, by rank."""
-        return self._run_or_stop(name, _call_member, name, args)
-
-    def _run_or_stop(self, name: str, function: Callable[..., Any], *args: Any) -> list[Any]:
-        try:
-            return self.run(function, *args, name=name)
-        except (RankError, TimeoutError) as error:
-            self.stop()
-            raise TeamError(error.reason if isinstance(error, RankError) else str(error)) from None
-
-
-def spawn(world: int, function: Callable[..., None], *args: Any) -> None:
-    """Run `function(device, *args)` once on `world` new ranks: one per GPU over nccl, or CPU processes over gloo."""
-    setup = RankSetup(imports=[function.__module__, *_IMPORTED_ONCE], gpu=torch.cuda.is_available(), keeps_stdout=True)
-    ranks = Ranks(world, 24 * 3600.0, setup)
-    try:
-        ranks.run(_with_device, function, args)
-    finally:
-        ranks.stop()
-
-
 def _serve(rank: int, world: int, store: str, seconds: float, setup: RankSetup, pipe: Connection) -> None:
     if not setup.keeps_stdout:
         os.dup2(2, 1)
@@ -245,23 +199,3 @@ def _receive(pipe: Connection) -> Any:
         return pickle.loads(pipe.recv_bytes())
     except (EOFError, OSError):
         return None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _with_device(function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    function(_device(), *args)
-
-
-_member: Any = None  # the object of this rank, in a team
-
-
-def _make_member(make: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    global _member
-    _member = make(_device(), *args)
-
-
-def _call_member(name: str, args: tuple[Any, ...]) -> Any:
-    return getattr(_member, name)(*args)

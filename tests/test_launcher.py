@@ -342,7 +342,7 @@ def test_jobs_that_end_oddly_have_failed(tmp_path: Path, script: list[str]) -> N
         (
             f"hydra.launcher.config_file={fewer}",
             "hydra.launcher.num_processes=2",
-        ): "2 processes were asked for, 1 started",
+        ): "2 processes were requested, 1 started",
     }.items():
         ended = sweep(tmp_path, script, *words, "x=1", "hydra.launcher.grace_seconds=1", "hydra.launcher.resume=false")
         assert ended.code == 1 and message in ended.err, ended.err

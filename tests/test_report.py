@@ -144,7 +144,7 @@ def test_a_seed_that_diverged_is_the_worst(finals: tuple[float, ...], tmp_path: 
     page = write_report(tmp_path / "runs", tmp_path / "out").read_text()
     (row,) = re.findall('<tr class="best">.*?</tr>', page, re.DOTALL)
     assert re.findall('number">(.*?)</td>', row) == ["3", "3.0000", "1.0000 to inf", "6.0000", "3", "100", "2"]
-    assert "1 diverged: it counts as inf." in page and "1 did not come to its last step." in page
+    assert "1 diverged: it counts as inf." in page and "1 did not reach its last step." in page
     assert lines(pictures.by_lr, [group]) == {"adamw": ([0.1], [3.0])}
 
 

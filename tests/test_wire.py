@@ -66,7 +66,7 @@ def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
         clip, lamb = (
             2 * (world - 1) / world * 8 * exact.DIGITS * columns * (len(inside) + len(outside)) for columns in (1, 2)
         )
-        norms, count = {"ddp": (0.0, 0), "zero1, whole gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
+        norms, count = {"ddp": (0.0, 0), "zero1, full gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
         if count < 2:  # DDP pads nothing, and reduces what it calls buckets
             assert sent - norms == pytest.approx(parts, rel=0.01)
         elif kind in SWAPPED:
@@ -81,14 +81,14 @@ def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
             assert really == pytest.approx(sent, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero1, whole gradients", "zero1"])
+@pytest.mark.parametrize("kind", ["ddp", "zero1, full gradients", "zero1"])
 def test_sam_and_accumulation_send_no_more_than_they_must(kind: str) -> None:
     """SAM under zero1 sends 4 psi (N-1)/N as under DDP: gradients of rows twice, perturbed and stepped rows. By each
     rank's own gradient 2 psi; whatever the number of micro-batches."""
     for sam, passes in (("global", 4), ("local", 2)):
         for micro_batches in (1, 2):
             for _, _, really, inside, outside in run(2, stepped, kind, sam, micro_batches):
-                more = kind == "zero1, whole gradients"
+                more = kind == "zero1, full gradients"
                 assert really / (sum(inside) + sum(outside)) == pytest.approx((passes + more) / 2, rel=0.03)
 
 
