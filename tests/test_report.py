@@ -91,7 +91,7 @@ def test_a_folder_without_runs_says_so(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    said = {"missing": "no such folder", "empty": "holds no run that has trained a step"}[make]
+    said = {"missing": "no such folder", "empty": "has no run that has trained a step"}[make]
     assert capsys.readouterr().err.startswith("distopt: error:") and said in find_error(path)
 
 
