@@ -195,7 +195,7 @@ def _score(task: Task, model: nn.Module, examples: Examples) -> float:
 
 
 def _header(task: Task) -> str:
-    columns = ["", "steps", "option", task.score_name, "less that of AdamW", "training loss", "top eigenvalue"]
+    columns = ["", "steps", "option", task.score_name, "difference to AdamW", "training loss", "top eigenvalue"]
     columns += [f"training loss, noise {task.noise:.0%}", "CPU s"]
     return f"**{task.name}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
