@@ -48,9 +48,7 @@ class Train:
         if code and here.global_rank:
             time.sleep(60)  # the first node is about to requeue the job, which ends this one
         if code:
-            raise RuntimeError(
-                f"the training on node {here.node} ended with exit code {code}, see the log next to this one"
-            )
+            raise RuntimeError(f"the training on node {here.node} ended with exit code {code}: see its log")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return the job to requeue, once the training has saved; submitit calls this in its signal handler."""
