@@ -1,11 +1,11 @@
-# make install | test | check | matrix | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; everything else goes into .venv.
+# make install | test | check | matrix | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# How many tests run side by side, of up to four processes of one thread each, which often wait.
+# The number of tests that run at the same time, with up to four processes of one thread each, which often wait.
 WORKERS ?= 2
 STAMP := .venv/.installed
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
-# launch/local.yaml starts 2 processes, for the CPU; where there are GPUs, one process for each.
+# launch/local.yaml starts 2 processes, for the CPU; with GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 
 .PHONY: install test check matrix quickstart docs gpu format clean
@@ -28,9 +28,9 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# All of the equivalence matrix, and its table in the README, with all other tests; `make test` runs a part of both. An
-# hour of it is the search (tests/test_search.py), beside which the other worker runs the rest.
-# A file's tests stay together, since one process has to see all cells of the table.
+# The complete equivalence matrix, which updates its table in the README, and all other tests; `make test` runs a part of
+# both. One worker spends an hour on the search (tests/test_search.py), while the other runs the rest.
+# The tests of a file stay together, since one process has to see all cells of the table.
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=README.md
 
@@ -38,7 +38,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What needs a GPU: equality, no wait, CUDA graphs, the share of the memory's bandwidth.
+# The tests that need a GPU: equality, no synchronization, CUDA graphs, the share of the memory bandwidth.
 gpu: install
 	$(BIN)/python -m pytest -s -m gpu
 

@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks loop`. Every comparison alternates its sides in one run."""
+"""The benchmarks: `python -m benchmarks step`. Every comparison alternates its sides in one run."""

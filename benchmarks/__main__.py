@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: one measurement each."""
+"""Run one benchmark: `python -m benchmarks NAME [options]`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _NAMES = ("growth", "loop", "proof", "rounding", "sam", "sharpness", "step", "tr
 
 
 def main() -> None:
-    """Parses the command line and runs one benchmark."""
+    """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     named = [name for name in _NAMES if name in sys.argv[1:2]]
-    for name in named or _NAMES:  # that one alone, since what others import need not be installed
+    for name in named or _NAMES:  # only this one, since the imports of others may not be installed
         import_module(f"benchmarks.{name}").add_parser(benchmarks)
     options = parser.parse_args()
     options.run(options)

@@ -1,4 +1,4 @@
-"""What goes over the wire: the collectives that torch starts, and the bytes that the kernel has sent."""
+"""Communication: the collectives that torch starts, and the bytes that the kernel sends."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from distopt.layout import local
 
 
 class Collectives(TorchDispatchMode):
-    """Sees every collective, those of DDP's buckets too. CommDebugMode of torch 2.13 hooks modules, and warns.
+    """A dispatch mode that records every collective, those of DDP's buckets included.
 
-        sent = k (N-1)/N * size          k is 2 for an all-reduce, 1 for others; size is that of the whole tensor
-        sent = size                      of a message to one rank; of an all-to-all that leaves out the rank's own rows
+        sent = k (N-1)/N * size          k is 2 for an all-reduce, 1 for others; size is that of the unsharded tensor
+        sent = size                      for a message to one rank, and an all-to-all without the rank's own rows
 
-    seen: their names. bytes: the sum of their sizes. sent: what each of N ranks sends by the best algorithm (a ring),
-    whatever the backend does.
+    CommDebugMode of torch 2.13 hooks modules, and warns.
+
+    Attributes:
+        seen: The names of the collectives.
+        bytes: The sum of their sizes.
+        sent: The bytes that each of N ranks sends by the best algorithm (a ring), whatever the backend does.
     """
 
     def __init__(self) -> None:
@@ -41,7 +45,7 @@ class Collectives(TorchDispatchMode):
 
 
 def written() -> int:
-    """Bytes that this process has written, to sockets too: all that gloo sends over TCP. 0 where there is no Linux."""
+    """Return the bytes that this process has written, sockets (gloo over TCP) included; 0 if this is not Linux."""
     if not Path("/proc/self/io").is_file():
         return 0
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -49,12 +53,12 @@ def written() -> int:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """The memory of the local parts."""
+    """Return the bytes of the local tensors."""
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
 def _share(operation: str, args: tuple[Any, ...], world: int) -> float:
-    """Which part of a collective's tensor a rank sends."""
+    """Return the share of a collective's tensor that a rank sends."""
     match operation:
         case "send":
             return 1.0

@@ -1,4 +1,4 @@
-"""How flat a minimum is: the Hessian's largest eigenvalue, and the loss under noise on the weights."""
+"""The flatness of a minimum: the largest eigenvalue of the Hessian, and the loss under noise on the weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 def top_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], iterations: int, seed: int = 0) -> float:
-    """The largest eigenvalue of the Hessian of a loss at the weights, from below, by Lanczos' method.
+    """Return a lower bound of the largest eigenvalue of the Hessian of a loss at the weights, by the Lanczos method.
 
-    loss: computes the loss at `params` anew, by operations that can be differentiated twice.
-    iterations: Hessian-vector products; each costs about four forward passes.
+    Args:
+        loss: Computes the loss at `params`, by operations that can be differentiated twice.
+        params: The weights.
+        iterations: The number of Hessian-vector products; each costs about four forward passes.
+        seed: The seed of the first vector.
     """
     grads = torch.autograd.grad(loss(), params, create_graph=True)
 
@@ -27,7 +30,7 @@ def top_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], iterati
     for i in range(steps):
         image = product(basis[i])
         tridiagonal[i, i] = image @ basis[i]
-        for _ in range(2):  # against all, twice: in float32 Lanczos' vectors lose their right angles
+        for _ in range(2):  # twice, against all: in float32 the Lanczos vectors lose their orthogonality
             for vector in basis:
                 image = image - (image @ vector) * vector
         if i + 1 == steps or image.norm() < 1e-6 * tridiagonal.abs().max():
@@ -41,15 +44,23 @@ def top_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], iterati
 def noisy_loss(
     loss: Callable[[], Tensor], params: Sequence[Tensor], relative: float, draws: int, seed: int = 0
 ) -> float:
-    """The mean loss at weights to each of which noise of `relative` times its norm is added; the weights stay."""
-    numbers = torch.Generator().manual_seed(seed)
-    kept, losses = [p.clone() for p in params], []
+    """Return the mean loss under noise on the weights, which are restored.
+
+    Args:
+        loss: Computes the loss at `params`.
+        params: The weights.
+        relative: The norm of the noise of each tensor, relative to the norm of the tensor.
+        draws: The number of draws of the noise.
+        seed: The seed of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    backups, losses = [p.clone() for p in params], []
     for _ in range(draws):
-        for p, copy in zip(params, kept):
-            noise = torch.randn(p.shape, generator=numbers)
+        for p, copy in zip(params, backups):
+            noise = torch.randn(p.shape, generator=generator)
             p.copy_(copy + noise * (relative * copy.norm() / noise.norm()))
         losses.append(loss().item())
-    for p, copy in zip(params, kept):
+    for p, copy in zip(params, backups):
         p.copy_(copy)
     return sum(losses) / draws
 

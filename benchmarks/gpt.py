@@ -1,4 +1,4 @@
-"""The model that the benchmarks train: a GPT-2 over bytes, of the sizes that the command line gives."""
+"""The model of the benchmarks: a GPT-2 over bytes, with the sizes of the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distopt.models.language_model import LanguageModel, blocks
 
 
 def add_sizes(parser: argparse.ArgumentParser, layers: int, width: int, batch_size: int, sequence_length: int) -> None:
-    """The options of model and batch, with these defaults."""
+    """Add the options of model and batch, with these defaults."""
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--layers", type=int, default=layers)
     parser.add_argument("--width", type=int, default=width, help="of the model, 32 for each head")
@@ -21,14 +21,14 @@ def add_sizes(parser: argparse.ArgumentParser, layers: int, width: int, batch_si
 
 
 def build(engine: Engine, device: torch.device, options: argparse.Namespace) -> nn.Module:
-    """The model as the engine wraps it; its first weights are the same on every engine."""
+    """Return the model as the engine wraps it; its initial weights are the same on every engine."""
     made = _language_model(options)
     model = made.empty(made.describe(256))
     return engine.build(model, blocks(model), lambda unit, place: made.fill(model, unit, place), device)
 
 
 def numel(options: argparse.Namespace) -> int:
-    """The number of its parameters."""
+    """Return the number of parameters of the model."""
     made = _language_model(options)
     return sum(p.numel() for p in made.empty(made.describe(256)).parameters())
 

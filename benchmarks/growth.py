@@ -1,4 +1,4 @@
-"""How the cost of an optimizer step grows: with parameters, with tensors, with ranks."""
+"""The growth of the cost of an optimizer step with parameters, with tensors and with ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 import distopt
 from benchmarks import memory
 from benchmarks.collectives import Collectives
-from benchmarks.ranks import Team, TeamError
+from benchmarks.team import Team, TeamError
 
 _ADAMW: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -29,7 +29,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks growth`."""
+    """Add the options of `python -m benchmarks growth`."""
     parser = benchmarks.add_parser("growth", help="time of a step by parameters, tensors and ranks, with plots")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], metavar="N")
     parser.add_argument(
@@ -38,18 +38,18 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--tensors", type=int, nargs="*", default=[100, 1000, 3000], metavar="T")
     parser.add_argument("--fixed-tensors", type=int, default=100, help="where parameters grow")
     parser.add_argument("--fixed-millions", type=float, default=20, help="of parameters, where tensors grow")
-    parser.add_argument("--rounds", type=int, default=7, help="how often the optimizers take turns")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns of the optimizers")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds that one measurement may take")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file, after every measurement")
+    parser.add_argument("--json", type=Path, help="also write the results to this file, after every measurement")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw growth_*.png there")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a Markdown table; what fails, or does not fit into memory, is named with its reason.
+    """Print a Markdown table; measurements that fail, or do not fit into memory, are listed with the reason.
 
-    The parameters are float32 and lie as FSDP2 leaves them, a DTensor cut along its first dimension for each tensor;
-    all tensors are of the same size. Collectives are those of clipping by the global norm and of the step.
+    The parameters are float32 and laid out as FSDP2 leaves them: each tensor is a DTensor sharded along its first
+    dimension. All tensors have the same size. The collectives are those of clipping by the global norm and of the step.
     """
     points = [
         *[("parameters", world, m, options.fixed_tensors) for world in options.processes for m in options.millions],
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     names = list(OPTIMIZERS)
     print(f"torch {torch.__version__}; ms of a step, medians of {options.rounds} rounds in turns\n")
     print(
-        f"| ranks | parameters | tensors | {' | '.join(names)} | ns a parameter: {' | '.join(names)} | "
+        f"| ranks | parameters | tensors | {' | '.join(names)} | ns per parameter: {' | '.join(names)} | "
         f"collectives: {' | '.join(names)} |"
     )
     print("|" + "---|" * (3 + 3 * len(names)))
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
                 report["failed"].append(point | {"reason": str(error)})
             if options.json:
                 options.json.write_text(json.dumps(report, indent=1) + "\n")
-    finally:  # also of a run that is interrupted
+    finally:  # also after an interrupt
         if options.plots and report["points"]:
             _plot(report["points"], options.plots)
     for point in report["failed"]:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _measured(world: int, size: int, tensors: int, options: argparse.Namespace) -> dict[str, Any]:
-    # Weights, gradients, two moments; and what the ranks and the interpreter take.
+    # Weights, gradients and two moments; 256 MiB for the interpreter of each rank.
     needed, free = 16 * size * tensors + world * 2**28, memory.available()
     if free and needed > free and not torch.cuda.is_available():
         raise TeamError(f"it needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
@@ -102,7 +102,7 @@ def _measured(world: int, size: int, tensors: int, options: argparse.Namespace) 
 
 
 class Steps:
-    """What a rank holds: the optimizers over the same parameters, gradients and state."""
+    """The optimizers of a rank, over the same parameters, gradients and state."""
 
     def __init__(self, device: torch.device, size: int, tensors: int) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -110,10 +110,10 @@ class Steps:
 
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         rows = torch.empty(size, device="meta").chunk(mesh.size())
-        mine = rows[mesh.get_rank()].numel() if mesh.get_rank() < len(rows) else 0
+        local = rows[mesh.get_rank()].numel() if mesh.get_rank() < len(rows) else 0
 
         def drawn(scale: float) -> DTensor:
-            part = torch.empty(mine, device=device).uniform_(-scale, scale)
+            part = torch.empty(local, device=device).uniform_(-scale, scale)
             return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size([size]), stride=(1,))
 
         self.device = device
@@ -121,7 +121,7 @@ class Steps:
         for p in self.params:
             p.grad = drawn(0.01)
         self.optimizers = {name: make(self.params) for name, make in OPTIMIZERS.items()}
-        # Of the same two moments, so that a model of 16 bytes a parameter fits where one optimizer's does.
+        # They share the two moments, so that the memory is that of one optimizer: 16 bytes per parameter.
         moments = {p: {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in self.params}
         for name, optimizer in self.optimizers.items():
             for p in self.params:
@@ -129,7 +129,7 @@ class Steps:
                 optimizer.state[p] = {"step": torch.zeros((), device=place), **moments[p]}
 
     def measure(self, rounds: int) -> dict[str, dict[str, Any]]:
-        """Seconds of each round's step, and collectives of a step with clipping, by optimizer."""
+        """Return the seconds of the step of each round, and the collectives of a step with clipping, by optimizer."""
         collectives = {}
         for name, optimizer in self.optimizers.items():
             optimizer.step()
@@ -169,7 +169,7 @@ def _row(point: dict[str, Any]) -> str:
 
 
 def _plot(points: list[dict[str, Any]], folder: Path) -> None:
-    """One picture each: time by parameters, by tensors, and, of the largest model that all ranks have, by ranks."""
+    """Draw the time by parameters, by tensors, and, for the largest model that all world sizes share, by ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -185,7 +185,7 @@ def _plot(points: list[dict[str, Any]], folder: Path) -> None:
             chosen = [p for p in points if p["grows"] == by and p["ranks"] == world]
             _lines(axis, chosen, by)
             axis.set(xscale="log", yscale="log", xlabel=by, title=f"{world} rank{'s' * (world > 1)}")
-        axes[0][0].set_ylabel("ms a step")
+        axes[0][0].set_ylabel("ms per step")
         axes[0][0].legend()
         _save(figure, folder / f"growth_{by}.png")
     chosen = [p for p in points if p["grows"] == "parameters"]
@@ -198,7 +198,7 @@ def _plot(points: list[dict[str, Any]], folder: Path) -> None:
     chosen = [p for p in chosen if p["parameters"] == max(shared)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.6))
     _lines(left, chosen, "ranks")
-    left.set(xlabel="ranks", ylabel="ms a step", title=f"{max(shared) / 1e6:g}M parameters", xticks=worlds, ylim=0)
+    left.set(xlabel="ranks", ylabel="ms per step", title=f"{max(shared) / 1e6:g}M parameters", xticks=worlds, ylim=0)
     for i, name in enumerate(OPTIMIZERS):
         counts = [p["collectives"][name] for p in chosen]
         right.bar([j + 0.25 * (i - 1) for j in range(len(chosen))], counts, 0.25, label=name)

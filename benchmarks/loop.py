@@ -1,4 +1,4 @@
-"""The training step of `distopt.train` against a plain torch loop: the same FSDP2 model on the same batches."""
+"""The training step of `distopt.train` compared with a plain torch loop: the same FSDP2 model on the same batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import distopt
 from benchmarks import gpt
-from benchmarks.ranks import spawn
+from benchmarks.team import spawn
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import FSDP2
@@ -23,16 +23,16 @@ from distopt.engine.train_step import update
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks loop`."""
+    """Add the options of `python -m benchmarks loop`."""
     parser = benchmarks.add_parser("loop", help="tokens/s of our training step against a plain torch loop")
     gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
-    parser.add_argument("--rounds", type=int, default=15, help="how often the two sides take turns")
+    parser.add_argument("--rounds", type=int, default=15, help="number of turns of the two sides")
     parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the medians of both sides and their ratio."""
+    """Print the medians of both sides and their ratio."""
     TextData().build()
     spawn(options.processes, _measure, options)
 
@@ -56,7 +56,7 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
             dist.barrier()
             if turn:  # the first turn warms up
                 seconds[name].append((time.perf_counter() - started) / options.steps)
-    mean = torch.tensor(losses["plain torch"], device=device)  # over the ranks, as ours is
+    mean = torch.tensor(losses["plain torch"], device=device)  # over the ranks, as the loss of distopt is
     dist.all_reduce(mean)
     losses["plain torch"] = mean.item() / world
     if rank == 0:
@@ -65,7 +65,7 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
             median = statistics.median(times)
             print(f"{name:12} {tokens / median:10,.0f} tokens/s  {1e3 * median:8.2f} ms/step  loss {losses[name]:.5f}")
         ratio = statistics.median(seconds["plain torch"]) / statistics.median(seconds["distopt"])
-        print(f"ratio of medians, ours / plain: {ratio:.3f}  ({options.rounds} turns of {options.steps} steps each)")
+        print(f"ratio of medians, distopt / plain: {ratio:.3f}  ({options.rounds} turns of {options.steps} steps each)")
 
 
 def _ours(device: torch.device, options: argparse.Namespace) -> Callable[[Tensor], float]:

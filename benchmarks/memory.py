@@ -1,4 +1,4 @@
-"""Memory of this process: of the device that it computes on."""
+"""The memory of this process, on the device that it computes on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _STATUS = Path("/proc/self/status")
 
 
 class Peak:
-    """The most memory in use at one time beyond what there was when this was made.
+    """The peak of the memory in use, above the memory in use when this object was made.
 
-    On a GPU what torch's allocator has given out. On the CPU the resident memory of the process, by the kernel
-    (VmHWM less RssFile): all that lives, also what gloo and C++ hold, without code that was read from files. 0 where
-    there is no Linux.
+    On a GPU: the memory that torch's allocator has handed out. On the CPU: the resident memory of the process by the
+    kernel's count (VmHWM less RssFile), which includes the allocations of gloo and C++ code, but not code that was read
+    from files; 0 if this is not Linux.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Peak:
         self._before = torch.cuda.memory_allocated() if self.gpu else _anonymous("VmRSS")
 
     def reset(self) -> None:
-        """What was freed before counts no more."""
+        """Forget the peak so far."""
         gc.collect()
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -39,13 +39,13 @@ class Peak:
             _forget_peak()
 
     def bytes(self) -> int:
-        """The peak since `reset`."""
+        """Return the peak since `reset`, in bytes."""
         return (torch.cuda.max_memory_allocated() if self.gpu else _anonymous("VmHWM")) - self._before
 
 
 @contextlib.contextmanager
 def watched(device: torch.device) -> Iterator[list[int]]:
-    """The most memory that a block takes beyond what there was, in bytes."""
+    """Yield a list whose only element is, after the block, the peak of its memory above that before it, in bytes."""
     peak = [0]
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
@@ -56,19 +56,19 @@ def watched(device: torch.device) -> Iterator[list[int]]:
     before = _kib(_STATUS)["VmRSS"] if _forget_peak() else 0
     with _Allocations(peak):
         yield peak
-    if before:  # what kernels allocate, torch's and ours, no operator returns
+    if before:  # operators do not return the temporaries of kernels, torch's or ours
         peak[0] = max(peak[0], _kib(_STATUS)["VmHWM"] - before)
 
 
 def available() -> int:
-    """Bytes of main memory that a program may still take; 0 where there is no Linux."""
+    """Return the bytes of main memory that are available; 0 if this is not Linux."""
     return _kib(Path("/proc/meminfo")).get("MemAvailable", 0)
 
 
 def _forget_peak() -> bool:
-    """Has Linux count the peak of this process's memory anew; False where it cannot."""
+    """Reset the peak of the memory of this process; returns False where that is impossible."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # or a temporary might lie in what was freed before
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise a temporary might reuse memory that was freed before
         Path("/proc/self/clear_refs").write_text("5")
     except (AttributeError, OSError):
         return False
@@ -88,12 +88,12 @@ def _kib(file: Path) -> dict[str, int]:
 
 
 class _Allocations(TorchDispatchMode):
-    """The most that lives at one time of what operators make; views and what is updated in place cost nothing."""
+    """A dispatch mode that records the peak of what operators allocate; views and in-place updates allocate nothing."""
 
     def __init__(self, peak: list[int]) -> None:
         super().__init__()
         self.peak = peak
-        self.held: dict[int, int] = {}
+        self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -101,7 +101,7 @@ class _Allocations(TorchDispatchMode):
         for t in tree_leaves(made):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
                 storage = t.untyped_storage()
-                self.held[storage.data_ptr()] = storage.nbytes()
-                weakref.finalize(storage, self.held.pop, storage.data_ptr(), None)
-        self.peak[0] = max(self.peak[0], sum(self.held.values()))
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage.data_ptr(), None)
+        self.peak[0] = max(self.peak[0], sum(self.sizes.values()))
         return made

@@ -1,4 +1,4 @@
-"""What others offer for sharded training, set up as their manuals say, with clipping, for the benchmark of training."""
+"""Other packages for sharded training, set up according to their manuals, with clipping."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from benchmarks import gpt
 from distopt.engine import DDP, DeepSpeed, Engine
 from distopt.engine.train_step import next_token_loss
 
-Step = Callable[[Tensor], Tensor]  # a training step on this rank's part of a batch; its loss
+Step = Callable[[Tensor], Tensor]  # a training step on the local part of a batch; returns its loss
 LR, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.1, 1.0
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Param groups in which matrices decay, with nothing that only distopt knows."""
+    """Return param groups in which matrices decay, without the options of distopt."""
     made = distopt.param_groups(model, WEIGHT_DECAY)
     return [{name: group[name] for name in ("params", "weight_decay")} for group in made]
 
 
 def torch_loop(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
-    """The loop of torch's tutorials around a model that torch has wrapped."""
+    """Return the training step of torch's tutorials, for a model that torch has wrapped."""
 
     def step(batch: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -43,14 +43,17 @@ def torch_loop(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def torch_adamw(engine: Engine, device: torch.device, options: argparse.Namespace) -> tuple[Step, Any]:
-    """`torch.optim.AdamW(fused=True)` on FSDP2; returns the step, and what has the state."""
+    """Return a step of `torch.optim.AdamW(fused=True)` on FSDP2, and the optimizer with the state."""
     model = gpt.build(engine, device, options)
     optimizer = torch.optim.AdamW(groups(model), lr=LR, fused=True)
     return torch_loop(engine, model, optimizer), optimizer
 
 
 def zero_redundancy(device: torch.device, options: argparse.Namespace) -> tuple[Step, Any]:
-    """`ZeroRedundancyOptimizer` over fused AdamW on DDP. Parameters as views of buckets: fewer broadcasts, faster."""
+    """Return a step of `ZeroRedundancyOptimizer` over fused AdamW on DDP, and the optimizer with the state.
+
+    Parameters are views of buckets, which takes fewer broadcasts and is faster.
+    """
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     engine = DDP(options.precision)
@@ -62,7 +65,7 @@ def zero_redundancy(device: torch.device, options: argparse.Namespace) -> tuple[
 
 
 def deepspeed_own(params: Iterable[Any]) -> torch.optim.Optimizer:
-    """DeepSpeed's AdamW: FusedAdam on a GPU, else CPUAdam. It builds an op, once, for a minute."""
+    """Return DeepSpeed's AdamW: FusedAdam on a GPU, otherwise CPUAdam. Its op is built once, which takes a minute."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     if torch.cuda.is_available():
@@ -76,7 +79,7 @@ def deepspeed_loop(
     device: torch.device,
     options: argparse.Namespace,
 ) -> tuple[Step, Any]:
-    """DeepSpeed's loop with an optimizer that is not ours as its client optimizer."""
+    """Return a step of DeepSpeed with another package's optimizer as its client optimizer, and that optimizer."""
     engine = DeepSpeed(stage, options.precision)
     plain = gpt.build(engine, device, options)
     import_deepspeed()
@@ -104,7 +107,7 @@ def deepspeed_loop(
 
 
 def import_deepspeed() -> None:
-    """Imports DeepSpeed as `distopt.engine.DeepSpeed` does: without an op that it builds and training never uses."""
+    """Import DeepSpeed as `distopt.engine.DeepSpeed` does: without building an op that training never uses."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

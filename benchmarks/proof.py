@@ -1,4 +1,4 @@
-"""What a proof costs, beside a step of the optimizer and a training step: one process, in turns."""
+"""The cost of a proof, compared with a step of the optimizer and a training step, in one process."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from distopt.engine import DDP
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks proof`."""
+    """Add the options of `python -m benchmarks proof`."""
     parser = benchmarks.add_parser("proof", help="time of a proof, against a step of AdamW and a training step")
     gpt.add_sizes(parser, layers=8, width=512, batch_size=2, sequence_length=256)
-    parser.add_argument("--rounds", type=int, default=9, help="how often all take turns")
+    parser.add_argument("--rounds", type=int, default=9, help="number of turns")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the medians, by the time that the process computes."""
+    """Print the medians of the process time."""
     if options.rounds < 1 or options.threads < 1:
         raise SystemExit(f"--rounds and --threads must be >= 1, got {options.rounds} and {options.threads}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
         )
     model = gpt.build(DDP(), device, options)
     optimizer = distopt.AdamW(distopt.param_groups(model), lr=1e-4)
-    numbers = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 256, (options.batch_size, options.sequence_length + 1), generator=numbers).to(device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, (options.batch_size, options.sequence_length + 1), generator=generator).to(device)
 
     def train() -> None:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What SAM's second pass sees of a perturbation once weights are rounded to bfloat16, and what its gradient sees."""
+"""SAM's perturbation after rounding to bfloat16: the effective perturbation, and the change of the gradient."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _RADII = (0.0005, 0.002, 0.005, 0.02, 0.05, 0.2)
 
 
 def add_parser(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The options of `python -m benchmarks rounding`."""
-    parser = benchmarks.add_parser("rounding", help="what is left of SAM's perturbation in bfloat16")
+    """Add the options of `python -m benchmarks rounding`."""
+    parser = benchmarks.add_parser("rounding", help="SAM's effective perturbation in bfloat16")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256, help="of the model, 32 for each head")
     parser.add_argument("--steps", type=int, default=60, help="of AdamW before it is measured")
@@ -27,7 +27,7 @@ def add_parser(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a Markdown table: a row for each radius and each way to round."""
+    """Print a Markdown table with a row for each radius and each way to round."""
     torch.manual_seed(0)
     sizes = {"n_layer": options.layers, "n_head": options.width // 32, "n_embd": options.width, "n_positions": 64}
     made = LanguageModel("gpt2", {**sizes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         next_token_loss(model, sequences.batch(step, 0, 1)).backward()
         optimizer.step()
-    batch = sequences.batch(1000, 0, 1)  # that it has not seen
+    batch = sequences.batch(1000, 0, 1)  # a batch that was not trained on
 
     weights = [p.detach().clone() for p in params]
     low = [w.bfloat16() for w in weights]
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _gradient(model: nn.Module, weights: list[Tensor], batch: Tensor) -> list[Tensor]:
-    """That of the loss at these weights, computed in float32."""
+    """Return the gradient of the loss at these weights, computed in float32."""
     with torch.no_grad():
         for p, w in zip(model.parameters(), weights):
             p.copy_(w)
@@ -86,6 +86,6 @@ def _difference(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def _along(seen: Tensor, meant: Tensor) -> tuple[str, str]:
-    """The share of `meant` that is in `seen`, and the cosine of the angle between them."""
+    """Return the projection of `seen` on `meant`, relative to `meant`, and the cosine of their angle."""
     product = float(seen @ meant)
     return f"{product / float(meant @ meant):.2f}", f"{product / float(seen.norm() * meant.norm()):.2f}"

@@ -1,4 +1,4 @@
-"""What SAM and its kin cost beside the optimizer alone: time, communication and memory of a training step."""
+"""The cost of the SAM family compared with the optimizer alone: time, communication and memory of a training step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import distopt
 from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes
-from benchmarks.ranks import spawn
+from benchmarks.team import spawn
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine
@@ -36,23 +36,23 @@ SIDES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.Optimizer]] = {
     "PreconditionedSAM": distopt.PreconditionedSAM,
     "FunctionalSAM": distopt.FunctionalSAM,
 }
-INTERVAL = 5  # turns are whole multiples of it, so that every one has as many second passes
+INTERVAL = 5  # turns are multiples of it, so that all have equally many second passes
 ENGINES: dict[str, Callable[[], Engine]] = {"ddp": DDP, "fsdp2": FSDP2}
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks sam`."""
-    parser = benchmarks.add_parser("sam", help="time, communication and memory of a step of SAM and its kin")
+    """Add the options of `python -m benchmarks sam`."""
+    parser = benchmarks.add_parser("sam", help="time, communication and memory of a step of the SAM family")
     parser.add_argument("--engine", choices=list(ENGINES), default="ddp")
     parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
     gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
-    parser.add_argument("--rounds", type=int, default=11, help="how often the sides take turns")
+    parser.add_argument("--rounds", type=int, default=11, help="number of turns of the sides")
     parser.add_argument("--intervals", type=int, default=1, help=f"intervals of {INTERVAL} steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a Markdown table with a row for each side; `scope=local` only where every rank holds whole weights."""
+    """Print a Markdown table with a row for each side; `scope=local` only where every rank has full weights."""
     TextData().build()
     spawn(options.processes, _measure, options)
 
@@ -65,12 +65,12 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
     names = [name for name in only if options.engine == "ddp" or name != "SAM, scope=local"]
     sides = {name: Side(name, device, options) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    busy: dict[str, list[float]] = {name: [] for name in names}  # of this process, whatever else the machine does
+    busy: dict[str, list[float]] = {name: [] for name in names}  # process time, which other load does not change
     steps = INTERVAL * options.intervals
     for turn in range(options.rounds + 1):
         batches = [sequences.batch(turn * steps + i, rank, world).to(device) for i in range(steps)]
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            if not turn:  # the first turn warms up; what it counts is the same in all
+            if not turn:  # the first turn warms up and counts, since the counts are the same in all
                 sides[name].weigh(batches)
                 continue
             dist.barrier()
@@ -87,12 +87,17 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
         base, base_busy = statistics.median(seconds[BASE]), statistics.median(busy[BASE])
         for name, side in sides.items():
             median, worked = statistics.median(seconds[name]), statistics.median(busy[name]) / base_busy
-            moved, held = side.communicated / 1e6, side.held / side.parameters
-            print(f"| {name} | {1e3 * median:.1f} | {median / base:.3f} | {worked:.3f} | {moved:.3f} | {held:.2f} |")
+            sent, memory = side.communicated / 1e6, side.additional / side.parameters
+            print(f"| {name} | {1e3 * median:.1f} | {median / base:.3f} | {worked:.3f} | {sent:.3f} | {memory:.2f} |")
 
 
 class Side:
-    """A model with its optimizer; `communicated`: bytes a step, `held`: bytes of a rank beside those of `BASE`."""
+    """A model with its optimizer.
+
+    Attributes:
+        communicated: The bytes of the collectives of a step.
+        additional: The bytes of a rank in addition to those of `BASE`.
+    """
 
     def __init__(self, name: str, device: torch.device, options: argparse.Namespace) -> None:
         self.parameters = gpt.numel(options)
@@ -100,29 +105,29 @@ class Side:
         self.model = gpt.build(self.engine, device, options)
         base = distopt.AdamW(distopt.param_groups(self.model, 0.1), lr=1e-3)
         self.optimizer = SIDES[name](base)
-        self.communicated, self.held = 0.0, 0
+        self.communicated, self.additional = 0.0, 0
 
     def step(self, batch: Tensor) -> None:
-        """A training step, as `distopt.train` takes it."""
+        """Run a training step, as `distopt.train` does."""
         update(self.engine, self.model, self.optimizer, [batch], 1.0)
 
     def weigh(self, batches: list[Tensor]) -> None:
-        """Steps over whole intervals, and counts."""
-        for batch in batches:  # state is there from now on, and DDP has laid out its buckets anew
+        """Count bytes over whole intervals of steps."""
+        for batch in batches:  # creates the state, and DDP rebuilds its buckets
             self.step(batch)
         with Collectives() as mode:
             for batch in batches:
                 self.step(batch)
         self.communicated = mode.bytes / len(batches)
         if isinstance(self.optimizer, distopt.SAM):
-            self.held = self._held(self.optimizer, batches)
+            self.additional = self._additional_bytes(self.optimizer, batches)
 
-    def _held(self, sam: distopt.SAM, batches: list[Tensor]) -> int:
-        """The state of its own, and what the second pass finds beside weights, gradients and the optimizer's state."""
+    def _additional_bytes(self, sam: distopt.SAM, batches: list[Tensor]) -> int:
+        """Return the bytes of SAM's own state, and of its copies at the peak of the second pass."""
         copies, slopes = [], []
 
         def perturb() -> Tensor:
-            grads = [p.grad for p in self.model.parameters()]  # Python knows of a gradient once it was asked for
+            grads = [p.grad for p in self.model.parameters()]  # Python sees a gradient only after it was accessed
             before = _live()
             norm = type(sam).perturb(sam)
             copies.append(_live() - before)
@@ -139,10 +144,10 @@ class Side:
 
 
 def _live() -> int:
-    """The memory of all tensors that Python knows."""
+    """Return the bytes of all tensors that Python knows."""
     gc.collect()
     found = [
         x for x in gc.get_objects() if issubclass(type(x), Tensor)
-    ]  # isinstance would ask lazy modules, which warn
+    ]  # isinstance would load lazy modules, which warn
     tensors = [x for x in found if not hasattr(x, "to_local")]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,4 +1,4 @@
-"""Does SAM find flatter minima, and better ones: sharpness and test score of small models, over seeds."""
+"""The sharpness and the test score of small models with and without SAM, over several seeds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ _LR, _WEIGHT_DECAY, _TUNING_SEED = 1e-3, 0.01, 1000
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: the gradients that a step costs, and the values of its one option that are tried."""
+    """A way to train.
+
+    Attributes:
+        gradients: The number of gradients that a step computes.
+        values: The values of the option that are tried.
+        option: The name of the option.
+        sam: The member of the SAM family, if it is one.
+    """
 
     gradients: float
     values: tuple[float, ...]
@@ -48,7 +55,7 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model, measured; `seconds` are those of the processor, for training alone."""
+    """The measurements of one trained model; `seconds` is the process time of training."""
 
     score: float
     train_loss: float
@@ -58,7 +65,7 @@ class Result:
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks sharpness`."""
+    """Add the options of `python -m benchmarks sharpness`."""
     parser = benchmarks.add_parser(
         "sharpness",
         help="sharpness and test score with and without SAM, at equal steps and at equal gradients, over seeds",
@@ -66,22 +73,26 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--tasks", nargs="*", default=list(_TASKS), choices=list(_TASKS), metavar="NAME")
     parser.add_argument("--only", nargs="*", default=list(_METHODS), choices=list(_METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tuning-seeds", type=int, default=2, help="others than those, for the choice of rho")
-    parser.add_argument("--steps", type=int, help="of a run; half the gradients of one with SAM")
-    parser.add_argument("--equal-time", action="store_true", help="instead of equal gradients, by a warm-up")
-    parser.add_argument("--json", type=Path, default=Path("sharpness.json"), help="where every run is written to")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="additional seeds, for the choice of rho")
+    parser.add_argument("--steps", type=int, help="of a run; a run with SAM computes twice as many gradients")
+    parser.add_argument(
+        "--equal-time",
+        action="store_true",
+        help="compare at equal time, not equal gradients",
+    )
+    parser.add_argument("--json", type=Path, default=Path("sharpness.json"), help="the file for all results")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Chooses each method's option on validation examples, trains over the seeds, prints a Markdown table a task."""
+    """Tune each method on validation examples, train it with all seeds, and print one Markdown table per task."""
     torch.set_num_threads(1)
     records: list[dict[str, Any]] = []
     with one_line_errors():
         tasks = [_TASKS[name](options.steps) for name in options.tasks]
     for task in tasks:
         names = [name for name in task.methods if name in options.only]
-        # At equal steps, and at equal gradients, with as many as SAM computes (which is not equal time), or at that.
+        # At equal steps; and at as many gradients as SAM computes, which is not equal time, or at equal time.
         as_long = _steps_in_equal_time if options.equal_time else _steps_at_equal_gradients
         plan = [(name, task.steps) for name in names]
         plan += [(name, as_long(task, name)) for name in names if _METHODS[name].gradients < 2]
@@ -96,8 +107,8 @@ def run(options: argparse.Namespace) -> None:
                 base = base or (results if name == "AdamW" else [])
                 bar.clear()
                 print(_row(name, steps, value, results, base), flush=True)
-                said = {"task": task.name, "method": name, "steps": steps, _METHODS[name].option: value}
-                records += [{**said, "seed": seed, **asdict(result)} for seed, result in enumerate(results)]
+                common = {"task": task.name, "method": name, "steps": steps, _METHODS[name].option: value}
+                records += [{**common, "seed": seed, **asdict(result)} for seed, result in enumerate(results)]
                 options.json.write_text(json.dumps(records, indent=1) + "\n")
 
 
@@ -106,12 +117,12 @@ def _steps_at_equal_gradients(task: Task, name: str) -> int:
 
 
 def _steps_in_equal_time(task: Task, name: str) -> int:
-    """As many as take the processor the seconds of SAM's."""
+    """Return the number of steps with the process time of SAM's steps."""
     return max(1, round(task.steps * _seconds(task, "SAM") / _seconds(task, name)))
 
 
 def _seconds(task: Task, name: str, steps: int = 50) -> float:
-    """Of the processor, for whole cycles of LookSAM: the least of three warm-ups."""
+    """Return the process time of steps (whole cycles of LookSAM), the shortest of three warm-ups."""
     times = []
     for _ in range(3):
         started = time.process_time()
@@ -121,7 +132,7 @@ def _seconds(task: Task, name: str, steps: int = 50) -> float:
 
 
 def _choose(task: Task, name: str, steps: int, seeds: int, bar: tqdm) -> float:
-    """The value with the best mean score on the validation examples."""
+    """Return the value with the best mean score on the validation examples."""
 
     def score(value: float) -> float:
         scores = []
@@ -140,9 +151,9 @@ def _trained(task: Task, name: str, value: float, steps: int, seed: int, bar: tq
     optimizer: Any = distopt.AdamW(groups, lr=_LR)
     schedule = distopt.warmup_cosine(optimizer, warmup_steps=max(1, steps // 10), total_steps=steps)
     sam = method.sam(optimizer, rho=value) if method.sam else None
-    numbers = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * task.batch_size // len(inputs))
-    order = torch.cat([torch.randperm(len(inputs), generator=numbers) for _ in range(epochs)])
+    order = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(epochs)])
     for batch in order[: steps * task.batch_size].view(steps, -1):
         x, y = inputs[batch], classes[batch]
 
@@ -184,13 +195,13 @@ def _score(task: Task, model: nn.Module, examples: Examples) -> float:
 
 
 def _header(task: Task) -> str:
-    columns = ["", "steps", "option", task.score_name, "less that of AdamW", "training loss", "top eigenvalue"]
+    columns = ["", "steps", "option", task.score_name, "difference to AdamW", "training loss", "top eigenvalue"]
     columns += [f"training loss, noise {task.noise:.0%}", "CPU s"]
     return f"**{task.name}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
 
 
 def _row(name: str, steps: int, value: float, results: list[Result], base: list[Result]) -> str:
-    """Medians, least and largest over the seeds; the difference to `base` is that of the same seed, the same data."""
+    """Return a row of medians, minima and maxima over the seeds; differences to `base` are of equal seeds and data."""
     columns = {c: [getattr(r, c) for r in results] for c in ("train_loss", "eigenvalue", "noisy_loss")}
     differences = [r.score - b.score for r, b in zip(results, base)]
     cells = [name, str(steps), f"{_METHODS[name].option} {value:g}", _spread([r.score for r in results])]

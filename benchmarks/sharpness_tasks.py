@@ -1,4 +1,4 @@
-"""The tasks of `python -m benchmarks sharpness`: handwritten digits, and a language model that gets other text."""
+"""The tasks of `python -m benchmarks sharpness`: handwritten digits, and fine-tuning of a small language model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ from tqdm import tqdm
 import distopt
 from distopt.models.language_model import LanguageModel, blocks
 
-Examples = tuple[Tensor, Tensor]  # inputs and the classes to tell
+Examples = tuple[Tensor, Tensor]  # inputs and their classes
 _WIDTH, _HEADS, _LAYERS, _LENGTH, _PRETRAINING = 64, 4, 4, 64, 300
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what.
+    """A model with its data.
 
-    model: a new one of that seed. logits: of a model for inputs. draw: training and validation examples of a seed, none
-    of which is in `test`. score: what counts, lower is better. curvature_examples: how many of the training examples
-    the Hessian is of. noise: on the weights, relative to the norm of each tensor.
+    Attributes:
+        name: The name of the task.
+        score_name: The name of the score, for the header of a table.
+        model: Makes a new model for a seed.
+        logits: Computes the logits of a model for inputs.
+        draw: Draws training and validation examples for a seed, none of them in `test`.
+        test: The test examples.
+        score: The score of logits for classes; lower is better.
+        steps: The number of steps of a run.
+        batch_size: The number of examples of a step.
+        curvature_examples: The number of training examples of the Hessian.
+        noise: The noise on the weights, relative to the norm of each tensor.
+        methods: The names of the methods that the task compares.
     """
 
     name: str
@@ -44,12 +54,19 @@ class Task:
 
 
 def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Mean, in nats."""
+    """Return the mean cross-entropy, in nats."""
     return F.cross_entropy(logits.flatten(0, -2), classes.flatten())
 
 
 def digits(steps: int | None = None) -> Task:
-    """8 x 8 images of handwritten digits, of which a perceptron sees 200; raises ValueError without scikit-learn."""
+    """Make the task of classifying 8 x 8 images of handwritten digits by a perceptron, with 200 training examples.
+
+    Args:
+        steps: The number of steps of a run; 1000 by default.
+
+    Raises:
+        ValueError: If scikit-learn, which ships the images, is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -83,30 +100,34 @@ def digits(steps: int | None = None) -> Task:
 
 
 def language(steps: int | None = None) -> Task:
-    """A small GPT-2 that has read the code of Python's standard library goes on with 48 pieces of its documentation."""
+    """Make the task of fine-tuning a small GPT-2.
+
+    It is pretrained on the code of Python's standard library, and fine-tuned on 48 pieces of its documentation.
+
+    Args:
+        steps: The number of steps of a run; 60 by default.
+    """
     code, prose = _standard_library()
     pretrained = _pretrain(code)
     pieces = prose[: len(prose) // (_LENGTH + 1) * (_LENGTH + 1)].view(-1, _LENGTH + 1)
-    third = (
-        len(pieces) // 3
-    )  # in the order of the modules' names: training, validation and test are of different modules
+    third = len(pieces) // 3  # in the order of modules: training, validation and test text is of different modules
 
     def model(seed: int) -> nn.Module:
         made = _gpt2()
         made.load_state_dict(pretrained)
         return made
 
-    def some(of: Tensor, count: int, seed: int) -> Examples:
+    def sample(of: Tensor, count: int, seed: int) -> Examples:
         chosen = of[torch.randperm(len(of), generator=torch.Generator().manual_seed(seed))[:count]]
         return chosen[:, :-1], chosen[:, 1:]
 
     return Task(
         name="language model",
-        score_name="test loss, nats a byte",
+        score_name="test loss, nats per byte",
         model=model,
         logits=lambda model, inputs: model(input_ids=inputs).logits,
-        draw=lambda seed: (some(pieces[:third], 48, seed), some(pieces[third : 2 * third], 96, 0)),
-        test=some(pieces[2 * third :], 256, 0),
+        draw=lambda seed: (sample(pieces[:third], 48, seed), sample(pieces[third : 2 * third], 96, 0)),
+        test=sample(pieces[2 * third :], 256, 0),
         score=cross_entropy,
         steps=steps or 60,
         batch_size=8,
@@ -117,7 +138,7 @@ def language(steps: int | None = None) -> Task:
 
 
 def _standard_library() -> tuple[Tensor, Tensor]:
-    """The bytes of its modules without documentation and comments, and those of the documentation."""
+    """Return the bytes of the standard library's modules without docstrings and comments, and of the docstrings."""
     code, prose = [], []
     for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
@@ -144,11 +165,11 @@ def _gpt2() -> nn.Module:
 
 
 def _pretrain(text: Tensor) -> dict[str, Tensor]:
-    model, numbers = _gpt2(), torch.Generator().manual_seed(0)
+    model, generator = _gpt2(), torch.Generator().manual_seed(0)
     optimizer = distopt.AdamW(distopt.param_groups(model, 0.01), lr=2e-3)
     schedule = distopt.warmup_cosine(optimizer, warmup_steps=30, total_steps=_PRETRAINING)
     for _ in tqdm(range(_PRETRAINING), desc="pre-training", leave=False):
-        starts = torch.randint(len(text) - _LENGTH, (16, 1), generator=numbers)
+        starts = torch.randint(len(text) - _LENGTH, (16, 1), generator=generator)
         rows = text[starts + torch.arange(_LENGTH + 1)]
         optimizer.zero_grad()
         cross_entropy(model(input_ids=rows[:, :-1]).logits, rows[:, 1:]).backward()

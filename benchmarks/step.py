@@ -1,4 +1,4 @@
-"""The optimizer step alone: ours, torch's and other packages' on the same tensors, in turns."""
+"""The optimizer step alone: distopt's, torch's and other packages' on the same tensors, in turns."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from benchmarks import memory
 Shapes = list[tuple[int, ...]]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 
-_BASE = "torch AdamW fused"  # what all are compared with
+_BASE = "torch AdamW fused"  # the reference of all comparisons
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks step`."""
+    """Add the options of `python -m benchmarks step`."""
     parser = benchmarks.add_parser("step", help="time, bandwidth and memory of one optimizer step, against others")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="sets of tensors")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants whose name has one of these in it")
-    parser.add_argument("--rounds", type=int, default=15, help="how often all take turns")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="optimizers whose name contains one of these")
+    parser.add_argument("--rounds", type=int, default=15, help="number of turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; all if not given")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.set_defaults(run=run)
 
 
 def gpt(layers: int, width: int, vocabulary: int, positions: int) -> Shapes:
-    """The shapes of a GPT-2: tied embeddings, and twelve tensors a block."""
+    """Return the shapes of a GPT-2: tied embeddings, and twelve tensors per block."""
     weights = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     vectors = [(3 * width,), (width,), (4 * width,), *[(width,)] * 5]
     return [(vocabulary, width), (positions, width), *(weights + vectors) * layers, (width,), (width,)]
@@ -54,9 +54,9 @@ _AVERAGED = dict(momentum=0.9, dampening=0.9)
 _NESTEROV = dict(momentum=0.9, nesterov=True)
 _CENTERED = dict(centered=True, momentum=0.9)
 
-# Families, whose members take turns: the name of a rule, the bytes that it has to read and write for each float32
-# parameter, its class (in torch.optim, in distopt), its arguments, and how torch's has it. Their states are in memory
-# together, so that all rules at once would need 20 GB for 124M parameters.
+# Families, whose members take turns: the name of a rule, the bytes that it has to read and write per float32 parameter,
+# its class (in torch.optim and in distopt), its arguments, and torch's implementations. The states of a family are in
+# memory at the same time; all rules at once would need 20 GB for 124M parameters.
 _FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]] = {
     "adam": [
         ("AdamW", 28, "AdamW", _ADAM, ("fused", "foreach")),
@@ -79,7 +79,7 @@ _FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]
     ],
 }
 
-# LAMBs of other packages: name, module, class, whether on a GPU alone.
+# LAMBs of other packages: name, module, class, whether it needs a GPU.
 _LAMBS = (
     ("timm LAMB", "timm.optim", "Lamb", False),
     ("pytorch_optimizer LAMB", "pytorch_optimizer", "Lamb", False),
@@ -89,24 +89,24 @@ _LAMBS = (
 
 
 def contestants(gpu: bool) -> dict[str, dict[str, tuple[int, Make]]]:
-    """What takes part, by family and name: bytes a parameter, and what makes it. Who does not is named."""
+    """Return bytes per parameter and constructor of each optimizer, by family and name; print the missing ones."""
     found: dict[str, dict[str, tuple[int, Make]]] = {family: {} for family in _FAMILIES}
     for family, rules in _FAMILIES.items():
         for name, size, cls, arguments, ways in rules:
             for way in ways:
                 if gpu and (name, way) == ("Adagrad", "fused"):
-                    print("torch Adagrad fused does not take part: torch 2.13 has it for the CPU alone")
+                    print("torch Adagrad fused does not take part: torch 2.13 has it for the CPU only")
                     continue
                 found[family][f"torch {name} {way}"] = size, _maker(torch.optim, cls, {way: True, **arguments})
             found[family][f"distopt {name}"] = size, _maker(distopt, cls, arguments)
-    for name, module, cls, gpu_alone in _LAMBS:
-        if gpu_alone and not gpu:
+    for name, module, cls, gpu_only in _LAMBS:
+        if gpu_only and not gpu:
             print(f"{name} does not take part: it has no CPU version")
             continue
         try:
             package = import_module(module)
             _maker(package, cls, _ADAM)([torch.zeros(1, requires_grad=True)])
-        except Exception as error:  # not installed, or it does not get along with what is
+        except Exception as error:  # not installed, or incompatible with the installed versions
             print(f"{name} does not take part: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
             continue
         found["layerwise"][name] = 40, _maker(package, cls, _ADAM)
@@ -118,7 +118,7 @@ def _maker(package: Any, cls: str, arguments: dict[str, Any]) -> Make:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a table for each set of tensors."""
+    """Print a table for each set of tensors."""
     _check(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
             for family, members in families.items()
         }
         if not any(families.values()):
-            raise SystemExit(f"--only {' '.join(options.only)}: no contestant has that in its name")
+            raise SystemExit(f"--only {' '.join(options.only)}: no optimizer has that in its name")
     results: dict[str, dict[str, Any]] = {}
     for name in options.shapes:
         shapes = SHAPES[name]
@@ -157,7 +157,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _print_table(families: dict[str, Any], numel: int) -> None:
-    print("| optimizer | ms | / fused AdamW | bytes a parameter | / copy | / in place | extra bytes a parameter |")
+    print("| optimizer | ms | / fused AdamW | bytes per parameter | / copy | / in place | extra bytes per parameter |")
     print("|---|---|---|---|---|---|---|")
     for rows in families.values():
         for name, row in rows["steps"].items():
@@ -172,22 +172,30 @@ def _print_table(families: dict[str, Any], numel: int) -> None:
 
 
 def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Median seconds, bytes and extra memory of a step of each contestant, all on the same weights and gradients.
+    """Measure the step of each optimizer, all on the same weights and gradients.
 
-    copy, in_place: bytes a second that a copy of the weights moves, and their multiplication where they lie. The second
-    is nearer to what a step does: a line that is written has been read, while a copy has the processor fetch it first.
+    Args:
+        shapes: The shapes of the tensors.
+        chosen: The bytes per parameter and the constructor of each optimizer, by name.
+        device: The device.
+        rounds: The number of turns.
+
+    Returns:
+        steps: by name, the median seconds, the bytes per parameter and the extra bytes of a step. copy, in_place: the
+        bytes per second of a copy of the weights, and of their multiplication in place. The latter is closer to a step,
+        which has read a cache line before it writes it, while a copy has to fetch the line that it writes.
     """
-    numbers = torch.Generator(device).manual_seed(0)
-    params = [torch.randn(shape, generator=numbers, device=device).mul_(0.02).requires_grad_() for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    params = [torch.randn(shape, generator=generator, device=device).mul_(0.02).requires_grad_() for shape in shapes]
     for p in params:
-        p.grad = torch.randn(p.shape, generator=numbers, device=device).mul_(0.01)
+        p.grad = torch.randn(p.shape, generator=generator, device=device).mul_(0.01)
     source = torch.cat([p.detach().view(-1) for p in params])
     target = torch.empty_like(source)
     steps: dict[str, Callable[[], Any]] = {name: make(params).step for name, (_, make) in chosen.items()}
     steps |= {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
     extra = {}
     for name, step in steps.items():
-        step()  # makes the state
+        step()  # creates the state
         with memory.watched(device) as peak:
             step()
         extra[name] = peak[0]

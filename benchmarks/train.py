@@ -1,4 +1,4 @@
-"""Whole training: tokens/s and memory of distopt on every sharded engine, against what others offer at its stage."""
+"""Whole training: tokens/s and memory of distopt on every sharded engine, compared with others at its stage."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ import distopt
 from benchmarks import gpt, peers
 from benchmarks.collectives import nbytes
 from benchmarks.memory import Peak
-from benchmarks.ranks import Team, TeamError
+from benchmarks.team import Team, TeamError
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import FSDP2, DeepSpeed, Engine, Zero1
 from distopt.engine.train_step import update
 
-Made = tuple[peers.Step, Any]  # a training step; the optimizer that holds the state
+Made = tuple[peers.Step, Any]  # a training step, and the optimizer with the state
 
 
 class Side(NamedTuple):
-    """One way to train at a ZeRO stage."""
+    """One way to train at a ZeRO stage.
+
+    Attributes:
+        stage: The ZeRO stage.
+        ours: Whether it is distopt.
+        make: Makes the training step.
+    """
 
     stage: int
     ours: bool
@@ -38,7 +44,7 @@ class Side(NamedTuple):
 
 
 def _ours(engine: Callable[[str], Engine], cls: Any, device: torch.device, options: argparse.Namespace) -> Made:
-    """The step of `distopt.train`."""
+    """Return the step of `distopt.train`, and its optimizer."""
     made = engine(options.precision)
     model = gpt.build(made, device, options)
     if isinstance(made, DeepSpeed):
@@ -84,25 +90,25 @@ SIDES: dict[str, Side] = {
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks train`."""
-    parser = benchmarks.add_parser("train", help="tokens/s and memory of whole training, against others by ZeRO stage")
+    """Add the options of `python -m benchmarks train`."""
+    parser = benchmarks.add_parser("train", help="tokens/s and memory of training, compared with others by ZeRO stage")
     gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3], choices=[1, 2, 3])
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="sides whose name has one of these in it")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="sides whose name contains one of these")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of all sides")
-    parser.add_argument("--rounds", type=int, default=9, help="how often the sides of a stage take turns")
+    parser.add_argument("--rounds", type=int, default=9, help="number of turns of the sides of a stage")
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a side to start, and for a turn")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file, after every turn of all")
+    parser.add_argument("--json", type=Path, help="also write the results to this file, after every turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a Markdown table, stage by stage, with a row for each side; one that fails is named with its reason.
+    """Print a Markdown table, stage by stage, with a row for each side; sides that fail are listed with the reason.
 
-    ZeRO's formula of the state is two float32 numbers for each parameter, divided by the ranks; the largest rank's is
-    compared with it. Every side has processes of its own, since DeepSpeed changes torch's functions in the process it
-    is in; those of a stage live at the same time and take turns. The first turn warms up.
+    ZeRO's formula of the state is two float32 values per parameter, divided by the number of ranks; it is compared with
+    the rank that has most. Every side has processes of its own, since DeepSpeed changes torch's functions in its
+    process; those of a stage live at the same time and take turns. The first turn warms up.
     """
     if options.batch_size % options.processes:
         raise SystemExit(
@@ -120,10 +126,10 @@ def run(options: argparse.Namespace) -> None:
         "failed": {},
     }
     model = f"{gpt.numel(options) / 1e6:.1f}M parameters ({options.layers} layers of width {options.width})"
-    batch = f"{options.batch_size} sequences of {options.sequence_length} tokens a step"
+    batch = f"{options.batch_size} sequences of {options.sequence_length} tokens per step"
     turns = f"medians of {options.rounds} turns of {options.steps} steps"
     print(f"torch {torch.__version__}, {where}; {options.processes} processes, {model}, {batch}; {turns}\n")
-    print("| stage | | tokens/s | / best peer | peak, MiB a rank | state, MiB a rank | / ZeRO's formula | loss |")
+    print("| stage | | tokens/s | / best peer | peak, MiB per rank | state, MiB per rank | / ZeRO's formula | loss |")
     print("|---|---|---|---|---|---|---|---|")
     for stage in options.stages:
         names = [n for n, s in SIDES.items() if s.stage == stage]
@@ -137,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _stage(names: list[str], options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Measures the sides of a stage in turns; what comes out stands in the report after each."""
+    """Measure the sides of a stage in turns, and update the report after each."""
     teams: dict[str, Team] = {}
 
     def fail(name: str, error: TeamError) -> None:
@@ -187,18 +193,18 @@ def _rows(stage: int, report: Mapping[str, Any]) -> list[str]:
 
 
 def _write(file: Path, report: Mapping[str, Any]) -> None:
-    """All or nothing, whenever it is stopped."""
+    """Write the file atomically."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
     part.replace(file)
 
 
 class Training:
-    """What a rank of a side holds."""
+    """The model, the data and the optimizer of a side, on one rank."""
 
     def __init__(self, device: torch.device, name: str, options: argparse.Namespace) -> None:
         if "deepspeed" in name.lower():
-            peers.import_deepspeed()  # its code is not what its training needs
+            peers.import_deepspeed()  # before the memory is measured, which is not to include its code
         self.device, self.options = device, options
         corpus = TextData().build()
         self.sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
@@ -207,10 +213,15 @@ class Training:
         self.warm = False
 
     def turn(self, first: int, steps: int) -> dict[str, float]:
-        """Trains; seconds a step, and what has come out so far.
+        """Train for a turn.
 
-        peak: bytes of memory, from the second turn on. state: of the optimizer's state. loss: of the last step, the
-        mean over the ranks.
+        Args:
+            first: The index of the first step.
+            steps: The number of steps.
+
+        Returns:
+            seconds: per step. peak: bytes of memory, from the second turn on. state: bytes of the optimizer state.
+            loss: of the last step, the mean over the ranks.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         batches = [self.sequences.batch(first + i, rank, world).to(self.device) for i in range(steps)]
@@ -234,6 +245,6 @@ class Training:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The optimizer's state on this rank: all buffers, without counts of steps."""
+    """Return the bytes of the local optimizer state: all buffers, without step counts."""
     buffers = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     return nbytes(value for value in buffers if isinstance(value, torch.Tensor))

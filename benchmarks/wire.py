@@ -1,4 +1,4 @@
-"""What a training step sends, and how long it takes, for each engine: by formula, by torch's count, by the kernel's."""
+"""The bytes that a training step sends on each engine, by formula, by torch's and by the kernel's count; its time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import distopt
 from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes, written
-from benchmarks.ranks import spawn
+from benchmarks.team import spawn
 from distopt import layout
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
@@ -25,8 +25,8 @@ from distopt.engine.train_step import update
 from distopt.models.language_model import blocks
 
 
-class WholeGradients(DDP):
-    """ZeRO-1 over a DDP whose gradients are all-reduced: `layout.zero1_layout`."""
+class FullGradients(DDP):
+    """ZeRO-1 over DDP with all-reduced gradients: `layout.zero1_layout`."""
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
         optimizer.bind(layout.zero1_layout(self.unwrap(model)))
@@ -34,8 +34,13 @@ class WholeGradients(DDP):
 
 
 class Side(NamedTuple):
-    """An engine, and of what each of N ranks sends in a step, in units of (N-1)/N, the parts: how often the parameters
-    in blocks, and how often the others, are sent."""
+    """An engine, and the number of times that each of N ranks sends (N-1)/N of the parameters in a step.
+
+    Attributes:
+        engine: Makes the engine.
+        inside: The number for parameters of the blocks.
+        outside: The number for the other parameters.
+    """
 
     engine: Callable[[], Engine]
     inside: float
@@ -44,7 +49,7 @@ class Side(NamedTuple):
 
 SIDES = {
     "ddp": Side(DDP, 2, 2),
-    "zero1, whole gradients": Side(WholeGradients, 3, 3),
+    "zero1, full gradients": Side(FullGradients, 3, 3),
     "zero1": Side(Zero1, 2, 2),
     "zero1, overlap_gather": Side(partial(Zero1, overlap_gather=True), 2, 2),
     "zero1, reduce_dtype=bf16": Side(partial(Zero1, reduce_dtype="bf16"), 1.5, 1.5),
@@ -54,17 +59,17 @@ SIDES = {
 
 
 def add_parser(benchmarks: Any) -> None:
-    """The options of `python -m benchmarks wire`."""
+    """Add the options of `python -m benchmarks wire`."""
     parser = benchmarks.add_parser("wire", help="bytes sent and time of a step on each engine")
     parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
     gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
-    parser.add_argument("--rounds", type=int, default=11, help="how often the sides take turns")
+    parser.add_argument("--rounds", type=int, default=11, help="number of turns of the sides")
     parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints a Markdown table with a row for each side; times are compared with the first."""
+    """Print a Markdown table with a row for each side; times are relative to the first."""
     TextData().build()
     spawn(options.processes, _measure, options)
 
@@ -108,7 +113,7 @@ def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple
 
 
 def _count(name: str, step: Callable[[Tensor], None], model: nn.Module, batch: Tensor) -> str:
-    """The cells of a step that is like those after it: state is there, and DDP has laid out its buckets anew."""
+    """Return the cells of a typical step, after the state was created and DDP has rebuilt its buckets."""
     for _ in range(2):
         step(batch)
     dist.barrier()

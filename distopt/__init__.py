@@ -1,4 +1,4 @@
-"""Optimizers whose update is exactly the unsharded one, however parameters, gradients and state are cut up."""
+"""Optimizers whose update is exactly the unsharded one, however parameters, gradients and state are sharded."""
 
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint

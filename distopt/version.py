@@ -1,3 +1,3 @@
-"""The version of the package, of which checkpoints and the wheel are told."""
+"""The version of the package, which the wheel and every checkpoint record."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """An Accelerate script with LAMB: `accelerate launch --config_file launch/local.yaml examples/accelerate_script.py`.
 
-A number after it is the ZeRO stage: 0 or 1 (the default) for DDP; 2 or 3 where the launcher is told to use FSDP2, 1 to
-3 where DeepSpeed. It is checked, since Accelerate may silently run something else.
+An argument is the ZeRO stage: 0 or 1 (the default) for DDP; 2 or 3 if the launcher uses FSDP2, 1 to 3 if it uses
+DeepSpeed. It is checked, since Accelerate may silently run something else.
 """
 
 import sys
@@ -19,7 +19,7 @@ FOLDER = "runs/accelerate_script"
 
 
 def main() -> None:
-    # On the CPU Accelerate has to be told so, or it runs one process for each rank.
+    # Without cpu=True on the CPU, Accelerate runs independent processes of one rank each.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     torch.manual_seed(0)
     x = torch.randn(SAMPLES, 32)
@@ -33,7 +33,7 @@ def main() -> None:
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(schedule)  # prepared, it would step once per process
-    distopt.attach(accelerator, model, optimizer, zero_stage=ZERO)  # the one line more
+    distopt.attach(accelerator, model, optimizer, zero_stage=ZERO)  # the only additional line
 
     def train(epoch: int) -> None:
         for x, y in loader:
@@ -55,7 +55,7 @@ def main() -> None:
             accelerator.save_state(FOLDER)  # on every process; loads at any number of processes, with zero_stage=0 or 1
 
     accelerator.load_state(FOLDER)
-    train(EPOCHS)  # the last epoch once more, with the same numbers
+    train(EPOCHS)  # the last epoch again, with the same losses
     accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
     accelerator.end_training()
 

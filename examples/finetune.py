@@ -20,7 +20,7 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Norway": "Os
 
 
 def make_pretrained(folder: Path) -> None:
-    """A tokenizer trained on this Python's own sources, with a chat template, and a Llama that knows nothing yet."""
+    """Save a tokenizer trained on Python's own sources, with a chat template, and an untrained Llama."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def make_pretrained(folder: Path) -> None:
 
 
 def write_chats(file: Path) -> None:
-    """One example a line: the loss is on what the assistant says."""
+    """Write one example per line; the loss is on the answers of the assistant."""
     draw = random.Random(0)
     with file.open("w") as out:
         for _ in range(200):

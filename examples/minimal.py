@@ -21,7 +21,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.LayerNorm(128), nn.Linear(128, 1)).to(device)
     fully_shard(model, mesh=mesh)
 
-    # No decay and no trust ratio for biases and norms. FSDP2's parameters tell their layout themselves.
+    # No decay and no trust ratio for biases and norms. The layout is inferred from FSDP2's parameters.
     optimizer = distopt.LAMB(distopt.param_groups(model, weight_decay=0.01), lr=2e-2)
     schedule = distopt.warmup_cosine(optimizer, warmup_steps=10, total_steps=100)
 
@@ -31,7 +31,7 @@ def main() -> None:
         loss = (model(x.to(device)) - (x @ teacher).sin().to(device)).square().mean()
         loss.backward()
         norm = distopt.clip_grad_norm_(optimizer, max_norm=1.0)  # over all ranks, the same on every rank
-        optimizer.step()  # one all-reduce for the trust ratios of all layers
+        optimizer.step()  # one all-reduce for all trust ratios
         optimizer.zero_grad()
         schedule.step()
         if rank == 0 and step % 20 == 19:

@@ -1,4 +1,4 @@
-"""Submits a training job with submitit, which puts it back into the queue when its time is over or it is preempted.
+"""Submit a training job with submitit, which requeues it at its time limit and after preemption.
 
 python launch/with_submitit.py --nodes 2 --processes 8 --set slurm_partition=gpu name=llama model=llama_1b engine=fsdp2
 """
@@ -17,7 +17,13 @@ import submitit
 
 
 class Train:
-    """What submitit runs on every node: one `accelerate launch`."""
+    """The callable that submitit runs on every node: one `accelerate launch`.
+
+    Args:
+        processes: The number of processes of each node.
+        overrides: The overrides of `distopt.train`.
+        port: The port of the first node where the processes meet.
+    """
 
     def __init__(self, processes: int, overrides: list[str], port: int = 29500) -> None:
         self.processes, self.overrides, self.port = processes, overrides, port
@@ -32,7 +38,7 @@ class Train:
             machines += ["--main_process_port", str(self.port)]
         launch = [sys.executable, "-m", "accelerate.commands.launch", *machines]
         launch += ["--num_processes", str(here.num_nodes * self.processes)]
-        # torchrun hands these on to its workers, and gives them time to save.
+        # torchrun forwards these to its workers, and gives them time to save.
         handed = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"}
         environment = {**os.environ, **handed, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
         self.process = subprocess.Popen(
@@ -40,19 +46,19 @@ class Train:
         )
         code = self._wait()
         if code and here.global_rank:
-            time.sleep(60)  # the first node is about to put the job back, which ends this one
+            time.sleep(60)  # the first node is about to requeue the job, which ends this one
         if code:
-            raise RuntimeError(f"the training on node {here.node} ended with exit code {code}, see the log beside this")
+            raise RuntimeError(f"the training on node {here.node} ended with exit code {code}: see its log")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit, in its signal's handler: what is put into the queue once the training has saved."""
+        """Return the job to requeue, once the training has saved; submitit calls this in its signal handler."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)
             self._wait()
         return submitit.helpers.DelayedSubmission(Train(self.processes, self.overrides, self.port))
 
     def _wait(self) -> int:
-        """Looks now and then: a handler that interrupts a blocking `wait` cannot wait itself."""
+        """Poll, since a signal handler that interrupts a blocking `wait` cannot wait itself."""
         assert self.process is not None
         while self.process.poll() is None:
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they measure is what it should be."""
+"""The benchmarks run, and their measurements are right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import distopt
 from benchmarks.__main__ import main
 from benchmarks.curvature import noisy_loss, top_eigenvalue
-from benchmarks.ranks import Team, TeamError
+from benchmarks.team import Team, TeamError
 from benchmarks.train import SIDES, state_bytes
 from distopt.engine.train_step import update
 from distopt.models.language_model import LanguageModel
@@ -50,12 +50,12 @@ def test_sam_counts_bytes_and_copies() -> None:
     for name, expected in passes.items():
         assert float(rows[name][3]) / base == pytest.approx(expected, abs=0.05), name
     copies = {"AdamW": 0.0, "SAM": 4.0, "SAM, scope=local": 4.0, "LookSAM, k=5": 12.0, "MomentumSAM": 4.0}
-    for name, expected in copies.items():  # beside them a number for each layer
+    for name, expected in copies.items():  # in addition, one scalar per parameter
         assert float(rows[name][4]) == pytest.approx(expected, abs=0.02), name
 
 
 @pytest.mark.matrix
-def test_proof_prints_what_it_costs() -> None:
+def test_proof_prints_its_cost() -> None:
     small = ["--layers", "1", "--width", "256", "--batch-size", "1", "--sequence-length", "64", "--rounds", "3"]
     done = bench("proof", *small)
     assert done.returncode == 0, done.stderr
@@ -66,13 +66,13 @@ def test_proof_prints_what_it_costs() -> None:
 
 
 @pytest.mark.matrix
-def test_wire_counts_what_the_formula_says() -> None:
+def test_wire_counts_the_bytes_of_the_formula() -> None:
     """Norms and padding come on top: little, and less the larger the model."""
     small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
-    done = bench("wire", *small, "--only", "ddp", "zero1, whole gradients", "zero1")
+    done = bench("wire", *small, "--only", "ddp", "zero1, full gradients", "zero1")
     assert done.returncode == 0, done.stderr
     rows = cells(done.stdout)
-    for name, passes in {"ddp": 2, "zero1, whole gradients": 3, "zero1": 2}.items():
+    for name, passes in {"ddp": 2, "zero1, full gradients": 3, "zero1": 2}.items():
         formula, counted, sent = map(float, rows[name][3:6])
         assert formula / float(rows["ddp"][3]) == pytest.approx(passes / 2, rel=1e-2)
         assert counted == pytest.approx(formula, rel=0.05)
@@ -93,8 +93,8 @@ def test_sharpness_writes_every_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_sharpness_at_equal_time_takes_the_steps_that_fit(tmp_path: Path) -> None:
-    """AdamW has one pass in the time of SAM's two, and a step beside it."""
+def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
+    """AdamW computes one pass where SAM computes two, in addition to the same step."""
     pytest.importorskip("sklearn")
     file = tmp_path / "runs.json"
     counts = ["--seeds", "1", "--tuning-seeds", "1", "--steps", "40", "--json", str(file), "--equal-time"]
@@ -110,7 +110,7 @@ SMALL = ["--layers", "2", "--width", "64", "--batch-size", "4", "--sequence-leng
 
 @pytest.mark.matrix
 def test_training_of_every_side_is_the_same_training(tmp_path: Path) -> None:
-    """AdamW by whichever side ends at the same loss, with the state that ZeRO's formula says."""
+    """Every side trains AdamW to the same loss, with the state of ZeRO's formula."""
     file = tmp_path / "train.json"
     only = ["distopt AdamW", "ZeroRedundancy", "FSDP2", "+ torch"]  # DeepSpeed's own Adam builds an op
     done = bench("train", *SMALL, "--only", *only, "--json", str(file))
@@ -153,8 +153,8 @@ def test_more_ranks_and_tensors_need_no_more_collectives(tmp_path: Path) -> None
     assert drawn == {"growth_parameters.png", "growth_tensors.png", "growth_ranks.png"}
 
 
-class Held:
-    """Does what it is told to."""
+class Member:
+    """An object of a team that adds, dies or hangs."""
 
     def __init__(self, device: torch.device, fails: bool) -> None:
         if fails and dist.get_rank() == 1:
@@ -183,9 +183,9 @@ class Held:
     ],
 )
 def test_a_rank_that_fails_ends_its_team_and_no_other(call: str, seconds: float, reason: str) -> None:
-    other = Team(2, Held, False, seconds=60.0)
+    other = Team(2, Member, False, seconds=60.0)
     with pytest.raises(TeamError) as error:
-        team = Team(2, Held, not call, seconds=60.0)
+        team = Team(2, Member, not call, seconds=60.0)
         team.seconds = seconds
         team.call(call)
     assert str(error.value).startswith(reason)
@@ -193,27 +193,27 @@ def test_a_rank_that_fails_ends_its_team_and_no_other(call: str, seconds: float,
     other.stop()
 
 
-SHARDED = [kind for kind in ENGINES if kind not in ("ddp", "hsdp")]  # hsdp has as much as over half the ranks
+SHARDED = [kind for kind in ENGINES if kind not in ("ddp", "hsdp")]  # hsdp has the state of half as many ranks
 
 
 def bytes_of_state(kind: str) -> tuple[int, int]:
-    """After a step of AdamW: the bytes of this rank's state, and the parameters of the model."""
+    """The bytes of the local state after a step of AdamW, and the number of parameters of the model."""
     engine = ENGINES[kind]()
     language_model = LanguageModel("gpt2", CONFIGS["gpt2"] | {"n_embd": 128})
     model = made(language_model, engine)
     optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.01)
     model = engine.attach(model, optimizer, 1, 1.0)
     update(engine, model, optimizer, [batch(0)], 1.0)
-    whole = language_model.empty(language_model.describe(VOCABULARY))
-    return state_bytes(optimizer), sum(p.numel() for p in whole.parameters())
+    full = language_model.empty(language_model.describe(VOCABULARY))
+    return state_bytes(optimizer), sum(p.numel() for p in full.parameters())
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", SHARDED)
-def test_state_is_what_zeros_formula_says(kind: str, world: int) -> None:
-    """Two float32 numbers for each parameter, over the ranks, within 1 %: rows and partitions are padded."""
-    for held, parameters in run(world, bytes_of_state, kind):
-        assert held == pytest.approx(8 * parameters / world, rel=0.01)
+def test_the_state_is_that_of_zeros_formula(kind: str, world: int) -> None:
+    """Two float32 values per parameter, divided by the ranks, within 1 %: rows and partitions are padded."""
+    for state, parameters in run(world, bytes_of_state, kind):
+        assert state == pytest.approx(8 * parameters / world, rel=0.01)
 
 
 def test_top_eigenvalue_of_a_quadratic() -> None:
@@ -229,7 +229,7 @@ def test_top_eigenvalue_of_a_quadratic() -> None:
     assert top_eigenvalue(loss, weights, iterations=12) == pytest.approx(7.0, rel=1e-4)
 
 
-def test_noise_has_the_norm_it_was_given_and_the_weights_stay() -> None:
+def test_noise_has_the_given_norm_and_the_weights_are_restored() -> None:
     weights = [torch.tensor([3.0, 4.0], requires_grad=True)]
     start = weights[0].detach().clone()
     lost = noisy_loss(lambda: (weights[0] - start).square().sum(), weights, relative=0.1, draws=3)
@@ -238,7 +238,7 @@ def test_noise_has_the_norm_it_was_given_and_the_weights_stay() -> None:
 
 
 def test_the_step_of_every_optimizer_is_measured(tmp_path: Path) -> None:
-    """A peer that is not installed is a named gap; what the benchmark needs is torch alone."""
+    """A peer that is not installed is listed as missing; the benchmark needs torch alone."""
     file = tmp_path / "step.json"
     done = bench("step", "--shapes", "1000_small", "--rounds", "1", "--only", "distopt", "LAMB", "--json", str(file))
     assert done.returncode == 0, done.stderr

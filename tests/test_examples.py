@@ -1,4 +1,4 @@
-"""Every example runs as its first line says, and gives the same numbers at one process and at two, on any engine."""
+"""Every example runs by its first line, with the same results at one process and at two, on any engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAST = 2e-3
 
 
 def example_alone(example: Path, file: Path) -> None:
-    """As torchrun starts the one rank of a process, and what it prints in a file."""
+    """Run an example as torchrun runs the only rank, with its output in a file."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with file.open("w") as out, contextlib.redirect_stdout(out):
         runpy.run_path(str(example), run_name="__main__")
@@ -43,7 +43,7 @@ def example_alone(example: Path, file: Path) -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
-    """Two processes as its first line says; one is forked, which takes a second where a launch takes ten."""
+    """Two processes as in its first line; a single one is forked, which takes a second where a launch takes ten."""
     alone = fork(example_alone, example, tmp_path / "out")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(example)]
     env = {**os.environ, **ENVIRONMENT}
@@ -70,7 +70,7 @@ ENGINES: dict[str, Callable[[], Any]] = {
 
 
 def script_on(engine: str, folder: Path) -> list[float]:
-    """The norms that the script prints. Its Accelerator is the one that this machine's launcher cannot give it."""
+    """The norms that the script prints, with an Accelerator that the launcher of this machine cannot make."""
     import accelerate
 
     accelerator = ENGINES[engine]()
@@ -119,7 +119,7 @@ def test_the_accelerate_script_under_accelerate_launch(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_what_accelerate_silently_drops_is_told(tmp_path: Path) -> None:
+def test_what_accelerate_silently_drops_is_refused(tmp_path: Path) -> None:
     """FSDP2 on the CPU."""
     ended = launch(tmp_path, [str(SCRIPT), "3"], FSDP2)
     assert ended.code == 1

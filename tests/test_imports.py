@@ -1,16 +1,24 @@
-"""`import distopt` needs torch alone and costs nothing beside it; the linter keeps the import direction."""
+"""`import distopt` needs torch alone and takes next to no time; imports between folders run downwards only."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from tests.harness.jobs import BIN, ENVIRONMENT, ROOT
 
@@ -45,7 +53,7 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 
 @pytest.fixture(scope="module")
 def probes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, list[str]]]:
-    """Three times, in processes of their own: the seconds that `import distopt` adds, and the modules."""
+    """The seconds that `import distopt` adds to `import torch`, and the modules, in each of three processes."""
     folder = tmp_path_factory.mktemp("probe")
     command, env = [sys.executable, "-W", "error", "-c", PROBE], {**os.environ, **ENVIRONMENT}
     return [
@@ -57,7 +65,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, list[s
 
 
 def test_torch_alone(probes: list[tuple[float, list[str]]]) -> None:
-    """Beside what torch has brought: our own modules, and such of torch and of the standard library as are small."""
+    """In addition to what torch imports: our own modules, and small ones of torch and of the standard library."""
     for _, added in probes:
         assert "distopt.optim.base" in added
         assert [name for name in added if name in OTHERS or name.partition(".")[0] in OTHERS] == []
@@ -69,7 +77,7 @@ def test_next_to_no_time(probes: list[tuple[float, list[str]]]) -> None:
     assert statistics.median(seconds for seconds, _ in probes) < 0.3
 
 
-ALLOWED: dict[str, dict[str, bool]] = {  # what a file may import, where the rules say something of it
+ALLOWED: dict[str, dict[str, bool]] = {  # whether a line is allowed in a file
     "distopt/optim/new.py": {"import torch": True, "import torch.distributed as dist": False},
     "distopt/sam/new.py": {
         "from torch.distributed.tensor import DTensor": False,
@@ -95,9 +103,139 @@ def test_the_linter_keeps_the_import_direction(tmp_path: Path, file: str, line: 
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / file
     path.parent.mkdir(parents=True)
-    # Inside a function too: what is late is still a dependency.
+    # An import inside a function is a dependency as well.
     for text in (f"{line}\n", f"def f() -> None:\n    {line}\n"):
         path.write_text(text)
         command = [str(BIN / "ruff"), "check", "--no-cache", "--select", "TID251", "--output-format", "concise", file]
         checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert (checked.returncode, "TID251" in checked.stdout) == (0 if allowed else 1, not allowed), checked
+
+
+def test_the_linter_s_exceptions_are_folders() -> None:
+    """At most eight of them, and two files at the top level."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        ignores = tomllib.load(file)["tool"]["ruff"]["lint"]["per-file-ignores"]
+    exceptions = {pattern for pattern, rules in ignores.items() if "TID251" in rules} - {"!distopt/**"}
+    folders = {pattern for pattern in exceptions if pattern.endswith("/**")}
+    assert len(folders) <= 8
+    assert exceptions - folders <= {"distopt/collective.py", "distopt/train.py"}
+    for pattern in exceptions:
+        assert (ROOT / pattern.removesuffix("/**")).exists(), f"{pattern} excepts nothing"
+
+
+# The folders of the package, and the modules at its top level, from the bottom to the top. A module imports from lower
+# levels and from its own folder. CONTRIBUTING.md shows the same levels.
+LEVELS = (
+    {"version", "collective", "rng"},
+    {"kernels"},
+    {"layout"},
+    {"proof"},
+    {"optim"},
+    {"sam"},
+    {"checkpoint", "data"},
+    {"models"},
+    {"engine"},
+    {"job"},
+    {"integrations", "plan", "report"},
+    {"train", "export"},
+    {"distopt"},  # its __init__.py, which has the public names
+)
+LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
+
+
+def import_graph(package: Path) -> dict[tuple[str, str], list[str]]:
+    """Imports between the folders of a package: `file:line` of each, by (importing folder, imported folder).
+
+    Imports inside functions and under TYPE_CHECKING count. The launcher plugin, a package of its own, is left out.
+    """
+    files = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] != "plugin"
+    }
+    graph: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for module, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                parent = module.split(".")[: len(module.split(".")) - node.level + (path.name == "__init__.py")]
+                base = ".".join([*(parent if node.level else ()), *filter(None, [node.module])])
+                imported = [f"{base}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in imported:
+                if name.partition(".")[0] != package.name:
+                    continue
+                while name not in files:  # a name in a module
+                    name = name.rpartition(".")[0]
+                source, target = _folder(module), _folder(name)
+                if source != target:
+                    graph[source, target].append(f"{path.relative_to(package.parent)}:{node.lineno}")
+    return graph
+
+
+def _folder(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def circle(graph: dict[tuple[str, str], list[str]]) -> list[str]:
+    """The folders of one circle of imports, or none."""
+    imports: dict[str, set[str]] = defaultdict(set)
+    for source, target in graph:
+        imports[source].add(target)
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def upward(graph: dict[tuple[str, str], list[str]]) -> dict[str, list[str]]:
+    """The imports from a folder of the same or a higher level, with their places."""
+    return {
+        f"{source} -> {target}": places for (source, target), places in graph.items() if LEVEL[source] <= LEVEL[target]
+    }
+
+
+def test_imports_between_folders_run_downwards() -> None:
+    graph = import_graph(ROOT / "distopt")
+    assert len(graph) > 20
+    assert {folder for arrow in graph for folder in arrow} <= {*LEVEL}, "a new folder belongs into LEVELS"
+    assert circle(graph) == []
+    assert upward(graph) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from distopt.train import main",
+        "from distopt import job",
+        "import distopt.job.config",
+        "import distopt",
+        "from ..job.config import CONF",
+        "if TYPE_CHECKING:\n    from distopt.engine import Engine",
+        "def late():\n    from distopt.checkpoint import save_checkpoint",
+    ],
+)
+def test_an_upward_import_is_found(tmp_path: Path, line: str) -> None:
+    package = tmp_path / "distopt"
+    shutil.copytree(ROOT / "distopt", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "sam" / "planted.py").write_text(f"{line}\n")
+    found = upward(import_graph(package))
+    assert [places for places in found.values() if "planted.py" in str(places)] and len(found) == 1
+
+
+def test_a_circle_of_folders_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "distopt"
+    for path, line in {"layout/a.py": "from distopt.optim import b", "optim/b.py": "import distopt.layout.a"}.items():
+        (package / path).parent.mkdir(parents=True)
+        (package / path).write_text(line)
+    assert {*circle(import_graph(package))} == {"layout", "optim"}
+
+
+def test_contributing_shows_these_levels() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shown = text.partition("<!-- levels -->")[2].partition("<!-- /levels -->")[0]
+    lines = [line.split("#")[0].replace(",", " ").split() for line in shown.splitlines() if line.startswith("    ")]
+    assert [{*words} for words in reversed(lines)] == [*LEVELS]

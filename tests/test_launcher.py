@@ -1,4 +1,4 @@
-"""`hydra/launcher=accelerate`: real sweeps of a script that knows nothing of distopt, and of `distopt.train`."""
+"""`hydra/launcher=accelerate`: real sweeps of a script without distopt, and of `distopt.train`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SWEEP = ["-m", "hydra/launcher=accelerate"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This checkout with its plugin, whichever is installed."""
+    """The environment of this checkout with its plugin, whichever version is installed."""
     monkeypatch.setattr(jobs, "ENVIRONMENT", ENVIRONMENT)
 
 
@@ -65,7 +65,7 @@ def script(tmp_path: Path) -> list[str]:
 
 
 def written(folder: Path, version_base: str = "1.3", config: str = "conf") -> list[str]:
-    """The command of a script in a folder, with its configuration beside it."""
+    """The command of a script in a folder, with its configuration next to it."""
     text = SCRIPT.replace("VERSION_BASE", repr(version_base)).replace("CONFIG_PATH", repr(config))
     (folder / "script.py").write_text(text)
     (folder / "conf").mkdir()
@@ -74,7 +74,7 @@ def written(folder: Path, version_base: str = "1.3", config: str = "conf") -> li
 
 
 def notes(job: Path) -> list[dict[str, Any]]:
-    """What the processes of a job saw, by rank."""
+    """The records of the processes of a job, by rank."""
     return [json.loads(file.read_text()) for file in sorted(job.glob("rank-*.json"))]
 
 
@@ -83,7 +83,7 @@ def sweep(cwd: Path, command: list[str], *words: str, seconds: float = 100.0) ->
 
 
 def test_a_sweep_of_any_script(tmp_path: Path, script: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two jobs side by side, one of which fails; the same command runs that one again, and only that one."""
+    """Two jobs at the same time, one of which fails; the same command runs only that one again."""
     monkeypatch.setitem(ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "4,7")
     two = ["hydra.launcher.jobs=2", "hydra.launcher.num_processes=2", "+hydra.launcher.env.MINE=yes", "x=1,2"]
     ended = sweep(tmp_path, script, *two, "word='a=b, ${x}'")
@@ -136,7 +136,7 @@ ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.matrix) for n in (signal.SIGTERM, signal.SIGKILL))]
 )
 def test_ending_a_sweep_ends_all_its_processes(tmp_path: Path, script: list[str], number: signal.Signals) -> None:
-    """Also those that do not listen to SIGTERM, and that torchrun has put into process groups of their own."""
+    """Also those that ignore SIGTERM, and those that torchrun has put into process groups of their own."""
     words = [*SWEEP, "hydra.launcher.num_processes=2", "hydra.launcher.grace_seconds=1", "do=sleep", "x=1,2"]
     with jobs.launched(tmp_path, words, script) as (process, _, err):
         until(lambda: len(notes_or_none(tmp_path / "out" / "0")) == 2, lambda: process.poll() is None)
@@ -171,7 +171,7 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.matrix
 def test_a_sweep_of_distopt(tmp_path: Path) -> None:
-    """The jobs train in their own folders, where the launcher's log is too, and what they return is their loss."""
+    """The jobs train in their own folders, which also have the launcher's log, and return their loss."""
     jobs.write_text(tmp_path)
     words = overrides(name="grid", train__steps="4", optimizer="adamw,lamb", model__config__n_embd="16")
     ended = sweep(tmp_path, [sys.executable, "-m", "distopt.train"], *words, "hydra.launcher.jobs=2")
@@ -205,12 +205,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LauncherError, match=re.escape(message)):
         accelerate_launcher.check(AccelerateLauncherConf(**options))
 
 
-def test_without_accelerate_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_accelerate_is_refused_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LauncherError, match="needs Accelerate: pip install accelerate"):
         accelerate_launcher.check(AccelerateLauncherConf())
@@ -224,7 +224,7 @@ def test_ranks_do_not_each_start_the_sweep(variable: tuple[str, str], monkeypatc
         accelerate_launcher.check(AccelerateLauncherConf())
 
 
-def test_ranks_do_not_each_sweep_by_themselves(tmp_path: Path) -> None:
+def test_ranks_do_not_each_run_the_sweep(tmp_path: Path) -> None:
     """Hydra's own launcher under `accelerate launch`: both processes ran all jobs, in the same folders."""
     jobs.write_text(tmp_path)
     words = ["-m", *overrides(name="grid", optimizer="adamw,lamb")]
@@ -262,7 +262,7 @@ def test_a_refusal_is_one_line(tmp_path: Path, script: list[str]) -> None:
         ("-1", 1, [[]]),
     ],
 )
-def test_gpus_are_dealt_out(gpus: str, count: int, shares: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_distributed(gpus: str, count: int, shares: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     assert devices.deal(devices.visible(), count) == shares
 
@@ -291,7 +291,7 @@ LOGS = {
 
 
 @pytest.mark.parametrize(("text", "expected"), LOGS.values(), ids=LOGS)
-def test_the_line_that_says_why_a_job_failed(text: str, expected: str, tmp_path: Path) -> None:
+def test_the_line_with_the_reason_of_a_failure(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "log").write_text(text)
     assert log.error(tmp_path / "log") == expected
 
@@ -304,7 +304,7 @@ KINDS = ("file 1.1", "file 1.2", "module", "--config-dir", "elsewhere")
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", KINDS)
 def test_programs_of_every_kind(tmp_path: Path, kind: str) -> None:
-    """A file and a module, a configuration beside it, in a package or added by the command, from another folder."""
+    """A file and a module; the configuration next to it, in a package or added by the command; another folder."""
     version = kind.split()[1] if kind.startswith("file") else "1.3"
     home = tmp_path / "package"
     home.mkdir()
@@ -333,7 +333,7 @@ def test_programs_of_every_kind(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.matrix
 def test_jobs_that_end_oddly_have_failed(tmp_path: Path, script: list[str]) -> None:
-    """Ended before the function returned; took too long; other processes than were asked for."""
+    """Ended before the function returned; over the time limit; another number of processes than requested."""
     fewer = tmp_path / "one.yaml"
     fewer.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines: 1\nnum_processes: 1\n")
     for words, message in {
@@ -342,7 +342,7 @@ def test_jobs_that_end_oddly_have_failed(tmp_path: Path, script: list[str]) -> N
         (
             f"hydra.launcher.config_file={fewer}",
             "hydra.launcher.num_processes=2",
-        ): "2 processes were asked for, 1 started",
+        ): "2 processes were requested, 1 started",
     }.items():
         ended = sweep(tmp_path, script, *words, "x=1", "hydra.launcher.grace_seconds=1", "hydra.launcher.resume=false")
         assert ended.code == 1 and message in ended.err, ended.err
@@ -350,7 +350,7 @@ def test_jobs_that_end_oddly_have_failed(tmp_path: Path, script: list[str]) -> N
 
 @pytest.mark.matrix
 def test_a_job_of_another_configuration_is_run_again(tmp_path: Path, script: list[str]) -> None:
-    """Results are of the configuration as the files and the command made it, not of the job's number."""
+    """A result belongs to the composed configuration, not to the job's number."""
     assert sweep(tmp_path, script, "x=1,3").code == 0
     assert "2 of 2 jobs were done before" in sweep(tmp_path, script, "x=1,3").err
     ended = sweep(tmp_path, script, "x=1,4")
@@ -363,8 +363,8 @@ def test_a_job_of_another_configuration_is_run_again(tmp_path: Path, script: lis
 
 @pytest.mark.matrix
 @pytest.mark.timeout(600)
-def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """SIGTERM in its second job: the first is not run again, the second goes on from there, the third follows."""
+def test_an_interrupted_sweep_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """SIGTERM in its second job: the first is not run again, the second resumes, the third follows."""
     jobs.write_text(tmp_path)
     every = {"evaluation__every": "300", "checkpoint__every": "300", "engine": "fsdp2"}
     lengths = ("10", "300", "12")
@@ -389,7 +389,7 @@ def test_an_interrupted_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.matrix
 def test_optuna_minimises_the_loss(tmp_path: Path) -> None:
-    """Its trials are jobs; started again, it finds those that are done and comes to the same end."""
+    """Its trials are jobs; started again, it finds the finished ones and ends with the same result."""
     jobs.write_text(tmp_path)
     search = [
         "hydra/sweeper=optuna",
@@ -421,7 +421,7 @@ def test_optuna_minimises_the_loss(tmp_path: Path) -> None:
 
 @pytest.mark.matrix
 def test_several_machines_by_a_prefix(tmp_path: Path, script: list[str]) -> None:
-    """What stands before `accelerate launch` starts it on every machine, here twice on this one."""
+    """The prefix of `accelerate launch` starts it on every machine, here twice on this one."""
     twice = tmp_path / "twice"
     twice.write_text('#!/usr/bin/env bash\n"$@" & one=$!\n"$@" & two=$!\nwait $one && wait $two\n')
     twice.chmod(0o755)
@@ -435,7 +435,7 @@ def test_several_machines_by_a_prefix(tmp_path: Path, script: list[str]) -> None
 @pytest.mark.matrix
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_the_other_launchers_of_hydra(tmp_path: Path, launcher: str) -> None:
-    """One process a job: they call the function and do not launch it."""
+    """One process per job: they call the function and launch nothing."""
     jobs.write_text(tmp_path)
     words = [*overrides(name="grid", train__steps="4", optimizer="adamw,lamb"), f"hydra/launcher={launcher}"]
     ended = jobs.launch(tmp_path, ["-m", *words], [sys.executable, "-m", "distopt.train"], 200)
@@ -445,7 +445,7 @@ def test_the_other_launchers_of_hydra(tmp_path: Path, launcher: str) -> None:
 
 
 def test_an_older_run_is_moved_aside_without_what_the_launcher_wrote(tmp_path: Path) -> None:
-    """The log that is being written, and what the job is, stay where the job is."""
+    """The open log and the identity of the job stay in the folder of the job."""
     folder = tmp_path / "0"
     (folder / ".launch").mkdir(parents=True)
     (folder / ".launch" / "job.json").touch()

@@ -1,4 +1,4 @@
-"""Two machines, rehearsed on loopback: each an `accelerate launch` of its own, and SLURM's part played by stand-ins."""
+"""Two machines on loopback, each an `accelerate launch` of its own, and stand-ins for the commands of SLURM."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def two_machines(cwd: Path, words: list[str]) -> Iterator[tuple[list[subprocess.
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead: int) -> None:
-    """kill -9 to everything of one machine: the other ends by itself, with an error, and nothing is lost.
+def test_a_machine_that_dies_ends_the_other_and_the_run_resumes(cwd: Path, dead: int) -> None:
+    """kill -9 to everything of one machine: the other ends on its own, with an error, and nothing is lost.
 
-    Machine 0 also holds the store where they meet. What both go on with gives the numbers of the unbroken run.
+    Machine 0 also has the rendezvous store. The resumed run has the losses of the uninterrupted one.
     """
     run = cwd / "runs" / "broken"
     words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", **LONG)
@@ -74,7 +74,7 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_goes_on(cwd: Path, dead:
 
 
 SRUN = """#!/usr/bin/env bash
-# Starts the words on two nodes, which are this machine, hands signals on, and ends as badly as the worst of them.
+# Starts the words on two nodes, which are this machine, forwards signals, and ends with the last non-zero exit code.
 while [[ $1 == --* ]]; do shift; done
 for node in 0 1; do
   SLURM_PROCID=$node "$@" &
@@ -95,10 +95,10 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$*" >>requeued; fi
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_the_slurm_script_saves_requeues_and_goes_on(
+def test_the_slurm_script_saves_requeues_and_resumes(
     cwd: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """There is no SLURM here: srun and scontrol are stand-ins that do with processes of this machine what those do.
+    """Without SLURM: srun and scontrol are stand-ins that do the same with processes of this machine.
 
     SIGUSR1 comes before the time limit. SIGTERM, of a preemption, is followed by SLURM's own requeue.
     """
@@ -134,8 +134,8 @@ def test_the_slurm_script_saves_requeues_and_goes_on(
 
 
 @pytest.mark.matrix
-def test_submitit_saves_requeues_and_goes_on(cwd: Path) -> None:
-    """By submitit's own executor for one machine, which puts a job back as SLURM does."""
+def test_submitit_saves_requeues_and_resumes(cwd: Path) -> None:
+    """By submitit's own executor for one machine, which requeues a job as SLURM does."""
     run = cwd / "runs" / "submitted"
     script = [sys.executable, str(ROOT / "launch" / "with_submitit.py"), "--cluster", "local", "--processes", "2"]
     with jobs.launched(cwd, overrides(name="submitted", engine="fsdp2", **LONG), script) as (process, out, err):

@@ -1,4 +1,4 @@
-"""A plan says what a run then takes: bytes of each rank, measured where there are ranks, and counted where none fit."""
+"""A plan equals the run: bytes measured on real ranks, and counted on process groups that send nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.harness.engines import CPU, DEEPSPEED, ENGINES
 from tests.harness.jobs import ENVIRONMENT, ROOT
 
 NATIVE = [kind for kind in ENGINES if kind not in DEEPSPEED]
-# Rows that do not divide, tied and untied heads; wide enough that a scalar here and there is nothing.
+# Rows that do not divide, tied and untied heads; wide enough that single scalars do not matter.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         n_layer=3, n_head=2, n_embd=64, n_positions=64, n_inner=250, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
@@ -53,25 +53,25 @@ VOCABULARY, SEQUENCES, LENGTH = 1001, 4, 64
 
 
 def measured(kind: str, family: str, precision: str = "fp32", accumulation: int = 1) -> dict[str, int]:
-    """Bytes that this rank holds after a step, and the most that one takes beside parameters and state."""
+    """The local bytes after a step, and the peak of a step."""
     language_model, engine = LanguageModel(family, MODELS[family]), ENGINES[kind](precision=precision)
     model = language_model.empty(language_model.describe(VOCABULARY))
     model = engine.build(model, blocks(model), lambda unit, device: language_model.fill(model, unit, device), CPU)
     optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model)), lr=1e-3)
     model = engine.attach(model, optimizer, accumulation, 1.0)
     batches = [torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1))] * accumulation
-    for _ in range(2):  # makes the state; DDP makes its buckets anew in the second
+    for _ in range(2):  # the first creates the state; DDP rebuilds its buckets in the second
         update(engine, model, optimizer, batches, 1.0)
     params = list(engine.unwrap(model).parameters())
-    owners = list(optimizer.layout.segments)
+    local = list(optimizer.layout.segments)
     held = {
-        "parameters": size([getattr(p, "ds_tensor", p) for p in params], owners),
+        "parameters": size([getattr(p, "ds_tensor", p) for p in params], local),
         "state": size(t for state in optimizer.state.values() for t in state.values() if t.ndim),
         "gradients": size(p.grad for p in params if p.grad is not None),
     }
     if kind not in DEEPSPEED:
         state = [t for of in optimizer.state.values() for t in of.values()]
-        buckets = [p.grad for p in params] if kind in ("ddp", "zero1") else []  # which DDP keeps
+        buckets = [p.grad for p in params] if kind in ("ddp", "zero1") else []  # DDP's buckets, which outlive a step
         engine.zero_grad(model, optimizer)
         with Allocations([*params, *state, *buckets]) as allocations:
             update(engine, model, optimizer, batches, 1.0)
@@ -103,14 +103,14 @@ def planned(kind: str, family: str, world: int, precision: str = "fp32", accumul
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("kind", NATIVE)
-def test_ranks_hold_what_was_planned(kind: str, family: str, world: int) -> None:
+def test_the_memory_of_ranks_is_the_planned_one(kind: str, family: str, world: int) -> None:
     if kind == "hsdp" and world == 1:
         return
     plan = planned(kind, family, world)
     found = max(run(world, measured, kind, family), key=lambda held: held["parameters"])
     for name in ("parameters", "gradients", "state"):
         assert plan[name] == pytest.approx(found[name], rel=0.03), name
-    assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)  # the norms' numbers are not planned
+    assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)  # the plan leaves out norms
 
 
 @pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 2), ("bf16", 1), ("bf16", 2)])
@@ -118,7 +118,7 @@ def test_ranks_hold_what_was_planned(kind: str, family: str, world: int) -> None
     "kind", [kind if kind in ("zero1", "fsdp2") else pytest.param(kind, marks=MATRIX) for kind in ENGINES]
 )
 def test_steps_of_bfloat16_and_of_several_passes(kind: str, precision: str, accumulation: int) -> None:
-    """To the byte, but for DeepSpeed's padding and, in the peak, the norms' numbers."""
+    """To the byte, but for DeepSpeed's padding and, in the peak, the norms."""
     plan = planned(kind, "gpt2", 2, precision, accumulation)
     found = max(run(2, measured, kind, "gpt2", precision, accumulation), key=lambda held: held["parameters"])
     for name in ("parameters", "state"):
@@ -130,7 +130,7 @@ def test_steps_of_bfloat16_and_of_several_passes(kind: str, precision: str, accu
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("kind", DEEPSPEED)
-def test_deepspeed_holds_what_was_planned(kind: str, world: int) -> None:
+def test_the_memory_of_deepspeed_is_the_planned_one(kind: str, world: int) -> None:
     plan = planned(kind, "gpt2", world)
     found = max(run(world, measured, kind, "gpt2"), key=lambda held: held["parameters"])
     for name in ("parameters", "state"):
@@ -144,8 +144,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("world", "kind"), [(64, "zero2"), (512, "hsdp"), (4096, "fsdp2")])
-def test_thousands_of_ranks_hold_what_was_planned(world: int, kind: str) -> None:
-    """By torch's process group that sends nothing: FSDP2 itself says what its first rank holds."""
+def test_the_memory_of_thousands_of_ranks_is_the_planned_one(world: int, kind: str) -> None:
+    """With torch's fake process group: the bytes of FSDP2's first rank."""
     done = python("tests.harness.fake_ranks", str(world), kind)
     assert done.returncode == 0, done.stderr
     plan = planned(kind, "llama", world)
@@ -158,7 +158,7 @@ def plan_of(*overrides: str) -> Plan:
         return make_plan(compose("plan", overrides=[*small, *overrides]))
 
 
-def test_a_ring_sends_what_rings_send() -> None:
+def test_the_bytes_and_seconds_of_a_ring() -> None:
     """4 ranks, 400 bytes: every rank sends three quarters of a tensor to gather or scatter it, twice that for both."""
     gather = Collective("all_gather", 400, 4, 2, "forward")
     assert gather.sent == 2 * 300
@@ -173,7 +173,7 @@ def test_a_ring_sends_what_rings_send() -> None:
 
 
 def test_a_step_computes_six_operations_a_parameter_and_token() -> None:
-    """The field's rule of thumb, which leaves out attention; and what activation checkpointing computes again."""
+    """The rule of thumb, which leaves out attention; and the recomputation by activation checkpointing."""
     plan = plan_of("sequence_length=8")
     units = plan.rehearsal.units
     in_blocks = sum(layer.numel for unit in units[:-1] for layer in unit if len(layer.shape) == 2)
@@ -181,10 +181,10 @@ def test_a_step_computes_six_operations_a_parameter_and_token() -> None:
     forward, backward = plan.rehearsal.flops
     assert forward == pytest.approx(2 * multiplied * 8, rel=0.03)
     assert backward == pytest.approx(2 * forward, rel=0.03)
-    again = plan_of("sequence_length=8", "engine.activation_checkpointing=true").rehearsal
-    # torch stops as soon as it has again what the backward pass needs: before the last product, a third of a block.
-    assert again.flops[1] - backward == pytest.approx(2 * in_blocks * 8 * 2 / 3, rel=0.03)
-    assert again.activations < plan.rehearsal.activations
+    recomputed = plan_of("sequence_length=8", "engine.activation_checkpointing=true").rehearsal
+    # torch stops recomputing once the backward pass has its inputs: before the last product, a third of a block.
+    assert recomputed.flops[1] - backward == pytest.approx(2 * in_blocks * 8 * 2 / 3, rel=0.03)
+    assert recomputed.activations < plan.rehearsal.activations
 
 
 def test_sam_takes_a_copy_and_a_second_pass() -> None:
@@ -205,14 +205,14 @@ def test_the_smallest_cluster_is_the_first_that_fits() -> None:
     assert least is not None and least.cluster.gpus == 8
     lacking = replace(plan, cluster=replace(plan.cluster, memory_gib=1e-3))
     with pytest.raises(
-        ValueError, match=r"it does not fit: each GPU lacks 0\.\d+ GiB; nor does any of up to 65,536 GPUs"
+        ValueError, match=r"it does not fit: each GPU lacks 0\.\d+ GiB; nor does any cluster of up to 65,536 GPUs"
     ):
         verdict(lacking)
 
 
 @pytest.mark.parametrize(("nodes", "gpus_per_node"), [(2, 6), (1, 6), (3, 8), (1, 1), (5, 3)])
-def test_what_was_asked_is_tried_too(nodes: int, gpus_per_node: int) -> None:
-    """Machines that do not have 2, 4 or 8 GPUs, and numbers of them that are no power of two."""
+def test_the_given_cluster_is_tried_too(nodes: int, gpus_per_node: int) -> None:
+    """Machines without 2, 4 or 8 GPUs, and numbers of machines that are no power of two."""
     plan = plan_of(f"nodes={nodes}", f"gpus_per_node={gpus_per_node}")
     tight = replace(plan, cluster=replace(plan.cluster, memory_gib=(plan.peak + 1) / 2**30))
     gpus = f"{nodes * gpus_per_node} GPU{'s' * (nodes * gpus_per_node > 1)} ({nodes} x {gpus_per_node})"
@@ -254,7 +254,7 @@ def test_the_command_prints_a_plan_and_fails_where_none_fits() -> None:
     small = ["model=gpt2_tiny", "sequence_length=64", "vocabulary=256"]
     done = python("distopt.plan", *small, "engine=zero1", "nodes=2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("957,184 parameters in 52 layers on 16 GPUs (2 x 8)")
+    assert done.stdout.startswith("957,184 parameters in 52 tensors on 16 GPUs (2 x 8)")
     assert done.stdout.endswith("it fits; the smallest that fits has 1 GPU (1 x 1)\n")
     for row in ("parameters", "optimizer state", "peak", "reduce_scatter (backward)", "all_gather (step)", "tokens/s"):
         assert f"\n{row} " in done.stdout

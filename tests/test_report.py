@@ -1,4 +1,4 @@
-"""The report of real runs: what stands on the page and in the pictures is what the runs measured."""
+"""The report of real runs: the page and the pictures show the measurements of the runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_runs_are_read_and_grouped(folder: Path) -> None:
     assert run.validation[0]["step"] == 0 and run.validation[0]["seconds"] == 0.0
 
 
-def test_a_run_says_what_each_layer_does_and_how_it_is_started(folder: Path) -> None:
+def test_a_run_records_each_parameter_and_its_command(folder: Path) -> None:
     lamb, _, momentum = find_runs(folder)
     assert [row["step"] for row in lamb.layers] == [6, 12]
     last = lamb.layers[-1]
@@ -81,7 +81,7 @@ def test_the_page_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", ["missing", "empty"])
-def test_a_folder_without_runs_says_so(
+def test_a_folder_without_runs_is_refused(
     tmp_path: Path, make: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "runs"
@@ -91,7 +91,7 @@ def test_a_folder_without_runs_says_so(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    said = {"missing": "no such folder", "empty": "holds no run that has trained a step"}[make]
+    said = {"missing": "no such folder", "empty": "has no run that has trained a step"}[make]
     assert capsys.readouterr().err.startswith("distopt: error:") and said in find_error(path)
 
 
@@ -101,7 +101,7 @@ def find_error(path: Path) -> str:
     return str(raised.value)
 
 
-def test_a_run_that_has_only_begun_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_step_is_left_out(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "metrics.jsonl").write_text(json.dumps({"step": 0, "validation_loss": 5.0}) + "\n")
     with pytest.raises(ValueError, match="no run that has trained"):
@@ -134,7 +134,7 @@ def write_run(
 
 @pytest.mark.parametrize("finals", [(3.0, NAN, 1.0), (NAN, 1.0, 3.0), (1.0, 3.0, NAN), (1.0, 3.0, math.inf)], ids=str)
 def test_a_seed_that_diverged_is_the_worst(finals: tuple[float, ...], tmp_path: Path) -> None:
-    """In every column, and in the picture of learning rates; not one whose loss is that of before, or that hides."""
+    """In every column, and in the picture of learning rates; it neither keeps its earlier loss nor disappears."""
     for seed, final in enumerate(finals):
         made = {"steps": 2, "skipped": 1} if not math.isfinite(final) else {"steps": 3, "skipped": int(2 * final)}
         write_run(tmp_path / "runs" / str(seed), "adamw", 0.1, seed, final, **made)
@@ -144,12 +144,12 @@ def test_a_seed_that_diverged_is_the_worst(finals: tuple[float, ...], tmp_path: 
     page = write_report(tmp_path / "runs", tmp_path / "out").read_text()
     (row,) = re.findall('<tr class="best">.*?</tr>', page, re.DOTALL)
     assert re.findall('number">(.*?)</td>', row) == ["3", "3.0000", "1.0000 to inf", "6.0000", "3", "100", "2"]
-    assert "1 diverged: it counts as inf." in page and "1 did not come to its last step." in page
+    assert "1 diverged: it counts as inf." in page and "1 did not reach its last step." in page
     assert lines(pictures.by_lr, [group]) == {"adamw": ([0.1], [3.0])}
 
 
 def lines(fill: Callable[..., None], groups: Sequence[Group], **options: str) -> dict[str, tuple[list[float], ...]]:
-    """What is drawn, by its name; lines without one have a number."""
+    """The lines of a picture, by label; those without one by index."""
     axis = Figure().subplots()
     fill(axis, groups=groups, **options)
     return {str(line.get_label()): tuple(map(list, line.get_data())) for line in axis.get_lines()}
@@ -213,8 +213,8 @@ def test_layers_are_those_of_the_best_run_of_each_optimizer(groups: list[Group],
     assert [file.stem for file in drawn.values()] == [*names, "layers_grad_norm_lamb", "layers_grad_norm_adamw"]
 
 
-def test_labels_tell_what_the_optimizers_names_do_not(tmp_path: Path) -> None:
-    """What goes with the name everywhere is left to the table of differences."""
+def test_labels_show_differences_within_an_optimizer(tmp_path: Path) -> None:
+    """A difference that always goes with the name is left to the table of differences."""
     for number, (optimizer, lr, steps) in enumerate([("adamw", 0.1, 3), ("adamw", 0.2, 3), ("lamb", 0.1, 4)]):
         write_run(tmp_path / str(number), optimizer, lr, 0, float(number))
         config = json.loads((tmp_path / str(number) / "config.yaml").read_text())

@@ -1,4 +1,4 @@
-"""The wheel: everything is in it, and what is installed from it trains without the checkout."""
+"""The wheel is complete and trains without the checkout; the benchmarks are in the sdist only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -58,23 +59,33 @@ def test_everything_is_in_it(wheel: Path) -> None:
     code = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.py")} - {
         f"distopt/plugin/{name}" for name in plugin
     }
-    # Whatever is no Python: what is compiled on the user's machine, the report's page.
+    # Files other than Python: the C source that is compiled on the user's machine, the page of a report.
     data = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.*") if not name.endswith((".py", ".pyc"))}
     assert len(config) > 20 and len(code) > 20 and len(plugin) > 5
     assert data >= {"distopt/kernels/cpu.c", "distopt/report/page.html", "distopt/py.typed"}
     assert config >= {"distopt/conf/train.yaml", "distopt/conf/plan.yaml", "distopt/conf/optimizer/adamw.yaml"}
     assert config | code | plugin | data <= names
     assert {name.partition("/")[0] for name in names} == {"distopt", "hydra_plugins", f"{stem(wheel)}.dist-info"}
-    # A namespace, in which there are the plugins of others too; and nothing twice.
+    # A namespace package, since other distributions have plugins in it; and no file twice.
     assert "hydra_plugins/__init__.py" not in names and not any(name.startswith("distopt/plugin") for name in names)
     assert f"{stem(wheel)}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_benchmarks_are_in_the_sdist(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), cwd=ROOT)
+    (path,) = tmp_path.glob("distopt-*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    programs = {f"benchmarks/{name}" for name in files(ROOT / "benchmarks", "*.py")}
+    assert {"benchmarks/__main__.py", "benchmarks/ranks.py"} <= programs <= packed
+    assert {"tests/harness/distributed.py", "conf/train.yaml", "CONTRIBUTING.md"} <= packed
 
 
 def stem(wheel: Path) -> str:
     return "-".join(wheel.name.split("-")[:2])
 
 
-def test_it_names_its_version_and_needs(site: Path) -> None:
+def test_its_metadata_has_version_and_requirements(site: Path) -> None:
     import distopt
 
     (metadata,) = site.glob("*.dist-info/METADATA")
@@ -84,8 +95,8 @@ def test_it_names_its_version_and_needs(site: Path) -> None:
         assert f"\nRequires-Dist: {package}" in text
 
 
-def test_what_is_installed_trains(site: Path, tmp_path: Path) -> None:
-    """From another folder, with the configuration inside the package: there the name of the run is changed."""
+def test_the_installed_package_trains(site: Path, tmp_path: Path) -> None:
+    """From another folder, with the configuration inside the package, which the test changes."""
     config = site / "distopt" / "conf" / "train.yaml"
     config.write_text(config.read_text().replace("\nname: train ", "\nname: from-the-wheel "))
     jobs.write_text(tmp_path)
@@ -111,7 +122,7 @@ if __name__ == "__main__":
 """
 
 
-def test_hydra_finds_the_launcher_that_is_installed(site: Path, tmp_path: Path) -> None:
+def test_hydra_finds_the_installed_launcher(site: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     words = ("-m", "hydra/launcher=accelerate", "hydra.sweep.dir=out", "+x=1")
     done = run(sys.executable, str(tmp_path / "script.py"), *words, cwd=tmp_path, PYTHONPATH=str(site))
@@ -134,7 +145,7 @@ def help_text(site: Path) -> str:
     return run(sys.executable, "-m", "distopt.train", "--help", cwd=site.parent, PYTHONPATH=str(site)).stdout
 
 
-def test_help_of_what_is_installed(help_text: str) -> None:
+def test_help_of_the_installed_package(help_text: str) -> None:
     """It names no file that only a checkout has: launch/local.yaml once."""
     assert "optimizer: adagrad, adam, adamw, lamb, lars" in help_text
     usage = help_text.partition("groups (GROUP=CHOICE)")[0]
@@ -145,8 +156,8 @@ def test_help_of_what_is_installed(help_text: str) -> None:
 
 
 @pytest.mark.matrix
-def test_what_is_installed_is_launched_as_its_help_says(help_text: str, site: Path, tmp_path: Path) -> None:
-    """On a machine without GPUs too, where Accelerate is quick to start one process instead of two."""
+def test_the_installed_package_is_launched_as_in_its_help(help_text: str, site: Path, tmp_path: Path) -> None:
+    """Also on a machine without GPUs, where Accelerate may start one process instead of two."""
     (line,) = (line for line in help_text.splitlines() if "accelerate launch" in line)
     accelerate, launch, *options = line.partition("[")[0].split()
     words = [str(jobs.BIN / accelerate), launch, "--main_process_port", "0", *options]

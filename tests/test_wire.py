@@ -1,4 +1,4 @@
-"""The wire: how many collectives a training step starts, and how many bytes each rank sends, by formula and counted."""
+"""Communication: the collectives of a training step, and the bytes that each rank sends, by formula and counted."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ SWAPPED = ("zero1", "zero1, reduce_dtype=bf16")  # a rank's stepped rows go as t
 
 
 def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str], float, int, list[int], list[int]]:
-    """Of a step that is like those after it: collectives, bytes by the ring, bytes that gloo sent; the sizes of all
-    parameters that lie in blocks and outside, padded to rows that divide."""
+    """Measurements of a typical step: the collectives, the bytes by the ring, the bytes that gloo sent.
+
+    And the sizes of the parameters inside and outside of blocks, padded to rows that divide.
+    """
     engine = SIDES[kind].engine()
     model = made(LanguageModel("gpt2", SIZES), engine)
     optimizer = distopt.LAMB(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.01)
@@ -57,7 +59,7 @@ def whole_bytes() -> int:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", SIDES)
-def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
+def test_a_step_sends_the_bytes_of_the_formula(kind: str, world: int) -> None:
     """To the byte, padding included: zero1 sends what DDP sends, 2 psi (N-1)/N, and not 3. Norms are one all-reduce to
     clip by (of gradients) and one for LAMB (of weights and directions), sums in float64 digits for all layers."""
     results = run(world, stepped, kind)
@@ -66,8 +68,8 @@ def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
         clip, lamb = (
             2 * (world - 1) / world * 8 * exact.DIGITS * columns * (len(inside) + len(outside)) for columns in (1, 2)
         )
-        norms, count = {"ddp": (0.0, 0), "zero1, whole gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
-        if count < 2:  # DDP pads nothing, and reduces what it calls buckets
+        norms, count = {"ddp": (0.0, 0), "zero1, full gradients": (lamb, 1)}.get(kind, (clip + lamb, 2))
+        if count < 2:  # DDP pads nothing, and reduces its buckets
             assert sent - norms == pytest.approx(parts, rel=0.01)
         elif kind in SWAPPED:
             padding = (sum(inside) + sum(outside) - whole_bytes()) * (world - 1) / world
@@ -81,18 +83,18 @@ def test_a_step_sends_what_the_formula_says(kind: str, world: int) -> None:
             assert really == pytest.approx(sent, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero1, whole gradients", "zero1"])
-def test_sam_and_accumulation_send_no_more_than_they_must(kind: str) -> None:
-    """SAM under zero1 sends 4 psi (N-1)/N as under DDP: gradients of rows twice, perturbed and stepped rows. By each
-    rank's own gradient 2 psi; whatever the number of micro-batches."""
+@pytest.mark.parametrize("kind", ["ddp", "zero1, full gradients", "zero1"])
+def test_sam_and_accumulation_send_no_more_than_necessary(kind: str) -> None:
+    """SAM under zero1 sends 4 psi (N-1)/N as under DDP: gradients of rows twice, perturbed rows and updated rows. With
+    scope=local 2 psi; whatever the number of micro-batches."""
     for sam, passes in (("global", 4), ("local", 2)):
         for micro_batches in (1, 2):
             for _, _, really, inside, outside in run(2, stepped, kind, sam, micro_batches):
-                more = kind == "zero1, whole gradients"
+                more = kind == "zero1, full gradients"
                 assert really / (sum(inside) + sum(outside)) == pytest.approx((passes + more) / 2, rel=0.03)
 
 
-WIDE = CONFIGS["gpt2"] | {"n_embd": 192}  # DeepSpeed keeps layers up to 100,000 elements
+WIDE = CONFIGS["gpt2"] | {"n_embd": 192}  # DeepSpeed keeps parameters of up to 100,000 elements gathered
 PLANNED: dict[str, Callable[..., Engine]] = {**ENGINES, "zero1, reduce_dtype=bf16": partial(Zero1, reduce_dtype="bf16")}
 IN_STEPS = [("fp32", 1), ("fp32", 2), ("bf16", 2)]  # and micro-batches
 WORLDS = [
@@ -104,7 +106,7 @@ WORLDS = [
 
 
 def planned(kind: str) -> list[tuple[float, float]]:
-    """What the engine says that a rank sends in a step, and what it sends, each way."""
+    """The planned and the counted bytes that a rank sends in a step, for each of IN_STEPS."""
     language_model, world = LanguageModel("gpt2", WIDE), dist.get_world_size()
     units = rehearse(DDP(), language_model, distopt.param_groups, distopt.AdamW, VOCABULARY, 1, 2).units
     found = []
@@ -117,9 +119,7 @@ def planned(kind: str) -> list[tuple[float, float]]:
             update(engine, model, optimizer, list(batch(step).chunk(micro_batches)), math.inf)
         with Collectives() as mode:
             update(engine, model, optimizer, list(batch(2).chunk(micro_batches)), math.inf)
-        norm = (
-            0 if kind == "ddp" else 8 * exact.DIGITS * 2 * sum(map(len, units))
-        )  # for each layer, over ranks that shard
+        norm = 0 if kind == "ddp" else 8 * exact.DIGITS * 2 * sum(map(len, units))  # over the ranks that shard
         shards = world // 2 if kind == "hsdp" else world
         norms = 0.0 if kind in DEEPSPEED else norm * (shards - 1) / shards
         found.append((sum(c.sent for c in wire(engine, units, world, micro_batches)), mode.sent - norms))
@@ -127,8 +127,8 @@ def planned(kind: str) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize(("kind", "world"), WORLDS)
-def test_a_plan_sends_what_a_step_sends(kind: str, world: int) -> None:
-    """On the average of the ranks, to the byte; DeepSpeed agrees on a few numbers beside."""
+def test_the_bytes_of_a_plan_are_those_of_a_step(kind: str, world: int) -> None:
+    """On the average of the ranks, to the byte; DeepSpeed sends a few additional values."""
     for ways in zip(*run(world, planned, kind)):
         plan, sent = (sum(numbers) / world for numbers in zip(*ways))
         assert sent == pytest.approx(plan, rel=1e-12, abs=100.0 if kind in DEEPSPEED else 0.0)

@@ -1,1 +1,1 @@
-"""Memory, communication and time of a training step, before it runs."""
+"""The memory, communication and time of a training step, planned before it runs."""

@@ -1,4 +1,4 @@
-"""What lives in memory while something runs, by watching every operator: on real tensors, or on fake ones."""
+"""A record of the memory that operators allocate, on real or on fake tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Records when the storages that operators make come to life, change their size and end.
+    """A dispatch mode that records when storages are allocated, resized and freed.
 
-    Views and what is updated in place cost nothing; `known`: tensors from before, which do not count. C++ code that
-    allocates by itself (DDP's buckets) is not seen.
+    Views and in-place updates allocate nothing. Allocations inside C++ code (DDP's buckets) are not seen.
+
+    Args:
+        known: Tensors that exist already and do not count.
+
+    Attributes:
+        events: The index of a storage, and the change of its size in bytes, in the order of time.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.events: list[tuple[int, int]] = []  # the number of a storage, and by how many bytes it changed
-        self._sizes: dict[int, int] = {}  # by number
-        self._numbers: dict[int, int] = {}  # by address, while the storage lives
+        self.events: list[tuple[int, int]] = []
+        self._sizes: dict[int, int] = {}  # by index
+        self._indices: dict[int, int] = {}  # by address, until the storage is freed
         self._known = {_address(t) for t in known}
         self._count = 0
 
@@ -31,10 +36,10 @@ class Allocations(TorchDispatchMode):
         own, resize = self, torch.UntypedStorage.resize_
         self._resize = resize
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # how FSDP2 frees what it has gathered
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP2 frees gathered parameters this way
             out = resize(storage, size)
-            if (number := own._numbers.get(storage._cdata)) is not None:
-                own._changed(number, storage.nbytes())
+            if (index := own._indices.get(storage._cdata)) is not None:
+                own._changed(index, storage.nbytes())
             return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
@@ -48,33 +53,33 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for t in tree_leaves(made):
-            if isinstance(t, Tensor) and (address := _address(t)) not in self._numbers and address not in self._known:
+            if isinstance(t, Tensor) and (address := _address(t)) not in self._indices and address not in self._known:
                 self._count += 1
-                self._numbers[address] = number = self._count
-                self._changed(number, t.untyped_storage().nbytes())
-                weakref.finalize(t.untyped_storage(), self._ended, address, number)
+                self._indices[address] = index = self._count
+                self._changed(index, t.untyped_storage().nbytes())
+                weakref.finalize(t.untyped_storage(), self._freed, address, index)
         return made
 
-    def numbers(self, tensors: Iterable[Tensor]) -> set[int]:
-        """The storages of these tensors."""
-        return {self._numbers[a] for t in tensors if (a := _address(t)) in self._numbers}
+    def indices(self, tensors: Iterable[Tensor]) -> set[int]:
+        """Return the indices of the storages of these tensors."""
+        return {self._indices[a] for t in tensors if (a := _address(t)) in self._indices}
 
     def peak(self) -> int:
-        """The most bytes that lived at one time."""
+        """Return the largest number of bytes that were allocated at the same time."""
         now = most = 0
         for _, change in self.events:
             now += change
             most = max(most, now)
         return most
 
-    def _changed(self, number: int, size: int) -> None:
-        self.events.append((number, size - self._sizes.get(number, 0)))
-        self._sizes[number] = size
+    def _changed(self, index: int, size: int) -> None:
+        self.events.append((index, size - self._sizes.get(index, 0)))
+        self._sizes[index] = size
 
-    def _ended(self, address: int, number: int) -> None:
-        self._numbers.pop(address, None)
-        self._changed(number, 0)
-        del self._sizes[number]
+    def _freed(self, address: int, index: int) -> None:
+        self._indices.pop(address, None)
+        self._changed(index, 0)
+        del self._sizes[index]
 
 
 def _address(tensor: Tensor) -> int:

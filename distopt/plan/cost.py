@@ -1,4 +1,4 @@
-"""How long a step takes on a cluster, by a cost model that fits on a page."""
+"""The cost model: the time of a step on a cluster, from its operations and its collectives."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Machines of equal GPUs, and how fast they are; the defaults are NVIDIA's figures for the H100 SXM.
+    """A cluster of equal machines with equal GPUs; the defaults are NVIDIA's figures for the H100 SXM.
 
     Args:
-        nodes, gpus_per_node: how many.
-        memory_gib: of a GPU, that a program can have.
-        tflops: of a GPU, dense, in the precision that it computes in.
-        efficiency: the share of these that a model's matrix products reach, in (0, 1].
-        memory_gbps: GB/s of a GPU's memory.
-        near_gbps: GB/s that a GPU sends to another one of its machine (NVLink).
-        far_gbps: GB/s that a GPU sends to another machine.
-        latency_us: microseconds of one hop of a collective.
+        nodes: The number of machines.
+        gpus_per_node: The number of GPUs of each machine.
+        memory_gib: The memory of a GPU that a program can allocate, in GiB.
+        tflops: The dense throughput of a GPU in the precision of the model, in TFLOP/s.
+        efficiency: The share of that throughput that the model's matrix products reach, in (0, 1].
+        memory_gbps: The memory bandwidth of a GPU, in GB/s.
+        near_gbps: The bandwidth from a GPU to another GPU of its machine (NVLink), in GB/s.
+        far_gbps: The bandwidth from a GPU to another machine, in GB/s.
+        latency_us: The latency of one hop of a collective, in microseconds.
+
+    Raises:
+        ValueError: If an argument is not a number > 0, or `efficiency` is above 1.
     """
 
     nodes: int
@@ -39,39 +43,46 @@ class Cluster:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            whole = name in ("nodes", "gpus_per_node")
-            if not number or not value > 0 or (whole and not isinstance(value, int)):
-                raise ValueError(f"{name} must be {'an integer' if whole else 'a number'} > 0, got {value!r}")
+            integer = name in ("nodes", "gpus_per_node")
+            if not number or not value > 0 or (integer and not isinstance(value, int)):
+                raise ValueError(f"{name} must be {'an integer' if integer else 'a number'} > 0, got {value!r}")
         if self.efficiency > 1:
             raise ValueError(f"efficiency must be in (0, 1], got {self.efficiency!r}: it is a share")
 
     @property
     def gpus(self) -> int:
+        """The number of GPUs of all machines."""
         return self.nodes * self.gpus_per_node
 
     def seconds(self, collective: Collective) -> float:
-        """Rings in which every rank sends its share, in `ranks - 1` hops (twice that for an all-reduce).
+        """Return the seconds of a collective: a ring in which every rank sends its share.
 
-        There is a ring for each GPU of a machine, which crosses to the next machine by another port, so that the ranks
-        of a group on one machine have their ports together.
+        A ring takes `ranks - 1` hops, an all-reduce twice as many. Each GPU of a machine has a ring that crosses to the
+        next machine through a port of its own, so that the ranks of a group on one machine share their ports.
         """
-        together = 1 if collective.across else min(collective.ranks, self.gpus_per_node)
-        apart = collective.ranks > together and self.nodes > 1
-        speed = min(self.near_gbps, together * self.far_gbps) if apart else self.near_gbps
+        per_machine = 1 if collective.across else min(collective.ranks, self.gpus_per_node)
+        crosses_machines = collective.ranks > per_machine and self.nodes > 1
+        speed = min(self.near_gbps, per_machine * self.far_gbps) if crosses_machines else self.near_gbps
         hops = (collective.ranks - 1) * (2 if collective.kind == "all_reduce" else 1)
         return collective.sent / (1e9 * speed) + collective.times * hops * self.latency_us * 1e-6
 
-    def computing(self, flops: float) -> float:
-        """Seconds of so many floating-point operations of one GPU."""
+    def compute_seconds(self, flops: float) -> float:
+        """Return the seconds in which one GPU computes this number of floating-point operations."""
         return flops / (1e12 * self.tflops * self.efficiency)
 
-    def touching(self, size: float) -> float:
-        """Seconds of reading and writing so many bytes of one GPU's memory."""
+    def memory_seconds(self, size: float) -> float:
+        """Return the seconds in which one GPU reads or writes this number of bytes of its memory."""
         return size / (1e9 * self.memory_gbps)
 
 
 class Stage(NamedTuple):
-    """A part of a step: what computes, and what is sent meanwhile."""
+    """A stage of a step.
+
+    Attributes:
+        name: forward, backward or step.
+        compute: Seconds of computation.
+        wire: Seconds of communication.
+    """
 
     name: str
     compute: float
@@ -86,14 +97,22 @@ class Stage(NamedTuple):
 def stages(
     cluster: Cluster, flops: tuple[float, float], touched: float, sent: Iterable[Collective], passes: int
 ) -> list[Stage]:
-    """Forward, backward and step; `flops` of one pass, `touched` bytes of memory in the optimizer's step."""
+    """Return the stages forward, backward and step.
+
+    Args:
+        cluster: The cluster.
+        flops: The operations of one forward and of one backward pass.
+        touched: The bytes that the optimizer's step reads and writes.
+        sent: The collectives of a step.
+        passes: The number of forward and backward passes of a step.
+    """
     sent = list(sent)
 
     def wire(stage: str) -> float:
         return sum(cluster.seconds(collective) for collective in sent if collective.stage == stage)
 
     return [
-        Stage("forward", passes * cluster.computing(flops[0]), wire("forward")),
-        Stage("backward", passes * cluster.computing(flops[1]), wire("backward")),
-        Stage("step", cluster.touching(touched), wire("step")),
+        Stage("forward", passes * cluster.compute_seconds(flops[0]), wire("forward")),
+        Stage("backward", passes * cluster.compute_seconds(flops[1]), wire("backward")),
+        Stage("step", cluster.memory_seconds(touched), wire("step")),
     ]

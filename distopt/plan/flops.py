@@ -1,4 +1,4 @@
-"""How many floating-point operations run, by watching every operator."""
+"""A count of floating-point operations, operator by operator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Flops(TorchDispatchMode):
-    """Adds up the operations of matrix products, attention and convolutions, by torch's own formulas.
+    """A dispatch mode that counts the operations of matrix products, attention and convolutions by torch's formulas.
 
     `torch.utils.flop_counter.FlopCounterMode` of torch 2.13 keeps activations alive, and has no formula for attention
-    on the CPU. As there, causal attention counts whole.
+    on the CPU. As in torch, causal attention is counted without its mask.
+
+    Attributes:
+        total: The number of floating-point operations so far.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What an engine holds and sends, as numbers: for plans, which run nothing."""
+"""The units of a plan: shapes of parameters, bytes of memory, and collectives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import NamedTuple
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A parameter: its shape, whether it is trained, and how many state buffers the optimizer keeps for it."""
+class Param:
+    """A parameter of the planned model.
+
+    Attributes:
+        shape: The shape of the unsharded parameter.
+        trained: Whether it requires a gradient.
+        slots: The number of state buffers that the optimizer keeps for it.
+    """
 
     shape: tuple[int, ...]
     trained: bool
@@ -18,27 +24,33 @@ class Layer:
 
     @property
     def numel(self) -> int:
+        """The number of elements of the unsharded parameter."""
         return math.prod(self.shape)
 
     def rows(self, ranks: int) -> int:
-        """Elements of the largest of the shards that rows make (DTensor's `Shard(0)`)."""
+        """Return the number of elements of the largest shard when it is sharded by rows (DTensor's `Shard(0)`)."""
         if not self.shape:
             return 1
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
 
 
-Units = Sequence[Sequence[Layer]]  # the blocks, and last what lies outside of them
+Units = Sequence[Sequence[Param]]  # the parameters of each block, and last those outside of the blocks
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the rank that holds most, between steps and at the worst moment of one.
+    """The bytes of the rank that needs most, between steps and at the peak of a step.
 
-    parameters: with all copies: float32 masters, and what the model computes with where that is another.
-    gradients: as they are when the optimizer steps. early: whether that memory is taken from the start of a pass.
-    state: of the optimizer. gathered: what is whole for a while (parameters, gradients, buffers to send) when the
-    backward pass is in the blocks. outside: the same before, when the loss and what is computed last are at their most.
-    accumulated: what gradients take beside, where a step has several micro-batches.
+    Attributes:
+        parameters: The parameters with all copies: float32 masters, and the weights that the model computes with where
+            those are others.
+        gradients: The gradients that the optimizer's step reads.
+        state: The optimizer state.
+        gathered: Temporary unsharded parameters and gradients, and communication buffers, while the backward pass is
+            inside the blocks.
+        outside: The same before that, while the loss and the last operations of the forward pass are differentiated.
+        early: Whether the gradients are allocated at the start of a pass, instead of one by one.
+        accumulated: The additional memory of gradients when a step has several micro-batches.
     """
 
     parameters: int
@@ -51,10 +63,16 @@ class Footprint:
 
 
 class Collective(NamedTuple):
-    """Collectives of a step: what kind, the bytes of the whole tensors, over how many ranks, how often, and when.
+    """Equal collectives of a step.
 
-    stage: forward, backward or step. across: whether each rank of the group is on a machine of its own where there are
-        several machines; else they are as near together as they can be.
+    Attributes:
+        kind: all_reduce, all_gather or reduce_scatter.
+        size: The bytes of the unsharded tensors.
+        ranks: The number of ranks of the group.
+        times: How often a step starts it.
+        stage: forward, backward or step.
+        across: Whether each rank of the group is on a machine of its own, where there are several; otherwise the ranks
+            are on as few machines as possible.
     """
 
     kind: str
@@ -66,21 +84,21 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends in a step, by the ring: twice the tensor for an all-reduce, else once."""
+        """The bytes that each rank sends in a step, by a ring: the tensor once, and twice for an all-reduce."""
         share = (self.ranks - 1) / self.ranks
         return self.times * self.size * share * (2 if self.kind == "all_reduce" else 1)
 
 
-def numel(layers: Iterable[Layer], trained: bool = False) -> int:
-    """Elements of some layers, or of those that are trained."""
-    return sum(layer.numel for layer in layers if layer.trained or not trained)
+def numel(params: Iterable[Param], trained: bool = False) -> int:
+    """Return the number of elements of these parameters, or of the trained ones among them."""
+    return sum(param.numel for param in params if param.trained or not trained)
 
 
-def rows(layers: Iterable[Layer], world: int, trained: bool = False) -> int:
-    """Elements of the same that a rank holds at most, where each layer is cut by rows."""
-    return sum(layer.rows(world) for layer in layers if layer.trained or not trained)
+def rows(params: Iterable[Param], world: int, trained: bool = False) -> int:
+    """Return the largest number of local elements of these parameters when each is sharded by rows."""
+    return sum(param.rows(world) for param in params if param.trained or not trained)
 
 
-def every_layer(units: Units) -> list[Layer]:
-    """All layers."""
-    return [layer for unit in units for layer in unit]
+def all_params(units: Units) -> list[Param]:
+    """Return the parameters of all units."""
+    return [param for unit in units for param in unit]

@@ -1,4 +1,4 @@
-"""The memory that an engine needs: one function for each engine, of numbers alone."""
+"""The memory of a step: one function for each engine, which computes with shapes alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import functools
 from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Footprint, Units, every_layer, numel, rows
+from distopt.plan.footprint import Footprint, Units, all_params, numel, rows
 
 
 @functools.singledispatch
 def footprint(engine: Engine, units: Units, world: int) -> Footprint:
-    """The bytes of a model of these layers on the rank that needs most.
+    """Return the memory of a model on the rank that needs most.
+
+    Args:
+        engine: The engine.
+        units: The parameters of the model.
+        world: The number of ranks.
 
     Raises:
         ValueError: For an engine that has no function here.
@@ -25,33 +30,35 @@ def _(engine: DDP, units: Units, world: int) -> Footprint:
 
 
 def _replicated(units: Units) -> Footprint:
-    layers = every_layer(units)
-    state = sum(4 * layer.slots * layer.numel for layer in layers)
-    fresh = 4 * max((layer.numel for layer in layers if layer.trained), default=0)  # not yet in its bucket
-    gradients = 4 * numel(layers, trained=True)  # in DDP's buckets, which those of earlier micro-batches are not in
-    return Footprint(4 * numel(layers), gradients, state, fresh, accumulated=gradients)
+    params = all_params(units)
+    state = sum(4 * param.slots * param.numel for param in params)
+    fresh = 4 * max(
+        (param.numel for param in params if param.trained), default=0
+    )  # a gradient before DDP copies it into its bucket
+    gradients = 4 * numel(params, trained=True)  # in DDP's buckets, in addition to the accumulated ones
+    return Footprint(4 * numel(params), gradients, state, fresh, accumulated=gradients)
 
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    state = sum(4 * layer.slots * layer.rows(world) for layer in every_layer(units))
+    state = sum(4 * param.slots * param.rows(world) for param in all_params(units))
     return replace(_replicated(units), state=state)
 
 
 @footprint.register
 def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     ranks, width = world // engine.replicas, 2 if engine.bf16 else 4
-    layers, (*inner, root) = every_layer(units), units
+    params, (*inner, root) = all_params(units), units
     block = max((numel(unit) for unit in inner), default=0)
-    # What lies outside of the blocks stays. Later its gradients are whole too, until the end of the backward pass;
-    # one block is gathered ahead, and the gradients of another are whole, and in the buffer that is reduced.
+    # Parameters outside of the blocks stay gathered. In the backward pass their gradients are unsharded as well, until
+    # it ends; one block is prefetched, and another has unsharded gradients and a reduce-scatter buffer.
     outside = width * (numel(root) + (0 if engine.reshard_after_forward else sum(map(numel, inner))))
-    whole = outside + width * numel(root) + (width * (1 + 2 * engine.reshard_after_forward) + 4) * block
+    gathered = outside + width * numel(root) + (width * (1 + 2 * engine.reshard_after_forward) + 4) * block
     return Footprint(
-        parameters=4 * rows(layers, ranks),
-        gradients=4 * rows(layers, ranks, trained=True),
-        state=sum(4 * layer.slots * layer.rows(ranks) for layer in layers),
-        gathered=whole,
+        parameters=4 * rows(params, ranks),
+        gradients=4 * rows(params, ranks, trained=True),
+        state=sum(4 * param.slots * param.rows(ranks) for param in params),
+        gathered=gathered,
         outside=outside,
         early=False,
     )
@@ -59,14 +66,14 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
 
 @footprint.register
 def _(engine: DeepSpeed, units: Units, world: int) -> Footprint:
-    layers, width = every_layer(units), 2 if engine.bf16 else 4
-    part, whole = -(-numel(layers, trained=True) // world), numel(layers)
-    low = width * (-(-whole // world) if engine.stage == 3 else whole)
+    params, width = all_params(units), 2 if engine.bf16 else 4
+    part, full = -(-numel(params, trained=True) // world), numel(params)
+    low = width * (-(-full // world) if engine.stage == 3 else full)
     masters = 4 * part
-    state = sum(4 * layer.slots * -(-layer.numel // world) for layer in layers)
-    gradients = width * (whole if engine.stage == 1 else part) + (4 * part if engine.bf16 else 0)
+    state = sum(4 * param.slots * -(-param.numel // world) for param in params)
+    gradients = width * (full if engine.stage == 1 else part) + (4 * part if engine.bf16 else 0)
     block = max((numel(unit) for unit in units), default=0)
     if engine.offload:
         masters, state = 0, 0
-    whole = 4 * width * block if engine.stage > 1 else 0
-    return Footprint(low + masters, gradients, state, whole, whole)
+    gathered = 4 * width * block if engine.stage > 1 else 0
+    return Footprint(low + masters, gradients, state, gathered, gathered)

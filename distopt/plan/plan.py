@@ -1,4 +1,4 @@
-"""Memory, communication and time of a training step before it runs: `python -m distopt.plan model=... nodes=...`."""
+"""The plan of a training step: `python -m distopt.plan model=... nodes=...`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from distopt.job import cli
 from distopt.job.config import CONF, instantiate
 from distopt.job.errors import one_line_errors
 from distopt.plan.cost import GIB, Cluster, Stage, stages
-from distopt.plan.footprint import Collective, Footprint, every_layer, numel
+from distopt.plan.footprint import Collective, Footprint, all_params, numel
 from distopt.plan.memory import footprint
 from distopt.plan.rehearsal import Rehearsal, rehearse
 from distopt.plan.wire import wire
 
-_MOST = 2**16  # GPUs: where the search for the smallest cluster ends
+_LARGEST = 2**16  # GPUs of the clusters among which the smallest is searched
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a GPU of a cluster holds, sends and does in a step.
+    """The memory, communication and computation of one GPU of a cluster in a step.
 
-    tokens: of a GPU in a step. passes: forward and backward passes for each of its micro-batches (SAM).
-    sam: copies of its shards that SAM keeps. trusts: whether the update needs a layer's norm before its weights move.
+    Attributes:
+        cluster: The cluster.
+        engine: The engine.
+        rehearsal: The pass over one micro-batch.
+        tokens: The tokens of a GPU in a step.
+        accumulation: The micro-batches of a GPU in a step.
+        passes: The forward and backward passes per micro-batch, above 1 with SAM.
+        sam: The number of copies of the parameters that SAM keeps.
+        trusts: Whether the update needs the norm of a parameter before it can change it.
     """
 
     cluster: Cluster
@@ -42,60 +49,66 @@ class Plan:
 
     @property
     def footprint(self) -> Footprint:
+        """The memory of the GPU that needs most, without activations."""
         return footprint(self.engine, self.rehearsal.units, self.cluster.gpus)
 
     @property
     def peak(self) -> int:
-        """The most bytes at one time: what stays, what is gathered, and activations with the gradients they become."""
-        held = self.footprint
-        early = held.early or self.accumulation > 1 or self.passes > 1
-        beside = self.extra + held.accumulated * (self.accumulation > 1)
-        return held.parameters + held.state + beside + self.rehearsal.peak(held, early)
+        """The peak of the memory of a GPU in a step, in bytes."""
+        memory = self.footprint
+        early = memory.early or self.accumulation > 1 or self.passes > 1
+        additional = self.extra + memory.accumulated * (self.accumulation > 1)
+        return memory.parameters + memory.state + additional + self.rehearsal.peak(memory, early)
 
     @property
     def extra(self) -> int:
-        """What SAM keeps: copies that lie as the parameters do."""
+        """The bytes of SAM's copies, which are laid out as the parameters are."""
         return self.sam * self.footprint.parameters
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the memory of a GPU."""
         return self.peak <= self.cluster.memory_gib * GIB
 
     @property
     def wire(self) -> list[Collective]:
+        """The collectives of a step."""
         once = wire(self.engine, self.rehearsal.units, self.cluster.gpus, self.accumulation)
         return [c if c.stage == "step" else c._replace(size=round(c.size * self.passes)) for c in once]
 
     @property
     def stages(self) -> list[Stage]:
-        held, forward, backward = self.footprint, *self.rehearsal.flops
-        # The update reads the gradient and reads and writes weights and state; with ratios it reads them once more.
-        touched = held.gradients + 2 * (held.parameters + held.state) + self.trusts * (held.parameters + held.state)
+        """The stages of a step with their times."""
+        memory, forward, backward = self.footprint, *self.rehearsal.flops
+        # The update reads the gradient, and reads and writes weights and state; trust ratios read these once more.
+        touched = memory.gradients + (2 + self.trusts) * (memory.parameters + memory.state)
         return stages(
             self.cluster, (self.passes * forward, self.passes * backward), touched, self.wire, self.accumulation
         )
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
-    """The same on 1, 2, 4, ... GPUs of a machine, on 1, 2, 4, ... machines, and as it was asked."""
-    asked = plan.cluster
-    sizes = [(1, gpus) for gpus in doubled(asked.gpus_per_node - 1)]
-    sizes += [(nodes, asked.gpus_per_node) for nodes in sorted({asked.nodes, *doubled(_MOST // asked.gpus_per_node)})]
+    """Yield the plan on 1, 2, 4, ... GPUs of a machine and on 1, 2, 4, ... machines, the given cluster among them."""
+    given = plan.cluster
+    sizes = [(1, gpus) for gpus in doubled(given.gpus_per_node - 1)]
+    sizes += [
+        (nodes, given.gpus_per_node) for nodes in sorted({given.nodes, *doubled(_LARGEST // given.gpus_per_node)})
+    ]
     for nodes, gpus in sizes:
-        yield replace(plan, cluster=replace(asked, nodes=nodes, gpus_per_node=gpus))
+        yield replace(plan, cluster=replace(given, nodes=nodes, gpus_per_node=gpus))
 
 
 def doubled(most: int) -> list[int]:
-    """1, 2, 4, ... up to most."""
+    """Return 1, 2, 4, ... up to `most`."""
     return [2**i for i in range(most.bit_length())]
 
 
 def smallest(plan: Plan) -> Plan | None:
-    """The smallest of these clusters that fits."""
+    """Return the plan on the smallest cluster that it fits, if there is one."""
     for other in smaller(plan):
         try:
             other.engine.check(other.cluster.gpus)
-        except ValueError:  # replicas that do not divide them
+        except ValueError:  # the replicas do not divide the GPUs
             continue
         if other.fits:
             return other
@@ -103,7 +116,11 @@ def smallest(plan: Plan) -> Plan | None:
 
 
 def make_plan(cfg: DictConfig) -> Plan:
-    """The plan that a configuration asks for. Raises ValueError for what cannot be."""
+    """Make the plan of a configuration.
+
+    Raises:
+        ValueError: If a value is out of its bounds, or the engine refuses the combination.
+    """
     for name in ("nodes", "gpus_per_node", "vocabulary", "sequence_length", "micro_batch_size", "accumulation"):
         if not isinstance(cfg[name], int) or isinstance(cfg[name], bool) or cfg[name] < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {cfg[name]!r}")
@@ -116,7 +133,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
     rehearsal = rehearse(engine, instantiate(cfg.model), instantiate(cfg.param_groups), make_optimizer, *sizes)
-    optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])  # which tells its options
+    # For its options only: the planned model has no memory.
+    optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
     sam = make_sam(optimizer) if make_sam else None
     if sam is not None:
         engine.check_sam(sam)
@@ -132,25 +150,25 @@ def make_plan(cfg: DictConfig) -> Plan:
     )
 
 
-def described(plan: Plan) -> str:
-    """The plan as tables."""
-    cluster, held, units = plan.cluster, plan.footprint, plan.rehearsal.units
+def format_plan(plan: Plan) -> str:
+    """Return the plan as text tables."""
+    cluster, bytes_of, units = plan.cluster, plan.footprint, plan.rehearsal.units
     memory = {
-        "parameters": held.parameters,
-        "gradients": held.gradients,
-        "optimizer state": held.state,
+        "parameters": bytes_of.parameters,
+        "gradients": bytes_of.gradients,
+        "optimizer state": bytes_of.state,
         "SAM's copies": plan.extra,
-        "gathered for a while": max(held.gathered, held.outside),
+        "temporarily gathered": max(bytes_of.gathered, bytes_of.outside),
         "activations": plan.rehearsal.activations,
         "peak": plan.peak,
     }
-    parameters, total = numel(every_layer(units)), sum(stage.seconds for stage in plan.stages)
+    parameters, total = numel(all_params(units)), sum(stage.seconds for stage in plan.stages)
     lines = [
-        f"{parameters:,} parameters in {len(every_layer(units))} layers on {_gpus(cluster)}",
+        f"{parameters:,} parameters in {len(all_params(units))} tensors on {_gpus(cluster)}",
         "",
         f"{'memory of a GPU':30}{'GiB':>10}",
         *(f"{name:30}{size / GIB:10.2f}" for name, size in memory.items() if size),
-        f"{'it has':30}{cluster.memory_gib:10.2f}",
+        f"{'available':30}{cluster.memory_gib:10.2f}",
         "",
         f"{'sent by a GPU in a step':30}{'GB':>10}{'s':>10}",
         *(
@@ -161,7 +179,7 @@ def described(plan: Plan) -> str:
         "",
         f"{'time of a step':30}{'compute':>10}{'wire':>10}{'s':>10}",
         *(f"{s.name:30}{s.compute:10.4f}{s.wire:10.4f}{s.seconds:10.4f}" for s in plan.stages),
-        f"{'together':50}{total:10.4f}",
+        f"{'total':50}{total:10.4f}",
         f"{'tokens/s':50}{cluster.gpus * plan.tokens / total:10,.0f}",
         "",
     ]
@@ -169,9 +187,15 @@ def described(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether the plan fits, and the smallest cluster that does."""
+    """Return the line that says whether the plan fits, and which is the smallest cluster that does.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
     least = smallest(plan)
-    other = f"the smallest that fits has {_gpus(least.cluster)}" if least else f"nor does any of up to {_MOST:,} GPUs"
+    other = f"nor does any cluster of up to {_LARGEST:,} GPUs"
+    if least:
+        other = f"the smallest that fits has {_gpus(least.cluster)}"
     if plan.fits:
         return f"it fits; {other}"
     lacking = plan.peak / GIB - plan.cluster.memory_gib
@@ -185,10 +209,10 @@ def _gpus(cluster: Cluster) -> str:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="plan")
 def main(cfg: DictConfig) -> None:
-    """The entry point of the command line."""
+    """Print the plan of the command line's configuration."""
     with one_line_errors():
         plan = make_plan(cfg)
-        print(described(plan))
+        print(format_plan(plan))
         print(verdict(plan))
 
 

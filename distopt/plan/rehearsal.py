@@ -1,4 +1,4 @@
-"""One forward and backward pass of a model on fake tensors: what it keeps in memory and computes, nothing allocated."""
+"""A forward and backward pass on fake tensors, which records memory and operations without allocating anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distopt.engine.train_step import next_token_loss
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
-from distopt.plan.footprint import Footprint, Layer
+from distopt.plan.footprint import Footprint, Param
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,37 +24,48 @@ _CPU = torch.device("cpu")
 
 
 class Moment(NamedTuple):
-    """Bytes that live beside parameters and gradients, the share of the gradients that is there, whether in a block."""
+    """The memory at one moment of the backward pass.
 
-    held: int
+    Attributes:
+        activations: The bytes in addition to parameters and gradients.
+        share: The share of the gradients that exist already.
+        inside: Whether the backward pass has reached the blocks.
+    """
+
+    activations: int
     share: float
     inside: bool
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a pass over one micro-batch takes.
+    """The memory and the operations of a pass over one micro-batch.
 
-    units: the layers of the blocks, and of what lies outside of them. flops: of the forward and of the backward pass,
-    with what activation checkpointing computes again. moments: at each allocation of the backward pass.
+    Attributes:
+        units: The parameters of each block, and last those outside of the blocks.
+        flops: The operations of the forward and of the backward pass, including recomputation by activation
+            checkpointing.
+        moments: The memory at each allocation of the backward pass.
     """
 
-    units: list[list[Layer]]
+    units: list[list[Param]]
     flops: tuple[int, int]
     moments: list[Moment]
 
     @property
     def activations(self) -> int:
-        """The most that lives beside parameters and gradients, in bytes."""
-        return max(moment.held for moment in self.moments)
+        """The peak of the memory in addition to parameters and gradients, in bytes."""
+        return max(moment.activations for moment in self.moments)
 
     def peak(self, footprint: Footprint, early: bool) -> int:
-        """The most that activations, gradients and what is gathered for a while take together.
+        """Return the peak of activations, gradients and temporary unsharded tensors together, in bytes.
 
-        early: the gradients take their memory from the start of the pass, and not one after the other.
+        Args:
+            footprint: The memory of the engine.
+            early: Whether the gradients are allocated at the start of the pass, instead of one by one.
         """
         return max(
-            moment.held
+            moment.activations
             + int(footprint.gradients * (1.0 if early else moment.share))
             + (footprint.gathered if moment.inside else footprint.outside)
             for moment in self.moments
@@ -70,9 +81,18 @@ def rehearse(
     sequences: int,
     length: int,
 ) -> Rehearsal:
-    """Runs a pass of `sequences` sequences of `length` tokens on the CPU's operators, on tensors without memory.
+    """Run a pass on fake tensors, with the CPU's operators and in the precision of the engine.
 
-    In the precision that the engine computes in: bfloat16 by its autocast, or with weights cast before.
+    bfloat16 is the engine's autocast, or weights that are cast before the pass.
+
+    Args:
+        engine: The engine.
+        language_model: The model to build.
+        make_groups: Makes the param groups of a model.
+        make_optimizer: Makes the optimizer of these groups.
+        vocabulary: The number of tokens of the vocabulary.
+        sequences: The number of sequences of the micro-batch.
+        length: The number of tokens of a sequence.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -90,31 +110,34 @@ def rehearse(
         units = _units(model, make_optimizer(make_groups(model)))
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with _one_sequence_a_row(), engine.autocast(_CPU), Flops() as forward, allocations:
+        with _one_sequence_per_row(), engine.autocast(_CPU), Flops() as forward, allocations:
             loss = next_token_loss(model, batch)
         start = len(allocations.events)
         with Flops() as backward, allocations:
             loss.backward()
-        gradients = allocations.numbers(p.grad for p in params if p.grad is not None)
+        gradients = allocations.indices(p.grad for p in params if p.grad is not None)
         inner = {p for block in blocks(model) for p in block.parameters()}
-        of_blocks = allocations.numbers(p.grad for p in inner if p.grad is not None)
-    whole = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
-    moments, held, made, inside = [], 0, 0, False
-    for i, (number, change) in enumerate(allocations.events):
-        if number in gradients:
-            made += change
+        of_blocks = allocations.indices(p.grad for p in inner if p.grad is not None)
+    gradient_bytes = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
+    moments, activations, allocated, inside = [], 0, 0, False
+    for i, (index, change) in enumerate(allocations.events):
+        if index in gradients:
+            allocated += change
         else:
-            held += change
-        inside = inside or number in of_blocks
+            activations += change
+        inside = inside or index in of_blocks
         if i >= start - 1:
-            moments.append(Moment(held, made / whole, inside))
+            moments.append(Moment(activations, allocated / gradient_bytes, inside))
     return Rehearsal(units, (forward.total, backward.total), moments)
 
 
 @contextlib.contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """transformers 5.23 looks whether positions are those of packed sequences, and for fake tensors takes them to be:
-    every layer would keep a mask of length times length, and no kernel with fewer key heads would be taken."""
+def _one_sequence_per_row() -> Iterator[None]:
+    """Tell transformers that no row has packed sequences.
+
+    transformers 5.23 detects packed sequences by their positions, and assumes them for fake tensors: every block would
+    keep a mask of length times length, and no kernel with fewer key heads would be used.
+    """
     from transformers import masking_utils
 
     find = masking_utils.find_packed_sequence_indices
@@ -125,11 +148,11 @@ def _one_sequence_a_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = find
 
 
-def _units(model: Any, optimizer: Any) -> list[list[Layer]]:
+def _units(model: Any, optimizer: Any) -> list[list[Param]]:
     slots = {p: len(optimizer.slots(group)) for group in optimizer.param_groups for p in group["params"]}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([Layer(tuple(p.shape), p.requires_grad, slots.get(p, 0)) for p in own])
+        units.append([Param(tuple(p.shape), p.requires_grad, slots.get(p, 0)) for p in own])
     return units

@@ -1,4 +1,4 @@
-"""Runs as a page to look at: `python -m distopt.report RUNS`."""
+"""A report of finished runs, as one HTML page: `python -m distopt.report RUNS`."""
 
 from distopt.report.page import write_report
 from distopt.report.runs import Group, Run, find_runs, grouped

@@ -1,4 +1,4 @@
-"""The entry point of the command line."""
+"""The entry point of `python -m distopt.report`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from distopt.report.page import write_report
 
 
 def main() -> None:
-    """Writes the report and says where it is."""
+    """Write the report and print its path."""
     parser = argparse.ArgumentParser(
-        prog="python -m distopt.report", description="A page and pictures of a sweep, or of any folder of runs."
+        prog="python -m distopt.report", description="Write a page with pictures of a sweep, or of any folder of runs."
     )
     parser.add_argument("runs", type=Path, metavar="RUNS", help="a run, a sweep, or a folder of them (runs/)")
     parser.add_argument("--out", type=Path, help="the folder to write (default: RUNS/report)")

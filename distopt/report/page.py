@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no other, and the pictures beside it."""
+"""The page of a report: one self-contained HTML file, with the pictures next to it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from distopt.report.runs import differing, find_runs, grouped
 
 
 def write_report(folder: Path, out: Path) -> Path:
-    """Writes `report.html` and its pictures for all runs at or below a folder; returns the page's path.
+    """Write `report.html` and its pictures for all runs at or below a folder.
 
-    Raises ValueError if there is no run.
+    Args:
+        folder: A run, a sweep, or a folder of them.
+        out: The folder to write, which is created.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If there is no run.
     """
     from jinja2 import Environment
 

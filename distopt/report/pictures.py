@@ -11,12 +11,20 @@ from typing import Any
 
 from distopt.report.runs import Group, Run, median
 
-_MANY = 12  # groups that a legend can name; of more, the best of each optimizer are drawn in color
+_MANY = 12  # the most groups in a legend; if there are more, only the best of each optimizer are drawn in color
 _AXES = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 
 
 def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
-    """Draws what these runs have data for into a folder; the files by what they show."""
+    """Draw the pictures for which these runs have data.
+
+    Args:
+        folder: The folder to write the PNG files to.
+        groups: The groups of runs, the best first.
+
+    Returns:
+        The files, by title.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +34,10 @@ def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
     if len({run.lr for group in groups for run in group.runs}) > 1:
         drawn["Learning rate and final loss"] = _save(folder / "lr.png", partial(by_lr, groups=groups))
     drawn["Gradient norm"] = _save(folder / "grad_norm.png", partial(norms, groups=groups))
-    for key, title in (("grad_norm", "Gradient norm of each layer"), ("trust_ratio", "Trust ratio of each layer")):
+    for key, title in (
+        ("grad_norm", "Gradient norm of each parameter"),
+        ("trust_ratio", "Trust ratio of each parameter"),
+    ):
         for run in best(groups, key):
             file = folder / f"layers_{key}_{re.sub('[^a-z0-9]+', '_', run.optimizer.lower())}.png"
             drawn[f"{title}: {run.optimizer}, {run.name}"] = _save(file, partial(layers, run=run, key=key))
@@ -34,7 +45,7 @@ def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
 
 
 def best(groups: Sequence[Group], key: str) -> list[Run]:
-    """The best run of each optimizer that has this quantity of its layers; the best optimizer first."""
+    """Return the best run of each optimizer that recorded this quantity per parameter; the best optimizer first."""
     runs = [run for group in groups for run in group.runs if any(row.get(key) for row in run.layers)]
     found: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: (math.isnan(run.final), run.final)):
@@ -54,7 +65,7 @@ def _save(file: Path, fill: Callable[[Any], None]) -> Path:
 
 
 def curves(axis: Any, groups: Sequence[Group], by: str) -> None:
-    """The loss of every run, by step, tokens or seconds: a smoothed line for training, dots for validation."""
+    """Draw the loss of every run by step, tokens or seconds: a smoothed line for training, dots for validation."""
     for group, style, label in _styled(groups):
         for i, run in enumerate(group.runs):
             trained = [row[by] for row in run.train], _smooth([row["loss"] for row in run.train])
@@ -62,32 +73,32 @@ def curves(axis: Any, groups: Sequence[Group], by: str) -> None:
             points = [row[by] for row in run.validation], [row["validation_loss"] for row in run.validation]
             axis.plot(*points, "o-", **style, ms=3, label=None if i else label)
     axis.set_xlabel(_AXES[by])
-    axis.set_ylabel("loss, nats a token (line: train, dots: validation)")
+    axis.set_ylabel("loss, nats per token (line: train, dots: validation)")
     _bound(axis, [row["loss"] for group in groups for run in group.runs for row in run.train])
     axis.legend(fontsize=7)
 
 
 def by_lr(axis: Any, groups: Sequence[Group]) -> None:
-    """The median of the final losses by the largest learning rate, a line for each optimizer; inf has no dot."""
+    """Draw the median final loss by the largest learning rate, a line for each optimizer; inf has no dot."""
     points: dict[str, dict[float, list[float]]] = {}
     for group in groups:
         for run in group.runs:
             points.setdefault(run.optimizer, {}).setdefault(run.lr, []).append(run.final)
     finals = []
-    for number, (optimizer, found) in enumerate(points.items()):
+    for index, (optimizer, found) in enumerate(points.items()):
         rates = sorted(found)
         medians = [median(found[lr]) for lr in rates]
         finals += medians
-        axis.plot(rates, medians, "o-", color=_color(number), label=optimizer)
+        axis.plot(rates, medians, "o-", color=_color(index), label=optimizer)
     axis.set_xscale("log")
     axis.set_xlabel("largest learning rate")
-    axis.set_ylabel("final validation loss, nats a token")
+    axis.set_ylabel("final validation loss, nats per token")
     _bound(axis, finals)
     axis.legend(fontsize=7)
 
 
 def norms(axis: Any, groups: Sequence[Group]) -> None:
-    """The gradient norm of every run by step."""
+    """Draw the gradient norm of every run by step."""
     for group, style, label in _styled(groups):
         for i, run in enumerate(group.runs):
             steps, norms = [row["step"] for row in run.train], [row["grad_norm"] for row in run.train]
@@ -99,7 +110,7 @@ def norms(axis: Any, groups: Sequence[Group]) -> None:
 
 
 def layers(axis: Any, run: Run, key: str) -> None:
-    """A quantity of every layer of a run, as colors by step."""
+    """Draw a quantity of every parameter of a run, as colors by step."""
     from matplotlib.colors import LogNorm
 
     rows = [row for row in run.layers if row.get(key)]
@@ -118,7 +129,7 @@ def layers(axis: Any, run: Run, key: str) -> None:
 
 
 def _bound(axis: Any, values: Sequence[float]) -> None:
-    """A run that diverged does not press the others into a line."""
+    """Limit the axis, so that a run that diverged does not flatten the others."""
     finite = sorted(v for v in values if math.isfinite(v))
     if finite:
         low, high = finite[0], finite[int(0.98 * (len(finite) - 1))]
@@ -126,18 +137,20 @@ def _bound(axis: Any, values: Sequence[float]) -> None:
 
 
 def _styled(groups: Sequence[Group]) -> list[tuple[Group, dict[str, Any], str | None]]:
-    """The groups with how their lines look and are named; of more than a legend can name, all but each optimizer's best
-    are gray, have no name and lie below."""
+    """Return the groups with the style and the label of their lines.
+
+    If there are too many for a legend, all but the best of each optimizer are gray, have no label and are drawn below.
+    """
     firsts = {group.runs[0].optimizer: group for group in reversed(groups)}.values()  # the best one comes first
     chosen = [group for group in groups if len(groups) <= _MANY or group in firsts][:_MANY]
     gray = [(group, {"color": "lightgray", "zorder": 1.0}, None) for group in groups if group not in chosen]
     return gray + [(group, {"color": _color(i), "zorder": 2.0}, group.label) for i, group in enumerate(chosen)]
 
 
-def _color(number: int) -> Any:
+def _color(index: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["tab20"](number % 20)
+    return colormaps["tab20"](index % 20)
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -1,4 +1,4 @@
-"""The runs below a folder: what they measured, how they differ, which of them are alike but for the seed."""
+"""The runs below a folder: their metrics, their differences, and groups that differ by the seed only."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from typing import Any
 
 from distopt.job.metrics import LAYERS, METRICS, RUN, read_lines, read_metrics
 
-# What differs between runs without being what they compare.
+# Differences of these keys do not make two configurations different.
 _NOT_COMPARED = ("name", "seed", "model.seed", "trackers", "train.resume")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run's folder, read.
+    """The contents of a run's folder.
 
-    name: relative to the folder that was searched. config: flat, by dotted keys. command: that starts it, if known.
-    choices: the group choices of its configuration. rows: of metrics.jsonl. layers: of layers.jsonl.
+    Attributes:
+        name: The folder, relative to the one that was searched.
+        config: The configuration, by dotted keys.
+        command: The command that starts the run, if it is known.
+        choices: The group choices of the configuration.
+        rows: The rows of metrics.jsonl.
+        layers: The rows of layers.jsonl.
     """
 
     name: str
@@ -35,24 +40,24 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, root: Path) -> Run:
-        """Reads a folder that has a metrics.jsonl; what else is missing is left empty."""
+        """Read a folder that has a metrics.jsonl; other missing files are left empty."""
         import yaml
 
         config, about = folder / "config.yaml", folder / RUN
-        told = json.loads(about.read_text()) if about.is_file() else {}
+        recorded = json.loads(about.read_text()) if about.is_file() else {}
         name = str(folder.relative_to(root)) if folder != root else folder.name
         return cls(
             name=name,
             config=dict(_flat(yaml.safe_load(config.read_text()) or {})) if config.is_file() else {},
-            command=told.get("command", ""),
-            choices=told.get("choices", {}),
+            command=recorded.get("command", ""),
+            choices=recorded.get("choices", {}),
             rows=read_metrics(folder),
             layers=read_lines(folder / LAYERS),
         )
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
-        """A row for each step, with the `seconds` that were spent on steps until then."""
+        """The row of each step, with the `seconds` of all steps so far."""
         rows, seconds, tokens = [], 0.0, 0
         for row in self.rows:
             if "loss" in row:
@@ -63,7 +68,7 @@ class Run:
 
     @cached_property
     def validation(self) -> list[dict[str, Any]]:
-        """A row for each evaluation, with the tokens and seconds of the step before it."""
+        """The row of each evaluation, with the tokens and seconds of the step before it."""
         done = {row["step"]: row for row in self.train}
         start = {"tokens": 0, "seconds": 0.0}
         return [
@@ -74,44 +79,44 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the last thing that it wrote is not finite: it ends where gradients are not."""
+        """Whether the last row is not finite; a run ends when its gradients are not finite."""
         last = (self.rows[-1].get(key, 0.0) for key in ("loss", "grad_norm", "validation_loss"))
         return not all(map(math.isfinite, last))
 
     @property
     def final(self) -> float:
-        """The last validation loss; inf for a run that diverged, nan for one without."""
+        """The last validation loss, in nats per token; inf for a run that diverged, nan for one without."""
         return self._evaluated("validation_loss")
 
     @property
     def bits_per_byte(self) -> float:
-        """The same in bits a byte of text."""
+        """The last validation loss, in bits per byte of text."""
         return self._evaluated("bits_per_byte")
 
     @property
     def steps(self) -> int:
-        """How many it has made."""
+        """The number of steps."""
         return int(self.train[-1]["step"])
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all processes and steps; nan where no time was measured."""
+        """The throughput of all processes over all steps; nan if no time was measured."""
         last = self.train[-1]
         return last["tokens"] / last["seconds"] if last["seconds"] else math.nan
 
     @property
     def skipped(self) -> int:
-        """Its steps whose gradient was not finite."""
+        """The number of steps whose gradient was not finite."""
         return int(self.train[-1].get("skipped", 0))
 
     @property
     def lr(self) -> float:
-        """The largest learning rate that the first param group had."""
+        """The largest learning rate of the first param group."""
         return max((row["lr"] for row in self.train), default=math.nan)
 
     @property
     def optimizer(self) -> str:
-        """How it is called in a picture: the choice of the configuration, and SAM's."""
+        """The name in pictures: the optimizer of the configuration, and the member of the SAM family."""
         target = str(self.config.get("optimizer._target_", "")).rpartition(".")[2]
         sam = self.choices.get("sam", "off" if not self.config.get("sam._target_") else "sam")
         return self.choices.get("optimizer", target or "?") + ("" if sam == "off" else f", sam={sam}")
@@ -124,9 +129,12 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ by the seed alone: what is said of them is a median.
+    """Runs that differ by the seed only; its properties are medians over the runs.
 
-    label: what sets them apart from the other groups.
+    Attributes:
+        label: The differences to the other groups, for a legend.
+        differs: The values of the keys by which the groups differ.
+        runs: The runs.
     """
 
     label: str
@@ -135,65 +143,69 @@ class Group:
 
     @property
     def final(self) -> float:
-        """The last validation loss."""
+        """The last validation loss, in nats per token."""
         return median(run.final for run in self.runs)
 
     @property
     def bits_per_byte(self) -> float:
-        """The same in bits a byte of text."""
+        """The last validation loss, in bits per byte of text."""
         return median(run.bits_per_byte for run in self.runs)
 
     @property
     def steps(self) -> float:
-        """How many were made."""
+        """The number of steps."""
         return median(run.steps for run in self.runs)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all processes and steps."""
+        """The throughput of all processes over all steps."""
         return median(run.tokens_per_second for run in self.runs)
 
     @property
     def skipped(self) -> float:
-        """Steps whose gradient was not finite."""
+        """The number of steps whose gradient was not finite."""
         return median(run.skipped for run in self.runs)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the largest of the last validation losses; nan where there is none."""
+        """The smallest and the largest of the last validation losses; nan if there is none."""
         finals = [run.final for run in self.runs if not math.isnan(run.final)]
         return min(finals, default=math.nan), max(finals, default=math.nan)
 
 
 def median(values: Iterable[float]) -> float:
-    """The median of those that are not nan, which have not been measured; nan where none has."""
+    """Return the median of the measured values; nan, the value of an unmeasured one, if there are none."""
     return statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Every run at or below a folder, by name; ValueError if there is none."""
+    """Return the runs at or below a folder, by name.
+
+    Raises:
+        ValueError: If there is no such folder, or no run in it.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run, a sweep, or a folder of them")
     found = sorted(path.parent for path in folder.rglob(METRICS))
     runs = [run for run in (Run.read(path, folder) for path in found) if run.train]
     if not runs:
-        raise ValueError(f"{folder} holds no run that has trained a step ({METRICS}): give a folder of runs")
+        raise ValueError(f"{folder} has no run that has trained a step ({METRICS}): give a folder of runs")
     return sorted(
         runs, key=lambda run: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]
     )
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs that are alike but for the seed, together; the best median first, those without one last."""
+    """Group the runs that differ by the seed only; the best median comes first, groups without one last."""
     keys = differing([run.config for run in runs])
     names = {run.optimizer for run in runs}
-    # A difference between optimizers is told by their names.
+    # The names of the optimizers show the differences between them.
     vary = {name: differing([run.config for run in runs if run.optimizer == name]) for name in names}
     groups: dict[str, Group] = {}
     for run in runs:
         differs = {key: run.config.get(key) for key in keys}
-        told = (key for key in keys if key in ("optimizer.lr", "lr_scale") or key in vary[run.optimizer])
-        label = ", ".join([run.optimizer, *(f"{_short(key)}={_value(differs[key])}" for key in told)])
+        shown = (key for key in keys if key in ("optimizer.lr", "lr_scale") or key in vary[run.optimizer])
+        label = ", ".join([run.optimizer, *(f"{_short(key)}={_value(differs[key])}" for key in shown)])
         if not run.config:
             label = run.name
         groups.setdefault(json.dumps([label, differs], default=str), Group(label, differs)).runs.append(run)
@@ -201,7 +213,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all configurations."""
+    """Return the keys whose values differ between the configurations."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [
         key

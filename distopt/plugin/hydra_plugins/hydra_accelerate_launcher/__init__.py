@@ -1,1 +1,1 @@
-"""Hydra's `hydra/launcher=accelerate`: every job of a sweep under its own `accelerate launch`."""
+"""A Hydra launcher, `hydra/launcher=accelerate`, that runs every job of a sweep under its own `accelerate launch`."""

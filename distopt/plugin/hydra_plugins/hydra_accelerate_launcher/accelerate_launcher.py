@@ -1,4 +1,4 @@
-"""The plugin: Hydra hands it the overrides of every job of a sweep."""
+"""The plugin class, which receives the overrides of every job of a sweep from Hydra."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from .job import Job
 
 
 class AccelerateLauncher(Launcher):
-    """Runs every job of a sweep under its own `accelerate launch`; this process joins none of them.
+    """A launcher that runs every job of a sweep under its own `accelerate launch`; this process joins none of them.
 
-    The folder of a job is chosen here, once, and all its processes are told. Options: `AccelerateLauncherConf`.
+    The folder of a job is chosen here, once, and passed to all its processes.
+
+    Args:
+        options: The fields of `AccelerateLauncherConf`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -33,12 +36,16 @@ class AccelerateLauncher(Launcher):
         )  # type: ignore[assignment]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Raises LauncherError for what cannot be launched."""
+        """Store Hydra's context.
+
+        Raises:
+            LauncherError: If the options or the environment do not allow a launch.
+        """
         self.context, self.config = hydra_context, config
         check(self.options)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs the jobs, from this number on, and returns what each of them returned."""
+        """Run the jobs, numbered from `initial_job_idx`, and return their results."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
@@ -50,7 +57,7 @@ class AccelerateLauncher(Launcher):
                 if same is not job:
                     raise LauncherError(
                         f"jobs #{same.number} and #{job.number} have the same folder {job.folder}: "
-                        "hydra.sweep.subdir must tell them apart, as '${hydra.job.num}' does"
+                        "hydra.sweep.subdir must differ between them, as '${hydra.job.num}' does"
                     )
             return sweep.run(jobs, self.options)
 
@@ -59,7 +66,7 @@ class AccelerateLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(number), number
         before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(config)  # what ${hydra:...} in the name of the folder refers to
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
         try:
             folder = sweep_folder / str(config.hydra.sweep.subdir)
         finally:
@@ -81,7 +88,12 @@ class AccelerateLauncher(Launcher):
 
 
 def check(options: AccelerateLauncherConf) -> None:
-    """Raises LauncherError for options that cannot be, and for a place where the launcher cannot be."""
+    """Check the options of the launcher and its environment.
+
+    Raises:
+        LauncherError: If an option is out of bounds or options contradict each other, or if this process was itself
+            started by a launcher.
+    """
     if importlib.util.find_spec("accelerate") is None:
         raise LauncherError("hydra/launcher=accelerate needs Accelerate: pip install accelerate")
     if "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -17,20 +17,20 @@ RESULT = "hydra_plugins.hydra_accelerate_launcher.result.Result"
 
 
 def target() -> list[str]:
-    """The program that runs now, as `accelerate launch` takes it: a file, or `-m` and a module."""
+    """Return the running program as arguments of `accelerate launch`: a file, or `-m` and a module."""
     main: Any = sys.modules["__main__"]
     if getattr(main, "__spec__", None) is not None:
         return ["-m", main.__spec__.name]
     file = getattr(main, "__file__", None)
     if file is None or not Path(file).is_file():
         raise LauncherError(
-            "hydra/launcher=accelerate starts the program anew for every job: run it as a file, or with python -m"
+            "hydra/launcher=accelerate starts the program again for every job: run it as a file, or with python -m"
         )
     return [os.path.abspath(file)]
 
 
 def launch(options: AccelerateLauncherConf, gpus: list[str]) -> list[str]:
-    """`accelerate launch` and its options, for a job on these GPUs."""
+    """Return `accelerate launch` with its options, for a job on these GPUs."""
     words = [*options.prefix, sys.executable, "-m", "accelerate.commands.launch"]
     if options.config_file is not None:
         words += ["--config_file", options.config_file]
@@ -38,11 +38,11 @@ def launch(options: AccelerateLauncherConf, gpus: list[str]) -> list[str]:
     if processes is not None:
         words += ["--num_processes", str(processes)]
         if processes > 1 and options.config_file is None:
-            words += ["--multi_gpu"]  # else Accelerate 1.15 silently starts one, also on the CPU
+            words += ["--multi_gpu"]  # otherwise Accelerate 1.15 silently starts one, also on the CPU
     if options.num_machines > 1:
         port = options.main_process_port or free_port()
-        # Which machine is which is found out when they meet. With machine_rank 0 Accelerate 1.15 would look whether the
-        # port is free, on every machine.
+        # The rendezvous assigns the ranks of the machines. With machine_rank 0 Accelerate 1.15 would check on every
+        # machine that the port is free.
         words += ["--num_machines", str(options.num_machines), "--machine_rank", "1", "--rdzv_backend", "c10d"]
         words += ["--main_process_ip", str(options.main_process_ip), "--main_process_port", str(port)]
     else:
@@ -51,7 +51,7 @@ def launch(options: AccelerateLauncherConf, gpus: list[str]) -> list[str]:
 
 
 def num_processes(options: AccelerateLauncherConf, gpus: list[str]) -> int | None:
-    """How many processes a job gets, over all machines; None where the file of Accelerate's configuration says it."""
+    """Return the number of processes of a job over all machines; None if Accelerate's configuration file sets it."""
     if options.num_processes is not None:
         return options.num_processes
     if options.config_file is not None and (options.jobs == 1 or not gpus):
@@ -60,7 +60,7 @@ def num_processes(options: AccelerateLauncherConf, gpus: list[str]) -> int | Non
 
 
 def overrides(config: DictConfig, job: list[str], number: int, folder: Path) -> list[str]:
-    """What the program is given: its sweep's configuration, the job's overrides, and the folder chosen for it."""
+    """Return the arguments of the program: the sweep's configuration, the job's overrides, and its folder."""
     words = []
     for source in config.hydra.runtime.config_sources:
         path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
@@ -84,11 +84,12 @@ def overrides(config: DictConfig, job: list[str], number: int, folder: Path) -> 
 
 
 def quoted(value: object) -> str:
-    """A value that Hydra's grammar reads as this text."""
+    """Quote a value for Hydra's grammar."""
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def free_port() -> int:
+    """Return a free TCP port of this machine."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])

@@ -13,13 +13,13 @@ class AccelerateLauncherConf:
 
     _target_: str = "hydra_plugins.hydra_accelerate_launcher.accelerate_launcher.AccelerateLauncher"
 
-    # Jobs side by side; the GPUs of CUDA_VISIBLE_DEVICES, or all, are dealt out to them.
+    # Jobs that run at the same time; the GPUs of CUDA_VISIBLE_DEVICES, or all, are distributed over them.
     jobs: int = 1
-    # Whether what is finished in the sweep's folder, of the same configuration, is not run again, and what was begun
-    # finds HYDRA_LAUNCHER_RESUME=auto in its environment instead of never.
+    # Whether finished jobs of the same configuration in the sweep's folder are skipped, and interrupted ones find
+    # HYDRA_LAUNCHER_RESUME=auto in their environment instead of never.
     resume: bool = True
 
-    # Options of `accelerate launch`. Without a file: a process for each GPU of the job, or one on the CPU.
+    # Options of `accelerate launch`. Without a file: one process per GPU of the job, or one on the CPU.
     config_file: str | None = None
     num_processes: int | None = None  # over all machines
     num_machines: int = 1
@@ -27,13 +27,14 @@ class AccelerateLauncherConf:
     main_process_port: int | None = None  # null: a free one
     args: list[str] = field(default_factory=list)  # any others: [--mixed_precision,bf16]
 
-    # What stands before `accelerate launch`; with several machines what starts it on each: [srun,--ntasks-per-node=1].
+    # The words before `accelerate launch`; with several machines the command that starts it on each of them, such as
+    # [srun,--ntasks-per-node=1].
     prefix: list[str] = field(default_factory=list)
     # Variables added to the environment of the jobs.
     env: dict[str, str] = field(default_factory=dict)
-    # A job that takes longer has failed; null: as long as it likes.
+    # The time limit of a job, after which it has failed; null: none.
     timeout_minutes: float | None = None
-    # What a job that is ended gets to save what it has before SIGKILL.
+    # The time between SIGTERM and SIGKILL, in which a job can save.
     grace_seconds: float = 60.0
 
 

@@ -1,4 +1,4 @@
-"""Which GPUs there are, and which of them each job gets."""
+"""The visible GPUs, and their distribution over jobs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from .errors import LauncherError
 
 
 def visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name.strip() for name in listed.split(",") if name.strip() not in ("", "-1")]
-    import torch  # takes a second, which composing a configuration need not wait
+    import torch  # here, since it takes a second, which composing a configuration does not need
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+    return [str(index) for index in range(torch.cuda.device_count())]
 
 
 def deal(gpus: list[str], jobs: int) -> list[list[str]]:
-    """The same number of neighbouring GPUs for each of the jobs that run side by side; nothing where there are none."""
+    """Return the GPUs of each of the jobs that run at the same time: equally many neighbours, or none without GPUs.
+
+    Raises:
+        LauncherError: If there are more jobs than GPUs.
+    """
     if gpus and jobs > len(gpus):
         raise LauncherError(f"hydra.launcher.jobs={jobs}, but there are {len(gpus)} GPUs: at most one job for each")
     share = len(gpus) // jobs

@@ -1,4 +1,4 @@
-"""What is wrong, in one line: Hydra shows these without a traceback."""
+"""Errors of one line, which Hydra prints without a traceback."""
 
 from __future__ import annotations
 

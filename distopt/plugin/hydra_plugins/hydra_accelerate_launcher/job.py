@@ -1,4 +1,4 @@
-"""One job of a sweep: its folder, what is to be done in it, what came of that."""
+"""A job of a sweep: its folder, its command and its result."""
 
 from __future__ import annotations
 
@@ -29,50 +29,68 @@ RESUME = "HYDRA_LAUNCHER_RESUME"
 class Job:
     """A job of a sweep.
 
-    In its folder are `launch.log`, with all that its processes write, and `.launch/`: `job.json`, from its first start
-    on, says what the job is, and `result.pickle` holds what it returned.
+    Its folder has `launch.log`, the output of its processes, and `.launch/` with `job.json`, its identity, written at
+    the first start, and `result.pickle`, its return value.
+
+    Attributes:
+        number: The index of the job in the sweep.
+        overrides: The overrides of the job.
+        label: The overrides that the sweep varies.
+        folder: The folder of the job.
+        result: Hydra's result, which `finish` fills in.
+        words: The program and its arguments.
+        tree: The processes of the job, once it was started.
+        began: The time of the start, of the monotonic clock, in seconds.
+        seconds: The duration of the job, once it has ended.
     """
 
     number: int
     overrides: list[str]
-    label: str  # the overrides that the sweep varies
+    label: str
     folder: Path
-    result: JobReturn  # filled in by `finish`
-    words: list[str]  # the program and its arguments
+    result: JobReturn
+    words: list[str]
     tree: ProcessTree | None = field(default=None, init=False)
     began: float = field(default=0.0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     @property
     def log(self) -> Path:
+        """The file with the output of the job."""
         return self.folder / LOG
 
     def identity(self) -> dict[str, Any]:
-        """What is the same for the same job: the overrides, and the configuration that they make with the files."""
+        """Return what identifies the job: its overrides, and a digest of its composed configuration."""
         text = OmegaConf.to_yaml(self.result.cfg, sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return {"overrides": self.overrides, "configuration": digest}
 
     def begun(self) -> bool:
-        """Whether this job, and not another one of this folder, was started before."""
+        """Return whether this job, and not another one with the same folder, was started before."""
         try:
             return bool(json.loads((self._own / "job.json").read_text()) == self.identity())
         except (OSError, ValueError):
             return False
 
     def done(self) -> bool:
-        """Whether it was finished before; then its return value is there."""
+        """Return whether the job was finished before; if so, read its return value."""
         if not self.begun():
             return False
         try:
             value = pickle.loads((self._own / "result.pickle").read_bytes())
-        except Exception:  # whatever a file that is not there, broken, or of another version of the program may raise
+        except Exception:  # a file that is missing, broken, or from another version of the program may raise anything
             return False
         self.result.status, self.result.return_value = JobStatus.COMPLETED, value
         return True
 
     def start(self, launch: list[str], env: dict[str, str], resume: bool) -> None:
-        """Starts it under `accelerate launch`, whose words are given."""
+        """Start the job.
+
+        Args:
+            launch: The words of `accelerate launch`.
+            env: Variables that are added to the environment.
+            resume: Whether a job that was interrupted is to resume.
+        """
         again = resume and self.begun()
         shutil.rmtree(self._own, ignore_errors=True)
         self._own.mkdir(parents=True)
@@ -86,7 +104,12 @@ class Job:
         self.tree = ProcessTree(command, {**os.environ, **env, **own}, self.log)
 
     def finish(self, code: int, late: bool = False) -> None:
-        """Notes what a job that has ended returned, or why it failed."""
+        """Record the return value of a job that has ended, or the reason of its failure.
+
+        Args:
+            code: The exit code of the job.
+            late: Whether it was ended at its time limit.
+        """
         self.seconds = time.monotonic() - self.began
         if code == 0 and not late and self.done():
             return

@@ -1,4 +1,4 @@
-"""What the log of a job says."""
+"""The log of a job: its last lines, and the line of the error."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from pathlib import Path
 
 # `ValueError: ...` at the end of a traceback, or a program's own `name: error: ...`.
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception)(?:: .*)?|[^:]+: error: .*)$")
-# What ends because something else has ended.
+# Errors that follow from the failure of another process.
 _FOLLOWS = re.compile(r"ChildFailedError|CalledProcessError|SignalException|[Cc]onnection (?:reset|closed)|Broken pipe")
 
 
 def lines(log: Path, start: int = 0, most: int = 1 << 18) -> list[str]:
-    """The lines of a log from a position on, at most so many bytes; a progress bar writes over its line."""
+    """Return lines of a log; each state of a progress bar is a line.
+
+    Args:
+        log: The file.
+        start: The position, in bytes, to read from.
+        most: The largest number of bytes to read, from the end.
+    """
     if not log.is_file():
         return []
     with log.open("rb") as file:
@@ -22,7 +28,7 @@ def lines(log: Path, start: int = 0, most: int = 1 << 18) -> list[str]:
 
 
 def error(log: Path, start: int = 0) -> str:
-    """The line that says why a job failed: the last error that did not follow from another one; else the last line."""
+    """Return the reason of a failure: the last error that follows from no other, or else the last line."""
     said = lines(log, start)
     errors = [match[1] for line in said if (match := _ERROR.match(line))]
     causes = [line for line in errors if not _FOLLOWS.search(line)]

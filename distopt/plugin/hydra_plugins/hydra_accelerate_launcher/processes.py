@@ -1,4 +1,4 @@
-"""Processes that are started, and ended, with all that they start."""
+"""Trees of processes: a command that is started and ended together with its descendants."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from typing import Any
 
 
 class ProcessTree:
-    """A command and its descendants, whatever process groups they make: torchrun's workers have their own.
+    """A command and its descendants in any process group; torchrun's workers have groups of their own.
 
-    What it writes is added to `log`. It gets SIGTERM when this process dies, however it dies.
+    The command receives SIGTERM when this process dies for any reason.
+
+    Args:
+        command: The command.
+        env: Its environment.
+        log: The file to which its output is appended.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -28,26 +33,26 @@ class ProcessTree:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is for the sweep, which ends its jobs by itself
+                start_new_session=True,  # Ctrl-C in the terminal goes to the sweep alone, which then ends its jobs
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             )
         self._descendants: set[Any] = set()
         self._looked = 0.0
 
     def poll(self) -> int | None:
-        """The exit code of the command, negative for a signal; None while it runs."""
+        """Return the exit code of the command, negative for a signal; None while it runs."""
         if time.monotonic() - self._looked > 1.0:
             self._look()
         return self.root.poll()
 
     @property
     def alive(self) -> bool:
-        """Whether anything of it still runs."""
+        """Whether any process of the tree still runs."""
         self._look()
         return self.root.poll() is None or any(_runs(process) for process in self._descendants)
 
     def terminate(self) -> None:
-        """SIGTERM to the command's process group, which hands it on; at once to what the command has left behind."""
+        """Send SIGTERM to the process group of the command, or to its descendants if the command has ended."""
         self._look()
         if self.root.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -56,7 +61,7 @@ class ProcessTree:
             self._send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to everything."""
+        """Send SIGKILL to all processes of the tree."""
         self._look()
         if self.root.poll() is None:
             self.root.kill()
@@ -64,11 +69,11 @@ class ProcessTree:
         self.root.wait()
 
     def _look(self) -> None:
-        import psutil  # of Accelerate's requirements
+        import psutil  # a requirement of Accelerate
 
         self._looked = time.monotonic()
         with contextlib.suppress(psutil.Error):
-            # What has been waited for has no number any more that would be its own.
+            # The id of a process that was waited for may belong to another one by now.
             root = [psutil.Process(self.root.pid)] if self.root.returncode is None else []
             for process in [*root, *filter(_runs, self._descendants)]:
                 with contextlib.suppress(psutil.Error):
@@ -83,7 +88,12 @@ class ProcessTree:
 
 
 def end(trees: Sequence[ProcessTree], seconds: float) -> None:
-    """Ends all of them: SIGTERM, and SIGKILL to what is left after the grace, or when somebody is tired of waiting."""
+    """End all processes: SIGTERM, then SIGKILL to those that are left after the grace period or on a second interrupt.
+
+    Args:
+        trees: The trees of processes.
+        seconds: The grace period.
+    """
     try:
         for tree in trees:
             tree.terminate()
@@ -97,7 +107,7 @@ def end(trees: Sequence[ProcessTree], seconds: float) -> None:
 
 
 def die_with_parent(number: signal.Signals) -> None:
-    """This process gets a signal when the one that started it dies. Only Linux has that."""
+    """Have the kernel send this process a signal when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 

@@ -1,4 +1,4 @@
-"""Inside a job: what its function returned, from the first process to the launcher."""
+"""The callback inside a job, which passes the return value of its first process to the launcher."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FILE, PROCESSES = "HYDRA_LAUNCHER_RESULT", "HYDRA_LAUNCHER_PROCESSES"
 
 
 class Result(Callback):
-    """Hydra's callback, which the launcher adds to the configuration of every job."""
+    """A Hydra callback that the launcher adds to the configuration of every job."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends with one line unless there are the processes that were asked for, and with whoever started this one."""
+        """Exit with one line unless the requested number of processes was started; exit when the parent dies."""
         die_with_parent(signal.SIGTERM)
         wanted, got = os.environ.get(PROCESSES), os.environ.get("WORLD_SIZE", "1")
         if wanted is not None and wanted != got:
             # Accelerate 1.15 starts a single one for some configurations, silently. Hydra lets no exception through.
-            sys.stderr.write(f"hydra/launcher=accelerate: error: {wanted} processes were asked for, {got} started\n")
+            sys.stderr.write(f"hydra/launcher=accelerate: error: {wanted} processes were requested, {got} started\n")
             sys.exit(1)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Writes the return value in one go: where the file is, the job is done."""
+        """Write the return value atomically: if the file exists, the job is done."""
         file = os.environ.get(FILE)
         if file and int(os.environ.get("RANK", "0")) == 0 and job_return.status == JobStatus.COMPLETED:
             try:

@@ -1,4 +1,4 @@
-"""Runs the jobs of a sweep, so many side by side."""
+"""The loop of a sweep, which runs several jobs at the same time."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ POLL_SECONDS = 0.1
 
 
 def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]:
-    """Runs the jobs that are not done yet and returns what all of them returned, in their order.
+    """Run the jobs that are not done yet.
 
-    A job that fails is marked, and the others go on. SIGINT and SIGTERM end those that run, and then this process.
+    A job that fails is marked, and the others continue. SIGINT and SIGTERM end the running jobs, and then this process.
+
+    Args:
+        jobs: The jobs.
+        options: The options of the launcher.
+
+    Returns:
+        The results of all jobs, in their order.
     """
     done = [job for job in jobs if options.resume and job.done()]
     waiting = [job for job in jobs if job not in done]
@@ -53,14 +60,14 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
                         _say(bar, f"#{job.number} {job.label}: {_value(job)}, {job.seconds:.1f} s")
                         bar.update()
                 if running and not bar.disable:
-                    said = log.lines(next(iter(running.values())).log, most=4096) or [""]
-                    bar.set_postfix_str("" if said[-1].startswith("$ ") else said[-1][:60])
+                    written = log.lines(next(iter(running.values())).log, most=4096) or [""]
+                    bar.set_postfix_str("" if written[-1].startswith("$ ") else written[-1][:60])
         finally:
             end([job.tree for job in running.values() if job.tree], options.grace_seconds + 5)
         if received:
             finished = sum(job.result.status == JobStatus.COMPLETED for job in jobs)
             name = signal.Signals(received[0]).name
-            _say(bar, f"{name}: {finished} of {len(jobs)} jobs are done; the same command goes on with the others")
+            _say(bar, f"{name}: {finished} of {len(jobs)} jobs are done; the same command resumes with the others")
             raise SystemExit(128 + received[0])
         failed = [f"#{job.number}" for job in jobs if job.result.status == JobStatus.FAILED]
         if failed:
@@ -73,7 +80,11 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Raises LauncherError where another sweep is at work in the same folder."""
+    """Lock the folder of a sweep.
+
+    Raises:
+        LauncherError: If another sweep runs in the same folder.
+    """
     with (folder / ".launch.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +106,7 @@ def _start(job: Job, options: AccelerateLauncherConf, gpus: list[str]) -> None:
 
 
 def _ended(job: Job, options: AccelerateLauncherConf) -> bool:
-    """Whether a job has ended, by itself or because its time is up; what it leaves behind is ended too."""
+    """Return whether a job has ended or reached its time limit; end the processes that it leaves behind."""
     assert job.tree is not None
     code = job.tree.poll()
     late = options.timeout_minutes is not None and time.monotonic() - job.began > 60 * options.timeout_minutes
@@ -109,7 +120,7 @@ def _ended(job: Job, options: AccelerateLauncherConf) -> bool:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted, not acted upon; a second one is as ever. Only the main thread can do that."""
+    """Record SIGINT and SIGTERM, without effect outside of the main thread; a second one has its usual effect."""
     received: list[int] = []
     before: dict[int, Any] = {}
 
@@ -128,7 +139,7 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _bar(total: int) -> Any:
-    from tqdm import tqdm  # of Accelerate's requirements, by huggingface_hub
+    from tqdm import tqdm  # a requirement of Accelerate, through huggingface_hub
 
     return tqdm(total=total, unit="job", desc="sweep", dynamic_ncols=True, disable=None)
 
@@ -146,5 +157,5 @@ def _value(job: Job) -> str:
 
 
 def _near(path: Path) -> str:
-    """A path as it is short to write from here."""
+    """Return a path relative to the working directory, if it is inside of it."""
     return str(path.relative_to(os.getcwd())) if path.is_relative_to(os.getcwd()) else str(path)
