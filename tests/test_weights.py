@@ -231,7 +231,7 @@ def test_options_are_merged_into_a_pretrained_configuration(tmp_path: Path, conf
         ),
         ({"config": {"num_hidden_layers": 1}}, r"has model\.layers\.1\..*num_hidden_layers=1, and the sizes"),
         ({"config": {"hidden_size": 16}}, r"hidden_size=16, and the sizes"),
-        ({"config": {"num_attention_heads": 4}}, r"num_attention_heads=4: the weights in .* are of 2"),
+        ({"config": {"num_attention_heads": 4}}, r"num_attention_heads=4: the weights in .* were trained with 2"),
         ({"config": {"nonsense": 1}}, "model.config.nonsense: LlamaConfig has no such option"),
         ({"config": {"attention_dropuot": 0.1}}, "did you mean attention_dropout?"),
         ({"family": "bert"}, "model.family=bert, and the model in .* is llama"),
@@ -258,7 +258,7 @@ def test_any_causal_family_is_made_from_sizes(family: str) -> None:
     [
         ("t5", {}, "t5 is no family of causal language models"),
         ("gpt2", {"vocab_size": 10}, "the data has 300 tokens, model.config.vocab_size=10 is less"),
-        ("gpt2", {"activation_function": "nope"}, "model.config: GPT2Config makes no model .*nope"),
+        ("gpt2", {"activation_function": "nope"}, "model.config: GPT2Config builds no model .*nope"),
         ("llama", {"to_dict": 1}, "model.config.to_dict: LlamaConfig has no such option"),
         ("gpt2", "abc", "model.config must be options by name"),
         (None, {}, "there is no model: give model.family"),
@@ -275,5 +275,5 @@ def test_a_family_that_leaves_weights_as_the_memory_was_is_refused() -> None:
     """transformers' openai-gpt sets its layers in their constructors, which did not run where there was memory."""
     language_model = LanguageModel("openai-gpt", {"n_layer": 1, "n_embd": 16, "n_head": 2})
     model = language_model.empty(language_model.describe(64))
-    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel gives transformer\.h\.0\..* no first value by itself"):
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel does not initialize transformer\.h\.0\."):
         language_model.fill(model, model, torch.device("cpu"))

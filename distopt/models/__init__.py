@@ -1,1 +1,1 @@
-"""Language models of transformers: built without memory, loaded, adapted and exported."""
+"""Language models of transformers: built on the meta device, loaded, adapted and exported."""

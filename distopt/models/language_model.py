@@ -1,15 +1,11 @@
-"""Language models from `transformers`: made without memory, filled with values unit by unit."""
+"""Language models of transformers, built on the meta device and materialized unit by unit."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
 import math
-import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +14,30 @@ from torch import Tensor, nn
 
 from distopt.data import tokenizers
 from distopt.models import lora
+from distopt.models.configuration import new_config, pretrained_config
 from distopt.models.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-# How weights are divided among heads, which their shapes do not tell.
-_HEADS = re.compile(r"(n|num)_(\w+_)?heads?|(\w+_)?head_dim")
-
-
 class LanguageModel:
     """A causal language model of `transformers`, by configuration or from a pretrained folder on disk.
 
-    `empty` makes it on the meta device; `fill` gives one unit (a decoder block, or what is outside of the blocks)
-    memory and values. An engine fills a unit and shards it before it fills the next, so that no rank holds more than
-    one full unit. The values depend on (seed, unit) alone: the model is the same at every world size, on every engine.
+    `empty` builds the model on the meta device; `fill` materializes one unit: a decoder block, or everything outside of
+    the blocks. An engine fills and shards one unit before it fills the next, so that no rank stores more than one full
+    unit. The values depend on (seed, unit) alone, so that the model is the same on every engine and at any world size.
 
     Args:
-        family: a model type of transformers, such as `gpt2` or `llama`; None with a path.
-        config: the arguments of its configuration (sizes, `rope_parameters`, `attn_implementation`, ...), whose
-            defaults are the family's. With a path they change what its config.json says, in everything but sizes.
-        path: a folder written by `save_pretrained`, with config.json and safetensors. Weights that are quantized in a
-            way that transformers can undo while it loads them (fp8, mxfp4) become plain ones.
-        seed: of the initial values.
+        family: A model type of transformers, such as `gpt2` or `llama`; None with a path.
+        config: Arguments of the model's configuration (sizes, `rope_parameters`, `attn_implementation`, ...), with the
+            defaults of the family. With a path they replace values of its config.json, sizes excepted.
+        path: A folder written by `save_pretrained`, with config.json and safetensors. Quantized weights that
+            transformers can dequantize while loading (fp8, mxfp4) become plain ones.
+        seed: The seed of the initial values.
 
-    Attributes:
-        notes: what the user should know of a pretrained folder, one line each; known once `empty` was called.
+    Raises:
+        ValueError: An argument is invalid, or the files of `path` cannot be read.
     """
 
     def __init__(
@@ -57,10 +50,10 @@ class LanguageModel:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"model.seed must be an integer, got {seed!r}")
         if config is not None and not isinstance(config, Mapping):
-            raise ValueError(f"model.config must be options by name, as {{n_layer: 4}}, got {config!r}")
-        for name, value in (("family", family), ("path", path)):
-            if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"model.{name} must be text, or null, got {value!r}")
+            raise ValueError(f"model.config must be options by name, such as {{n_layer: 4}}, got {config!r}")
+        for name, text in (("family", family), ("path", path)):
+            if text is not None and (not isinstance(text, str) or not text):
+                raise ValueError(f"model.{name} must be text, or null, got {text!r}")
         self.family, self.config, self.seed = family, dict(config or {}), seed
         self.path = None if path is None else Path(path).expanduser()
         if self.path is not None and not (self.path / "config.json").is_file():
@@ -70,18 +63,23 @@ class LanguageModel:
 
     @property
     def notes(self) -> list[str]:
+        """Notes for the user about the pretrained folder, one line each; available after `empty`."""
         return self._weights.notes if self._weights else []
 
     def check(self) -> None:
-        """Raises ValueError for what is wrong whatever the data are, before anything that takes time."""
+        """Raise `ValueError` for errors that do not depend on the data, before anything slow."""
         config = self.describe(1)
         if self.path is not None:
             self.empty(config)
 
     def check_tokenizer(self, tokenizer: str | None) -> None:
-        """Raises ValueError for a tokenizer that gives a pretrained model's own tokens other ids.
+        """Check that a tokenizer has the same ids as the pretrained model's own; it may have additional tokens.
 
-        tokenizer: a folder; None for bytes. It may have tokens beside those of the model's own.
+        Args:
+            tokenizer: A Hugging Face tokenizer folder; None for bytes.
+
+        Raises:
+            ValueError: A token of the model's own tokenizer has another id.
         """
         if self.path is None or tokenizer == str(self.path) or not tokenizers.has_tokenizer(self.path):
             return
@@ -90,91 +88,44 @@ class LanguageModel:
             given = "null (bytes)" if tokenizer is None else tokenizer
             raise ValueError(
                 f"data.tokenizer={given} is not the tokenizer of the model in {self.path}: {len(differ)} of its "
-                f"{len(own)} tokens have other ids, as {differ[0]!r}; leave "
-                "data.tokenizer out, and the model's own is used"
+                f"{len(own)} tokens have other ids, such as {differ[0]!r}; leave data.tokenizer out to use the model's "
+                "own"
             )
 
     def describe(self, vocab_size: int, eos_token_id: int | None = None) -> PretrainedConfig:
-        """The configuration, for a vocabulary of this size; a pretrained one must be at least as large."""
+        """Return the configuration of the model.
+
+        Args:
+            vocab_size: The number of token ids of the data; a pretrained model must have at least as many.
+            eos_token_id: The token that ends a text, for a new model.
+
+        Raises:
+            ValueError: The options do not describe a causal language model with such a vocabulary.
+        """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        config = self._new(vocab_size, eos_token_id) if self.path is None else self._pretrained(self.path)
+        if self.path is None:
+            config = new_config(self.family, self.config, vocab_size, eos_token_id)
+        else:
+            config, self._quantization = pretrained_config(self.path, self.family, self.config)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is no family of causal language models in transformers: use another")
         size = getattr(config.get_text_config(), "vocab_size", vocab_size)
         if size < vocab_size:
-            where = f"the model in {self.path} only {size}: set data.tokenizer to the model's own"
+            reason = f"the model in {self.path} only {size}: set data.tokenizer to the model's own"
             if self.path is None:
-                where = f"model.config.vocab_size={size} is less: leave it out"
-            raise ValueError(f"the data has {vocab_size} tokens, {where}")
+                reason = f"model.config.vocab_size={size} is less: leave it out"
+            raise ValueError(f"the data has {vocab_size} tokens, {reason}")
         return config
 
-    def _pretrained(self, path: Path) -> PretrainedConfig:
-        """What config.json says, with the changes of `config`."""
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
-        try:
-            found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-            raise ValueError(f"model.path={path}: config.json cannot be used: {error}") from error
-        if self.family not in (None, found.model_type):
-            raise ValueError(
-                f"model.family={self.family}, and the model in {path} is {found.model_type}: leave out one of them"
-            )
-        self._quantization = getattr(found, "quantization_config", None)
-        if self._quantization is not None:
-            del found.quantization_config
-        found.use_cache = False
-        if hasattr(found, "is_decoder"):
-            found.is_decoder = True
-        changes = {}
-        for name, value in self._options(found).items():
-            usual = vars(found).get(name)
-            changes[name] = {**usual, **value} if isinstance(usual, dict) and isinstance(value, dict) else value
-            if _HEADS.fullmatch(name) and value != usual:  # no shape would tell
-                raise ValueError(f"model.config.{name}={value}: the weights in {path} are of {usual}")
-        return _configured(lambda **options: type(found).from_dict(found.to_dict() | options), changes)
-
-    def _new(self, vocab_size: int, eos_token_id: int | None) -> PretrainedConfig:
-        """The configuration of a family, with the sizes of `config`."""
-        from transformers import CONFIG_MAPPING, AutoConfig
-
-        if self.family is None:
-            raise ValueError("there is no model: give model.family and model.config, or model.path")
-        if self.family not in CONFIG_MAPPING:
-            meant = difflib.get_close_matches(self.family, CONFIG_MAPPING, n=1) or ["gpt2"]
-            raise ValueError(f"model.family={self.family} is no model type of transformers; {meant[0]} is one")
-        standard = AutoConfig.for_model(self.family)
-        fixed = {"vocab_size": vocab_size, "use_cache": False, "bos_token_id": None, "eos_token_id": eos_token_id}
-        if hasattr(standard, "is_decoder"):  # without it BERT and its kin see the tokens that they are to predict
-            fixed["is_decoder"] = True
-        if (getattr(standard, "pad_token_id", None) or 0) >= vocab_size:
-            fixed["pad_token_id"] = None
-        return _configured(functools.partial(AutoConfig.for_model, self.family), fixed | self._options(standard))
-
-    def _options(self, standard: PretrainedConfig) -> dict[str, Any]:
-        """The options of `config`, by the names that the family gives them."""
-        # transformers takes any argument, and a misspelt one would do nothing.
-        own = {field.name for field in dataclasses.fields(standard)} if dataclasses.is_dataclass(standard) else set()
-        own = {name for name in own | vars(standard).keys() if not name.startswith("_")} | {"attn_implementation"}
-        known, options = own | standard.attribute_map.keys(), {}
-        for name, value in self.config.items():
-            if name not in known:
-                meant = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean {meant[0]}?" if meant else ""
-                raise ValueError(f"model.config.{name}: {type(standard).__name__} has no such option{hint}")
-            usual = vars(standard).get(standard.attribute_map.get(name, name))
-            # Sizes and numbers of things; what an id says may be 0.
-            if type(usual) is type(value) is int and usual > 0 and value < 1 and not name.endswith("_id"):
-                raise ValueError(f"model.config.{name} must be an integer >= 1, got {value}")
-            options[standard.attribute_map.get(name, name)] = value
-        return options
-
     def empty(self, config: PretrainedConfig) -> PreTrainedModel:
-        """The model on the meta device: shapes without memory.
+        """Build the model on the meta device.
 
-        Raises ValueError where the configuration does not make one, or a pretrained folder has not its weights.
+        Args:
+            config: A configuration that `describe` returned.
+
+        Raises:
+            ValueError: The configuration is invalid, or the weights of the pretrained folder do not match it.
         """
         model = _on_meta(config)
         if self._weights is not None:
@@ -183,51 +134,56 @@ class LanguageModel:
             except ValueError as error:
                 if not self.config:
                     raise
-                given = ", ".join(f"{name}={value}" for name, value in self.config.items())
+                options = ", ".join(f"{name}={value}" for name, value in self.config.items())
                 raise ValueError(
-                    f"{error} (with model.config {given}, and the sizes of weights cannot change; model=pretrained has "
-                    "those of the folder)"
+                    f"{error} (with model.config {options}, and the sizes of weights cannot change; model=pretrained "
+                    "uses those of the folder)"
                 ) from error
         return model
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel, unit: nn.Module, device: torch.device) -> None:
-        """Gives a unit's meta tensors memory and values: the family's own initialisation, or the file's.
+        """Materialize the meta tensors of a unit, by the family's initialization or from the pretrained files.
 
-        unit: one of `blocks(model)`, or the model itself for what lies outside of them.
+        Args:
+            model: The model, as `empty` returned it.
+            unit: One of `blocks(model)`, or the model itself for everything outside of the blocks.
+            device: The device of the new tensors.
+
+        Raises:
+            ValueError: The family leaves a parameter uninitialized, or the files contain different values for tied
+                weights.
         """
         names = {module: name for name, module in model.named_modules()}
-        modules = list(_own_modules(unit, set(blocks(model)) - {unit}))
-        for module in modules:
+        modules = {names[module]: module for module in _own_modules(unit, set(blocks(model)) - {unit})}
+        for module in modules.values():
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module.to_empty(device=device, recurse=False)
                 for p in module.parameters(recurse=False):
-                    p.fill_(math.nan)  # what the family leaves as it was is seen below
+                    p.fill_(math.nan)  # so that parameters without an initialization can be found
         if unit is model:
             model.tie_weights()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(zlib.crc32(f"{self.seed}/{names[unit]}".encode()))
-            for module in modules:
+            for module in modules.values():
                 model._init_weights(module)
                 lora.reset(module)
-        others = {id(p) for block in blocks(model) if block is not unit for p in block.parameters()}  # tied to them
+        tied = {id(p) for block in blocks(model) if block is not unit for p in block.parameters()}  # to other units
         if self._weights is None:
-            for module in modules:
-                for name, p in module.named_parameters(recurse=False):
-                    if id(p) not in others and p.isnan().any():
-                        raise ValueError(
-                            f"{type(model).__name__} gives {names[module]}.{name} no first value by itself: start from "
-                            "a pretrained folder (model.path), or use another family"
-                        )
-            return
+            _check_initialized(model, modules, tied)
+        else:
+            self._read(self._weights, modules, tied)
+
+    def _read(self, weights: Weights, modules: Mapping[str, nn.Module], tied: set[int]) -> None:
+        """Copy the pretrained values into the tensors of modules, except those that are `tied` to other units."""
         tensors: dict[str, Tensor] = {}
-        for module in modules:
+        for path, module in modules.items():
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                full = lora.pretrained_name(f"{names[module]}.{name}" if names[module] else name)
-                if full is not None and id(tensor) not in others and name not in module._non_persistent_buffers_set:
-                    tensors[full] = tensor
+                full_name = lora.pretrained_name(f"{path}.{name}" if path else name)
+                if full_name is not None and id(tensor) not in tied and name not in module._non_persistent_buffers_set:
+                    tensors[full_name] = tensor
         read: dict[int, str] = {}
-        for name, value in self._weights.read(tensors):
+        for name, value in weights.read(tensors):
             tensor = tensors[name]
             if (first := read.setdefault(id(tensor), name)) != name and not torch.equal(tensor, value.to(tensor)):
                 raise ValueError(
@@ -237,49 +193,53 @@ class LanguageModel:
             tensor.copy_(value)
 
 
+def _check_initialized(model: PreTrainedModel, modules: Mapping[str, nn.Module], tied: set[int]) -> None:
+    """Raise `ValueError` for a parameter that the family did not initialize."""
+    for path, module in modules.items():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in tied and p.isnan().any():
+                raise ValueError(
+                    f"{type(model).__name__} does not initialize {path}.{name}: start from a pretrained folder "
+                    "(model.path), or use another family"
+                )
+
+
 def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device, in float32."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # whatever a family makes of an option that it cannot be built with
+    except Exception as error:  # families raise errors of any class for options that they do not support
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"model.config: {type(config).__name__} makes no model ({reason})") from error
-
-
-def _configured(make: Callable[..., PretrainedConfig], options: Mapping[str, Any]) -> PretrainedConfig:
-    """A configuration with these options; what a family refuses is a ValueError."""
-    try:
-        return make(**options)
-    except Exception as error:
-        raise ValueError(f"model.config: {error}") from error
+        raise ValueError(f"model.config: {type(config).__name__} builds no model ({reason})") from error
 
 
 def positions(config: PretrainedConfig) -> int:
-    """How long a sequence may be; sys.maxsize for models without a bound."""
+    """Return the maximum sequence length of a model; `sys.maxsize` for models without a bound."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def check_length(config: PretrainedConfig, sequence_length: int, key: str) -> None:
-    """Raises ValueError for sequences that are longer than the model has positions."""
-    if sequence_length > (most := positions(config)):
+    """Raise `ValueError` if the sequence length, set by the option `key`, exceeds the positions of the model."""
+    if sequence_length > (maximum := positions(config)):
         raise ValueError(
-            f"{key}={sequence_length} is longer than the model's {most} positions: shorten it, or give the model more "
-            "in model.config"
+            f"{key}={sequence_length} is longer than the model's {maximum} positions: shorten it, or give the model "
+            "more in model.config"
         )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks of a transformers model: the units that engines shard and gather one at a time."""
+    """Return the decoder blocks of a transformers model: the units that engines shard and gather one at a time."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    # By every base class: fully_shard puts a class of its own name in front.
+    # Matched by all base classes, since fully_shard replaces the class of a module by a subclass.
     return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
-def _own_modules(unit: nn.Module, foreign: set[nn.Module]) -> Iterator[nn.Module]:
-    """The modules of a unit, children before parents (as transformers initialises), without those of other units."""
+def _own_modules(unit: nn.Module, other_units: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules of a unit without those of other units, children first, as transformers initializes them."""
     for child in unit.children():
-        if child not in foreign:
-            yield from _own_modules(child, foreign)
+        if child not in other_units:
+            yield from _own_modules(child, other_units)
     yield unit

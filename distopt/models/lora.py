@@ -1,4 +1,4 @@
-"""Adapters: few trainable weights beside the frozen ones of a pretrained model, by `peft`."""
+"""LoRA adapters, by `peft`: few trainable weights next to the frozen ones of a pretrained model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ NAME = "default"
 
 
 class LoRA:
-    r"""Low-rank adaptation: the weight of some linear layers becomes W + alpha / r * B A, of which A and B are trained.
+    r"""Low-rank adaptation: the weight of linear modules becomes W + alpha / r * B A, where A and B are trained.
 
-    A (r rows) starts as a linear layer's weight does, B at zero: the first step is that of the pretrained model.
+    A (r rows) is initialized like the weight of a linear module and B with zeros, so that training starts at the
+    pretrained model.
 
     Args:
-        r: the rank of the change, >= 1.
-        alpha: its scale, >= 1.
-        dropout: of what A gets, in [0, 1).
-        target_modules: endings of the names of the layers, or one regular expression for the whole name; `all-linear`
-            is every linear layer but the output; None is what `peft` takes for the model's family (attention).
+        r: The rank of the update, >= 1.
+        alpha: The scale of the update, >= 1.
+        dropout: The dropout probability of the inputs of A, in [0, 1).
+        target_modules: Suffixes of the names of the modules to adapt, or one regular expression that matches full
+            names; "all-linear" for every linear module except the output; None for the default of `peft` for the
+            model's family (attention).
 
-    Raises ValueError for an argument out of bounds, and where `peft` is not installed.
+    Raises:
+        ValueError: An argument is out of bounds, or `peft` is not installed.
 
     Reference: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685.
     """
@@ -54,14 +57,22 @@ class LoRA:
         self.target_modules = target_modules if isinstance(target_modules, (str, type(None))) else list(target_modules)
 
     def describe(self) -> dict[str, Any]:
-        """What makes one adapter another: the arguments."""
+        """Return the arguments, which identify the adapter."""
         return dict(vars(self))
 
     def add(self, model: PreTrainedModel, path: Path | None) -> dict[str, bytes]:
-        """Puts the adapter into a meta model, and freezes all else; returns the file that describes it.
+        """Insert the adapter into a model on the meta device, and freeze all other parameters.
 
-        path: the pretrained model's folder. Raises ValueError if there is none, or no layer of one of these names, and
-            for a layer whose weight is tied to another's, which would change with it.
+        Args:
+            model: The model.
+            path: The folder of the pretrained model.
+
+        Returns:
+            The adapter's configuration file of `peft`, as {name: content}.
+
+        Raises:
+            ValueError: There is no pretrained model, no module has one of the names, or the weight of a module is tied
+                to another one's, which would change with it.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -80,7 +91,7 @@ class LoRA:
         for ending in self.target_modules if isinstance(self.target_modules, list) else ():
             if not any(f".{name}".endswith(f".{ending}") for name in names):
                 raise ValueError(
-                    f"adapter.target_modules={self.target_modules}: {ending} is not found, no layer's name ends "
+                    f"adapter.target_modules={self.target_modules}: {ending} is not found, no module's name ends "
                     f"with it; there are {_endings(model)}"
                 )
         try:
@@ -88,10 +99,10 @@ class LoRA:
         except ValueError as error:
             raise ValueError(f"adapter.target_modules={self.target_modules}: {error}") from error
         for name in {path for pair in model.all_tied_weights_keys.items() for path in pair}:
-            layer = name.rpartition(".")[0].removesuffix(".base_layer")
-            if hasattr(model.get_submodule(layer), "base_layer"):
+            module = name.rpartition(".")[0].removesuffix(".base_layer")
+            if hasattr(model.get_submodule(module), "base_layer"):
                 raise ValueError(
-                    f"adapter.target_modules: the weight of {layer} is tied to another layer's: leave it out"
+                    f"adapter.target_modules: the weight of {module} is tied to another module's: leave it out"
                 )
         with tempfile.TemporaryDirectory() as written:
             config.save_pretrained(written)
@@ -99,22 +110,22 @@ class LoRA:
 
 
 def reset(module: nn.Module) -> None:
-    """Gives a module's own adapter its first values, if it has one."""
+    """Initialize the adapter of a module, if it has one."""
     if hasattr(module, "reset_lora_parameters"):
         module.reset_lora_parameters(NAME, True)  # type: ignore[operator]
 
 
 def pretrained_name(name: str) -> str | None:
-    """The name that a parameter has in the pretrained model; None for an adapter's own."""
+    """Return the name of a parameter in the pretrained model; None for parameters of an adapter."""
     return None if f".{NAME}." in name else name.replace(".base_layer.", ".")
 
 
 def _check_targets(targets: object) -> None:
-    """Raises ValueError unless it is a regular expression, or endings of names, or None."""
-    several = isinstance(targets, Sequence) and all(isinstance(target, str) and target for target in targets)
-    if targets is not None and not (several and targets):
+    """Raise `ValueError` unless `targets` is a regular expression, a list of suffixes, or None."""
+    is_names = isinstance(targets, Sequence) and all(isinstance(target, str) and target for target in targets)
+    if targets is not None and not (is_names and targets):
         raise ValueError(
-            f"adapter.target_modules must be all-linear, null, or names as [q_proj, v_proj], got {targets!r}"
+            f"adapter.target_modules must be all-linear, null, or names such as [q_proj, v_proj], got {targets!r}"
         )
     if isinstance(targets, str):
         try:
@@ -124,13 +135,13 @@ def _check_targets(targets: object) -> None:
 
 
 def _endings(model: nn.Module) -> str:
-    """The last parts of the names of the layers that may be adapted."""
-    layers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
-    return ", ".join(sorted({name.rpartition(".")[2] for name in layers if not name.rpartition(".")[2].isdigit()}))
+    """List the last components of the names of modules with a weight, for an error message."""
+    paths = [path for path, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()}))
 
 
 def _conv1d(model: nn.Module) -> bool:
-    """Whether linear layers keep their weight transposed, as GPT-2's do."""
+    """Return whether linear modules store their weights transposed, as those of GPT-2 do."""
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())

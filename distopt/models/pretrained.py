@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds beside the weights, as files that a checkpoint keeps for `distopt.export`."""
+"""Model and tokenizer files of a Hugging Face folder, which checkpoints include for `distopt.export`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-# What another part of a run may have otherwise: the model computes the same, but for the noise it is trained with.
+# Fields that may change within a run, since they affect nothing but dropout in what the model computes.
 _HARMLESS = re.compile(
     "_.*|transformers_version|architectures|(torch_)?dtype|use_cache|output_.*|initializer_range"
     "|(bos|eos)_token_id|.*drop.*"
@@ -23,37 +23,45 @@ _HARMLESS = re.compile(
 def description(
     config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
 ) -> dict[str, bytes]:
-    """The files, by name, that tell how to build a model and how to make its tokens: no paths, nothing of this machine.
+    """Return the files from which the model and its tokenizer can be rebuilt, without paths or facts of this machine.
 
-    config: of the model that is trained. The files' differs from it in what is for training: `use_cache` is on, and
-        generation ends with the token that ended a document in training, unless the configuration knows it already.
-    tokenizer: as the text was tokenized with it.
-    folder: where the model comes from, if it was pretrained; its generation_config.json is kept where it fits.
+    Args:
+        config: The configuration in training. In the file `use_cache` is on, and generation ends with the token that
+            ended a document in training, unless the configuration contains it already.
+        tokenizer: The tokenizer of the training text.
+        folder: The folder of the pretrained model, if any; its generation_config.json is included if it ends
+            generation with the same token.
+
+    Returns:
+        The contents of the files, by name.
     """
     config = copy.deepcopy(config)
     config.use_cache = True
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     known = config.eos_token_id
-    fits = end is None or end in (known if isinstance(known, list) else [known])
-    if not fits:
+    ends_alike = end is None or end in (known if isinstance(known, list) else [known])
+    if not ends_alike:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, end
     with tempfile.TemporaryDirectory() as written:
         config.save_pretrained(written)
-        tokenizer.save_pretrained(written, save_jinja_files=False)  # several chat templates would be a folder
+        tokenizer.save_pretrained(written, save_jinja_files=False)  # several chat templates would become a folder
         files = {file.name: file.read_bytes() for file in sorted(Path(written).iterdir())}
-    if fits and folder is not None and (folder / GENERATION).is_file():
+    if ends_alike and folder is not None and (folder / GENERATION).is_file():
         files[GENERATION] = (folder / GENERATION).read_bytes()
     return files
 
 
 def architecture(config: PretrainedConfig) -> dict[str, Any]:
-    """What a configuration says of the function that the model computes, which shapes alone do not tell."""
+    """Return the fields of a configuration that determine what the model computes, beyond the shapes of its tensors."""
     fields = json.loads(config.to_json_string(use_diff=False))
     return {f"model.config.{name}": value for name, value in fields.items() if not _HARMLESS.fullmatch(name)}
 
 
 def saved_architecture(checkpoint: Path) -> dict[str, Any]:
-    """That of the model in a checkpoint, with the defaults of today's transformers; empty where nothing tells it."""
+    """Return the `architecture` of a checkpoint's model, with the defaults of the installed transformers.
+
+    It is empty if the checkpoint contains no configuration.
+    """
     from transformers import AutoConfig
 
     if not (checkpoint / CONFIG).is_file():

@@ -1,11 +1,11 @@
-"""The weights of a pretrained folder as the tensors of a model: renamed, merged and dequantized by transformers."""
+"""Weights of a pretrained folder, converted to the tensors of a model (renamed, merged, dequantized) by transformers."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,62 +16,71 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.quantizers import HfQuantizer
 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """How some tensors of the files become some of the model: a transform of transformers, by its first target."""
+    """A conversion of tensors of the files to tensors of the model.
 
-    transform: Any
-    first: str
-    sources: list[tuple[str, str]]  # pattern of the transform, name in the files
+    Attributes:
+        transform: A `WeightRenaming` or `WeightConverter` of transformers.
+        target: The name of the first tensor of the model that it yields.
+        sources: The pattern of the transform and the name in the files, for each tensor that it consumes.
+    """
 
-    def __call__(self, model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of the model, by name. tensors: those of the files, or functions that read them."""
-        transform = copy.deepcopy(self.transform)  # a conversion consumes what it was given
+    transform: WeightRenaming | WeightConverter
+    target: str
+    sources: list[tuple[str, str]]
+
+    def __call__(
+        self, model: PreTrainedModel, tensors: Mapping[str, Tensor] | Mapping[str, Callable[[], Tensor]]
+    ) -> dict[str, Tensor]:
+        """Convert tensors of the files, or functions that read them, to tensors of the model, by name."""
+        transform = copy.deepcopy(self.transform)  # a conversion consumes its tensors
         for pattern, name in self.sources:
-            transform.add_tensor(self.first, name, pattern, tensors[name])
-        made = transform.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+            transform.add_tensor(self.target, name, pattern, tensors[name])
+        converted = transform.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 class Weights:
     """The safetensors files of a folder, compared with a model before any value is read.
 
     Args:
-        folder: one that `save_pretrained` wrote.
+        folder: A folder written by `save_pretrained`.
 
     Attributes:
-        notes: what the files have and the model does not need, one line each.
+        notes: Tensors that the model does not need, or initializes itself, one line each.
 
     Raises:
-        ValueError: for files that cannot be read.
+        ValueError: The files cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.notes = folder, list[str]()
         self._files = _files(folder)
-        self._tensors = self._described()
+        self._tensors = self._meta_tensors()
         self._model: PreTrainedModel
         self._conversions: dict[str, _Conversion]  # by target
 
     def compare(self, model: PreTrainedModel, quantization: Any = None) -> None:
-        """Finds what becomes of each tensor of the files in a model.
+        """Match the tensors of the files with those of a model.
 
         Args:
-            model: on the meta device, as transformers made it; it has to stay so.
+            model: A model on the meta device, as transformers builds it; it must remain unchanged.
             quantization: `quantization_config` of config.json, or None.
 
         Raises:
-            ValueError: for a quantization that transformers does not undo while it loads, and where files and model
-                differ: a tensor that the files lack, or have in another shape, or as codes without their scales; a
-                tensor that the model lacks, though it has the module that the tensor belongs to.
+            ValueError: transformers does not undo the quantization while loading, or the files do not match the model:
+                a tensor is missing in the files, has another shape, or consists of quantized codes without their
+                scales, or the model has no such tensor although it has the module that it belongs to.
         """
         self._model, self._conversions, self.notes = model, {}, []
         expected, unexpected = model.state_dict(), set[str]()
-        for conversion in self._planned(expected, unexpected, _dequantizer(quantization)):
-            made = conversion(model, self._tensors)
-            for name, value in made.items():
+        for conversion in self._plan(expected, unexpected, _dequantizer(quantization)):
+            for name, value in conversion(model, self._tensors).items():
                 if name in expected:
                     self._check(name, value, expected[name], conversion)
                     self._conversions[name] = conversion
@@ -80,7 +89,7 @@ class Weights:
         self._compare(expected, unexpected)
 
     def read(self, names: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the values of those of the model's tensors that the files have, on the CPU, as they are converted."""
+        """Yield the name and the converted value, on the CPU, of each of these tensors that the files contain."""
         wanted = {id(c): c for name in names if (c := self._conversions.get(name)) is not None}
         with contextlib.ExitStack() as opened:
             files = {}
@@ -95,28 +104,30 @@ class Weights:
                     if name in names:
                         yield name, value
 
-    def _described(self) -> dict[str, Tensor]:
-        """The tensors of the files on the meta device."""
-        from transformers.modeling_utils import str_to_torch_dtype as dtypes
+    def _meta_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the files on the meta device, by name."""
+        from transformers.modeling_utils import str_to_torch_dtype
 
-        dtypes = {**dtypes, "F8_E8M0": torch.float8_e8m0fnu}
-        found = {}
+        dtypes = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
+        tensors = {}
         for path in dict.fromkeys(self._files.values()):
             with _open(path) as file:
-                there = set(file.keys())
-                for name in (name for name, where in self._files.items() if where == path):
-                    if name not in there:
+                available = set(file.keys())
+                for name in (name for name, other in self._files.items() if other == path):
+                    if name not in available:
                         raise ValueError(f"{path} has no {name}, which the index says it has: download it again")
                     part = file.get_slice(name)
                     if part.get_dtype() not in dtypes:
                         raise ValueError(f"{name} is {part.get_dtype()} in {path}, which torch does not have")
-                    found[name] = torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
-        return found
+                    tensors[name] = torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
+        return tensors
 
-    def _planned(self, expected: dict[str, Tensor], unexpected: set[str], quantizer: Any) -> list[_Conversion]:
-        """The conversions that give the model's tensors; what no conversion takes becomes `unexpected`."""
-        # As convert_and_load_state_dict_in_model of transformers 5.23 (core_model_loading.py) goes about it, which
-        # loads a whole model at once.
+    def _plan(
+        self, expected: dict[str, Tensor], unexpected: set[str], quantizer: HfQuantizer | None
+    ) -> list[_Conversion]:
+        """Return the conversions to the model's tensors; add targets that the model lacks to `unexpected`."""
+        # Follows convert_and_load_state_dict_in_model of transformers 5.23 (core_model_loading.py), which loads a full
+        # model at once.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -124,7 +135,7 @@ class Weights:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix, planned = self._model.base_model_prefix, dict[str, _Conversion]()
+        prefix, conversions = self._model.base_model_prefix, dict[str, _Conversion]()
         for name in sorted(self._files, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if target not in expected and name in expected:
@@ -132,17 +143,18 @@ class Weights:
             if target not in expected:
                 unexpected.add(target)
                 continue
-            if target not in planned:
+            if target not in conversions:
                 transform = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
-                planned[target] = _Conversion(transform, target, [])
-            planned[target].sources.append((pattern or name, name))
-        return list(planned.values())
+                conversions[target] = _Conversion(transform, target, [])
+            conversions[target].sources.append((pattern or name, name))
+        return list(conversions.values())
 
     def _check(self, name: str, value: Tensor, expected: Tensor, conversion: _Conversion) -> None:
+        """Raise `ValueError` if a converted tensor does not fit that of the model."""
         file = self._files[conversion.sources[0][1]]
         if value.shape != expected.shape:
             raise ValueError(f"{name} is {list(value.shape)} in {file}, {list(expected.shape)} in the model")
-        # Such codes mean nothing without their scales, and copy_ would take them for the weights themselves.
+        # Quantized codes are meaningless without their scales, and copy_ would treat them as the weights themselves.
         if expected.is_floating_point() and (not value.is_floating_point() or value.itemsize < 2):
             dtype = str(value.dtype).removeprefix("torch.")
             raise ValueError(
@@ -151,30 +163,31 @@ class Weights:
             )
 
     def _compare(self, expected: Mapping[str, Tensor], unexpected: set[str]) -> None:
+        """Raise `ValueError` for missing and unexpected tensors, unless they are harmless: those become notes."""
         missing = set(expected) - set(self._conversions)
         for one, other in self._model.all_tied_weights_keys.items():
             if one in self._conversions or other in self._conversions:
                 missing -= {one, other}
         keys: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-        self._model._adjust_missing_and_unexpected_keys(keys)  # what transformers knows to be harmless
+        self._model._adjust_missing_and_unexpected_keys(keys)  # removes those that transformers declares harmless
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         for name in (name for name in expected if name in keys.missing_keys):
             if name in parameters:
                 raise ValueError(f"{self.folder} has no weights for {name}")
-            self.notes.append(f"{self.folder} has no {name}: it starts as the model's family sets it")
+            self.notes.append(f"{self.folder} has no {name}: it is initialized by the model's family")
         if changing := sorted(name for name in keys.unexpected_keys if self._computes(name)):
             raise ValueError(
                 f"{self.folder} has {_listed(changing)}, which {type(self._model).__name__} does not use: its "
-                "config.json describes another model than its weights are of"
+                "config.json describes another model than that of its weights"
             )
         if others := sorted(keys.unexpected_keys):
             self.notes.append(f"{self.folder} has {_listed(others)}, which {type(self._model).__name__} does not need")
 
     def _computes(self, name: str) -> bool:
-        """Whether a tensor that the model lacks belongs to what the model computes.
+        """Return whether an unexpected tensor would take part in what the model computes.
 
-        That is so within a block, for another member of a list, and in a module that the model has; not for heads and
-        poolers beside it.
+        This holds within a block, for an additional member of a list, and in a module that the model has; not for
+        separate heads and poolers.
         """
         if any(name.startswith(f"{block}.") for block in self._blocks()):
             return True
@@ -187,12 +200,13 @@ class Weights:
         return isinstance(modules[path], nn.ModuleList)
 
     def _blocks(self) -> list[str]:
+        """Return the names of the model's blocks."""
         kinds = set(self._model._no_split_modules or ())
         return [name for name, module in self._model.named_modules() if type(module).__name__ in kinds]
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor."""
+    """Return the file that contains each tensor, by the tensor's name."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         with _open(folder / "model.safetensors") as file:
@@ -207,6 +221,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; raise `ValueError` if that fails."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -216,26 +231,26 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read ({error}): download it again") from error
 
 
-def _dequantizer(quantization: Any) -> Any:
-    """transformers' quantizer of a folder, made to give plain weights; None for a folder that is not quantized."""
+def _dequantizer(quantization: Any) -> HfQuantizer | None:
+    """Return the quantizer of transformers in its dequantizing mode; None for a folder that is not quantized."""
     if quantization is None:
         return None
     from transformers.quantizers import AutoHfQuantizer
 
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    refused = (
+    refusal = (
         f"the weights are quantized (quantization_config in config.json: {method}), which transformers does not undo "
         "while it loads them here: give the folder of the full model, or load this one with transformers, "
         "model.dequantize(), and save_pretrained"
     )
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
-        if "dequantize" not in getattr(quantizer, "get_load_operations", dict)():  # transformers 5.20 has none yet
-            raise ValueError(refused)
+        if "dequantize" not in getattr(quantizer, "get_load_operations", dict)():  # transformers 5.20 lacks it
+            raise ValueError(refusal)
         quantizer.quantization_config.dequantize = True
         quantizer.validate_environment()
     except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise ValueError(refused if str(error) == refused else f"{refused} ({error})") from error
+        raise ValueError(refusal if str(error) == refusal else f"{refusal} ({error})") from error
     return quantizer
 
 
