@@ -1,14 +1,8 @@
-"""Checkpoints that load at any number of processes, on any engine."""
+"""Checkpoints that load at any number of processes and on any engine."""
 
-from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint
-from distopt.checkpoint.io import (
-    Saving,
-    async_save_checkpoint,
-    load_checkpoint,
-    load_weights,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint, prune_checkpoints
+from distopt.checkpoint.load import load_checkpoint, load_weights
+from distopt.checkpoint.save import Saving, async_save_checkpoint, save_checkpoint
 
 __all__ = [
     "Saving",

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimizer, by the names that the parameters have without a wrapper."""
+"""The contents of a checkpoint, by parameter names without those of wrappers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,26 @@ State = dict[str, dict[str, Any]]
 
 
 class Contents:
-    """A model's tensors and its optimizer's state where every parameter has its own: DDP, ZeRO-1, FSDP2.
+    """The tensors of a model and the state of its optimizer, where each parameter has its own: DDP, ZeRO-1, FSDP2.
 
-    optimizer: with all the state that it will have, if it is distopt's.
-    tensors, state: by name, as this rank has them; their shapes and dtypes are what a checkpoint is compared with.
-    groups: the param groups, with names for their params.
-    Raises ValueError for what would be saved wrongly, or could not be loaded.
+    Args:
+        model: The model.
+        optimizer: Its optimizer; one of distopt has created all of its state.
+
+    Attributes:
+        tensors: The local tensors of the model, by name. A checkpoint is compared with their full shapes and dtypes.
+        state: The local state buffers, by the names of parameter and buffer; compared likewise.
+        groups: The param groups, with names in place of parameters.
+
+    Raises:
+        ValueError: For a model or an optimizer that would be saved wrongly, or could not be loaded.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         self.model, self.optimizer = model, optimizer
-        # First, because it puts the shards back where a forward pass has left FSDP2's whole parameters in the model.
+        # First, because it reshards the model where a forward pass has left FSDP2's unsharded parameters in place.
         self.tensors: dict[str, Any] = get_model_state_dict(model)
         _check_support(model, optimizer)
         # torch 2.13 (checkpoint/state_dict.py, _init_optim_state) takes a step with an optimizer whose state is empty.
@@ -38,33 +45,33 @@ class Contents:
         finally:
             for p in bare:
                 del optimizer.state[p]
-        # Without param_names, which are the same names: loading would put the checkpoint's in the place of ours.
+        # Without param_names, which are the same names: loading would replace ours by the checkpoint's.
         self.groups: list[dict[str, Any]] = [
             {key: value for key, value in group.items() if key != "param_names"} for group in named["param_groups"]
         ]
         self.state: State = {name: buffers for name, buffers in named["state"].items() if buffers}
 
     def saved(self) -> dict[str, Any]:
-        """What is to be written, by every rank."""
+        """The tensors to write, on every rank."""
         return {"model": self.tensors, "optimizer": {"state": self.state}}
 
     def to_fill(self, like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint, whose state is described by `like`, is to be read into."""
+        """The tensors into which to read a checkpoint whose state is described by `like`."""
         names = [name for group in self.groups for name in group["params"]]
         params = dict(zip(names, _params(self.optimizer)))
         state = {name: _empty(params[name], self.state.get(name, {}), buffers) for name, buffers in like.items()}
         return {"model": self.tensors, "optimizer": {"state": state}}
 
     def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-        """Puts what was read, and the checkpoint's param groups, into the model and the optimizer."""
+        """Loads the tensors that were read, and the checkpoint's param groups, into the model and the optimizer."""
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         set_model_state_dict(self.model, read["model"])
-        # Not by set_optimizer_state_dict, which takes a step where the optimizer has none behind it, or loads nothing
-        # where there are gradients, and drops the state of frozen parameters.
+        # Not by set_optimizer_state_dict, which steps an optimizer that has not stepped yet, loads nothing where there
+        # are gradients, and drops the state of frozen parameters.
         index = {name: i for i, name in enumerate(name for group in self.groups for name in group["params"])}
         numbered = {index[name]: buffers for name, buffers in read["optimizer"]["state"].items()}
-        # The groups hold the same parameters, perhaps in another order: in ours, since they are filled by position.
+        # The groups have the same parameters, perhaps in another order; ours counts, since they are filled by position.
         groups = [
             {
                 **{key: value for key, value in saved.items() if key != "param_names"},
@@ -97,17 +104,17 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _empty(param: Tensor, held: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """What DCP is to fill with the state of a parameter: the tensors that the optimizer holds, where they fit."""
-    ours = manifest.described(held)
+def _empty(param: Tensor, own: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors that DCP fills with the state of a parameter: the optimizer's own tensors where they fit."""
+    ours = manifest.described(own)
     state: dict[str, Any] = {}
     for name, description in like.items():
         if description is None:
             state[name] = None
         elif name != "step" and ours.get(name) == description:
-            state[name] = held[name]
+            state[name] = own[name]
         elif name != "step" and description[0] == list(param.shape):
             state[name] = torch.zeros_like(param, dtype=getattr(torch, description[1]), requires_grad=False)
-        else:  # on the CPU, where torch keeps a step; a tensor of its own, since some optimizers share one
+        else:  # on the CPU, where torch keeps step counts; a new tensor, since some optimizers share one
             state[name] = torch.zeros(description[0], dtype=getattr(torch, description[1]))
     return state

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimizer where DeepSpeed has flattened them: the same as everywhere."""
+"""The contents of a checkpoint under DeepSpeed, whose flat partitions are saved as on any other engine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from distopt.optim.base import ShardedOptimizer
 
 
 class FlatContents:
-    """As `Contents`, for parameters that lie in flat partitions: each is put together, or taken apart, on its own.
+    """`Contents` for parameters in flat partitions, each of which is assembled and partitioned separately.
 
-    A save adds up what the ranks hold of a layer, one layer at a time, and keeps this rank's rows as a DTensor, which
-    is what FSDP2 and ZeRO-1 have. Weights of 16 bits are saved from their float32 masters. DeepSpeed steps the layers
-    of a partition together, so that all of them have its `step`.
+    A save sums the ranks' elements of one parameter at a time and keeps the local rows as a DTensor, as FSDP2 and
+    ZeRO-1 do. 16-bit weights are saved from their float32 masters. DeepSpeed steps the parameters of a partition
+    together, so all of them share its `step`.
 
-    tensors, state: on the meta device; their shapes and dtypes are what a checkpoint is compared with.
-    groups: the param groups, with names for their params.
+    Attributes:
+        tensors: The tensors of the model on the meta device, by name. A checkpoint is compared with their shapes and
+            dtypes.
+        state: The state buffers on the meta device, by the names of parameter and buffer; compared likewise.
+        groups: The param groups, with names in place of parameters.
     """
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer, layout: FlatLayout) -> None:
@@ -43,7 +46,7 @@ class FlatContents:
 
         self.tensors = {name: _meta(t) for name, t in (self.params | self.buffers).items()}
         self.state: State = {
-            name: {key: value if key == "step" else _meta(p) for key, value in self._held(p).items()}
+            name: {key: value if key == "step" else _meta(p) for key, value in self._state_of(p).items()}
             for name, p in self.layers.items()
         }
         members = [[first_names[p] for p in part.members] for part in layout.partitions]
@@ -56,21 +59,21 @@ class FlatContents:
         ]
 
     def saved(self) -> dict[str, Any]:
-        """What is to be written, by every rank: new tensors, this rank's rows of each."""
+        """The tensors to write: on every rank new tensors with its rows of each."""
         weights = {flat: flat for flat in self.flats.values()}
         rows: dict[Tensor, Tensor] = {}  # by parameter, since tied weights have several names
         for p in dict.fromkeys(self.params.values()):
-            rows[p] = self._rows(self.layout.whole(p, weights) if p in self.flats else self._whole_frozen(p))
+            rows[p] = self._rows(self.layout.whole(p, weights) if p in self.flats else self._full_frozen(p))
         model = {name: rows[p] for name, p in self.params.items()}
         model |= {name: buffer.to(_wide(buffer.dtype)) for name, buffer in self.buffers.items()}
         state: State = {}
         for name, p in self.layers.items():
             state[name] = {key: self._rows(self.layout.whole(p, self._values(key))) for key in self._names(p)}
-            state[name]["step"] = self._held(p)["step"].clone()
+            state[name]["step"] = self._state_of(p)["step"].clone()
         return {"model": model, "optimizer": {"state": state}}
 
     def to_fill(self, like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """What a checkpoint, whose state is described by `like`, is to be read into: this rank's rows of everything."""
+        """The tensors into which to read a checkpoint whose state is described by `like`: the local rows of each."""
         state: State = {}
         for name, buffers in self.state.items():
             ours = manifest.described(buffers)
@@ -82,9 +85,10 @@ class FlatContents:
 
     @torch.no_grad()
     def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-        """Puts what was read, and the checkpoint's param groups, into the partitions and the model.
+        """Loads the tensors that were read, and the checkpoint's param groups, into the partitions and the model.
 
-        Raises ValueError if parameters of one partition have taken different numbers of steps.
+        Raises:
+            ValueError: If parameters of one partition have taken different numbers of steps.
         """
         state = read["optimizer"]["state"]
         for part in self.layout.partitions:
@@ -96,55 +100,53 @@ class FlatContents:
                 )
             self.optimizer.state[part.flat]["step"] = torch.tensor(steps.pop(), dtype=torch.float32)
         for name, value in read["model"].items():
-            whole = self._gathered(value).view(-1)
+            full = self._gathered(value).view(-1)
             if name in self.buffers:
-                self.buffers[name].view(-1).copy_(whole)
+                self.buffers[name].view(-1).copy_(full)
                 continue
             p = self.params[name]
             if p in self.flats:
-                self.layout.spread(p, whole, {flat: flat for flat in self.flats.values()})
-            self.layout.show_layer(p, whole)
+                self.layout.spread(p, full, {flat: flat for flat in self.flats.values()})
+            self.layout.show_layer(p, full)
         for name, p in self.layers.items():
             for key in self._names(p):
                 self.layout.spread(p, self._gathered(state[name][key]).view(-1), self._values(key))
         for group, saved in zip(self.optimizer.param_groups, groups):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
-    def _held(self, param: Tensor) -> dict[str, Tensor]:
-        """The state of the partition that a parameter lies in."""
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of the partition that contains a parameter."""
         return self.optimizer.state[self.flats[param]]
 
     def _names(self, param: Tensor) -> list[str]:
-        return [key for key in self._held(param) if key != "step"]
+        return [key for key in self._state_of(param) if key != "step"]
 
     def _values(self, key: str) -> dict[Tensor, Tensor]:
-        """One buffer of the state, by the flat tensor that it belongs to."""
+        """One state buffer, by its flat tensor."""
         state = self.optimizer.state
         return {flat: state[flat][key] for flat in self.flats.values() if key in state[flat]}
 
-    def _whole_frozen(self, param: Tensor) -> Tensor:
-        """A whole parameter that lies in no partition, but is cut up in stage 3."""
+    def _full_frozen(self, param: Tensor) -> Tensor:
+        """The full weights of a frozen parameter, which is in no partition but sharded by stage 3."""
         piece = self.layout.pieces(param)[0]
         if piece.weights.numel() == whole_shape(param).numel() and not hasattr(param, "ds_tensor"):
             return param.detach().to(_wide(param.dtype))
         return self.layout.add_up(param, _wide(param.dtype), [(piece.offset, piece.weights)])
 
-    def _rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor, as DTensor cuts them; memory without values for one that is on meta."""
+    def _rows(self, full: Tensor) -> Tensor:
+        """The local rows of a full tensor, sharded as DTensor does; uninitialised memory for a meta tensor."""
         from torch.distributed.tensor import DTensor, Shard
 
-        if whole.ndim == 0:
-            return torch.empty_like(whole, device=self.layout.device) if whole.is_meta else whole.clone()
-        start, stop = self._range(whole.shape[0])
-        mine = torch.empty_like(whole[start:stop], device=self.layout.device)
-        if not whole.is_meta:
-            mine.copy_(whole[start:stop])
-        return DTensor.from_local(
-            mine, self.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
+        if full.ndim == 0:
+            return torch.empty_like(full, device=self.layout.device) if full.is_meta else full.clone()
+        start, stop = self._range(full.shape[0])
+        mine = torch.empty_like(full[start:stop], device=self.layout.device)
+        if not full.is_meta:
+            mine.copy_(full[start:stop])
+        return DTensor.from_local(mine, self.mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
 
     def _gathered(self, rows: Any) -> Tensor:
-        """The reverse of `_rows`."""
+        """The full tensor of local rows: the inverse of `_rows`."""
         if rows.ndim == 0:
             return rows
         start, _ = self._range(rows.shape[0])
@@ -158,7 +160,7 @@ class FlatContents:
 
 
 def _meta(like: Tensor) -> Tensor:
-    """A tensor without memory, of the shape and the dtype that a checkpoint has."""
+    """A meta tensor of the shape and dtype that a checkpoint stores."""
     return torch.empty(whole_shape(like), dtype=_wide(like.dtype), device="meta")
 
 

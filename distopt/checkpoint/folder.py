@@ -1,4 +1,4 @@
-"""The folders of checkpoints: how one gets its name, which is the newest, which go."""
+"""The folders of checkpoints: their names, the newest complete one, and pruning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from distopt import collective
 from distopt.checkpoint import manifest
 
 TRAINING = "training.pt"
@@ -19,25 +20,28 @@ _STEP = re.compile(r"(step_(\d+))(\.tmp|\.old)?")
 
 
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """The name under which `latest_checkpoint` finds the checkpoint of a step: folder/step_00000200."""
+    """Returns the path at which `latest_checkpoint` finds the checkpoint of a step: folder/step_00000200."""
     return Path(folder) / f"step_{step:08d}"
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a folder, and one line for each newer one that is broken, newest first.
+    """Finds the newest complete checkpoint in a folder.
 
-    The newest is the one of the highest step in the names that `checkpoint_path` gives. Complete means that its
-    manifest can be read and that every file has the size it says; contents are not compared. What a save has half
-    written (`.tmp`), because it was killed or still writes, is a broken one too, unless there is an older version of
-    it. None where there is no complete checkpoint, or no such folder.
+    The newest is that of the highest step in a name given by `checkpoint_path`. A checkpoint is complete if its
+    manifest can be read and every file has the recorded size; contents are not compared. An unfinished one (`.tmp`),
+    whose save was killed or is still running, counts as broken, unless an older version of it exists.
 
-    It only looks at the file system, which two ranks may see in different states: call it on rank 0 and broadcast.
+    Two ranks may see the file system in different states: call this on rank 0 and broadcast the result.
+
+    Returns:
+        The path, or None without a complete checkpoint or without the folder; and one line for each newer checkpoint
+        that is broken, newest first.
     """
     broken: list[str] = []
     for path in _newest_first(Path(folder)):
         versions = _versions(path)
         if not versions:
-            broken.append(f"{half_written(path).name}: it was not written to its end")
+            broken.append(f"{unfinished(path).name}: it was not written to its end")
         for version in versions:
             reason = _problem(version)
             if reason is None:
@@ -47,7 +51,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[Path | None, list
 
 
 def open_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of a complete checkpoint and its manifest; raises ValueError for any other."""
+    """Returns the folder of a complete checkpoint and its manifest; raises ValueError if it is not complete."""
     folder = next(iter(_versions(path)), path)
     try:
         return folder, manifest.read(folder)
@@ -55,28 +59,30 @@ def open_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
 
 
-def half_written(path: Path) -> Path:
-    """Where a checkpoint is written; the same name on every rank, without asking the others."""
-    return _beside(path, ".tmp")
+def unfinished(path: Path) -> Path:
+    """The folder in which a checkpoint is written; the same name on every rank, without communication."""
+    return _sibling(path, ".tmp")
 
 
 def begin(path: Path) -> None:
-    """Makes the empty folder in which a checkpoint is written.
+    """Creates the empty folder in which a checkpoint is written.
 
-    Raises ValueError if something that is no checkpoint has its name, which replacing would delete.
+    Raises:
+        ValueError: If `path` exists and is not a checkpoint, since replacing it would delete it.
     """
     if path.exists() and not _is_ours(path):
         raise ValueError(f"{path} exists and is not a checkpoint: choose another name")
-    remove(half_written(path))
-    half_written(path).mkdir(parents=True)
+    remove(unfinished(path))
+    unfinished(path).mkdir(parents=True)
 
 
 def finish(path: Path, training: Mapping[str, Any], content: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Completes what has been half written and gives it its name; a checkpoint of that name goes after that.
+    """Completes an unfinished checkpoint and renames it to `path`, then removes an earlier one of that name.
 
-    A folder cannot be renamed over another one in one go, so for a moment the former is `.old`, where readers look too.
+    A folder cannot atomically replace another one, so for a moment the earlier one is `.old`, which readers look at
+    too.
     """
-    half, old = half_written(path), _beside(path, ".old")
+    half, old = unfinished(path), _sibling(path, ".old")
     for name, data in files.items():
         with open(half / name, "wb") as file:
             file.write(data)
@@ -92,43 +98,54 @@ def finish(path: Path, training: Mapping[str, Any], content: Mapping[str, Any], 
         remove(old)
         os.rename(path, old)
     else:
-        remove(path)  # an old one may be the only complete one, and stays until the new one has its name
+        remove(path)  # `.old` may be the only complete version, and stays until the new one is renamed
     os.rename(half, path)
     _sync(path.parent)
     remove(old)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints, and what is half written or replaced."""
+def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
+    """Removes all but the newest `keep` complete checkpoints, and the remains of killed saves. Only rank 0 removes.
+
+    Checkpoints newer than the oldest that is kept stay even if they are broken. A folder that cannot be removed causes
+    a warning.
+
+    Raises:
+        ValueError: If `keep` is not an integer >= 1.
+    """
+    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+        raise ValueError(f"keep must be an integer >= 1, got {keep!r}; to keep all, do not prune")
+    if collective.rank() != 0:
+        return
     complete = 0
-    for path in _newest_first(folder):
-        remove(half_written(path))
+    for path in _newest_first(Path(folder)):
+        remove(unfinished(path))
         if complete == keep:
             remove(path)
         if complete == keep or _problem(path) is None:
-            remove(_beside(path, ".old"))
+            remove(_sibling(path, ".old"))
         complete = min(keep, complete + any(_problem(version) is None for version in _versions(path)))
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint's folder if it is there; warns where that fails, which is no reason to end a training."""
+    """Removes the folder of a checkpoint if it exists; warns on failure, which is no reason to end a run."""
     if not path.exists():
         return
     try:
         if not _is_ours(path):
             raise OSError("it is not a checkpoint")
-        shutil.rmtree(path)  # with one file less it is not complete any more
+        shutil.rmtree(path)  # from the first removed file on, it is no longer complete
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _versions(path: Path) -> list[Path]:
-    """What there is of a checkpoint: the folder of its name, then the one that a killed `finish` has put aside."""
-    return [version for version in (path, _beside(path, ".old")) if version.exists()]
+    """The existing versions of a checkpoint: its own folder, then the one that a killed `finish` set aside."""
+    return [version for version in (path, _sibling(path, ".old")) if version.exists()]
 
 
 def _problem(path: Path) -> str | None:
-    """Why a folder is not a complete checkpoint; None if it is one."""
+    """The reason why a folder is not a complete checkpoint; None if it is complete."""
     try:
         manifest.read(path)
     except ValueError as error:
@@ -137,14 +154,14 @@ def _problem(path: Path) -> str | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The checkpoints that have left any trace, by their final names."""
+    """The paths of all checkpoints of which any version exists, complete or not."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = {match[1]: int(match[2]) for match in map(_STEP.fullmatch, names) if match}
     return [folder / name for name in sorted(found, key=lambda name: (found[name], name), reverse=True)]
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder is a checkpoint, complete or not, or empty."""
+    """Whether a path is a checkpoint, complete or not, or an empty folder."""
     if not path.is_dir():
         return False
     names = os.listdir(path)
@@ -152,12 +169,12 @@ def _is_ours(path: Path) -> bool:
     return not names or any(name in own or name.endswith(".distcp") for name in names)
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def _sibling(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable, as fsync does for the contents of a file."""
+    """Makes the entries of a folder durable, as fsync does for the contents of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

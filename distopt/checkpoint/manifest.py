@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, by name, and whether that is what a model and an optimizer need."""
+"""The manifest of a checkpoint: a description of its contents, and the comparison with a model and an optimizer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-# Of the layout of a checkpoint's folder, not of distopt.
+# The version of the format of the folder, not of distopt.
 FORMAT = 1
 NAME = "manifest.json"
 
 
 def described(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole shape and the dtype of every tensor; null for other values."""
+    """Returns the full shape and the dtype of every tensor, by name; null for other values."""
     return {
         name: [list(value.shape), str(value.dtype).removeprefix("torch.")] if isinstance(value, Tensor) else None
         for name, value in values.items()
@@ -24,7 +24,7 @@ def described(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checked(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a dictionary; raises ValueError if it is not the same after JSON."""
+    """Returns a copy of a dictionary; raises ValueError if it does not survive JSON."""
     extra = dict(extra)
     try:
         same = json.loads(json.dumps(extra)) == extra
@@ -36,7 +36,7 @@ def checked(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
-    """Completes a folder with its manifest: the content, and the size of every file that is there."""
+    """Completes a folder with its manifest: the content, and the size in bytes of every file."""
     files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
     content = {"format": FORMAT, **content, "files": files}
     rows = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
@@ -47,9 +47,10 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint; raises ValueError, with the reason in one line, for any other folder.
+    """Reads the manifest of a complete checkpoint, in which every file has the recorded size.
 
-    Complete means that every file has the size that the manifest says; contents are not compared.
+    Raises:
+        ValueError: With the reason in one line, if the checkpoint is not complete.
     """
     if not folder.is_dir():
         raise ValueError("there is no such folder")
@@ -72,7 +73,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises ValueError for the first tensor, in the order of the model, that a checkpoint has not or has otherwise."""
+    """Raises ValueError for the first tensor, in the order of the model, that is missing or differs on one side."""
     for name in [*ours, *saved]:
         if name not in saved:
             raise ValueError(f"{name} is in the model, not in the checkpoint")
@@ -88,14 +89,14 @@ def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError unless a checkpoint is of this class of optimizer and has the buffers that this one has.
+    """Raises ValueError unless a checkpoint is of this class of optimizer and has the same state buffers.
 
-    Float32 masters may be missing, since they are made of the weights.
+    Float32 masters may be missing, since they can be made from the weights.
     """
     there, here = (
         sorted({buffer for buffers in states.values() for buffer in buffers}) for states in (saved["state"], state)
     )
-    # torch's optimizers have no state before their first step, which tells nothing.
+    # torch's optimizers have no state before their first step, so that an empty state says nothing.
     differ = set(there) ^ set(here) - ({"master"} - set(there))
     if saved["optimizer"] != kind or (there and here and differ):
         states = [", ".join(buffers) or "none" for buffers in (there, here)]
@@ -105,10 +106,13 @@ def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Map
 
 
 def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError for the first parameter whose state a checkpoint has without one of our buffers, or otherwise.
+    """Raises ValueError for the first parameter whose saved state lacks a buffer or has one of another shape.
 
-    saved, ours: the description of each buffer, by the names of parameter and buffer. Parameters without any state,
-    there or here, are not compared; nor are dtypes, which loading casts.
+    Parameters without any state on either side are not compared; nor are dtypes, since loading casts.
+
+    Args:
+        saved: The description of each buffer in the checkpoint, by the names of parameter and buffer.
+        ours: Those of this run.
     """
     for name, buffers in ours.items():
         there = saved.get(name, {})
@@ -123,7 +127,7 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mappi
 
 
 def check_groups(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> None:
-    """Raises ValueError unless the param groups hold the same parameters."""
+    """Raises ValueError unless the param groups have the same parameters."""
     if len(saved) != len(ours):
         raise ValueError(f"the checkpoint has {len(saved)} param groups, the optimizer {len(ours)}")
     for i, (there, here) in enumerate(zip(saved, ours)):
@@ -133,6 +137,6 @@ def check_groups(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Non
 
 
 def check_schedule(saved: str | None, ours: str | None) -> None:
-    """Raises ValueError if a schedule is to be loaded and the checkpoint has none of its class."""
+    """Raises ValueError if a schedule is to be loaded and the checkpoint has none of this class."""
     if ours is not None and saved != ours:
         raise ValueError(f"the checkpoint has {saved or 'no schedule'}, this run has {ours}")
