@@ -1,4 +1,4 @@
-"""Weights of a pretrained folder, converted by transformers to the tensors of a model (renamed, merged, dequantized)."""
+"""Weights of a pretrained folder, converted by transformers to the tensors of a model: renamed, merged, dequantized."""
 
 from __future__ import annotations
 
