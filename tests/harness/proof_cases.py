@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
+from tests.harness import proof_right, proof_wrong  # noqa: F401
 from tests.harness.proof_setups import CASES, cut, grid, lamb, line, with_deepspeed
 
 
