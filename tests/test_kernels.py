@@ -36,13 +36,13 @@ def train(row: Row, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, **
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were chosen."""
     seen: list[str] = []
-    original = dispatch.compiled
+    original = dispatch.compiled_update
 
-    def watched(name: str, shards: Any) -> Any:
-        seen.append(name)
-        return original(name, shards)
+    def watched(shards: Any) -> Any:
+        seen.append(shards.rule.kernel)
+        return original(shards)
 
-    monkeypatch.setattr(dispatch, "compiled", watched)
+    monkeypatch.setattr(dispatch, "compiled_update", watched)
     return seen
 
 
@@ -100,11 +100,12 @@ def test_gradients_of_16_bits_are_taken_as_they_are() -> None:
         grads = [p.cos().bfloat16().to(dtype) for p in params]
         buffers = {k: [torch.zeros_like(p) for p in params] for k in ("exp_avg", "exp_avg_sq")}
         group = distopt.AdamW([torch.zeros(1)]).param_groups[0]
-        shards = Shards(group, list(range(len(params))), params, grads, buffers, [1.0] * len(params))
+        rule = distopt.AdamW([torch.zeros(1)]).rule(group)
+        shards = Shards(group, rule, list(range(len(params))), params, grads, buffers, [1.0] * len(params))
         assert len(dispatch.fits(shards)) == len(params)
-        move = dispatch.compiled("adamw", shards)
-        results.append([*move.squares(), *dispatch.squares(shards)])
-        move.step()
+        update = dispatch.compiled_update(shards)
+        results.append([*update.squared_norms(), *dispatch.gradient_norms(shards)])
+        update.step()
         results[-1] += params
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -152,7 +153,7 @@ def test_masters_of_bfloat16_and_float32_weights_beside_them_have_kernels(calls:
     opt = distopt.AdamW([low, full], lr=1.0)
     low.grad, full.grad = torch.ones_like(low), torch.ones_like(full)
     opt.step()
-    assert calls == ["adamw", "adamw"]
+    assert calls == ["adam", "adam"]
     assert torch.equal(opt.state[low]["master"], full.detach())
 
 
@@ -163,7 +164,7 @@ def test_what_does_not_lie_flat_takes_the_rule(calls: list[str]) -> None:
     flat.grad, turned.grad = torch.ones(6, 4), torch.ones(6, 4)
     before = [flat.detach().clone(), turned.detach().clone()]
     opt.step()
-    assert calls == ["adamw"]
+    assert calls == ["adam"]
     moved = [p.detach() - old for p, old in zip((flat, turned), before)]
     assert all(((m > -0.11) & (m < -0.09)).all() for m in moved)
 

@@ -162,7 +162,7 @@ def state_after(row: Row, kind: str) -> list[tuple[str, dict[str, tuple[str, tup
 @pytest.mark.parametrize(("kind", "world"), [("replicated", 2), ("fsdp2", 4), ("hsdp", 4)])
 def test_every_rank_has_the_same_keys(row: Row, kind: str, world: int) -> None:
     """One for each trainable parameter, with or without gradient or shard; checkpoints are by key."""
-    keys = sorted(["step", *row.make([torch.ones(1)]).slots(row.make([torch.ones(1)]).param_groups[0])])
+    keys = sorted(["step", *row.make([torch.ones(1)]).rule(row.make([torch.ones(1)]).param_groups[0]).buffers])
     names = [name for name, p in whole(kind, torch.float32).named_parameters() if p.requires_grad]
     assert run(world, state_after, row, kind) == [[(name, keys) for name in names]] * world
 

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import distopt
 from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
+from distopt.kernels.rules import Rule
 from tests.harness.torch_configs import CONFIGS, Config, every_config, every_taken, every_way
 
 CLASSES = (SGD, Adagrad, RMSprop, Adam, AdamW)
@@ -676,8 +677,8 @@ def test_a_rule_may_have_an_option_that_torch_has_too() -> None:
         def __init__(self, params: Any, lr: float = 0.5, amsgrad: bool = True) -> None:
             super().__init__(params, {"lr": lr, "amsgrad": amsgrad})
 
-        def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-            return ()
+        def rule(self, group: dict[str, Any]) -> Rule:
+            return Rule()
 
         def directions(self, shards: Any) -> list[Tensor]:
             assert shards.group["amsgrad"] is True

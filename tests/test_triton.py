@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
 from distopt.kernels import dispatch, exact, triton
-from distopt.kernels.rules import every
 from distopt.kernels.shards import Shards
 from tests.harness.jobs import ROOT
-from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, named, pull
+from tests.harness.optimizers import ROWS, Row, compiled_rules, distance, every_row, initial, named, pull
 
 # Two pieces and a rest, one piece to the element, shorter ones, one element, none.
 SHAPES = ((97, 89), (4096,), (3, 5), (1,), (0, 4))
@@ -128,7 +127,7 @@ def interpreted() -> None:
     seen: set[str] = set()
     watch(seen, "kernel", triton.TritonUpdate, "_launch")
     watch(seen, "rule", dispatch.ForeachUpdate, "step")
-    watch(seen, "rule", dispatch.ForeachUpdate, "squares")
+    watch(seen, "rule", dispatch.ForeachUpdate, "squared_norms")
     dispatch.fits = lambda shards: []  # type: ignore
     found = {}
     for name, case in CASES.items():
@@ -148,14 +147,14 @@ def same_bits(row: int, cut: int) -> bool:
     """Whether the sums of a layer of 31 rows are those of two shards of it, added."""
     numbers = torch.Generator().manual_seed(0)
     whole = [torch.randn(31, row, generator=numbers) * torch.randn(31, row, generator=numbers).exp() for _ in range(2)]
-    group = distopt.SGD([torch.zeros(1)]).param_groups[0]
+    optimizer = distopt.SGD([torch.zeros(1)])
+    (group,) = optimizer.param_groups
 
     def squares(*shards: slice) -> list[Tensor]:
         params, grads = ([tensor[shard].clone() for shard in shards] for tensor in whole)
-        (move,), _ = triton.triton_updates(
-            "sgd", Shards(group, [0] * len(shards), params, grads, {}, [1.0] * len(shards))
-        )
-        return [exact.value(sums.sum(0)) for sums in move.squares()]
+        found = Shards(group, optimizer.rule(group), [0] * len(shards), params, grads, {}, [1.0] * len(shards))
+        (update,), _ = triton.triton_updates(found)
+        return [exact.value(sums.sum(0)) for sums in update.squared_norms()]
 
     together, apart = squares(slice(None)), squares(slice(cut), slice(cut, None))
     near = torch.stack([t.double().square().sum() for t in whole])
@@ -231,7 +230,7 @@ def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], comp
     from distopt.kernels import triton_kernels as rules
 
     name, buffers = kernel
-    scalars = len(next(rule for rule in every() if rule.name == name).scalars)
+    scalars = len(compiled_rules()[name].scalars)
     for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
         constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
         constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}

@@ -252,12 +252,10 @@ class Arrived:
 def not_over_gloo() -> contextlib.ExitStack:
     """The collectives that are chosen over other backends, which gloo has too."""
     stack = contextlib.ExitStack()
-    for name in ("scatter", "zero1"):
+    for name in ("reduce_scatter", "param_sync"):
         module = sys.modules[f"distopt.layout.{name}"]
         stack.enter_context(mock.patch.object(module, "over_gloo", lambda *_: False))
-    stack.enter_context(
-        mock.patch.object(sys.modules["distopt.layout.zero1_reduce_scatter"], "_reduce_scatter", Arrived)
-    )
+    stack.enter_context(mock.patch.object(sys.modules["distopt.layout.reduce_scatter"], "_reduce_scatter", Arrived))
     return stack
 
 
@@ -317,7 +315,7 @@ def reads() -> dict[str, bool]:
     saved = {name: value + 1 for name, value in copy.deepcopy(model.state_dict()).items()}
     step()
     model.load_state_dict(saved)
-    bound.wait()
+    bound.sync.wait()
     seen["loaded"] = distance(list(model.state_dict().values()), list(saved.values())) > 0
     step()
     seen["the next step"] = bad([distopt.clip_grad_norm_(optimizer)])
@@ -368,8 +366,8 @@ def on_other_ranks() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        (bare, r"hook of DDP, got Linear: wrap it, or use zero1"),
-        (hooked, r"has a communication hook already.*use zero1"),
+        (bare, r"hook of DDP, got Linear: wrap it, or use gradients='all_reduce'"),
+        (hooked, r"has a communication hook already.*use gradients='all_reduce'"),
         (on_other_ranks, r"its ranks in the same order"),
     ],
 )

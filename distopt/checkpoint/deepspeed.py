@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import State
 from distopt.layout import FlatLayout
-from distopt.layout.deepspeed import whole_shape
+from distopt.layout.flat import full_shape, is_partitioned
 from distopt.layout.names import bare_name, bare_parameters
 from distopt.optim.base import ShardedOptimizer
 
@@ -28,10 +28,11 @@ class FlatContents:
     groups: the param groups, with names for their params.
     """
 
-    def __init__(self, model: nn.Module, optimizer: ShardedOptimizer, layout: FlatLayout) -> None:
+    def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.model = getattr(model, "module", model)  # without DeepSpeedEngine
+        layout = cast(FlatLayout, optimizer.layout)
         self.optimizer, self.layout = optimizer, layout
         self.mesh = init_device_mesh(layout.device.type, (dist.get_world_size(),))
         self.params = bare_parameters(self.model, remove_duplicate=False)
@@ -39,7 +40,7 @@ class FlatContents:
         self.buffers = {name: b for name, b in kept.items() if name not in self.params}
         first_names = {p: name for name, p in bare_parameters(self.model).items()}
         self.layers = {first_names[p]: p for p in layout.params}
-        self.flats = {p: part.flat for part in layout.partitions for p in part.members}
+        self.flats = layout.updated_in
 
         self.tensors = {name: _meta(t) for name, t in (self.params | self.buffers).items()}
         self.state: State = {
@@ -125,7 +126,7 @@ class FlatContents:
     def _whole_frozen(self, param: Tensor) -> Tensor:
         """A whole parameter that lies in no partition, but is cut up in stage 3."""
         piece = self.layout.pieces(param)[0]
-        if piece.weights.numel() == whole_shape(param).numel() and not hasattr(param, "ds_tensor"):
+        if piece.weights.numel() == full_shape(param).numel() and not is_partitioned(param):
             return param.detach().to(_wide(param.dtype))
         return self.layout.add_up(param, _wide(param.dtype), [(piece.offset, piece.weights)])
 
@@ -159,7 +160,7 @@ class FlatContents:
 
 def _meta(like: Tensor) -> Tensor:
     """A tensor without memory, of the shape and the dtype that a checkpoint has."""
-    return torch.empty(whole_shape(like), dtype=_wide(like.dtype), device="meta")
+    return torch.empty(full_shape(like), dtype=_wide(like.dtype), device="meta")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -24,7 +24,6 @@ from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint
-from distopt.layout import FlatLayout
 from distopt.optim.base import ShardedOptimizer
 from distopt.version import __version__
 
@@ -238,8 +237,8 @@ def _contents(model: nn.Module, optimizer: Optimizer) -> Contents | FlatContents
     if hasattr(optimizer, "init_state"):  # of SAM too, where it has some
         optimizer.init_state()
     optimizer = _inner(optimizer)
-    if isinstance(optimizer, ShardedOptimizer) and isinstance(optimizer.layout, FlatLayout):
-        return FlatContents(model, optimizer, optimizer.layout)
+    if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
+        return FlatContents(model, optimizer)
     return Contents(model, optimizer)
 
 

@@ -45,7 +45,7 @@ static inline float lerp(float a, float g, float weight, float rest) {
 
 /* A rule's `update` moves its state and returns the direction; `again` makes the same direction of the moved state. */
 static inline float sgd_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return s[sgd__rate] * (g + h[sgd__decay] * p);
+    return s[sgd__ratio] * (g + h[sgd__weight_decay] * p);
 }
 static inline float sgd_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
     return sgd_again(h, s, p, g, 0.0f, 0.0f, 0.0f);
@@ -55,56 +55,56 @@ static inline float momentum_again(const float *h, const float *s, float p, floa
     return a;
 }
 static inline float momentum_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    return *a = h[momentum__momentum] * *a + s[momentum__share] * (s[momentum__rate] * (g + h[momentum__decay] * p));
+    return *a = h[momentum__momentum] * *a + s[momentum__one_minus_dampening] * (s[momentum__ratio] * (g + h[momentum__weight_decay] * p));
 }
 
 static inline float nesterov_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return s[nesterov__rate] * (g + h[nesterov__decay] * p) + h[nesterov__momentum] * a;
+    return s[nesterov__ratio] * (g + h[nesterov__weight_decay] * p) + h[nesterov__momentum] * a;
 }
 static inline float nesterov_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    g = s[nesterov__rate] * (g + h[nesterov__decay] * p);
-    *a = h[nesterov__momentum] * *a + s[nesterov__share] * g;
+    g = s[nesterov__ratio] * (g + h[nesterov__weight_decay] * p);
+    *a = h[nesterov__momentum] * *a + s[nesterov__one_minus_dampening] * g;
     return g + h[nesterov__momentum] * *a;
 }
 
 static inline float adam_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    const float scaled = a * s[adam__unbias1] / fmaf(sqrtf(b), s[adam__unbias2], h[adam__eps]);
+    const float scaled = a * s[adam__inverse_bias_correction1] / fmaf(sqrtf(b), s[adam__inverse_bias_correction2_sqrt], h[adam__eps]);
     return fmaf(h[adam__decoupled], p, scaled);
 }
 static inline float adam_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
     g = fmaf(h[adam__coupled], p, g);
-    *a = lerp(*a, g, h[adam__fresh1], h[adam__beta1]);
-    *b = fmaf(h[adam__beta2], *b, h[adam__fresh2] * (g * g));
+    *a = lerp(*a, g, h[adam__one_minus_beta1], h[adam__beta1]);
+    *b = fmaf(h[adam__beta2], *b, h[adam__one_minus_beta2] * (g * g));
     return adam_again(h, s, p, g, *a, *b, 0.0f);
 }
 
 static inline float adagrad_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[adagrad__decay] * p) * s[adagrad__fall] / (sqrtf(a) + h[adagrad__eps]);
+    return (g + h[adagrad__weight_decay] * p) * s[adagrad__inverse_rate_decay] / (sqrtf(a) + h[adagrad__eps]);
 }
 static inline float adagrad_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[adagrad__decay] * p;
+    float decayed = g + h[adagrad__weight_decay] * p;
     *a += decayed * decayed;
     return adagrad_again(h, s, p, g, *a, 0.0f, 0.0f);
 }
 
 /* The four of RMSprop have the same scalars. Their buffers, as far as they are there: squares, means, momentum. */
 static inline float rmsprop_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[rmsprop__decay] * p) / (sqrtf(a) + h[rmsprop__eps]);
+    return (g + h[rmsprop__weight_decay] * p) / (sqrtf(a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[rmsprop__decay] * p;
-    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
+    float decayed = g + h[rmsprop__weight_decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__one_minus_alpha] * (decayed * decayed);
     return decayed / (sqrtf(*a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
     const float variance = a - b * b; /* of a constant gradient rounded below 0 */
-    return (g + h[rmsprop__decay] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[rmsprop__eps]);
+    return (g + h[rmsprop__weight_decay] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    float decayed = g + h[rmsprop__decay] * p;
-    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
-    *b = lerp(*b, decayed, h[rmsprop__fresh], h[rmsprop__alpha]);
+    float decayed = g + h[rmsprop__weight_decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__one_minus_alpha] * (decayed * decayed);
+    *b = lerp(*b, decayed, h[rmsprop__one_minus_alpha], h[rmsprop__alpha]);
     return rmsprop_centered_again(h, s, p, g, *a, *b, 0.0f);
 }
 static inline float rmsprop_momentum_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
@@ -112,7 +112,7 @@ static inline float rmsprop_momentum_again(const float *h, const float *s, float
 }
 static inline float rmsprop_momentum_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    return *b = h[rmsprop_momentum__momentum] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
+    return *b = h[rmsprop__momentum] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
 }
 static inline float rmsprop_centered_momentum_again(const float *h, const float *s, float p, float g, float a, float b,
                                                     float c) {
@@ -120,7 +120,7 @@ static inline float rmsprop_centered_momentum_again(const float *h, const float 
 }
 static inline float rmsprop_centered_momentum_update(const float *h, const float *s, float p, float g, float *a,
                                                      float *b, float *c) {
-    return *c = h[rmsprop_centered_momentum__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
+    return *c = h[rmsprop__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
 }
 
 /* The sum of a[i] b[i], always in the same order: in float32, whose squares are from 1e-38 to 1e38, or else in float64. */

@@ -40,58 +40,58 @@ _NUMEL, _FIRST, _COLUMNS = tl.constexpr(5), tl.constexpr(6), tl.constexpr(COLUMN
 
 @triton.jit
 def sgd(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    (decay,) = h
-    rate, _ = s
-    return rate * (g + decay * p), a, b, c
+    (weight_decay,) = h
+    ratio, _ = s
+    return ratio * (g + weight_decay * p), a, b, c
 
 
 @triton.jit
 def momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, momentum = h
-    rate, share = s
+    weight_decay, momentum = h
+    ratio, one_minus_dampening = s
     if MOVES:
-        a = momentum * a + share * (rate * (g + decay * p))
+        a = momentum * a + one_minus_dampening * (ratio * (g + weight_decay * p))
     return a, a, b, c
 
 
 @triton.jit
 def nesterov(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, momentum = h
-    rate, share = s
-    g = rate * (g + decay * p)
+    weight_decay, momentum = h
+    ratio, one_minus_dampening = s
+    g = ratio * (g + weight_decay * p)
     if MOVES:
-        a = momentum * a + share * g
+        a = momentum * a + one_minus_dampening * g
     return g + momentum * a, a, b, c
 
 
 @triton.jit
 def adagrad(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, eps = h
-    fall, _ = s
-    g += decay * p
+    weight_decay, eps = h
+    inverse_rate_decay, _ = s
+    g += weight_decay * p
     if MOVES:
         a += g * g
-    return tl.div_rn(g * fall, tl.sqrt_rn(a) + eps), a, b, c
+    return tl.div_rn(g * inverse_rate_decay, tl.sqrt_rn(a) + eps), a, b, c
 
 
 @triton.jit
 def rmsprop(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """a = square_avg"""
-    decay, alpha, fresh, eps, momentum = h
-    g += decay * p
+    weight_decay, alpha, one_minus_alpha, eps, momentum = h
+    g += weight_decay * p
     if MOVES:
-        a = alpha * a + fresh * (g * g)
+        a = alpha * a + one_minus_alpha * (g * g)
     return tl.div_rn(g, tl.sqrt_rn(a) + eps), a, b, c
 
 
 @triton.jit
 def rmsprop_centered(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop; b = grad_avg"""
-    decay, alpha, fresh, eps, momentum = h
-    g += decay * p
+    weight_decay, alpha, one_minus_alpha, eps, momentum = h
+    g += weight_decay * p
     if MOVES:
-        a = alpha * a + fresh * (g * g)
-        b = _lerp(b, g, fresh, alpha)
+        a = alpha * a + one_minus_alpha * (g * g)
+        b = _lerp(b, g, one_minus_alpha, alpha)
     variance = a - b * b
     variance = tl.where(variance < 0.0, 0.0, variance)  # nan stays nan
     return tl.div_rn(g, tl.sqrt_rn(variance) + eps), a, b, c
@@ -100,7 +100,7 @@ def rmsprop_centered(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[
 @triton.jit
 def rmsprop_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop; b = momentum_buffer"""
-    decay, alpha, fresh, eps, momentum = h
+    weight_decay, alpha, one_minus_alpha, eps, momentum = h
     if MOVES:
         d, a, _, _ = rmsprop(p, g, a, b, c, s, h, MOVES)
         b = momentum * b + d
@@ -110,7 +110,7 @@ def rmsprop_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[
 @triton.jit
 def rmsprop_centered_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
     """As rmsprop_centered; c = momentum_buffer"""
-    decay, alpha, fresh, eps, momentum = h
+    weight_decay, alpha, one_minus_alpha, eps, momentum = h
     if MOVES:
         d, a, b, _ = rmsprop_centered(p, g, a, b, c, s, h, MOVES)
         c = momentum * c + d
@@ -119,13 +119,18 @@ def rmsprop_centered_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type
 
 @triton.jit
 def adam(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    coupled, beta1, fresh1, beta2, fresh2, eps, decoupled = h
-    unbias1, unbias2 = s
+    coupled, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decoupled = h
+    inverse_bias_correction1, inverse_bias_correction2_sqrt = s
     if MOVES:
         g += coupled * p
-        a = _lerp(a, g, fresh1, beta1)
-        b = beta2 * b + fresh2 * (g * g)
-    return tl.div_rn(a * unbias1, tl.sqrt_rn(b) * unbias2 + eps) + decoupled * p, a, b, c
+        a = _lerp(a, g, one_minus_beta1, beta1)
+        b = beta2 * b + one_minus_beta2 * (g * g)
+    return (
+        tl.div_rn(a * inverse_bias_correction1, tl.sqrt_rn(b) * inverse_bias_correction2_sqrt + eps) + decoupled * p,
+        a,
+        b,
+        c,
+    )
 
 
 @triton.jit

@@ -73,12 +73,8 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
     """The local gradient shards, and the norm of each layer over all ranks."""
-    if not layout.gradients_stay:
-        raise ValueError(
-            "DeepSpeed gives the optimizer its gradients for the time of a step only, so there are none to measure or "
-            "clip here: set gradient_clipping in DeepSpeed's configuration, and ask engine.get_global_grad_norm() "
-            "after a step"
-        )
+    if layout.gradients_hidden:
+        raise ValueError(layout.gradients_hidden)
     owners = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
     grads = layout.grads(owners)
     (norms,) = layout.norms(layout.layers(owners), grads)

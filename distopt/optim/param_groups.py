@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
 
 # Vectors that are stacked, one for each expert or head, and so have two dimensions and more: biases, the scales of
@@ -87,7 +88,7 @@ def param_groups(
     asked = _asks_for_no_decay(model, trainable)
     for name, param in trainable.items():
         first = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
-        group = groups[first, _dims(param) > 1 and name not in asked]
+        group = groups[first, len(full_shape(param)) > 1 and name not in asked]
         group["params"].append(param)
         group["param_names"].append(name)
     for pattern in overrides:
@@ -145,19 +146,12 @@ def _is_gain(name: str, names: Mapping[str, Tensor]) -> bool:
     return not name.endswith(".original0") or f"{name[:-1]}1" in names
 
 
-def _dims(param: Tensor) -> int:
-    """The number of dimensions of the full parameter."""
-    # DeepSpeed 0.19.8 zero.Init (runtime/zero/partition_parameters.py) leaves an empty 1-D tensor in each parameter and
-    # its shape in ds_shape; asking that tensor, no parameter would decay (DeepSpeed pull request 8438).
-    return len(getattr(param, "ds_shape", param.shape))
-
-
 def _summary(groups: list[dict[str, Any]], trainable: Mapping[str, Tensor], asked: set[str]) -> str:
     """One line: how many parameters decay, and why the others do not."""
     decaying = {name for group in groups if group["weight_decay"] for name in group["param_names"]}
     rest = [name for name in trainable if name not in decaying]
-    vectors = [name for name in rest if _dims(trainable[name]) < 2]
-    named = [name for name in rest if _dims(trainable[name]) > 1 and name in asked]
+    vectors = [name for name in rest if len(full_shape(trainable[name])) < 2]
+    named = [name for name in rest if len(full_shape(trainable[name])) > 1 and name in asked]
     line = f"{len(decaying)} parameters decay, {len(rest)} do not: {len(vectors)} have fewer than two dimensions"
     if named:
         line += f", {len(named)} ask for none ({', '.join(named[:3])}{', ...' * (len(named) > 3)})"
