@@ -133,9 +133,9 @@ def test_triton_has_the_names_of_the_specification() -> None:
     import ast
     import inspect
 
-    from distopt.kernels import triton_kernels
+    from distopt.kernels import triton_rules
 
-    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_kernels)).body if isinstance(f, ast.FunctionDef)}
+    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_rules)).body if isinstance(f, ast.FunctionDef)}
     for kernel, rule in compiled_rules().items():
         unpacked: dict[str, list[str]] = {}
         for node in functions[kernel].body:

@@ -154,7 +154,7 @@ def test_parameters_that_ask_for_no_decay_get_none(wrap: Any, caplog: pytest.Log
     assert {name.removeprefix("vit.") for name in rest["param_names"]} == ASKING
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
     assert rest["weight_decay"] == 0.0 and rest["trust_ratio"] is False
-    assert "7 do not: 1 have fewer than two dimensions, 6 ask for none (" in caplog.text
+    assert "7 do not: 1 have fewer than two dimensions, 6 are marked as not decaying (" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -278,10 +278,10 @@ def test_deepspeed_zero_init_hides_the_shapes() -> None:
         ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
         (
             {"overrides": {"wpe": {}}},
-            "no trainable parameter follows the override 'wpe': .* 9 names.* scale, wte.weight",
+            "no trainable parameter matches the override 'wpe': .* 9 names.* scale, wte.weight",
         ),
-        ({"overrides": {"frozen": {}}}, "no trainable parameter follows the override 'frozen'"),
-        ({"overrides": {"head": {}}}, "no trainable parameter follows the override 'head'"),
+        ({"overrides": {"frozen": {}}}, "no trainable parameter matches the override 'frozen'"),
+        ({"overrides": {"head": {}}}, "no trainable parameter matches the override 'head'"),
         ({"overrides": {"layers": {}, "layers.0": {}}}, "override 'layers.0': .* an earlier override takes them all"),
         ({"overrides": {"wte": {"learning_rate": 1.0}}}, "'wte' has the option 'learning_rate', .*did you mean 'lr'"),
         ({"overrides": {"wte": {"initial_lr": 5.0}}}, "'initial_lr', which no optimizer .*did you mean 'lr'"),

@@ -20,7 +20,7 @@ class Rule:
     """The inputs of an update rule for the options of one param group, by the names that its formula gives them.
 
     Attributes:
-        kernel: The name of the function in cpu.c and in triton_kernels.py; "" if the rule has no kernel.
+        kernel: The name of the function in cpu.c and in triton_rules.py; "" if the rule has no kernel.
         buffers: The names of the state buffers, in the order in which kernels take them. Each has its parameter's
         shape.
         scalars: The hyper-parameters and what is computed from them, in the order in which Triton's kernel takes them.

@@ -54,7 +54,7 @@ class ShardedOptimizer(LayoutOptimizer):
     Args:
         params: Parameters, or param groups as dicts.
         defaults: The options of the rule and their defaults.
-        torch_options: Options of torch's that change nothing here (`fused`, `foreach`); others are refused.
+        torch_options: Options of torch's that change nothing here.
 
     Attributes:
         torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
@@ -126,13 +126,10 @@ class ShardedOptimizer(LayoutOptimizer):
         Returns:
             The closure's result, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         layout = self._checked_layout()
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
-
         shards = self._collect(layout, params)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
         trusted = [update for update in updates if update.group["trust_ratio"]]
@@ -142,7 +139,6 @@ class ShardedOptimizer(LayoutOptimizer):
                 update.step()
         for update, ratio in zip(trusted, ratios):
             update.apply(ratio)
-
         updated = [p for group in params for p in group]
         self._local.round_masters(self, layout, updated)
         layout.sync.publish(updated)

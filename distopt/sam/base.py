@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, fit, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
+from distopt.optim.validate import bounded, check_integer, positive
 from distopt.rng import random_state, same_random_numbers
-from distopt.sam.checks import bounded, check_inner, positive
+from distopt.sam.checks import check_inner
 from distopt.sam.closure import GradientWatch
 from distopt.sam.rounding import perturb_, warn_of_rounding
 from distopt.sam.wrapper import OptimizerWrapper
@@ -96,11 +97,10 @@ class SAM(OptimizerWrapper):
     ) -> None:
         check_inner(optimizer, SAM)
         super().__init__(optimizer)
-        self.rho = positive("rho", rho)
+        self.rho = positive("rho", rho, "leave SAM out for rho = 0")
         for group in optimizer.param_groups:
             self.radius(group)
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval must be an integer >= 1, got {interval!r}; 1 perturbs at every step")
+        check_integer("interval", interval, 1, "1 perturbs at every step")
         if scope not in ("global", "local"):
             raise ValueError(f"scope must be global or local, got {scope!r}")
         self.interval = interval
