@@ -1,4 +1,4 @@
-"""Updates: what applies a rule to some shards. The foreach operators' is here, the C and Triton kernels' beside it."""
+"""The protocol of an update, which applies a rule to some shards, and the update by foreach operators."""
 
 from __future__ import annotations
 

@@ -110,11 +110,11 @@ def _stage12(zero: Any) -> _Found:
     bf16 = hasattr(zero, "fp32_groups_flat_partition")  # BF16_Optimizer: bf16 with gradients accumulated in float32
     params = zero.bf16_groups if bf16 else zero.bit16_groups
     flats = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
-    whole = zero.bf16_groups_flat if bf16 else zero.bit16_groups_flat
+    buffers = zero.bf16_groups_flat if bf16 else zero.bit16_groups_flat
     groups = list(zero.real_dp_process_group)
 
     def parts() -> Iterator[_Part]:
-        for members, flat, buffer, group in zip(params, flats, whole, groups):
+        for members, flat, buffer, group in zip(params, flats, buffers, groups):
             low = dist.get_rank(group) * flat.numel()
             for p in members:
                 if p.data.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():

@@ -127,17 +127,17 @@ def _check_names(pattern: str, options: Mapping[str, Any]) -> None:
 
 def _marked_as_not_decaying(model: nn.Module, names: Mapping[str, Tensor]) -> set[str]:
     """Returns the names of the parameters that are marked as not decaying, whatever their shape."""
-    asked = {name for name, param in names.items() if getattr(param, "_no_weight_decay", False)}
-    asked |= {name for name in names if _VECTORS.search(name) and _is_gain(name, names)}
-    asked |= {name for name in names if re.search(r"(^|\.)D$", name) and f"{name[:-1]}A_log" in names}
+    marked = {name for name, param in names.items() if getattr(param, "_no_weight_decay", False)}
+    marked |= {name for name in names if _VECTORS.search(name) and _is_gain(name, names)}
+    marked |= {name for name in names if re.search(r"(^|\.)D$", name) and f"{name[:-1]}A_log" in names}
     members = {id(param): name for name, param in names.items()}
     for module in model.modules():
         listed = getattr(module, "no_weight_decay", None)
         if callable(listed):
             wanted = set(listed())
             own = bare_parameters(module, remove_duplicate=False)
-            asked |= {members[id(p)] for name, p in own.items() if name in wanted and id(p) in members}
-    return asked
+            marked |= {members[id(p)] for name, p in own.items() if name in wanted and id(p) in members}
+    return marked
 
 
 def _is_gain(name: str, names: Mapping[str, Tensor]) -> bool:
