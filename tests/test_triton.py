@@ -246,7 +246,7 @@ def test_sums_compile_for_a_gpu(group: int, compiled: Callable[..., str]) -> Non
     """In registers: what they spill would go through the memory."""
     from distopt.kernels import triton_kernels as rules
 
-    constants = {"RULE": rules.adam, "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
+    constants = {"RULE": rules.RULES["adam"], "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
     constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": group}
     signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp64", "tensors": "i32", "h": ("fp32",) * 7}
     assert ".local" not in compiled(rules.walk, signature, constants)

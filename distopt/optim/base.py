@@ -18,7 +18,7 @@ from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.eager import eager_island
 from distopt.optim.options import COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
-from distopt.optim.state import LocalState
+from distopt.optim.state import LocalState, refuse_host_counts_in_graph
 from distopt.optim.state_dict import read_state_dict
 from distopt.optim.validate import check_group, check_values
 from distopt.proof import before_step
@@ -130,10 +130,13 @@ class ShardedOptimizer(LayoutOptimizer):
             loss = closure() if closure is not None else None
         layout = self._checked_layout()
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
+
         shards = self._collect(layout, params)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
+
         trusted = [update for update in updates if update.group["trust_ratio"]]
         ratios = self._trust_ratios(layout, trusted)
+
         for update in updates:
             if not update.group["trust_ratio"]:
                 update.step()
@@ -146,7 +149,7 @@ class ShardedOptimizer(LayoutOptimizer):
 
     def _collect(self, layout: ShardLayout, params: list[list[Tensor]]) -> list[Shards]:
         """Phase 1: returns this rank's shards of the parameters with a gradient, by param group."""
-        # DeepSpeed's stage 3 steps one group at a time and leaves the others empty: they need no norms.
+        # An engine may step one group at a time and leave the others empty: these need no norms.
         indices = [i for i, group in enumerate(self.param_groups) if group["params"]]
         # All of them before a step is counted, so that a step that is refused changes nothing.
         found = [self._local.shards(self, layout, i, params[i]) for i in indices]
@@ -168,8 +171,8 @@ class ShardedOptimizer(LayoutOptimizer):
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Returns the trust ratio of each layer that this rank has a part of, in the last step, by parameter.
 
-        Float64 0-D tensors on the device of the layout. Under DeepSpeed, which makes a step of several calls, those of
-        all calls.
+        Float64 0-D tensors on the device of the layout. Where an engine calls `step` several times per training step,
+        once for each partition, those of all calls.
         """
         params = self.layout.params
         return {params[layer]: ratios[layer] for layers, ratios in self._ratios for layer in layers}
@@ -217,7 +220,7 @@ class ShardedOptimizer(LayoutOptimizer):
 
     def _checked_layout(self) -> ShardLayout:
         """Returns the layout, after all checks that need no gradient."""
-        self._refuse_host_counts_in_graph()
+        refuse_host_counts_in_graph(self)
         before_step(self)
         for group in self.param_groups:
             check_values(group)
@@ -227,16 +230,6 @@ class ShardedOptimizer(LayoutOptimizer):
             layouts.refuse_foreign(layout.segments)
             self._checked = layout
         return layout
-
-    def _refuse_host_counts_in_graph(self) -> None:
-        """Refuses a CUDA graph that would repeat the step count of its capture for ever."""
-        if all(group["capturable"] for group in self.param_groups) or not torch.cuda.is_available():
-            return
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"a CUDA graph captures {type(self).__name__}.step(), which counts its steps on the host: make the "
-                "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
-            )
 
     def _forget_ratios(self, layout: ShardLayout, params: list[Tensor]) -> None:
         """Drops the ratios of the last step; where a step has several calls, those of the layers of this call."""

@@ -30,8 +30,8 @@ class LayoutOptimizer(torch.optim.Optimizer):
         Existing state is laid out again at the next step.
 
         Raises:
-            ValueError: For a param group with an option that the layout does not support (`capturable` under
-                DeepSpeed), and if the layout has none of the parameters that have state, which would be lost.
+            ValueError: For a param group with an option that the layout does not support, and if the layout has none of
+                the parameters that have state, which would be lost.
         """
         for group in self.param_groups:
             layout.check_group(group)
@@ -86,7 +86,7 @@ class LayoutOptimizer(torch.optim.Optimizer):
         As in torch, hooks are not copied, nor a schedule's wrapper of `step`.
 
         Raises:
-            ValueError: If it is bound to DeepSpeed's partitions.
+            ValueError: If it is bound to partitions that an engine owns.
         """
         new = type(self).__new__(type(self))
         memo[id(self)] = new

@@ -34,8 +34,8 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
 
     Raises:
         TypeError: For parameters in the place of the optimizer.
-        ValueError: For a max_norm that is negative or no number, and where the engine hides the gradients (DeepSpeed,
-            which clips on its own).
+        ValueError: For a max_norm that is negative or no number, and where an engine hides the gradients, and so
+            clips on its own (`ShardLayout.gradients_hidden`).
     """
     if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
@@ -70,7 +70,7 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         0-D float64 tensors on the layout's device; 0 for a layer without gradient.
 
     Raises:
-        ValueError: Where the engine hides the gradients (DeepSpeed).
+        ValueError: Where an engine hides the gradients.
     """
     layout = layout_of(optimizer)
     _, norms = _grad_norms(optimizer, layout)

@@ -115,7 +115,7 @@ class LocalState:
         all_counts, views = self._counts.get(index, (steps[0], ()))
         if len(steps) == len(views) and all(map(operator.is_, steps, views)):
             return all_counts.add_(1.0).tolist()
-        # New tensors: DeepSpeed's stage-3 loading shares one among partitions.
+        # New tensors: an engine that loads state may share one count among partitions.
         all_counts = torch.stack(steps).add_(1.0)
         self._counts[index] = all_counts, all_counts.unbind()
         for state, count in zip(states, self._counts[index][1]):
@@ -158,6 +158,17 @@ def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
     """
     device = param.device if group["capturable"] else torch.device("cpu")
     return torch.as_tensor(steps).detach().to(device, torch.float32, copy=True).reshape(())
+
+
+def refuse_host_counts_in_graph(optimizer: ShardedOptimizer) -> None:
+    """Refuses a CUDA graph that would repeat the step count of its capture for ever."""
+    if all(group["capturable"] for group in optimizer.param_groups) or not torch.cuda.is_available():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"a CUDA graph captures {type(optimizer).__name__}.step(), which counts its steps on the host: make the "
+            "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
+        )
 
 
 def _version(param: Tensor) -> tuple[int, int, int]:
