@@ -50,10 +50,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def trained(cls: type[torch.optim.Optimizer], dtype: torch.dtype, case: str, **options: Any) -> list[Tensor]:
-    """How far the weights have moved, and the state, after some steps from a count on."""
+    """Returns the change of the weights, and the state, after some steps from a count on."""
     _, arguments, count = CASES[case]
     numbers = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(1003, dtype=dtype))  # of zeros, so that a weight does not hide its move
+    p = torch.nn.Parameter(torch.zeros(1003, dtype=dtype))  # of zeros, so that a weight does not hide its change
     opt = cls([p], lr=0.01, **arguments, **options)  # type: ignore[call-arg]
     for step in range(STEPS):
         p.grad = torch.randn(1003, generator=numbers).to(dtype)
@@ -68,7 +68,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def measured(case: str) -> dict[str, list[float]]:
-    """The relative error of weights and state: of torch's kernel, and of each way that can run here."""
+    """Returns the relative errors of weights and state: of torch's kernel, and of each update that can run here."""
     name = CASES[case][0]
     theirs, ours = getattr(torch.optim, name), getattr(distopt, name)
     exact = trained(theirs, torch.float64, case, foreach=False)

@@ -78,7 +78,7 @@ print(json.dumps({info.name: [sorted((k, repr(v)) for k, v in x.items()) for x i
 
 
 @every_config
-def test_what_is_refused_is_refused_everywhere(config: Config) -> None:
+def test_refusals_are_the_same_everywhere(config: Config) -> None:
     """In the constructor, in a param group, and in one that is added."""
     if config.refused is None:
         opt = config.make(layer())
@@ -131,7 +131,7 @@ def test_goes_in_the_right_direction(config: Config, contiguous: bool) -> None:
 @every_taken
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-D", "1-element"])
 def test_a_tensor_lr_is_a_learning_rate(config: Config, shape: tuple[int, ...]) -> None:
-    """As the number that it holds; and a schedule moves it in place."""
+    """As its value; and a schedule changes it in place."""
     ours, again = layer(), layer()
     lr = torch.full(shape, 2.0**-10)
     opt, number = config.make(ours, lr=lr), config.make(again, lr=2.0**-10)
@@ -180,7 +180,7 @@ def test_no_gradient_no_step(config: Config) -> None:
 
 @every_taken
 @pytest.mark.parametrize("shape", [(5, 1), (), (0, 3)], ids=str)
-def test_a_gradient_of_zeros_moves_nothing_but_by_decay(config: Config, shape: tuple[int, ...]) -> None:
+def test_a_gradient_of_zeros_changes_weights_by_decay_only(config: Config, shape: tuple[int, ...]) -> None:
     ours, theirs = (torch.ones(shape, requires_grad=True) for _ in range(2))
     opt, peer = config.make([ours]), config.make_peer([theirs])
     for p, o in ((ours, opt), (theirs, peer)):
@@ -309,7 +309,7 @@ def test_a_state_dict_of_another_update_is_refused(cls: Any, peer: Any, kwargs: 
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_options_of_torch_are_taken_where_they_change_nothing(cls: Any, option: str, taken: tuple[Any, ...]) -> None:
+def test_options_of_torch_are_accepted_where_they_change_nothing(cls: Any, option: str, taken: tuple[Any, ...]) -> None:
     """In the constructor, in a param group, and set in mid-run; everything else is refused in one line."""
     for value in (True, False, None, 1, "yes", torch.tensor(True)):
         opt = cls(layer())
@@ -327,7 +327,7 @@ def test_options_of_torch_are_taken_where_they_change_nothing(cls: Any, option: 
             assert "\n" not in str(error.value)
 
 
-def test_an_argument_that_nobody_has_is_a_type_error() -> None:
+def test_an_unknown_argument_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"AdamW\(\) got an unexpected keyword argument 'learning_rate'"):
         AdamW(layer(), learning_rate=0.1)
 
@@ -401,7 +401,7 @@ BAD_PARAMS: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("cls", [*CLASSES, LAMB, LARS])
-def test_what_are_no_parameters(cls: Any) -> None:
+def test_bad_parameters(cls: Any) -> None:
     for params, kind, message in BAD_PARAMS:
         with pytest.raises(kind, match=message):
             cls(params)
@@ -426,7 +426,7 @@ BAD: list[tuple[Any, dict[str, Any], str, str | None]] = [
 
 
 @pytest.mark.parametrize(("cls", "kwargs", "theirs", "ours"), BAD, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_what_are_no_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: str, ours: str | None) -> None:
+def test_bad_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: str, ours: str | None) -> None:
     with pytest.raises(ValueError, match=theirs):
         getattr(torch.optim, cls.__name__)([first()], **kwargs)
     if ours is None:
@@ -437,7 +437,7 @@ def test_what_are_no_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: 
 
 
 @pytest.mark.parametrize("cls", [*CLASSES, LAMB, LARS])
-def test_sparse_gradients_are_refused_before_anything_moves(cls: Any) -> None:
+def test_sparse_gradients_are_refused_before_anything_changes(cls: Any) -> None:
     """In the second group, the first one's steps had been counted; and clipping and SAM died of a kernel of torch's."""
     weight, embedding = nn.Parameter(torch.ones(3)), nn.Embedding(4, 2, sparse=True)
     opt = cls([{"params": [weight]}, {"params": embedding.parameters()}])
@@ -451,7 +451,7 @@ def test_sparse_gradients_are_refused_before_anything_moves(cls: Any) -> None:
     assert torch.equal(weight, torch.ones(3))
 
 
-# Options that move in mid-run.
+# Options that change in mid-run.
 
 CHANGES: list[tuple[type, dict[str, Any], list[dict[str, Any]]]] = [
     (SGD, {"dampening": 0.5}, [{"momentum": 0.9}]),
@@ -467,7 +467,7 @@ CHANGES: list[tuple[type, dict[str, Any], list[dict[str, Any]]]] = [
 
 @pytest.mark.parametrize(("cls", "kwargs", "changes"), CHANGES, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("saved", [False, True], ids=["", "saved between"])
-def test_options_that_move_in_mid_run(cls: Any, kwargs: dict[str, Any], changes: list[Any], saved: bool) -> None:
+def test_options_that_change_in_mid_run(cls: Any, kwargs: dict[str, Any], changes: list[Any], saved: bool) -> None:
     """As torch's, also through a checkpoint between the change and the next step.
 
     SGD's first momentum is the gradient, undampened: switched on at step 3 it was dampened.
@@ -525,7 +525,7 @@ def test_momentum_may_be_switched_on_for_rmsprop_too() -> None:
     ],
     ids=str,
 )
-def test_a_bad_value_in_mid_run_is_refused_before_anything_moves(change: dict[str, Any], message: str) -> None:
+def test_a_bad_value_in_mid_run_is_refused_before_anything_changes(change: dict[str, Any], message: str) -> None:
     params = layer()
     opt = AdamW([{"params": params[:1]}, {"params": params[1:]}])
     walk(opt, params, 1)
@@ -536,7 +536,7 @@ def test_a_bad_value_in_mid_run_is_refused_before_anything_moves(change: dict[st
     torch.testing.assert_close((opt.state_dict()["state"], params), before, rtol=0, atol=0)
 
 
-def test_an_lr_that_rounds_below_zero_is_taken() -> None:
+def test_an_lr_that_rounds_below_zero_is_accepted() -> None:
     """torch's LinearLR is a recurrence, whose last value may be -1e-20."""
     params = layer()
     opt = AdamW(params)
@@ -578,7 +578,7 @@ SCHEDULES: dict[str, Callable[[Any], list[Any]]] = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-def test_schedules_move_ours_as_torchs(name: str, tensor: bool) -> None:
+def test_schedules_change_lr_as_in_torch(name: str, tensor: bool) -> None:
     """The learning rate, a number or a tensor, and what some cycle with it: momentum, from 0 on too, and betas."""
     cycles = name in ("one cycle", "cyclic")
     rows: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [

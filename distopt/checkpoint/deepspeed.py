@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,10 @@ class FlatContents:
     groups: the param groups, with names for their params.
     """
 
-    def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: ShardedOptimizer, layout: FlatLayout) -> None:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.model = getattr(model, "module", model)  # without DeepSpeedEngine
-        layout = cast(FlatLayout, optimizer.layout)
         self.optimizer, self.layout = optimizer, layout
         self.mesh = init_device_mesh(layout.device.type, (dist.get_world_size(),))
         self.params = bare_parameters(self.model, remove_duplicate=False)

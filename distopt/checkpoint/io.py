@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint
+from distopt.layout import FlatLayout
 from distopt.optim.base import ShardedOptimizer
 from distopt.version import __version__
 
@@ -238,7 +239,7 @@ def _contents(model: nn.Module, optimizer: Optimizer) -> Contents | FlatContents
         optimizer.init_state()
     optimizer = _inner(optimizer)
     if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
-        return FlatContents(model, optimizer)
+        return FlatContents(model, optimizer, cast(FlatLayout, optimizer.layout))
     return Contents(model, optimizer)
 
 
