@@ -147,7 +147,7 @@ def test_clips_by_the_norm_over_all_ranks(kind: str, world: int, optimizer: str,
 
 
 @pytest.mark.parametrize("bad", ["1.0", None, True, [1.0]], ids=str)
-def test_what_is_no_max_norm(bad: Any) -> None:
+def test_bad_max_norms_of_other_types(bad: Any) -> None:
     _, opt, _ = graded()
     with pytest.raises(ValueError, match=r"max_norm must be >= 0, got .*; give inf to measure"):
         distopt.clip_grad_norm_(opt, bad)

@@ -125,7 +125,7 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
     # Each by itself, which is composed already: neither file refers to the other's group.
     around, cfg = composed(f"sam={sam}").sam, composed(f"optimizer={choice}")
     optimizer = instantiate(cfg.optimizer)(param_groups(model, weight_decay=cfg.optimizer.weight_decay))
-    if sam in BUFFERS and not BUFFERS[sam] & set(optimizer.slots(optimizer.param_groups[0])):
+    if sam in BUFFERS and not BUFFERS[sam] & set(optimizer.rule(optimizer.param_groups[0]).buffers):
         with pytest.raises(ValueError, match="has no"):
             instantiate(around)(optimizer)
         return

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import distopt
-from distopt.kernels import cpu, dispatch, rules, triton
+from distopt.kernels import cpu, dispatch, triton
 from tests.harness.jobs import ROOT
+from tests.harness.optimizers import compiled_rules
 
 STEPS = 20
 # Of what torch's own is off by (its fused kernel; foreach for RMSprop, which has none): the rest is the order of a few
@@ -49,10 +50,10 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def trained(cls: type[torch.optim.Optimizer], dtype: torch.dtype, case: str, **options: Any) -> list[Tensor]:
-    """How far the weights have moved, and the state, after some steps from a count on."""
+    """Returns the change of the weights, and the state, after some steps from a count on."""
     _, arguments, count = CASES[case]
     numbers = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(1003, dtype=dtype))  # of zeros, so that a weight does not hide its move
+    p = torch.nn.Parameter(torch.zeros(1003, dtype=dtype))  # of zeros, so that a weight does not hide its change
     opt = cls([p], lr=0.01, **arguments, **options)  # type: ignore[call-arg]
     for step in range(STEPS):
         p.grad = torch.randn(1003, generator=numbers).to(dtype)
@@ -67,7 +68,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def measured(case: str) -> dict[str, list[float]]:
-    """The relative error of weights and state: of torch's kernel, and of each way that can run here."""
+    """Returns the relative errors of weights and state: of torch's kernel, and of each update that can run here."""
     name = CASES[case][0]
     theirs, ours = getattr(torch.optim, name), getattr(distopt, name)
     exact = trained(theirs, torch.float64, case, foreach=False)
@@ -79,12 +80,12 @@ def measured(case: str) -> dict[str, list[float]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton, "DEVICES", ("cpu",) if way == "triton" else ())
             patch.setattr(dispatch, "fits", cpu.fits if way == "c" else lambda shards: [])
-            for move, cls in (
+            for name_of_way, cls in (
                 ("triton", triton.TritonUpdate),
                 ("c", cpu.CompiledUpdate),
                 ("rule", dispatch.ForeachUpdate),
             ):
-                patch.setattr(cls, "step", lambda self, go=cls.step, move=move: (seen.append(move), go(self)))  # type: ignore
+                patch.setattr(cls, "step", lambda self, go=cls.step, name=name_of_way: (seen.append(name), go(self)))  # type: ignore
             found[way] = errors(trained(ours, torch.float32, case), exact)
         assert set(seen) == {way}
         seen.clear()
@@ -128,18 +129,18 @@ def test_a_small_beta1_forgets_a_large_gradient() -> None:
 
 
 def test_triton_has_the_names_of_the_specification() -> None:
-    """cpu.c has them by construction: it is compiled after their places."""
+    """In this order too. cpu.c refers to them by name, and a name that a specification lacks is a KeyError."""
     import ast
     import inspect
 
-    from distopt.kernels import triton_kernels
+    from distopt.kernels import triton_rules
 
-    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_kernels)).body if isinstance(f, ast.FunctionDef)}
-    for rule in rules.every():
+    functions = {f.name: f for f in ast.parse(inspect.getsource(triton_rules)).body if isinstance(f, ast.FunctionDef)}
+    for kernel, rule in compiled_rules().items():
         unpacked: dict[str, list[str]] = {}
-        for node in functions[rule.name].body:
+        for node in functions[kernel].body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id in ("h", "s"):
                 (names,) = node.targets
                 unpacked[node.value.id] = [name.id for name in names.elts]  # type: ignore[attr-defined]
-        assert unpacked["h"] == list(rule.scalars), rule.name
-        assert unpacked.get("s", [])[: len(rule.scales)] == list(rule.scales), rule.name
+        assert unpacked["h"] == list(rule.scalars), kernel
+        assert unpacked.get("s", [])[: len(rule.factors)] == list(rule.factors), kernel

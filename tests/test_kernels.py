@@ -1,4 +1,4 @@
-"""The rules compiled for the CPU are the rules: the same update, whatever the sizes, dtypes and threads."""
+"""The C kernels compute their rules: the same update, whatever the sizes, dtypes and threads."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def train(row: Row, dtype: torch.dtype = torch.float32, shapes: Any = SHAPES, **
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that were chosen."""
+    """Collects the names of the kernels that were chosen."""
     seen: list[str] = []
-    original = dispatch.compiled
+    original = dispatch.compiled_update
 
-    def watched(name: str, shards: Any) -> Any:
-        seen.append(name)
-        return original(name, shards)
+    def watched(shards: Any) -> Any:
+        seen.append(shards.rule.kernel)
+        return original(shards)
 
-    monkeypatch.setattr(dispatch, "compiled", watched)
+    monkeypatch.setattr(dispatch, "compiled_update", watched)
     return seen
 
 
@@ -54,7 +54,7 @@ def threads() -> Iterator[None]:
 
 
 @every_row
-def test_a_kernel_is_its_rule(row: Row, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_computes_its_rule(row: Row, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(row)
     assert calls
     monkeypatch.setattr(dispatch, "fits", lambda shards: [])
@@ -92,25 +92,26 @@ def test_variants(
     assert distance(ours, trained()) < TOLERANCE
 
 
-def test_gradients_of_16_bits_are_taken_as_they_are() -> None:
-    """What a bfloat16 parameter with a float32 master has. bfloat16 is exact in float32, so no tolerance for it."""
+def test_gradients_of_16_bits_need_no_conversion() -> None:
+    """Those of a bfloat16 parameter with a float32 master. bfloat16 is exact in float32, so there is no tolerance."""
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         params = initial(*SHAPES, dtype=torch.float32)
         grads = [p.cos().bfloat16().to(dtype) for p in params]
         buffers = {k: [torch.zeros_like(p) for p in params] for k in ("exp_avg", "exp_avg_sq")}
         group = distopt.AdamW([torch.zeros(1)]).param_groups[0]
-        shards = Shards(group, list(range(len(params))), params, grads, buffers, [1.0] * len(params))
+        rule = distopt.AdamW([torch.zeros(1)]).rule(group)
+        shards = Shards(group, rule, list(range(len(params))), params, grads, buffers, [1.0] * len(params))
         assert len(dispatch.fits(shards)) == len(params)
-        move = dispatch.compiled("adamw", shards)
-        results.append([*move.squares(), *dispatch.squares(shards)])
-        move.step()
+        update = dispatch.compiled_update(shards)
+        results.append([*update.squared_norms(), *dispatch.gradient_norms(shards)])
+        update.step()
         results[-1] += params
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_step_that_was_loaded_is_ones_own() -> None:
-    """The counts of a group are one tensor, which the optimizer they were loaded from must not move."""
+def test_a_loaded_step_count_is_a_copy() -> None:
+    """The counts of a group are one tensor, which the optimizer they were loaded from must not change."""
     first, second = (torch.ones(3, requires_grad=True) for _ in range(2))
     first.grad = second.grad = torch.ones(3)
     one, other = distopt.AdamW([first]), distopt.AdamW([second])
@@ -141,35 +142,35 @@ def test_threads_change_nothing(row: Row, threads: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_other_dtypes_take_the_rule(dtype: torch.dtype, calls: list[str]) -> None:
+def test_other_dtypes_use_the_fallback(dtype: torch.dtype, calls: list[str]) -> None:
     train(ROWS[0], dtype)
     assert not calls
 
 
-def test_masters_of_bfloat16_and_float32_weights_beside_them_have_kernels(calls: list[str]) -> None:
-    """A group of both fell back to the rule for the float32 weights, whose gradients have another dtype."""
+def test_masters_of_bfloat16_and_float32_weights_in_one_group_have_kernels(calls: list[str]) -> None:
+    """A group of both used the fallback for the float32 weights, whose gradients have another dtype."""
     low, full = (torch.ones(3, 4, dtype=dtype, requires_grad=True) for dtype in (torch.bfloat16, torch.float32))
     opt = distopt.AdamW([low, full], lr=1.0)
     low.grad, full.grad = torch.ones_like(low), torch.ones_like(full)
     opt.step()
-    assert calls == ["adamw", "adamw"]
+    assert calls == ["adam", "adam"]
     assert torch.equal(opt.state[low]["master"], full.detach())
 
 
-def test_what_does_not_lie_flat_takes_the_rule(calls: list[str]) -> None:
+def test_non_contiguous_tensors_use_the_fallback(calls: list[str]) -> None:
     flat, other = (p.requires_grad_() for p in initial((6, 4), (4, 6), dtype=torch.float32))
     turned = other.detach().t().requires_grad_()
     opt = distopt.AdamW([flat, turned], lr=0.1)
     flat.grad, turned.grad = torch.ones(6, 4), torch.ones(6, 4)
     before = [flat.detach().clone(), turned.detach().clone()]
     opt.step()
-    assert calls == ["adamw"]
+    assert calls == ["adam"]
     moved = [p.detach() - old for p, old in zip((flat, turned), before)]
     assert all(((m > -0.11) & (m < -0.09)).all() for m in moved)
 
 
-def test_a_rule_of_ones_own_is_not_replaced(calls: list[str]) -> None:
-    """A subclass that says other directions gets them, although its parent has a kernel."""
+def test_a_subclass_with_other_directions_has_no_kernel(calls: list[str]) -> None:
+    """Its own directions are used, although its parent has a kernel."""
 
     class Signs(distopt.AdamW):
         def directions(self, shards: Any) -> list[Tensor]:
@@ -184,7 +185,7 @@ def test_a_rule_of_ones_own_is_not_replaced(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("how", ["off", "no compiler", "a compiler that fails"])
-def test_without_a_compiler_the_rules_run(
+def test_without_a_compiler_the_fallback_runs(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -205,7 +206,7 @@ def test_without_a_compiler_the_rules_run(
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
-    """As of a home that is read-only: the process compiles for itself."""
+    """As with a read-only home: each process compiles its own."""
     (tmp_path / "distopt").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.library.cache_clear()

@@ -47,7 +47,7 @@ def norms_on(kind: str, dtype: torch.dtype) -> tuple[list[list[float]], list[tup
 
 @everywhere
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 3e-7)], ids=str)
-def test_norms_are_those_of_whole_layers(kind: str, world: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_norms_are_those_of_full_layers(kind: str, world: int, dtype: torch.dtype, tolerance: float) -> None:
     """Some 20 numbers a layer; their rounding is all that may differ. The same bits on every rank."""
     expected = exact(list(whole(kind, dtype).parameters()))
     results = run(world, norms_on, kind, dtype)

@@ -1,4 +1,4 @@
-"""The driver: the update of the whole model however it is cut up, state on every rank, and what is refused."""
+"""The driver: the update of the full model however it is sharded, state on every rank, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
 def train(kind: str, world: int) -> dict[str, dict[torch.dtype, list[Tensor]]]:
-    """The whole parameters after clipped steps in two param groups, by every row; for world 0 nothing is sharded."""
+    """Returns the full parameters after clipped steps in two param groups, by every row; world 0 is unsharded."""
     results: dict[str, dict[torch.dtype, list[Tensor]]] = {row.name: {} for row in ROWS}
     for dtype in TOLERANCE:
         models = Fleet({row.name: whole(kind, dtype) for row in ROWS})
@@ -58,13 +58,13 @@ def train(kind: str, world: int) -> dict[str, dict[torch.dtype, list[Tensor]]]:
 
 @lru_cache
 def trained(kind: str, world: int) -> list[dict[str, dict[torch.dtype, list[Tensor]]]]:
-    """By every rank; for world 0 by this process alone, with the optimizers that `test_rules` ties to the papers."""
+    """On every rank; for world 0 in this process alone, with the optimizers that `test_rules` checks."""
     return run(world, train, kind, world) if world else [train(kind, world)]
 
 
 @every_row
 @pytest.mark.parametrize(("kind", "world"), EVERYWHERE)
-def test_the_update_is_that_of_the_whole_model(row: Row, kind: str, world: int) -> None:
+def test_the_update_is_that_of_the_unsharded_model(row: Row, kind: str, world: int) -> None:
     """With clipping, two param groups, tied weights, frozen parameters, an all-zero one, one that is used on some steps
     only, and shards that are uneven or empty."""
     (expected,) = trained("tp_fsdp" if kind == "tp_fsdp" else "replicated", 0)
@@ -77,7 +77,7 @@ def test_the_update_is_that_of_the_whole_model(row: Row, kind: str, world: int) 
 @every_row
 @pytest.mark.parametrize("kind", ["replicated", "tp_fsdp"])
 def test_the_update_is_large_enough_to_be_wrong(row: Row, kind: str) -> None:
-    """Each trained parameter of the test above moves by several percent; those that are frozen stay."""
+    """Each trained parameter of the test above changes by several percent; frozen ones do not."""
     model = whole(kind)
     end = trained(kind, 0)[0][row.name][torch.float64]
     moved = {name: distance([after], [p]) for after, (name, p) in zip(end, model.named_parameters())}
@@ -89,7 +89,7 @@ def test_the_update_is_large_enough_to_be_wrong(row: Row, kind: str) -> None:
 
 
 def train_flat(row: Row) -> list[Tensor]:
-    """Each rank steps its part of one flat vector of all layers, and knows no more of them than their segments."""
+    """Each rank updates its part of one flat vector of all layers, of which it knows the segments only."""
     layers = initial((3, 5), (4,), (), (2, 6), (7,))
     flat = torch.cat([p.view(-1) for p in layers])
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -127,7 +127,7 @@ def gathered(part: Tensor, ends: list[int]) -> list[Tensor]:
 
 @every_row
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_bound_partition_is_stepped_layer_by_layer(row: Row, world: int) -> None:
+def test_a_bound_partition_is_updated_layer_by_layer(row: Row, world: int) -> None:
     params = [p.requires_grad_() for p in initial((3, 5), (4,), (), (2, 6), (7,))]
     opt = row.make(params)
     for step in range(STEPS):
@@ -162,7 +162,7 @@ def state_after(row: Row, kind: str) -> list[tuple[str, dict[str, tuple[str, tup
 @pytest.mark.parametrize(("kind", "world"), [("replicated", 2), ("fsdp2", 4), ("hsdp", 4)])
 def test_every_rank_has_the_same_keys(row: Row, kind: str, world: int) -> None:
     """One for each trainable parameter, with or without gradient or shard; checkpoints are by key."""
-    keys = sorted(["step", *row.make([torch.ones(1)]).slots(row.make([torch.ones(1)]).param_groups[0])])
+    keys = sorted(["step", *row.make([torch.ones(1)]).rule(row.make([torch.ones(1)]).param_groups[0]).buffers])
     names = [name for name, p in whole(kind, torch.float32).named_parameters() if p.requires_grad]
     assert run(world, state_after, row, kind) == [[(name, keys) for name in names]] * world
 
@@ -199,7 +199,7 @@ def test_no_step_leaves_its_count_in_place(row: Row) -> None:
 
 
 def test_a_parameter_frozen_after_its_gradient_steps_as_in_torch() -> None:
-    """It had no state and no layer then: the step ended in a KeyError."""
+    """It had no state and no layer then: the step raised KeyError."""
     ours, theirs = ([p.requires_grad_() for p in initial((3, 2), (4,))] for _ in range(2))
     for params, opt in (
         (ours, SGD(ours, lr=0.1, momentum=0.9)),
@@ -293,7 +293,7 @@ GOOD: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("cls", "kwargs"), GOOD, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_the_bounds_themselves_are_taken(cls: Any, kwargs: dict[str, Any]) -> None:
+def test_the_bounds_themselves_are_accepted(cls: Any, kwargs: dict[str, Any]) -> None:
     params = [p.requires_grad_() for p in initial((2, 2), (3,))]
     opt = cls(params, **kwargs)
     for step in range(3):
@@ -316,13 +316,13 @@ def test_the_bounds_themselves_are_taken(cls: Any, kwargs: dict[str, Any]) -> No
     ],
 )
 def test_a_typo_in_a_group_is_refused(cls: Any, typo: str, meant: str) -> None:
-    """torch keeps what it does not know, and the option has no effect."""
+    """torch keeps unknown options, which then have no effect."""
     (p,) = initial((2, 2))
     with pytest.raises(ValueError, match=f"unknown option '{typo}' in a param group: did you mean '{meant}'"):
         cls([{"params": [p], typo: 0.1}])
 
 
-def test_what_engines_and_schedules_keep_in_a_group_is_taken() -> None:
+def test_entries_of_engines_and_schedules_in_a_group_are_accepted() -> None:
     (p,) = initial((2, 2))
     group = {"params": [p], "initial_lr": 0.1, "name": "all", "foreach": None, "fused": None, "lr_mult": 2.0}
     assert AdamW([group]).param_groups[0]["name"] == "all"
@@ -354,8 +354,8 @@ def replace(opt: torch.optim.Optimizer, new: Callable[[Tensor], Tensor]) -> list
 
 @every_row
 @pytest.mark.parametrize("use", ["step", "clip", "perturb"])
-def test_plain_tensors_that_nobody_described_are_refused(row: Row, use: str) -> None:
-    """DeepSpeed puts its flat partitions into the groups: each would be taken for a layer."""
+def test_plain_tensors_without_a_layout_are_refused(row: Row, use: str) -> None:
+    """DeepSpeed puts its flat partitions into the groups: each would count as a layer."""
     opt = row.make(initial((4, 2), (3,)))
     params = replace(opt, lambda p: p.reshape(-1)[:2].clone())
     do = {"step": opt.step, "clip": lambda: distopt.clip_grad_norm_(opt, 1.0), "perturb": distopt.SAM(opt).perturb}
@@ -366,7 +366,7 @@ def test_plain_tensors_that_nobody_described_are_refused(row: Row, use: str) -> 
 
 
 def test_a_copied_optimizer_knows_its_parameters() -> None:
-    """Unpickled, it took any plain tensors for layers."""
+    """Unpickled, it accepted any plain tensors as layers."""
     opt = pickle.loads(pickle.dumps(LAMB(initial((4, 2)))))
     replace(opt, lambda p: p.clone())
     with pytest.raises(ValueError, match=r"call optimizer\.bind"):
@@ -423,7 +423,7 @@ def different_gradients() -> None:
 
 
 def test_an_error_on_ranks_reaches_the_test() -> None:
-    """Of the tests' own ranks: what they raise is not lost."""
+    """An error on the tests' own ranks is not lost."""
     with pytest.raises(RankError, match=r"RuntimeError: (True|False)") as error:
         run(2, different_gradients)
     assert error.value.kind == "RuntimeError"
@@ -467,7 +467,7 @@ def train_masters(row: Row, kind: str) -> tuple[bool, set[torch.dtype], float]:
 @every_row
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_16_bit_parameters_have_masters_on_every_layout(row: Row, world: int) -> None:
-    """Without masters, steps below half a unit in the last place of bfloat16 are lost, and weights stop moving."""
+    """Without masters, steps below half a unit in the last place of bfloat16 are lost, and weights stop changing."""
     for kind in ("replicated", "zero1", "fsdp2"):
         for same, dtypes, difference in run(world, train_masters, row, kind):
             assert same, kind
@@ -476,7 +476,7 @@ def test_16_bit_parameters_have_masters_on_every_layout(row: Row, world: int) ->
 
 
 def share(numels: str, world: int) -> float:
-    """The largest rank's share of the AdamW state under ZeRO-1, times the number of ranks."""
+    """Returns the largest rank's share of the AdamW state under ZeRO-1, times the number of ranks."""
     shapes = {
         "gpt2": [(50257, 64), (1024, 64), *[(64, 192), (192,), (64, 64), (64,), (64, 256), (256,), (256, 64)] * 4],
         "llama": [(32000, 64), *[(64, 64), (32, 64), (172, 64), (172, 64), (64, 172), (64,), (64,)] * 4, (32000, 64)],
@@ -493,5 +493,5 @@ def share(numels: str, world: int) -> float:
 @pytest.mark.parametrize("shapes", ["gpt2", "llama", "embedding"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_zero1_divides_the_state_evenly(shapes: str, world: int) -> None:
-    """Within 1 %; torch's ZeroRedundancyOptimizer, which keeps tensors whole, gives one rank 154 times the other's."""
+    """Within 1 %; torch's ZeroRedundancyOptimizer, which shards no tensor, gives one rank 154 times the other's."""
     assert max(run(world, share, shapes, world)) < 1.01

@@ -114,7 +114,7 @@ def test_overrides(overrides: dict, expected: list) -> None:
 
 
 class Marked(nn.Module):
-    """Parameters of two and more dimensions that ask for no decay, each in another way, beside some that do not."""
+    """Parameters of two and more dimensions that are marked as not decaying, each in its way, and others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ ASKING = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"vit": m})], ids=["itself", "in another"])
-def test_parameters_that_ask_for_no_decay_get_none(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_parameters_marked_as_not_decaying_do_not_decay(wrap: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Decaying them is a silent change of the model's training: Mamba's dynamics, ViT's positions, weight norm's g."""
     model = wrap(Marked())
     with caplog.at_level("INFO", "distopt"):
@@ -154,11 +154,11 @@ def test_parameters_that_ask_for_no_decay_get_none(wrap: Any, caplog: pytest.Log
     assert {name.removeprefix("vit.") for name in rest["param_names"]} == ASKING
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
     assert rest["weight_decay"] == 0.0 and rest["trust_ratio"] is False
-    assert "7 do not: 1 have fewer than two dimensions, 6 ask for none (" in caplog.text
+    assert "7 do not: 1 have fewer than two dimensions, 6 are marked as not decaying (" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_an_override_goes_before_what_a_parameter_asks_for() -> None:
+def test_an_override_has_precedence_over_a_mark() -> None:
     groups = named(model := Marked(), param_groups(model, overrides={"pos_embed": {"weight_decay": 0.3}}))
     assert groups[-1] == (["pos_embed"], {"weight_decay": 0.3, "trust_ratio": False})
 
@@ -205,7 +205,7 @@ def test_names_go_with_state_dicts_and_come_from_none(make: Any) -> None:
     assert [group["param_names"][0] for group in optimizer.param_groups] == ["linear.weight", "linear.bias"]
 
 
-def test_torch_takes_the_groups_and_refuses_none_twice() -> None:
+def test_torch_accepts_the_groups() -> None:
     model = Toy()
     optimizer = torch.optim.AdamW(param_groups(model, overrides={"layers": {"betas": (0.5, 0.9)}}), lr=1.0)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -278,10 +278,10 @@ def test_deepspeed_zero_init_hides_the_shapes() -> None:
         ({"weight_decay": float("nan")}, "weight_decay must be a number >= 0, got nan"),
         (
             {"overrides": {"wpe": {}}},
-            "no trainable parameter follows the override 'wpe': .* 9 names.* scale, wte.weight",
+            "no trainable parameter matches the override 'wpe': .* 9 names.* scale, wte.weight",
         ),
-        ({"overrides": {"frozen": {}}}, "no trainable parameter follows the override 'frozen'"),
-        ({"overrides": {"head": {}}}, "no trainable parameter follows the override 'head'"),
+        ({"overrides": {"frozen": {}}}, "no trainable parameter matches the override 'frozen'"),
+        ({"overrides": {"head": {}}}, "no trainable parameter matches the override 'head'"),
         ({"overrides": {"layers": {}, "layers.0": {}}}, "override 'layers.0': .* an earlier override takes them all"),
         ({"overrides": {"wte": {"learning_rate": 1.0}}}, "'wte' has the option 'learning_rate', .*did you mean 'lr'"),
         ({"overrides": {"wte": {"initial_lr": 5.0}}}, "'initial_lr', which no optimizer .*did you mean 'lr'"),

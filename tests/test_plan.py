@@ -197,6 +197,13 @@ def test_sam_takes_a_copy_and_a_second_pass() -> None:
         plan_of("sam=on", "sam.scope=local")
 
 
+def test_a_pass_for_the_norms_is_counted_for_every_trust_ratio() -> None:
+    """LARS, whose ratio is that of the gradient, was counted as if it had none."""
+    assert plan_of("optimizer=lars").trusts
+    assert plan_of("optimizer=lamb").trusts
+    assert not plan_of("optimizer=adamw").trusts
+
+
 def test_the_smallest_cluster_is_the_first_that_fits() -> None:
     plan = plan_of("nodes=4", "gpus_per_node=2")
     assert verdict(plan) == "it fits; the smallest that fits has 1 GPU (1 x 1)"

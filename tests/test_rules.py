@@ -51,8 +51,8 @@ def test_every_step_equals_the_oracle(row: Row, dtype: torch.dtype) -> None:
 
 @every_row
 def test_slices_change_nothing(row: Row) -> None:
-    """On the CPU a rule sees several short layers at once, a long one in parts, and one that is long but does not lie
-    flat in memory whole."""
+    """On the CPU a rule gets several short layers at once, a long one in slices, and one that is long but not
+    contiguous in full."""
     transposed = initial((2, LONG))[0].t()
     params = [*initial((7,), (LONG,), (5, 3), (3, LONG // 2)), transposed, *initial((4, 4))]
     params = [p.requires_grad_() for p in params]
@@ -64,8 +64,8 @@ def test_slices_change_nothing(row: Row) -> None:
 
 
 @every_row
-def test_layers_know_nothing_of_each_other(row: Row) -> None:
-    """Bit for bit as if each had an optimizer of its own; they have taken different numbers of steps and lie in several
+def test_layers_do_not_affect_each_other(row: Row) -> None:
+    """Bit for bit as if each had an optimizer of its own; they have taken different numbers of steps and are in several
     slices."""
     shapes = (5, 3), (LONG,), (4, 4), (2, LONG), (3, 3)
     together, alone = ([p.requires_grad_() for p in initial(*shapes)] for _ in range(2))
@@ -100,9 +100,9 @@ def test_a_zero_gradient_decays_and_makes_no_nan(row: Row) -> None:
 
 
 @every_row
-def test_a_parameter_without_gradient_stands_still(row: Row) -> None:
+def test_a_parameter_without_gradient_does_not_change(row: Row) -> None:
     """One that has a gradient every other step is, after 20 steps, where ten steps of its own lead: neither its step
-    count nor its moments moved in between. Gradients here depend on nothing else."""
+    count nor its moments change in between. Gradients here depend on nothing else."""
 
     def grad(params: list[Tensor], step: int) -> list[Tensor]:
         return [p - 2.0 - torch.sin(torch.tensor(3.0 * step)) for p in params]
@@ -167,8 +167,8 @@ def test_centered_rmsprop_survives_a_constant_gradient(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.cls is not LARS], ids=lambda row: row.name)
-def test_any_rule_takes_a_trust_ratio(row: Row) -> None:
-    """Along its own direction, each layer moves by lr times its length; the first step shows the direction."""
+def test_any_rule_may_have_a_trust_ratio(row: Row) -> None:
+    """Along its own direction, each layer changes by lr times its norm; the first step shows the direction."""
     free, held = ([p.requires_grad_() for p in initial((5, 3), (7,))] for _ in range(2))
     before = [p.detach().clone() for p in held]
     walk(row.make(free, trust_ratio=False, lr=1.0), free, range(1))
@@ -188,7 +188,7 @@ def test_lars_without_its_ratio_is_sgd(kwargs: dict[str, Any]) -> None:
 
 
 def test_a_ratio_of_an_infinite_gradient_is_not_finite() -> None:
-    """An overflow has to be seen in the parameters, if nobody looked at the norm before."""
+    """An overflow has to be visible in the parameters, if nobody looked at the norm before."""
     p = torch.ones(2, 2, requires_grad=True)
     p.grad = torch.full_like(p, torch.inf)
     LAMB([p], lr=0.1).step()
@@ -223,7 +223,7 @@ def test_equals_torch(row: Row) -> None:
         buffers = {name: value for name, value in peer.state[b].items() if value is not None}
         # SGD of torch counts no steps; ours does, to know the first.
         assert opt.state[a].keys() - {"step"} == buffers.keys() - {"step"}
-        assert list(opt.state[a]) == ["step", *opt.slots(opt.param_groups[0])]
+        assert list(opt.state[a]) == ["step", *opt.rule(opt.param_groups[0]).buffers]
         for name, value in buffers.items():
             assert opt.state[a][name].shape == value.shape
             assert distance([opt.state[a][name]], [value]) < 1e-13, name
@@ -259,7 +259,7 @@ def passed(state_dict: dict[str, Any], by: str) -> dict[str, Any]:
 
 @every_row
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_state_dict_goes_on_where_it_was_saved(row: Row, after: int) -> None:
+def test_a_state_dict_resumes_where_it_was_saved(row: Row, after: int) -> None:
     """Bit for bit, also one that was saved before the first step."""
     params, again = ([p.requires_grad_() for p in initial((5, 3), (7,))] for _ in range(2))
     first, second = row.make(row.groups(params)), row.make(row.groups(again), lr=9.0, weight_decay=9.0)
@@ -284,7 +284,7 @@ def test_amsgrad_is_refused_and_nothing_is_loaded() -> None:
     assert not ours.state
 
 
-def test_what_a_state_dict_does_not_say_stays_as_it_was() -> None:
+def test_options_missing_from_a_state_dict_stay_as_they_were() -> None:
     """torch's groups know no trust_ratio: on loading, biases got that of the constructor's default, True."""
     weight, bias = initial((3, 4), (4,))
     groups = [{"params": [weight]}, {"params": [bias], "trust_ratio": False}]
@@ -298,7 +298,7 @@ def test_what_a_state_dict_does_not_say_stays_as_it_was() -> None:
 
 @every_row
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_of_the_optimizer_walks_alike(row: Row, how: str) -> None:
+def test_a_copy_of_the_optimizer_trains_alike(row: Row, how: str) -> None:
     params = [p.requires_grad_() for p in initial((5, 3), (7,))]
     first = row.make(row.groups(params))
     walk(first, params, range(3))
@@ -364,7 +364,7 @@ def test_groups_of_names_and_of_parameters_are_the_same() -> None:
 
 
 def test_the_table_names_every_optimizer_once() -> None:
-    """A new optimizer without a row would be tested by nothing."""
+    """A new optimizer without a row would not be tested."""
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
     assert named("lamb").cls is LAMB

@@ -80,7 +80,7 @@ def contents(opt: Any) -> list[Any]:
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
-    """To the last bit but those of float32 that the order of a sum over ranks moves."""
+    """To the last bit but those of float32 that depend on the order of a sum over ranks."""
     return all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(left, right, strict=True))
 
 
@@ -189,7 +189,7 @@ def copied() -> dict[str, Any]:
     return found
 
 
-def test_a_layout_that_is_bound_later_moves_the_state_and_no_elements_are_no_trouble() -> None:
+def test_a_layout_that_is_bound_later_lays_out_the_state_also_without_elements() -> None:
     for found in run(2, bound_later):
         assert "replaced them" in found.pop("parameters replaced after steps")
         assert all(found.values()), found
@@ -243,7 +243,7 @@ def test_a_load_that_fails_leaves_the_optimizer_as_it_was(at: int) -> None:
     )
 
 
-def test_a_tensor_that_is_put_into_the_state_is_looked_at_before_a_kernel_takes_it() -> None:
+def test_a_tensor_that_is_put_into_the_state_is_checked_before_a_kernel_reads_it() -> None:
     model, opt = make("plain", cls=distopt.AdamW)
     train(model, opt)
     opt.state[model.all[0]]["exp_avg"] = torch.zeros(3)
@@ -254,7 +254,7 @@ def test_a_tensor_that_is_put_into_the_state_is_looked_at_before_a_kernel_takes_
     assert opt.state[model.all[0]]["exp_avg"].dtype == torch.float32
 
 
-def test_what_has_no_state_begins_with_zeros_and_momentum_may_begin_late() -> None:
+def test_missing_state_begins_with_zeros_and_momentum_may_begin_late() -> None:
     """As torch's: SGD's state has no step, a parameter may have none, and momentum may be switched on in mid-run."""
     model, opt = make("plain", cls=torch.optim.SGD)
     opt.param_groups[0]["momentum"] = 0.9
@@ -307,7 +307,7 @@ def test_a_checkpoint_fills_reordered_groups_by_name(cls: Any, tmp_path: Any) ->
     assert all(torch.equal(opt.state[p]["exp_avg"], other.state[p]["exp_avg"]) for p in model.parameters())
 
 
-def test_a_checkpoint_of_other_state_is_refused_before_weights_move(tmp_path: Any) -> None:
+def test_a_checkpoint_of_other_state_is_refused_before_weights_change(tmp_path: Any) -> None:
     model, opt = make("plain", cls=distopt.AdamW)
     train(model, opt)
     del opt.state[model.all[1]]["exp_avg"]
@@ -353,7 +353,7 @@ def test_steps_are_counted_in_float32_whatever_the_default() -> None:
     assert float(opt.state[weight]["step"]) == 300
 
 
-def test_what_norms_keep_is_bounded() -> None:
+def test_the_cache_of_norms_is_bounded() -> None:
     """Each set of layers that had gradients left two tensors for ever: mixtures of experts have many."""
     params = [torch.randn(4, requires_grad=True) for _ in range(20)]
     opt = distopt.LAMB(params)
@@ -371,7 +371,7 @@ def test_what_norms_keep_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("refused", ["sparse", "capturable", "shape"])
-def test_a_step_that_is_refused_moves_nothing(refused: str) -> None:
+def test_a_step_that_is_refused_changes_nothing(refused: str) -> None:
     """The first group's steps were counted before the second's gradients were looked at."""
     weight, table = torch.ones(3, requires_grad=True), nn.Embedding(4, 2, sparse=refused == "sparse")
     groups = [{"params": [weight]}, {"params": [table.weight], "capturable": refused == "capturable"}]
@@ -416,7 +416,7 @@ def test_bfloat16_weights_train_alike_on_every_layout() -> None:
     assert torch.allclose(plain.float(), exact.float(), rtol=2**-7) and (plain != before).float().mean() > 0.7
 
 
-def test_a_weight_that_somebody_has_changed_is_its_masters_new_value() -> None:
+def test_a_weight_changed_from_outside_is_its_masters_new_value() -> None:
     """Weights that were loaded after the state was made were overwritten by the masters of before."""
     model, opt = make("plain", torch.bfloat16, distopt.SGD)
     train(model, opt)
@@ -500,7 +500,7 @@ def of_the_family(dtype: torch.dtype) -> list[bool]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sam_perturbs_and_restores_16_bit_weights_beside_their_masters(dtype: torch.dtype) -> None:
+def test_sam_perturbs_and_restores_16_bit_weights_with_masters(dtype: torch.dtype) -> None:
     """Directions of float32 state did not fit float16 weights, and overflowed in them."""
     assert run(2, of_the_family, dtype) == [[True] * 10] * 2
 

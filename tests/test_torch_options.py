@@ -34,7 +34,7 @@ BAD_PARAMS: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("cls", [*CLASSES, LAMB, LARS])
-def test_what_are_no_parameters(cls: Any) -> None:
+def test_bad_parameters(cls: Any) -> None:
     for params, kind, message in BAD_PARAMS:
         with pytest.raises(kind, match=message):
             cls(params)
@@ -59,7 +59,7 @@ BAD: list[tuple[Any, dict[str, Any], str, str | None]] = [
 
 
 @pytest.mark.parametrize(("cls", "kwargs", "theirs", "ours"), BAD, ids=lambda x: getattr(x, "__name__", str(x)))
-def test_what_are_no_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: str, ours: str | None) -> None:
+def test_bad_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: str, ours: str | None) -> None:
     with pytest.raises(ValueError, match=theirs):
         getattr(torch.optim, cls.__name__)([first()], **kwargs)
     if ours is None:
@@ -70,7 +70,7 @@ def test_what_are_no_hyper_parameters(cls: Any, kwargs: dict[str, Any], theirs: 
 
 
 @pytest.mark.parametrize("cls", [*CLASSES, LAMB, LARS])
-def test_sparse_gradients_are_refused_before_anything_moves(cls: Any) -> None:
+def test_sparse_gradients_are_refused_before_anything_changes(cls: Any) -> None:
     """In the second group, the first one's steps had been counted; and clipping and SAM died of a kernel of torch's."""
     weight, embedding = nn.Parameter(torch.ones(3)), nn.Embedding(4, 2, sparse=True)
     opt = cls([{"params": [weight]}, {"params": embedding.parameters()}])
@@ -84,7 +84,7 @@ def test_sparse_gradients_are_refused_before_anything_moves(cls: Any) -> None:
     assert torch.equal(weight, torch.ones(3))
 
 
-# Options that move in mid-run.
+# Options that change in mid-run.
 
 CHANGES: list[tuple[type, dict[str, Any], list[dict[str, Any]]]] = [
     (SGD, {"dampening": 0.5}, [{"momentum": 0.9}]),
@@ -100,7 +100,7 @@ CHANGES: list[tuple[type, dict[str, Any], list[dict[str, Any]]]] = [
 
 @pytest.mark.parametrize(("cls", "kwargs", "changes"), CHANGES, ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize("saved", [False, True], ids=["", "saved between"])
-def test_options_that_move_in_mid_run(cls: Any, kwargs: dict[str, Any], changes: list[Any], saved: bool) -> None:
+def test_options_that_change_in_mid_run(cls: Any, kwargs: dict[str, Any], changes: list[Any], saved: bool) -> None:
     """As torch's, also through a checkpoint between the change and the next step.
 
     SGD's first momentum is the gradient, undampened: switched on at step 3 it was dampened.
@@ -158,7 +158,7 @@ def test_momentum_may_be_switched_on_for_rmsprop_too() -> None:
     ],
     ids=str,
 )
-def test_a_bad_value_in_mid_run_is_refused_before_anything_moves(change: dict[str, Any], message: str) -> None:
+def test_a_bad_value_in_mid_run_is_refused_before_anything_changes(change: dict[str, Any], message: str) -> None:
     params = layer()
     opt = AdamW([{"params": params[:1]}, {"params": params[1:]}])
     walk(opt, params, 1)
@@ -169,7 +169,7 @@ def test_a_bad_value_in_mid_run_is_refused_before_anything_moves(change: dict[st
     torch.testing.assert_close((opt.state_dict()["state"], params), before, rtol=0, atol=0)
 
 
-def test_an_lr_that_rounds_below_zero_is_taken() -> None:
+def test_an_lr_that_rounds_below_zero_is_accepted() -> None:
     """torch's LinearLR is a recurrence, whose last value may be -1e-20."""
     params = layer()
     opt = AdamW(params)

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import distopt
 from distopt import LAMB, LARS, SGD, Adagrad, AdamW, RMSprop
+from distopt.kernels.rules import Rule
 from tests.harness.torch_suite import assert_close, forward_backward, layer, walk
 
 # Schedules.
@@ -35,7 +36,7 @@ SCHEDULES: dict[str, Callable[[Any], list[Any]]] = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-def test_schedules_move_ours_as_torchs(name: str, tensor: bool) -> None:
+def test_schedules_change_lr_as_in_torch(name: str, tensor: bool) -> None:
     """The learning rate, a number or a tensor, and what some cycle with it: momentum, from 0 on too, and betas."""
     cycles = name in ("one cycle", "cyclic")
     rows: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
@@ -134,8 +135,8 @@ def test_a_rule_may_have_an_option_that_torch_has_too() -> None:
         def __init__(self, params: Any, lr: float = 0.5, amsgrad: bool = True) -> None:
             super().__init__(params, {"lr": lr, "amsgrad": amsgrad})
 
-        def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-            return ()
+        def rule(self, group: dict[str, Any]) -> Rule:
+            return Rule()
 
         def directions(self, shards: Any) -> list[Tensor]:
             assert shards.group["amsgrad"] is True

@@ -121,7 +121,7 @@ def test_a_state_dict_of_another_update_is_refused(cls: Any, peer: Any, kwargs: 
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_options_of_torch_are_taken_where_they_change_nothing(cls: Any, option: str, taken: tuple[Any, ...]) -> None:
+def test_options_of_torch_are_accepted_where_they_change_nothing(cls: Any, option: str, taken: tuple[Any, ...]) -> None:
     """In the constructor, in a param group, and set in mid-run; everything else is refused in one line."""
     for value in (True, False, None, 1, "yes", torch.tensor(True)):
         opt = cls(layer())
@@ -139,7 +139,7 @@ def test_options_of_torch_are_taken_where_they_change_nothing(cls: Any, option: 
             assert "\n" not in str(error.value)
 
 
-def test_an_argument_that_nobody_has_is_a_type_error() -> None:
+def test_an_unknown_argument_is_a_type_error() -> None:
     with pytest.raises(TypeError, match=r"AdamW\(\) got an unexpected keyword argument 'learning_rate'"):
         AdamW(layer(), learning_rate=0.1)
 

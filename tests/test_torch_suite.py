@@ -40,7 +40,7 @@ print(json.dumps({info.name: [sorted((k, repr(v)) for k, v in x.items()) for x i
 
 
 @every_config
-def test_what_is_refused_is_refused_everywhere(config: Config) -> None:
+def test_refusals_are_the_same_everywhere(config: Config) -> None:
     """In the constructor, in a param group, and in one that is added."""
     if config.refused is None:
         opt = config.make(layer())
@@ -93,7 +93,7 @@ def test_goes_in_the_right_direction(config: Config, contiguous: bool) -> None:
 @every_taken
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-D", "1-element"])
 def test_a_tensor_lr_is_a_learning_rate(config: Config, shape: tuple[int, ...]) -> None:
-    """As the number that it holds; and a schedule moves it in place."""
+    """As its value; and a schedule changes it in place."""
     ours, again = layer(), layer()
     lr = torch.full(shape, 2.0**-10)
     opt, number = config.make(ours, lr=lr), config.make(again, lr=2.0**-10)
@@ -142,7 +142,7 @@ def test_no_gradient_no_step(config: Config) -> None:
 
 @every_taken
 @pytest.mark.parametrize("shape", [(5, 1), (), (0, 3)], ids=str)
-def test_a_gradient_of_zeros_moves_nothing_but_by_decay(config: Config, shape: tuple[int, ...]) -> None:
+def test_a_gradient_of_zeros_changes_weights_by_decay_only(config: Config, shape: tuple[int, ...]) -> None:
     ours, theirs = (torch.ones(shape, requires_grad=True) for _ in range(2))
     opt, peer = config.make([ours]), config.make_peer([theirs])
     for p, o in ((ours, opt), (theirs, peer)):

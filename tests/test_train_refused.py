@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
         "model.config.num_hidden_layer: MixtralConfig has no such option: did you mean num_hidden_layers?",
     ),
     "model.config.n_iner=64": ("model.config.n_iner: GPT2Config has no such option: did you mean n_inner?",),
-    "param_groups.overrides={wqe:{lr:1}}": ("no trainable parameter follows the override 'wqe'",),
+    "param_groups.overrides={wqe:{lr:1}}": ("no trainable parameter matches the override 'wqe'",),
     "param_groups.overrides={wte:{lr:-1}}": ("lr must be a number >= 0, got -1",),
     "param_groups.overrides={wte:{learning_rate:1}}": ("has the option 'learning_rate'", "did you mean 'lr'?"),
     "param_groups.overrides={wte:3}": ("overrides must be options by pattern, as {wte: {lr: 1e-4}}, got {'wte': 3}",),

@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
 from distopt.kernels import dispatch, exact, triton
-from distopt.kernels.rules import every
 from distopt.kernels.shards import Shards
 from tests.harness.jobs import ROOT
-from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, named, pull
+from tests.harness.optimizers import ROWS, Row, compiled_rules, distance, every_row, initial, named, pull
 
 # Two pieces and a rest, one piece to the element, shorter ones, one element, none.
 SHAPES = ((97, 89), (4096,), (3, 5), (1,), (0, 4))
@@ -64,7 +63,7 @@ def short_gradients(row: Row) -> list[Tensor]:
 
 
 def capturable(row: Row) -> list[Tensor]:
-    """Steps counted where the weights are, and lr a tensor there, which a schedule moves."""
+    """Steps counted on the weights' device, and lr a tensor there, which a schedule changes."""
     params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
     on = bool(triton.DEVICES)
     groups = row.groups(params)
@@ -82,7 +81,7 @@ def capturable(row: Row) -> list[Tensor]:
 
 
 def unaligned(row: Row) -> list[Tensor]:
-    """Views that begin anywhere, as shards do; beside one that does not."""
+    """Views that begin anywhere, as shards do, and one that does not."""
     flat = initial((9000,), dtype=torch.float32)[0]
     return train(row, [flat[1:4400].view(53, 83), flat[4401:8800], *initial((8, 8), dtype=torch.float32)])
 
@@ -100,7 +99,7 @@ def different_counts(row: Row) -> list[Tensor]:
 
 
 def others_beside(row: Row) -> list[Tensor]:
-    """What lies otherwise, or has another dtype, takes the rule in the same step."""
+    """Tensors that are not contiguous, or of another dtype, use the fallback in the same step."""
     turned = initial((6, 4), dtype=torch.float32)[0].t()
     return train(row, [*initial((5, 7), (11,), dtype=torch.float32), turned, *initial((4, 4), (3,))])
 
@@ -123,12 +122,12 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def interpreted() -> None:
-    """Prints, for each case, how far what the kernels do is from what the rules do, and which of them did it."""
+    """Prints, for each case, the distance of the kernels' results from the rules', and which of them ran."""
     torch.set_num_threads(1)
     seen: set[str] = set()
     watch(seen, "kernel", triton.TritonUpdate, "_launch")
     watch(seen, "rule", dispatch.ForeachUpdate, "step")
-    watch(seen, "rule", dispatch.ForeachUpdate, "squares")
+    watch(seen, "rule", dispatch.ForeachUpdate, "squared_norms")
     dispatch.fits = lambda shards: []  # type: ignore
     found = {}
     for name, case in CASES.items():
@@ -145,17 +144,17 @@ def interpreted() -> None:
 
 
 def same_bits(row: int, cut: int) -> bool:
-    """Whether the sums of a layer of 31 rows are those of two shards of it, added."""
+    """Returns whether the sums of a layer of 31 rows are those of two shards of it, added."""
     numbers = torch.Generator().manual_seed(0)
     whole = [torch.randn(31, row, generator=numbers) * torch.randn(31, row, generator=numbers).exp() for _ in range(2)]
-    group = distopt.SGD([torch.zeros(1)]).param_groups[0]
+    optimizer = distopt.SGD([torch.zeros(1)])
+    (group,) = optimizer.param_groups
 
     def squares(*shards: slice) -> list[Tensor]:
         params, grads = ([tensor[shard].clone() for shard in shards] for tensor in whole)
-        (move,), _ = triton.triton_updates(
-            "sgd", Shards(group, [0] * len(shards), params, grads, {}, [1.0] * len(shards))
-        )
-        return [exact.value(sums.sum(0)) for sums in move.squares()]
+        found = Shards(group, optimizer.rule(group), [0] * len(shards), params, grads, {}, [1.0] * len(shards))
+        (update,), _ = triton.triton_updates(found)
+        return [exact.value(sums.sum(0)) for sums in update.squared_norms()]
 
     together, apart = squares(slice(None)), squares(slice(cut), slice(cut, None))
     near = torch.stack([t.double().square().sum() for t in whole])
@@ -183,7 +182,7 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_kernel_is_its_rule(case: str, found: dict[str, Any]) -> None:
+def test_a_kernel_computes_its_rule(case: str, found: dict[str, Any]) -> None:
     error, with_kernels, without = found[case]
     assert error < TOLERANCE
     assert with_kernels == (["kernel", "rule"] if case.endswith("others_beside") else ["kernel"])
@@ -231,7 +230,7 @@ def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], comp
     from distopt.kernels import triton_kernels as rules
 
     name, buffers = kernel
-    scalars = len(next(rule for rule in every() if rule.name == name).scalars)
+    scalars = len(compiled_rules()[name].scalars)
     for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
         constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
         constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}
@@ -244,10 +243,10 @@ def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], comp
 
 @pytest.mark.parametrize("group", triton._GROUPS)
 def test_sums_compile_for_a_gpu(group: int, compiled: Callable[..., str]) -> None:
-    """In registers: what they spill would go through the memory."""
+    """In registers: spilled values would go through memory."""
     from distopt.kernels import triton_kernels as rules
 
-    constants = {"RULE": rules.adam, "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
+    constants = {"RULE": rules.RULES["adam"], "MODE": rules.MEASURE, "BUFFERS": 2, "GRAD": rules.tl.float32}
     constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": group}
     signature = {"table": "*i64", "scales": "*fp32", "squares": "*fp64", "tensors": "i32", "h": ("fp32",) * 7}
     assert ".local" not in compiled(rules.walk, signature, constants)
@@ -341,7 +340,7 @@ def test_a_state_dict_does_not_say_how_steps_are_counted() -> None:
     assert captured.state[p]["step"].device.type == "meta"
 
 
-def test_without_triton_the_rules_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_fallback_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "DEVICES", ("meta",))
     for how in ("off", "missing"):
         with monkeypatch.context() as patched:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distopt
 from distopt import layout
 from distopt.engine import Zero1
-from distopt.layout import reduce_scatter, zero1
+from distopt.layout import param_sync, reduce_scatter
 from tests.harness.distributed import RankError, run
 from tests.harness.optimizers import distance
 from tests.harness.sharded import mesh, reduce_scattered
@@ -207,7 +207,7 @@ def joined(make: Callable[[DistributedDataParallel], Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [layout.zero1_layout, reduce_scattered])
-def test_unlike_numbers_of_steps_are_refused_at_the_first(make: Callable[[DistributedDataParallel], Any]) -> None:
+def test_different_numbers_of_steps_are_refused_at_the_first(make: Callable[[DistributedDataParallel], Any]) -> None:
     """A rank without inputs takes no step, and the others waited for its rows for ever."""
     with pytest.raises(RankError, match=r"runs under Join.*even_batches=True") as error:
         run(2, joined, make)
@@ -250,9 +250,9 @@ class Arrived:
 
 
 def not_over_gloo() -> contextlib.ExitStack:
-    """The collectives that are chosen over other backends, which gloo has too."""
+    """Uses the collectives of other backends, which gloo has too."""
     stack = contextlib.ExitStack()
-    for module in (reduce_scatter, zero1):
+    for module in (reduce_scatter, param_sync):
         stack.enter_context(mock.patch.object(module, "over_gloo", lambda *_: False))
     stack.enter_context(mock.patch.object(reduce_scatter, "_reduce_scatter", Arrived))
     return stack
@@ -272,7 +272,7 @@ def compared(sam: bool) -> tuple[float, float, list[Tensor]]:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("sam", [False, True], ids=["", "SAM"])
-def test_training_is_that_of_whole_gradients(world: int, sam: bool) -> None:
+def test_training_is_that_of_full_gradients(world: int, sam: bool) -> None:
     """Ranks agree to the last bit, a parameter without rows too; over gloo and by the collectives of other backends."""
     results = run(world, compared, sam)
     for difference, norm, params in results:
@@ -281,11 +281,11 @@ def test_training_is_that_of_whole_gradients(world: int, sam: bool) -> None:
         assert all(torch.equal(p, q) for p, q in zip(params, results[0][2]))
 
 
-# No read of what is not there goes unseen.
+# A read of rows in flight does not go unnoticed.
 
 
 def reads() -> dict[str, bool]:
-    """What sees nan."""
+    """Returns which reads see NaN."""
     model = wrapped()
     optimizer = distopt.SGD(trained(model), lr=0.1)
     bound = layout.zero1_layout(model, units=[model.module.seldom], gradients="reduce_scatter")
@@ -314,7 +314,7 @@ def reads() -> dict[str, bool]:
     saved = {name: value + 1 for name, value in copy.deepcopy(model.state_dict()).items()}
     step()
     model.load_state_dict(saved)
-    bound.wait()
+    bound.sync.wait()
     seen["loaded"] = distance(list(model.state_dict().values()), list(saved.values())) > 0
     step()
     seen["the next step"] = bad([distopt.clip_grad_norm_(optimizer)])
@@ -323,14 +323,14 @@ def reads() -> dict[str, bool]:
 
 
 def copies(model: nn.Module) -> list[Tensor]:
-    """Parameters with copies of the gradients, since torch's function would spoil all of them."""
+    """Returns parameters with copies of the gradients, since torch's function would overwrite all of them."""
     found = [nn.Parameter(p.detach().clone()) for p in trained(model)]
     for mine, p in zip(found, trained(model)):
         mine.grad = p.grad.clone()
     return found
 
 
-def test_a_read_of_what_is_not_there_shows() -> None:
+def test_a_read_of_rows_in_flight_shows() -> None:
     for seen in run(2, reads):
         assert seen == {
             "torch's clip": True,
@@ -345,7 +345,7 @@ def test_a_read_of_what_is_not_there_shows() -> None:
         }
 
 
-# What is refused.
+# Refusals.
 
 
 def bare() -> None:
@@ -370,7 +370,7 @@ def on_other_ranks() -> None:
         (on_other_ranks, r"its ranks in the same order"),
     ],
 )
-def test_what_cannot_be_scattered_is_refused(what: Callable[[], None], message: str) -> None:
+def test_models_that_cannot_be_scattered_are_refused(what: Callable[[], None], message: str) -> None:
     with pytest.raises(RankError) as error:
         run(2, what)
     assert error.value.kind == "ValueError"

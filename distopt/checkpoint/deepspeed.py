@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import State
 from distopt.layout import FlatLayout
-from distopt.layout.deepspeed import whole_shape
+from distopt.layout.flat import full_shape, is_partitioned
 from distopt.layout.names import bare_name, bare_parameters
 from distopt.optim.base import ShardedOptimizer
 
@@ -42,7 +42,7 @@ class FlatContents:
         self.buffers = {name: b for name, b in kept.items() if name not in self.params}
         first_names = {p: name for name, p in bare_parameters(self.model).items()}
         self.layers = {first_names[p]: p for p in layout.params}
-        self.flats = {p: part.flat for part in layout.partitions for p in part.members}
+        self.flats = layout.updated_in
 
         self.tensors = {name: _meta(t) for name, t in (self.params | self.buffers).items()}
         self.state: State = {
@@ -129,7 +129,7 @@ class FlatContents:
     def _full_frozen(self, param: Tensor) -> Tensor:
         """The full weights of a frozen parameter, which is in no partition but sharded by stage 3."""
         piece = self.layout.pieces(param)[0]
-        if piece.weights.numel() == whole_shape(param).numel() and not hasattr(param, "ds_tensor"):
+        if piece.weights.numel() == full_shape(param).numel() and not is_partitioned(param):
             return param.detach().to(_wide(param.dtype))
         return self.layout.add_up(param, _wide(param.dtype), [(piece.offset, piece.weights)])
 
@@ -161,7 +161,7 @@ class FlatContents:
 
 def _meta(like: Tensor) -> Tensor:
     """A meta tensor of the shape and dtype that a checkpoint stores."""
-    return torch.empty(whole_shape(like), dtype=_wide(like.dtype), device="meta")
+    return torch.empty(full_shape(like), dtype=_wide(like.dtype), device="meta")
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

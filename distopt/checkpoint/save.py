@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -179,8 +179,8 @@ def contents_of(model: nn.Module, optimizer: Optimizer) -> Contents | FlatConten
     if hasattr(optimizer, "init_state"):  # also SAM's own, where it has some
         optimizer.init_state()
     optimizer = _inner(optimizer)
-    if isinstance(optimizer, ShardedOptimizer) and isinstance(optimizer.layout, FlatLayout):
-        return FlatContents(model, optimizer, optimizer.layout)
+    if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
+        return FlatContents(model, optimizer, cast(FlatLayout, optimizer.layout))
     return Contents(model, optimizer)
 
 

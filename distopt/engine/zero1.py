@@ -65,5 +65,5 @@ class Zero1(DDP):
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         if self._layout is not None:
-            self._layout.wait()
+            self._layout.sync.wait()
         return super().unwrap(model)

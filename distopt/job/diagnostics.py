@@ -54,4 +54,4 @@ def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, 
 
 def _norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """The gradient norm of each layer, none where they have been freed."""
-    return grad_norms(optimizer) if layout_of(optimizer).gradients_stay else {}
+    return grad_norms(optimizer) if layout_of(optimizer).gradients_visible else {}

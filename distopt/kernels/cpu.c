@@ -1,21 +1,21 @@
-/* The rules of distopt/optim on float32 tensors of the CPU, each element read and written as seldom as can be.
+/* The update rules of distopt/optim on float32 tensors on the CPU, with as few reads and writes of an element as possible.
  *
- * A call walks over many tensors in pieces that the threads share. `table` and `scales` hold one column after the other,
- * with a number for each tensor. The columns of `table`: lengths, the lengths of a row (the elements of one index along
- * the layer's dimension 0), then the addresses of weights, gradients (`half`: of bfloat16, the upper half of a float32)
- * and up to three state buffers. Those of `scales`: what differs between tensors, the last of them what the direction
- * is multiplied by. `mode`:
- *   STEP     moves state and weights;
- *   MEASURE  moves the state, and adds up the squares of each tensor's weights and of its direction;
- *   APPLY    makes the same direction again, from the state, and moves the weights.
- * So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it.
+ * A call walks over many tensors in pieces that the threads share. `table` and `scales` are stored column by column, with
+ * one value for each tensor. The columns of `table`: lengths, the lengths of a row (the elements of one index along the
+ * layer's dimension 0), then the addresses of weights, gradients (`half`: of bfloat16, the upper half of a float32) and
+ * up to three state buffers. The columns of `scales`: values that differ between tensors, and last the factor of the
+ * direction. `mode`:
+ *   STEP     updates state and weights;
+ *   MEASURE  updates the state, and adds up the squares of each tensor's weights and of its direction;
+ *   APPLY    computes the same direction again, from the state, and updates the weights.
+ * So a layer whose full direction has to be known before its first weight changes (LAMB) needs no memory for it.
  *
  * A multiply-add is fused where it says fmaf, and nowhere else: an element has the same bits wherever its shard ends.
  *
- * Scalars and scales have the names of distopt/kernels/rules.py: `<rule>__<name>` is an index, of an enum that the
- * compilation puts before this file.
+ * Scalars h and scales s have the names of the rule's specification (distopt/kernels/rules.py): `<rule>__<name>` is an
+ * index, in an enum that distopt/kernels/build.py derives from this file and puts before it.
  *
- * Sums are the same bits however a layer is sharded by rows, in whatever pieces and by however many threads: blocks of a
+ * Sums are the same bits however a layer is sharded by rows, in any pieces and at any number of threads: blocks of a
  * row's elements are summed in one order, and these sums are added without any rounding (distopt/kernels/exact.py).
  */
 #include <math.h>
@@ -30,7 +30,7 @@ enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distop
 typedef struct { int64_t tensor, start, numel; } Piece;
 /* An exact sum: digit i counts 2^(WIDTH i + LOWEST); `broken` is 0, or what is not finite. */
 typedef struct { int64_t digit[DIGITS + 2]; double broken; } Sum;
-/* One of the result: while adding up integers, in the end float64. The last one is what is not finite. */
+/* A digit of the result: an integer while adding up, a float64 in the end. The last one is 0, or not finite. */
 typedef union { int64_t count; double value; } Word;
 typedef struct { Word digit[DIGITS + 1]; } Total;
 
@@ -43,9 +43,9 @@ static inline float lerp(float a, float g, float weight, float rest) {
     return weight < 0.5f ? fmaf(weight, distance, a) : fmaf(-rest, distance, g);
 }
 
-/* A rule's `update` moves its state and returns the direction; `again` makes the same direction of the moved state. */
+/* A rule's `update` updates its state and returns the direction; `again` computes it again, from the new state. */
 static inline float sgd_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return s[sgd__rate] * (g + h[sgd__decay] * p);
+    return s[sgd__ratio] * (g + h[sgd__weight_decay] * p);
 }
 static inline float sgd_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
     return sgd_again(h, s, p, g, 0.0f, 0.0f, 0.0f);
@@ -55,56 +55,56 @@ static inline float momentum_again(const float *h, const float *s, float p, floa
     return a;
 }
 static inline float momentum_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    return *a = h[momentum__momentum] * *a + s[momentum__share] * (s[momentum__rate] * (g + h[momentum__decay] * p));
+    return *a = h[momentum__momentum] * *a + s[momentum__one_minus_dampening] * (s[momentum__ratio] * (g + h[momentum__weight_decay] * p));
 }
 
 static inline float nesterov_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return s[nesterov__rate] * (g + h[nesterov__decay] * p) + h[nesterov__momentum] * a;
+    return s[nesterov__ratio] * (g + h[nesterov__weight_decay] * p) + h[nesterov__momentum] * a;
 }
 static inline float nesterov_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    g = s[nesterov__rate] * (g + h[nesterov__decay] * p);
-    *a = h[nesterov__momentum] * *a + s[nesterov__share] * g;
+    g = s[nesterov__ratio] * (g + h[nesterov__weight_decay] * p);
+    *a = h[nesterov__momentum] * *a + s[nesterov__one_minus_dampening] * g;
     return g + h[nesterov__momentum] * *a;
 }
 
 static inline float adam_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    const float scaled = a * s[adam__unbias1] / fmaf(sqrtf(b), s[adam__unbias2], h[adam__eps]);
+    const float scaled = a * s[adam__inverse_bias_correction1] / fmaf(sqrtf(b), s[adam__inverse_bias_correction2_sqrt], h[adam__eps]);
     return fmaf(h[adam__decoupled], p, scaled);
 }
 static inline float adam_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
     g = fmaf(h[adam__coupled], p, g);
-    *a = lerp(*a, g, h[adam__fresh1], h[adam__beta1]);
-    *b = fmaf(h[adam__beta2], *b, h[adam__fresh2] * (g * g));
+    *a = lerp(*a, g, h[adam__one_minus_beta1], h[adam__beta1]);
+    *b = fmaf(h[adam__beta2], *b, h[adam__one_minus_beta2] * (g * g));
     return adam_again(h, s, p, g, *a, *b, 0.0f);
 }
 
 static inline float adagrad_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[adagrad__decay] * p) * s[adagrad__fall] / (sqrtf(a) + h[adagrad__eps]);
+    return (g + h[adagrad__weight_decay] * p) * s[adagrad__inverse_rate_decay] / (sqrtf(a) + h[adagrad__eps]);
 }
 static inline float adagrad_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[adagrad__decay] * p;
+    float decayed = g + h[adagrad__weight_decay] * p;
     *a += decayed * decayed;
     return adagrad_again(h, s, p, g, *a, 0.0f, 0.0f);
 }
 
-/* The four of RMSprop have the same scalars. Their buffers, as far as they are there: squares, means, momentum. */
+/* RMSprop's four kernels have the same scalars. Their buffers, those that exist: squares, means, momentum. */
 static inline float rmsprop_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
-    return (g + h[rmsprop__decay] * p) / (sqrtf(a) + h[rmsprop__eps]);
+    return (g + h[rmsprop__weight_decay] * p) / (sqrtf(a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_update(const float *h, const float *s, float p, float g, float *a, float *b, float *c) {
-    float decayed = g + h[rmsprop__decay] * p;
-    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
+    float decayed = g + h[rmsprop__weight_decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__one_minus_alpha] * (decayed * decayed);
     return decayed / (sqrtf(*a) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
     const float variance = a - b * b; /* of a constant gradient rounded below 0 */
-    return (g + h[rmsprop__decay] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[rmsprop__eps]);
+    return (g + h[rmsprop__weight_decay] * p) / (sqrtf(variance < 0.0f ? 0.0f : variance) + h[rmsprop__eps]);
 }
 static inline float rmsprop_centered_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    float decayed = g + h[rmsprop__decay] * p;
-    *a = h[rmsprop__alpha] * *a + h[rmsprop__fresh] * (decayed * decayed);
-    *b = lerp(*b, decayed, h[rmsprop__fresh], h[rmsprop__alpha]);
+    float decayed = g + h[rmsprop__weight_decay] * p;
+    *a = h[rmsprop__alpha] * *a + h[rmsprop__one_minus_alpha] * (decayed * decayed);
+    *b = lerp(*b, decayed, h[rmsprop__one_minus_alpha], h[rmsprop__alpha]);
     return rmsprop_centered_again(h, s, p, g, *a, *b, 0.0f);
 }
 static inline float rmsprop_momentum_again(const float *h, const float *s, float p, float g, float a, float b, float c) {
@@ -112,7 +112,7 @@ static inline float rmsprop_momentum_again(const float *h, const float *s, float
 }
 static inline float rmsprop_momentum_update(const float *h, const float *s, float p, float g, float *a, float *b,
                                             float *c) {
-    return *b = h[rmsprop_momentum__momentum] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
+    return *b = h[rmsprop__momentum] * *b + rmsprop_update(h, s, p, g, a, 0, 0);
 }
 static inline float rmsprop_centered_momentum_again(const float *h, const float *s, float p, float g, float a, float b,
                                                     float c) {
@@ -120,7 +120,7 @@ static inline float rmsprop_centered_momentum_again(const float *h, const float 
 }
 static inline float rmsprop_centered_momentum_update(const float *h, const float *s, float p, float g, float *a,
                                                      float *b, float *c) {
-    return *c = h[rmsprop_centered_momentum__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
+    return *c = h[rmsprop__momentum] * *c + rmsprop_centered_update(h, s, p, g, a, b, 0);
 }
 
 /* The sum of a[i] b[i], always in the same order: in float32, whose squares are from 1e-38 to 1e38, or else in float64. */
@@ -195,7 +195,7 @@ static void carry(Sum *sum) {
     }
 }
 
-/* The elements of the next block, of so many that are left of the row and of the shard. */
+/* Returns the elements of the next block, of those that are left of the row and of the shard. */
 static inline int64_t block(int64_t row, int64_t shard) {
     const int64_t count = row < BLOCK ? row : BLOCK;
     return count < shard ? count : shard;
@@ -203,7 +203,7 @@ static inline int64_t block(int64_t row, int64_t shard) {
 
 /* Adds the products of n elements from `from` on, in the blocks of rows of that length. */
 static void add_products(Sum *sum, const float *a, const float *b, int64_t from, int64_t n, int64_t row) {
-    if (row < TINY) { /* a sum of so few is not worth it */
+    if (row < TINY) { /* a block sum of so few is not worth it */
         for (int64_t i = 0; i < n; i += CHUNK) add_each(sum, a + i, b + i, n - i < CHUNK ? n - i : CHUNK);
         return;
     }
@@ -237,17 +237,17 @@ static void finish(Total *total) {
     for (int i = 0; i < DIGITS; i++) total->digit[i].value = sum.broken != 0.0 ? sum.broken : (double)sum.digit[i];
 }
 
-/* How many of n elements from `from` on are whole blocks of rows of that length; all, if they are the last ones. */
-static int64_t whole(int64_t from, int64_t n, int64_t left, int64_t row) {
+/* Returns how many of n elements from `from` on are full blocks of rows of that length; all, if they are the last. */
+static int64_t full_blocks(int64_t from, int64_t n, int64_t left, int64_t row) {
     return n == left ? n : n - (from + n) % row % BLOCK;
 }
 
-/* At most WAVE of the pieces that come next, from where `at` stands; moves `at` behind them. */
-static int64_t cut(const int64_t *numel, const int64_t *row, int64_t tensors, Piece *at, Piece *pieces) {
+/* Finds at most WAVE of the next pieces, from `at` on, and moves `at` behind them. */
+static int64_t next_pieces(const int64_t *numel, const int64_t *row, int64_t tensors, Piece *at, Piece *pieces) {
     int64_t count = 0;
     while (at->tensor < tensors && count < WAVE) {
         const int64_t left = numel[at->tensor] - at->start;
-        const int64_t size = whole(at->start, left < PIECE ? left : PIECE, left, row[at->tensor]);
+        const int64_t size = full_blocks(at->start, left < PIECE ? left : PIECE, left, row[at->tensor]);
         if (left > 0) pieces[count++] = (Piece){at->tensor, at->start, size};
         if (left > size)
             at->start += size;
@@ -264,13 +264,13 @@ static void widen(const uint16_t *from, float *to, int64_t n) {
     }
 }
 
-/* Does `rows` on every chunk of every piece. totals: for each tensor those of weights and of directions. */
+/* Calls `rows` on every chunk of every piece. totals: for each tensor the sums of weights and of directions. */
 static void walk(Rows *rows, const int64_t *table, const float *scales, Total *totals, int64_t tensors,
                  const float *hyper, int half, int mode, int threads) {
     Piece pieces[WAVE];
     Piece at = {0, 0, 0};
     const int64_t *lengths = table + tensors;
-    for (int64_t count; (count = cut(table, lengths, tensors, &at, pieces));) {
+    for (int64_t count; (count = next_pieces(table, lengths, tensors, &at, pieces));) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
         for (int64_t k = 0; k < count; k++) {
             const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel, row = lengths[tensor];
@@ -286,7 +286,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
                     n = block(left, end - from);
                     left = left == n ? row : left - n;
                 } else {
-                    n = whole(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
+                    n = full_blocks(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
                 }
                 if (half) widen((uint16_t *)column[1] + from, widened, n);
                 float *p = (float *)column[0] + from;
@@ -314,7 +314,7 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
     Piece pieces[WAVE];
     Piece at = {0, 0, 0};
     const int64_t *lengths = table + tensors;
-    for (int64_t count; (count = cut(table, lengths, tensors, &at, pieces));) {
+    for (int64_t count; (count = next_pieces(table, lengths, tensors, &at, pieces));) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
         for (int64_t k = 0; k < count; k++) {
             const int64_t tensor = pieces[k].tensor, start = pieces[k].start, numel = pieces[k].numel;

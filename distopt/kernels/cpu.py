@@ -1,4 +1,4 @@
-"""The rules compiled for the CPU: one pass over weights, gradient and state instead of ten."""
+"""The update by C kernels on the CPU: one pass over weights, gradient and state instead of ten."""
 
 from __future__ import annotations
 
@@ -11,62 +11,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.kernels.build import library
+from distopt.kernels.build import library, names
 from distopt.kernels.exact import DIGITS
-from distopt.kernels.rules import SCALES, Rule, rule
+from distopt.kernels.rules import SCALES, Rule
 from distopt.kernels.shards import PLAIN, Shards
+
+SquaredNorms = tuple[Tensor, Tensor]
 
 _STEP, _MEASURE, _APPLY = range(3)
 _ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them
 
 
 class CompiledUpdate:
-    """As `ForeachUpdate`, by a function of cpu.c."""
+    """The update (`distopt.kernels.update.Update`) by a function of cpu.c, for shards that fit.
+
+    Args:
+        rule: The specification, with the name of the function.
+        shards: The inputs.
+    """
 
     def __init__(self, rule: Rule, shards: Shards) -> None:
         self.group, self.layers = shards.group, shards.layers
-        self._shards = shards  # lest their memory be another's
-        self._function: Any = getattr(library(), rule.name)
-        self._half = bool(shards.grads) and shards.grads[0].dtype is torch.bfloat16
+        self._shards = shards  # keeps their memory
+        self._function: Any = getattr(library(), rule.kernel)
+        self._bfloat16 = bool(shards.grads) and shards.grads[0].dtype is torch.bfloat16
         columns = [shards.params, shards.grads, *(shards.buffers[name] for name in rule.buffers)]
         self._table = _table(shards.rows, columns, _ADDRESSES)
-        self._hyper = array("f", [*rule.scalars.values(), *[0.0] * (_HYPER - len(rule.scalars))])
-        self._scales = _scales(rule, shards)
+        scalars, scales = names(rule.kernel)
+        self._hyper = array("f", [*(rule.scalars[name] for name in scalars), *[0.0] * (_HYPER - len(scalars))])
+        self._scales = _scales(rule, scales, shards)
 
     def step(self) -> None:
         self._call(_STEP, [1.0] * len(self.layers))
 
-    def squares(self) -> tuple[Tensor, Tensor]:
+    def squared_norms(self) -> SquaredNorms:
         sums = _sums(len(self.layers), 2)
         self._call(_MEASURE, [0.0] * len(self.layers), sums.data_ptr())
         return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
-    def apply(self, factors: Tensor) -> None:
-        self._call(_APPLY, factors[self.layers].tolist())
+    def apply(self, ratios: Tensor) -> None:
+        self._call(_APPLY, ratios[self.layers].tolist())
 
-    def _call(self, mode: int, factors: list[float], sums: int = 0) -> None:
+    def _call(self, mode: int, ratios: list[float], sums: int = 0) -> None:
         lr = self.group["lr"]
-        scales = array("f", chain(*self._scales, [lr * factor for factor in factors]))
+        scales = array("f", chain(*self._scales, [lr * ratio for ratio in ratios]))
         table, columns, hyper = map(_address, (self._table, scales, self._hyper))
-        tensors = ctypes.c_int64(len(factors))
+        tensors = ctypes.c_int64(len(ratios))
         threads = torch.get_num_threads()
-        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._half, mode, threads)
+        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._bfloat16, mode, threads)
 
 
-def compiled(name: str, shards: Shards) -> CompiledUpdate:
-    """The move of a rule, by its name, on shards that fit."""
-    return CompiledUpdate(rule(name, shards.group), shards)
+def compiled_update(shards: Shards) -> CompiledUpdate:
+    """Returns the compiled update of shards that fit."""
+    return CompiledUpdate(shards.rule, shards)
+
+
+def norms_update(shards: Shards) -> CompiledUpdate:
+    """Returns an update whose squared norms are |p|^2 and |gradient|^2: that of SGD without weight decay."""
+    return CompiledUpdate(Rule("sgd", scalars={"weight_decay": 0.0}, scales={"ratio": lambda step: 1.0}), shards)
 
 
 def fits(shards: Shards) -> list[int]:
-    """The indices of the shards that the kernels are for: plain tensors of float32, flat in the CPU's memory.
+    """Returns the indices of the shards that the kernels are for: plain contiguous float32 tensors on the CPU.
 
-    Gradients of a bfloat16 parameter that has a float32 master are taken as they are.
+    Gradients of a bfloat16 parameter with a float32 master may be bfloat16.
     """
     if not any(p.is_cpu for p in shards.params) or library() is None:
         return []
-    half = any(g.dtype is torch.bfloat16 and p.dtype is torch.float32 for p, g in zip(shards.params, shards.grads))
-    grads = torch.bfloat16 if half else torch.float32
+    bfloat16 = any(g.dtype is torch.bfloat16 and p.dtype is torch.float32 for p, g in zip(shards.params, shards.grads))
+    grads = torch.bfloat16 if bfloat16 else torch.float32
     columns = [(shards.params, torch.float32), (shards.grads, grads)]
     columns += [(buffers, torch.float32) for buffers in shards.buffers.values()]
     fit = [[_flat(t, dtype) for t in column] for column, dtype in columns]
@@ -74,14 +87,15 @@ def fits(shards: Shards) -> list[int]:
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """The inner product of each pair of tensors that the kernels are for, in digits, and their indices.
+    """Computes the inner product of each pair of tensors that the kernels are for, in digits.
 
     Args:
-        left, right: Tensors, of which those are taken that are plain, contiguous and both float32 or both bfloat16.
+        left: Tensors; the kernels are for pairs that are plain, contiguous and both float32 or both bfloat16.
+        right: Their partners, of the same shapes.
         rows: The elements of a row of each.
 
     Returns:
-        Digits [len(left), DIGITS], of which the rows of other tensors are 0, and the indices of those that are done.
+        Digits of shape [len(left), DIGITS], 0 for the other pairs, and the indices of the pairs that are done.
     """
     found = torch.zeros(len(left), DIGITS, dtype=torch.float64)
     done: list[int] = []
@@ -102,31 +116,32 @@ def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int
 
 
 def _flat(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether it is what its memory says: a wrapper subclass has none, or another's."""
+    """Returns whether a kernel may read the tensor's memory; that of a wrapper subclass is empty, or another's."""
     return tensor.dtype is dtype and type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _table(rows: Sequence[int], columns: list[list[Tensor]], addresses: int) -> array[int]:
     found = [map(Tensor.data_ptr, column) for column in columns]
-    nothing = [0] * (len(rows) * (addresses - len(columns)))
-    return array("q", chain(map(Tensor.numel, columns[0]), rows, *found, nothing))
+    unused = [0] * (len(rows) * (addresses - len(columns)))
+    return array("q", chain(map(Tensor.numel, columns[0]), rows, *found, unused))
 
 
 def _sums(tensors: int, columns: int) -> Tensor:
-    """Memory for exact sums, as cpu.c has them."""
+    """Returns memory for exact sums, in the layout of cpu.c."""
     return torch.zeros(tensors, columns, DIGITS + 1, dtype=torch.float64)
 
 
-def _address(numbers: array[Any]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(numbers.buffer_info()[0])
+def _address(values: array[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.buffer_info()[0])
 
 
-def _scales(rule: Rule, shards: Shards) -> list[list[float]]:
-    """The columns of what differs between tensors; each number of steps is thought about once."""
-    columns = []
-    for name, scale in rule.scales.items():
-        values = {step: float(scale(step)) for step in set(shards.steps)}
-        columns.append([values[step] for step in shards.steps])
-        if name == "rate" and shards.rates is not None:
-            columns[-1] = torch.stack(shards.rates).tolist()
+def _scales(rule: Rule, names: Sequence[str], shards: Shards) -> list[list[float]]:
+    """Returns the columns of values that differ between tensors, computed once for each number of steps."""
+    columns, factors = [], rule.factors
+    for name in names:
+        if name == "ratio" and shards.ratios is not None:
+            columns.append(torch.stack(shards.ratios).tolist())
+        else:
+            values = {step: float(factors[name](step)) for step in set(shards.steps)}
+            columns.append([values[step] for step in shards.steps])
     return columns + [[0.0] * len(shards.params)] * (SCALES - len(columns))

@@ -1,18 +1,18 @@
-"""Lists of integers on a device, made without waiting for it, of which the last few are kept."""
+"""A cache of lists of integers on a device, which are copied there without waiting for it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_KEPT = 64  # lists: what is stepped differs between steps in mixtures of experts and layer drop
+_KEPT = 64  # lists: with mixtures of experts and layer drop, steps update different parameters
 
 
 class DeviceLists:
-    """The int64 tensors of lists of integers, so that a step that asks for the list of the step before copies nothing.
+    """A bounded cache of int64 tensors by their values, so that a step with the indices of the last one copies nothing.
 
-    A list that is not kept is copied from pinned memory, which the host does not wait for. The oldest list goes first,
-    so that the memory is bounded however many lists are asked for.
+    A list that is not in the cache is copied from pinned memory, for which the host does not wait. The list that was
+    unused for longest is dropped first.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,10 @@ class DeviceLists:
         return len(self._kept)
 
     def get(self, integers: tuple[int, ...], device: torch.device) -> Tensor:
-        """The integers as a tensor on the device, not to be written to."""
+        """Returns the integers as a tensor on the device, which must not be written to."""
         if device.type != "cuda":
             stream = 0
-        elif torch.cuda.is_current_stream_capturing():  # what a graph makes belongs to it alone
+        elif torch.cuda.is_current_stream_capturing():  # the memory of a graph belongs to it alone
             return sent(torch.tensor(integers, dtype=torch.int64), device)
         else:  # another stream would not wait for the copy
             stream = torch.cuda.current_stream(device).cuda_stream
@@ -40,9 +40,9 @@ class DeviceLists:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it.
+    """Returns a host tensor on the device, without waiting for it.
 
-    From pinned memory, which torch 2.13 does not use again in a captured graph.
+    It is copied from pinned memory, which torch 2.13 does not reuse in a captured graph.
     """
     if tensor.device == device:
         return tensor

@@ -1,44 +1,48 @@
-"""Fast ways to do what a rule says: chosen here, equal to the rule by test."""
+"""Chooses the update of some shards: a Triton kernel, a C kernel, or the unfused fallback, the rule's own function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from distopt.kernels.cpu import compiled, fits
+from distopt.kernels.cpu import compiled_update, fits, norms_update
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
 from distopt.kernels.triton import triton_updates, unfit
-from distopt.kernels.update import ForeachUpdate
+from distopt.kernels.update import Directions, ForeachUpdate, GradientRatioUpdate, SquaredNorms, Update
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def kernel(name: str) -> Callable[[F], F]:
-    """Says that a rule's `directions` is what the kernel of this name does. One that overrides it has none."""
+def compiled(directions: F) -> F:
+    """Marks the `directions` of an optimizer as what the kernel of its rule computes.
 
-    def named(directions: F) -> F:
-        directions.kernel = name  # type: ignore[attr-defined]
-        return directions
-
-    return named
-
-
-def updates(optimizer: Any, shards: Shards) -> list[Any]:
-    """What does the step of these shards: the kernel of their rule where there is one for them, else the rule."""
-    name = getattr(type(optimizer).directions, "kernel", "")
-    chosen, left = triton_updates(name, shards) if name else ([], list(range(len(shards.params))))
-    if chosen and not left:
-        return chosen
-    return chosen + _others(optimizer, name, shards.part(left) if chosen else shards)
+    A subclass that overrides `directions` has no kernel, unless it marks its own.
+    """
+    directions.compiled = True  # type: ignore[attr-defined]
+    return directions
 
 
-def check_capturable(optimizer: Any, shards: Shards) -> None:
-    """Raises ValueError where shards of a capturable group have no kernel of Triton's."""
-    left = unfit(shards) if getattr(type(optimizer).directions, "kernel", "") else list(range(len(shards.params)))
+def updates(directions: Directions, shards: Shards, ratio_of: str = "update") -> list[Update]:
+    """Returns the updates of shards: by kernels where there is one for them, else by the rule's function.
+
+    Args:
+        directions: The rule: `ShardedOptimizer.directions`.
+        shards: Its inputs.
+        ratio_of: Whose norm the trust ratio of a group is about, "update" or "gradient".
+    """
+    make = partial(_updates, directions)
+    if ratio_of == "gradient" and shards.group["trust_ratio"]:
+        return [GradientRatioUpdate(shards, make, gradient_norms)]
+    return make(shards)
+
+
+def check_capturable(directions: Directions, shards: Shards) -> None:
+    """Raises ValueError where shards of a capturable group have no Triton kernel."""
+    left = unfit(shards) if _has_kernel(directions, shards) else list(range(len(shards.params)))
     if left:
         raise ValueError(
             f"capturable=True needs Triton's kernels, and {len(left)} of the param group's tensors (the first: "
@@ -47,28 +51,42 @@ def check_capturable(optimizer: Any, shards: Shards) -> None:
         )
 
 
-def _others(optimizer: Any, name: str, shards: Shards) -> list[Any]:
-    kinds = dict.fromkeys(g.dtype for g in shards.grads)
-    if name and len(kinds) > 1:  # beside masters, whose gradients have 16 bits, the others keep their kernel
-        alike = [[i for i, g in enumerate(shards.grads) if g.dtype is kind] for kind in kinds]
-        return [move for indices in alike for move in _others(optimizer, name, shards.part(indices))]
-    fitting = fits(shards) if name else []
-    if not fitting:
-        return [ForeachUpdate(optimizer, shards)]
-    if len(fitting) == len(shards.params):
-        return [compiled(name, shards)]
-    rest = sorted(set(range(len(shards.params))) - set(fitting))
-    return [compiled(name, shards.part(fitting)), ForeachUpdate(optimizer, shards.part(rest))]
-
-
-def squares(shards: Shards) -> tuple[Tensor, Tensor]:
-    """|p|^2 and |gradient|^2 of each shard, for rules that need norms before their state moves; in digits."""
+def gradient_norms(shards: Shards) -> SquaredNorms:
+    """Returns |p|^2 and |gradient|^2 of each shard, in the digits of `distopt.kernels.exact`; changes no state."""
     if shards.params and len(fits(shards)) == len(shards.params):
-        return compiled("norms", shards).squares()  # both in one pass
+        return norms_update(shards).squared_norms()  # both in one pass
     return squared_norms(shards.params, shards.rows), squared_norms(shards.grads, shards.rows)
 
 
-def joined(squares: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The columns of several pairs of squares, end to end."""
-    held = [pair for pair in squares if len(pair[0])] or squares[:1]  # those of nothing are on the host
-    return [torch.cat(column) for column in zip(*held)]
+def concatenated(pairs: list[SquaredNorms]) -> SquaredNorms:
+    """Concatenates the squared norms of several updates."""
+    # Those of no shards are on the host, and left out.
+    weights, others = zip(*([pair for pair in pairs if len(pair[0])] or pairs[:1]))
+    return torch.cat(weights), torch.cat(others)
+
+
+def _has_kernel(directions: Directions, shards: Shards) -> bool:
+    return bool(shards.rule.kernel) and getattr(directions, "compiled", False)
+
+
+def _updates(directions: Directions, shards: Shards) -> list[Update]:
+    if not _has_kernel(directions, shards):
+        return [ForeachUpdate(directions, shards)]
+    on_gpu, left = triton_updates(shards)
+    if on_gpu and not left:
+        return [*on_gpu]
+    return [*on_gpu, *_others(directions, shards.part(left) if on_gpu else shards)]
+
+
+def _others(directions: Directions, shards: Shards) -> list[Update]:
+    dtypes = dict.fromkeys(g.dtype for g in shards.grads)
+    if len(dtypes) > 1:  # next to masters, whose gradients have 16 bits, the others keep their kernel
+        alike = [[i for i, g in enumerate(shards.grads) if g.dtype is dtype] for dtype in dtypes]
+        return [update for indices in alike for update in _others(directions, shards.part(indices))]
+    fitting = fits(shards)
+    if not fitting:
+        return [ForeachUpdate(directions, shards)]
+    if len(fitting) == len(shards.params):
+        return [compiled_update(shards)]
+    rest = sorted(set(range(len(shards.params))) - set(fitting))
+    return [compiled_update(shards.part(fitting)), ForeachUpdate(directions, shards.part(rest))]

@@ -1,12 +1,12 @@
-"""Sums without rounding: whatever the order, and however many ranks add up, the result is the same bits.
+"""Sums without rounding: the result is the same bits in every order and at every number of ranks.
 
-A number is written in `DIGITS` digits of `WIDTH` bits,
+A value is written in `DIGITS` digits of `WIDTH` bits,
 
     value = sum over i of digit[i] * 2^(WIDTH * i + LOWEST)
 
-each an integer in a float64. Adding them digit by digit is exact up to 2^15 numbers (2^15 ranks, say), as an all-reduce
-adds them; what is inf or nan goes into all digits and comes out as it is. The range is that of products of float32,
-2^-298 to 2^256, with room for 2^40 of them; of float64 numbers what is below 2^-304 is lost.
+each an integer in a float64. Adding them digit by digit, as an all-reduce does, is exact for up to 2^15 values (2^15
+ranks, say). An inf or NaN goes into all digits, and the sum is inf or NaN. The range is that of products of float32
+values, 2^-298 to 2^256, with room for 2^40 of them; the bits of a float64 value below 2^-304 are lost.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-DIGITS, WIDTH, LOWEST = 16, 38, -304  # as in kernels/cpu.c
-ADDENDS = 2**15  # that may be added before they are `carried`
+DIGITS, WIDTH, LOWEST = 16, 38, -304  # the same in kernels/cpu.c
+ADDENDS = 2**15  # values that may be added before `carried`
 _BASE = 2.0**WIDTH
 
 
 def digits(values: Tensor) -> Tensor:
-    """Float64 numbers of shape [...] in digits: [..., DIGITS]."""
+    """Returns the digits, of shape [..., DIGITS], of float64 values of shape [...]."""
     parts = (values.unsqueeze(-1) * _scales(values.device)).floor_()
     found = torch.cat([parts[..., :-1] - _BASE * parts[..., 1:], parts[..., -1:]], -1)
     return torch.where(values.isfinite().unsqueeze(-1), found, values.unsqueeze(-1))
 
 
 def carried(sums: Tensor) -> Tensor:
-    """The one way to write these sums of digits: all digits but the last one from 0 to 2^WIDTH - 1."""
+    """Returns the canonical form of sums of digits: all digits but the last one from 0 to 2^WIDTH - 1."""
     whole = sums.nan_to_num(0.0, 0.0, 0.0).long()
     for low, high in pairwise(whole.unbind(-1)):
         high += low >> WIDTH
@@ -39,7 +39,7 @@ def carried(sums: Tensor) -> Tensor:
 
 
 def value(sums: Tensor) -> Tensor:
-    """The float64 numbers [...] that sums of digits [..., DIGITS] stand for."""
+    """Returns the float64 values, of shape [...], of sums of digits of shape [..., DIGITS]."""
     found, *lower = reversed(carried(sums).unbind(-1))
     for digit in lower:
         found = torch.add(digit, found, alpha=_BASE)
@@ -47,16 +47,16 @@ def value(sums: Tensor) -> Tensor:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a vector of up to 2^15 float64 numbers, in whatever order they are."""
+    """Returns the sum of a vector of up to 2^15 float64 values, the same in every order."""
     return value(digits(values).sum(0))
 
 
 def norm(values: Tensor) -> Tensor:
-    """The 2-norm of a vector of up to 2^15 float64 numbers, in whatever order they are."""
+    """Returns the 2-norm of a vector of up to 2^15 float64 values, the same in every order."""
     return total(values.square()).sqrt_()
 
 
 @functools.lru_cache
 def _scales(device: torch.device) -> Tensor:
-    # Kept, because making it copies from the host, which waits for the device.
+    # Cached, because making it copies from the host, which waits for the device.
     return torch.tensor([2.0 ** -(WIDTH * i + LOWEST) for i in range(DIGITS)], dtype=torch.float64, device=device)

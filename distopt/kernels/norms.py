@@ -1,7 +1,7 @@
-"""Inner products of tensors, in digits whose sum is the same bits however their layers are sharded.
+"""Inner products of shards, in digits whose sum is the same bits however the layers are sharded between rows.
 
 The elements of a row (one index of a layer's dimension 0) are summed in blocks, each in one order; the sums of the
-blocks are added without rounding (`distopt.kernels.exact`). Whoever shards between rows, cuts no block.
+blocks are added without rounding (`distopt.kernels.exact`). Sharding between rows divides no block.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from distopt.kernels import cpu, exact
 
-_BLOCK = 512  # elements; as in cpu.c
-_SPAN = 2**17  # elements that are widened to float64 at once
+_BLOCK = 512  # elements; the same in cpu.c
+_SPAN = 2**17  # elements that are converted to float64 at once
 _PIECE = 2**24  # elements of a float32 inner product on a GPU
 
 
 def squared_norms(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """The squared 2-norm of each tensor, in digits: [len(tensors), exact.DIGITS].
+    """Computes the squared 2-norm of each tensor.
 
     Args:
-        tensors: Of any float dtype. On a GPU each is summed as a whole, in float32 unless one of them is float64.
+        tensors: Tensors of any float dtype. On a GPU each is summed in one piece, in float32 unless one is float64.
         rows: The elements of a row of each tensor's layer.
+
+    Returns:
+        Digits of shape [len(tensors), exact.DIGITS].
     """
     if tensors and tensors[0].device.type != "cpu":
         wide = any(t.dtype == torch.float64 for t in tensors)
@@ -33,7 +36,7 @@ def squared_norms(tensors: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
 
 
 def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """The inner product of each pair of tensors, in digits, as `squared_norms`."""
+    """Computes the inner product of each pair of tensors; arguments and result as those of `squared_norms`."""
     if left and left[0].device.type != "cpu":
         return exact.digits(torch.stack([_on_gpu(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right)]))
     found, done = cpu.products(left, right, rows)
@@ -49,7 +52,7 @@ def _on_gpu(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _eager(triples: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
-    """What cpu.c does, for other dtypes and without a compiler."""
+    """Computes what cpu.c computes, for other dtypes and without a compiler."""
     found = torch.zeros(len(triples), exact.DIGITS, dtype=torch.float64)
     pending: list[tuple[int, Tensor]] = []
     count = 0
@@ -68,12 +71,12 @@ def _added(found: Tensor, pending: list[tuple[int, Tensor]]) -> Tensor:
 
 
 def _blocks(a: Tensor, b: Tensor, row: int) -> Iterator[Tensor]:
-    """The sums of the blocks of rows, at most ADDENDS / 2 at once; of a shard that ends in a row also the rest."""
+    """Yields the sums of blocks of rows, at most ADDENDS / 2 at once, also of the rest if a shard ends within a row."""
     step = max(1, _SPAN // row) * row
     for x, y in zip(a.split(step), b.split(step)):
         values = x.double() * y.double()
-        whole = values.numel() // row * row
-        matrix, rest = values[:whole].view(-1, row), values[whole:]
+        full_rows = values.numel() // row * row
+        matrix, rest = values[:full_rows].view(-1, row), values[full_rows:]
         full = row // _BLOCK * _BLOCK
         blocks = [block.sum().view(1) for block in rest.split(_BLOCK)]
         if full:

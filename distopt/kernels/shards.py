@@ -1,4 +1,4 @@
-"""What a rule works on."""
+"""The inputs of an update rule: the local shards of one param group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)  # types of tensors that are what their memory says; subclasses may hold anything
+from distopt.kernels.rules import Rule
+
+PLAIN = (Tensor, torch.nn.Parameter)  # the types whose elements are in their own memory; a subclass's may be anywhere
 # On the CPU a rule runs over slices of this many elements, so that its temporaries stay in the cache and the scratch
 # memory is a constant. A GPU takes everything in one multi-tensor call.
 _SLICE = 2**17
@@ -18,49 +20,67 @@ _SLICE = 2**17
 
 @dataclass(frozen=True)
 class Shards:
-    """What a rule works on: plain local tensors, list by list in the same order.
+    """Plain local tensors of one param group: lists in the same order, one entry for each part of a layer.
 
-    group: the param group (its hyper-parameters). layers: the layer of each tensor. grads: of fewer bits than the
-    params, where those are masters; as wide in `slices`, which rules get. buffers: the state by name.
-    steps: how many steps each tensor has taken, this one included; of a capturable group 0-D tensors on the device.
-    rows: the elements of a row of each tensor's layer, one index of its dimension 0: a sum over a layer is the same
-        bits however it is sharded between rows. Those of the tensors themselves if not given.
-    rates: factors that multiply each gradient, for rules that need norms before their state moves (LARS).
+    Attributes:
+        group: The param group, with its hyper-parameters.
+        rule: The specification of the rule for this group.
+        layers: The index of the layer of each tensor.
+        params: The weights, or their float32 masters, of any shape.
+        grads: The gradients, of the shape of the params; possibly of 16 bits where the params are masters. `slices`,
+            which rules get, has them in the dtype of the params.
+        buffers: The state by name, of the shape of the params.
+        steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
+        device.
+        rows: The elements of a row (one index of dimension 0) of each tensor's layer, with which a sum over a layer is
+            the same bits however it is sharded between rows. By default those of the tensors themselves.
+        ratios: Trust ratios, 0-D tensors, that multiply each gradient before the state changes (LARS).
     """
 
     group: dict[str, Any]
+    rule: Rule
     layers: list[int]
     params: list[Tensor]
     grads: list[Tensor]
     buffers: dict[str, list[Tensor]]
     steps: list[Any]
     rows: list[int] = None  # type: ignore[assignment]
-    rates: list[Tensor] | None = None
+    ratios: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.rows is None:
             object.__setattr__(self, "rows", [row_of(p.shape) for p in self.params])
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The buffers, scalars, scales and divisors of the rule by name, for a call of its function.
+
+        Scales and divisors are lists with a float for each tensor; `ratio` is `ratios`, or None.
+        """
+        scales = {**self.rule.scales, **self.rule.divisors}
+        values = {name: [scale(step) for step in self.steps] for name, scale in scales.items() if name != "ratio"}
+        return {**self.buffers, **self.rule.scalars, **values, **({"ratio": self.ratios} if "ratio" in scales else {})}
+
     def slices(self) -> Iterator[Shards]:
-        """The same in slices that fit in the cache; on a GPU all at once."""
+        """Yields the same tensors in slices that fit in the cache; on a GPU all at once."""
         if not self.params:
             return
         if self.params[0].device.type != "cpu":
             yield self._take([(i, tensors) for i, tensors in enumerate(zip(*self._columns))])
             return
-        whole: list[tuple[int, tuple[Tensor, ...]]] = []
+        taken: list[tuple[int, tuple[Tensor, ...]]] = []
         size = 0
         for i, tensors in enumerate(zip(*self._columns)):
-            for cut in _cut(tensors, self.rows[i]):
-                if whole and size + cut[0].numel() > _SLICE:
-                    yield self._take(whole)
-                    whole, size = [], 0
-                whole.append((i, cut))
-                size += cut[0].numel()
-        yield self._take(whole)
+            for piece in _sliced(tensors, self.rows[i]):
+                if taken and size + piece[0].numel() > _SLICE:
+                    yield self._take(taken)
+                    taken, size = [], 0
+                taken.append((i, piece))
+                size += piece[0].numel()
+        yield self._take(taken)
 
     def part(self, indices: list[int]) -> Shards:
-        """Some of them, by their indices."""
+        """Returns the tensors with these indices."""
 
         def some(column: list[Any]) -> list[Any]:
             return [column[i] for i in indices]
@@ -73,7 +93,7 @@ class Shards:
             buffers={name: some(column) for name, column in self.buffers.items()},
             steps=some(self.steps),
             rows=some(self.rows),
-            rates=None if self.rates is None else some(self.rates),
+            ratios=None if self.ratios is None else some(self.ratios),
         )
 
     @property
@@ -88,14 +108,14 @@ class Shards:
 
 
 def row_of(shape: Sequence[int]) -> int:
-    """The elements of one index of dimension 0, at least 1."""
+    """Returns the elements of one index of dimension 0, at least 1."""
     return max(1, math.prod(shape[1:]))
 
 
-def _cut(tensors: tuple[Tensor, ...], row: int) -> Iterable[tuple[Tensor, ...]]:
-    """A parameter, its gradient and its state, sliced alike where they are long and contiguous.
+def _sliced(tensors: tuple[Tensor, ...], row: int) -> Iterable[tuple[Tensor, ...]]:
+    """Slices a parameter, its gradient and its state alike, if they are long and contiguous.
 
-    A slice is a number of rows; a longer row is sliced by itself, from its start.
+    A slice is a number of rows; a longer row is sliced on its own, from its start.
     """
     numel = tensors[0].numel()
     if numel <= _SLICE or not all(t.is_contiguous() for t in tensors):

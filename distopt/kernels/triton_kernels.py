@@ -1,27 +1,26 @@
-"""The rules of distopt/optim in Triton: each number is read and written once, whatever the number of tensors.
+"""Triton kernels that update all tensors of a param group in one launch; each element is read and written once.
 
-A program works on one piece of one tensor. A row of `table` holds the addresses of a tensor's weights, gradient and up
-to three state buffers, its length and the number of its first piece; a row of `scales` what differs between tensors,
-the last of them what the direction is multiplied by. `MODE`:
+A program works on one piece of one tensor. A row of `table` has the addresses of a tensor's weights, gradient and up to
+three state buffers, its length and the index of its first piece; a row of `scales` has the values that differ between
+tensors, and last the factor of the direction. `MODE`:
 
-    STEP     moves state and weights;
-    MEASURE  moves the state, and adds up the squares of each piece's weights and of its direction, in the digits of
-             `distopt.kernels.exact`: those of groups of elements, which no shard cuts that is a number of rows, in
-             float32;
-    APPLY    makes the same direction again, from the state, and moves the weights.
+    STEP     updates state and weights;
+    MEASURE  updates the state, and adds up the squares of each piece's weights and of its direction, in the digits of
+             `distopt.kernels.exact`; groups of elements, which no shard divides that is a number of rows, are summed
+             in float32;
+    APPLY    computes the same direction again, from the state, and updates the weights.
 
-So a layer whose direction has to be known whole before it may move (LAMB) needs no memory for it. What a mode does not
-need, it does not read.
+So a layer whose full direction has to be known before its first weight changes (LAMB) needs no memory for it. A mode
+reads only what it needs.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from distopt.kernels import exact
+from distopt.kernels.triton_rules import RULES as RULES
 
 STEP, MEASURE, APPLY = range(3)
 PIECE = 4096  # elements
@@ -33,108 +32,6 @@ _DIGITS, _WIDTH, _LOWEST = (tl.constexpr(n) for n in (exact.DIGITS, exact.WIDTH,
 _NUMEL, _FIRST, _COLUMNS = tl.constexpr(5), tl.constexpr(6), tl.constexpr(COLUMNS)
 
 
-# A rule takes weights, gradient, its state a, b, c, the tensor's scales s and the group's scalars h, both in the order
-# of distopt/kernels/rules.py and with its names. It returns the direction and the state; unless MOVES, that of a state
-# which has moved already.
-
-
-@triton.jit
-def sgd(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    (decay,) = h
-    rate, _ = s
-    return rate * (g + decay * p), a, b, c
-
-
-@triton.jit
-def momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, momentum = h
-    rate, share = s
-    if MOVES:
-        a = momentum * a + share * (rate * (g + decay * p))
-    return a, a, b, c
-
-
-@triton.jit
-def nesterov(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, momentum = h
-    rate, share = s
-    g = rate * (g + decay * p)
-    if MOVES:
-        a = momentum * a + share * g
-    return g + momentum * a, a, b, c
-
-
-@triton.jit
-def adagrad(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    decay, eps = h
-    fall, _ = s
-    g += decay * p
-    if MOVES:
-        a += g * g
-    return tl.div_rn(g * fall, tl.sqrt_rn(a) + eps), a, b, c
-
-
-@triton.jit
-def rmsprop(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a = square_avg"""
-    decay, alpha, fresh, eps, momentum = h
-    g += decay * p
-    if MOVES:
-        a = alpha * a + fresh * (g * g)
-    return tl.div_rn(g, tl.sqrt_rn(a) + eps), a, b, c
-
-
-@triton.jit
-def rmsprop_centered(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As rmsprop; b = grad_avg"""
-    decay, alpha, fresh, eps, momentum = h
-    g += decay * p
-    if MOVES:
-        a = alpha * a + fresh * (g * g)
-        b = _lerp(b, g, fresh, alpha)
-    variance = a - b * b
-    variance = tl.where(variance < 0.0, 0.0, variance)  # nan stays nan
-    return tl.div_rn(g, tl.sqrt_rn(variance) + eps), a, b, c
-
-
-@triton.jit
-def rmsprop_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As rmsprop; b = momentum_buffer"""
-    decay, alpha, fresh, eps, momentum = h
-    if MOVES:
-        d, a, _, _ = rmsprop(p, g, a, b, c, s, h, MOVES)
-        b = momentum * b + d
-    return b, a, b, c
-
-
-@triton.jit
-def rmsprop_centered_momentum(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As rmsprop_centered; c = momentum_buffer"""
-    decay, alpha, fresh, eps, momentum = h
-    if MOVES:
-        d, a, b, _ = rmsprop_centered(p, g, a, b, c, s, h, MOVES)
-        c = momentum * c + d
-    return c, a, b, c
-
-
-@triton.jit
-def adam(p, g, a, b, c, s, h, MOVES: tl.constexpr):  # type: ignore[no-untyped-def]
-    coupled, beta1, fresh1, beta2, fresh2, eps, decoupled = h
-    unbias1, unbias2 = s
-    if MOVES:
-        g += coupled * p
-        a = _lerp(a, g, fresh1, beta1)
-        b = beta2 * b + fresh2 * (g * g)
-    return tl.div_rn(a * unbias1, tl.sqrt_rn(b) * unbias2 + eps) + decoupled * p, a, b, c
-
-
-@triton.jit
-def _lerp(a, g, weight, rest):  # type: ignore[no-untyped-def]
-    """a + weight * (g - a), in the form that is exact at both ends; rest = 1 - weight."""
-    distance = g - a
-    return tl.where(weight < 0.5, a + weight * distance, g - rest * distance)
-
-
 @triton.jit
 def _scale(i):  # type: ignore[no-untyped-def]
     """2^-(WIDTH i + LOWEST)"""
@@ -144,7 +41,7 @@ def _scale(i):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _digits(values):  # type: ignore[no-untyped-def]
-    """The sum of float32 numbers that are not negative, in digits; exact."""
+    """Returns the exact sum of float32 values that are not negative, in digits."""
     finite = values < float("inf")
     i = tl.arange(0, _DIGITS)[None, :]
     wide = tl.where(finite, values, 0.0).to(tl.float64)[:, None]
@@ -160,26 +57,26 @@ def _at(row, column, dtype: tl.constexpr, ALIGNMENT: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _load(pointer, index, held, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if WHOLE:
+def _load(pointer, index, inside, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FULL:
         return tl.load(pointer + index)
     else:
-        return tl.load(pointer + index, mask=held, other=0.0)
+        return tl.load(pointer + index, mask=inside, other=0.0)
 
 
 @triton.jit
-def _store(pointer, index, value, held, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if WHOLE:
+def _store(pointer, index, value, inside, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FULL:
         tl.store(pointer + index, value)
     else:
-        tl.store(pointer + index, value, mask=held)
+        tl.store(pointer + index, value, mask=inside)
 
 
 @triton.jit
 def _do(  # type: ignore[no-untyped-def]
     row,
     index,
-    held,
+    inside,
     scales,
     squares,
     h,
@@ -190,37 +87,37 @@ def _do(  # type: ignore[no-untyped-def]
     ALIGNMENT: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     weights = _at(row, 0, tl.float32, ALIGNMENT)
     first = _at(row, 2, tl.float32, ALIGNMENT)
     second = _at(row, 3, tl.float32, ALIGNMENT)
     third = _at(row, 4, tl.float32, ALIGNMENT)
-    p = _load(weights, index, held, WHOLE)
-    g = _load(_at(row, 1, GRAD, ALIGNMENT), index, held, WHOLE).to(tl.float32)
+    p = _load(weights, index, inside, FULL)
+    g = _load(_at(row, 1, GRAD, ALIGNMENT), index, inside, FULL).to(tl.float32)
     a, b, c = 0.0, 0.0, 0.0
     if BUFFERS > 0:
-        a = _load(first, index, held, WHOLE)
+        a = _load(first, index, inside, FULL)
     if BUFFERS > 1:
-        b = _load(second, index, held, WHOLE)
+        b = _load(second, index, inside, FULL)
     if BUFFERS > 2:
-        c = _load(third, index, held, WHOLE)
+        c = _load(third, index, inside, FULL)
     s = tl.load(scales), tl.load(scales + 1)
     d, a, b, c = RULE(p, g, a, b, c, s, h, MODE != _APPLY)
     if MODE != _APPLY:
         if BUFFERS > 0:
-            _store(first, index, a, held, WHOLE)
+            _store(first, index, a, inside, FULL)
         if BUFFERS > 1:
-            _store(second, index, b, held, WHOLE)
+            _store(second, index, b, inside, FULL)
         if BUFFERS > 2:
-            _store(third, index, c, held, WHOLE)
+            _store(third, index, c, inside, FULL)
     if MODE == _MEASURE:
-        d = tl.where(held, d, 0.0)  # 0 / 0 beyond the end, where eps is 0
+        d = tl.where(inside, d, 0.0)  # 0 / 0 beyond the end, where eps is 0
         digit = squares + tl.arange(0, _DIGITS)
         tl.store(digit, _digits(tl.sum(tl.reshape(p * p, (SIZE // GROUP, GROUP)), axis=1)))
         tl.store(digit + _DIGITS, _digits(tl.sum(tl.reshape(d * d, (SIZE // GROUP, GROUP)), axis=1)))
     else:
-        _store(weights, index, p - tl.load(scales + 2) * d, held, WHOLE)
+        _store(weights, index, p - tl.load(scales + 2) * d, inside, FULL)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -238,8 +135,10 @@ def walk(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One program for each piece. ALIGNMENT: what all addresses are multiples of, in bytes. GROUP: elements of a sum in
-    float32."""
+    """Updates one piece.
+
+    ALIGNMENT is a divisor of all addresses, in bytes; GROUP is the number of elements that are summed in float32.
+    """
     piece = tl.program_id(0)
     tensor = 0  # by bisection: the last one whose first piece is not after this one
     end = tensors
@@ -252,19 +151,19 @@ def walk(  # type: ignore[no-untyped-def]
     row = table + tensor * _COLUMNS
     start = (piece - tl.load(row + _FIRST)) * SIZE
     index = start + tl.arange(0, SIZE)
-    held = index < tl.load(row + _NUMEL)
+    inside = index < tl.load(row + _NUMEL)
     scales += 3 * tensor
     squares += 2 * _DIGITS * piece
-    # A mask would make loads of single elements of those of four, so that only the last piece of a tensor has one.
+    # A mask would turn loads of four elements into loads of one, so that only the last piece of a tensor has one.
     if start + SIZE <= tl.load(row + _NUMEL):
-        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, True)
+        _do(row, index, inside, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, True)
     else:
-        _do(row, index, held, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, False)
+        _do(row, index, inside, scales, squares, h, RULE, MODE, BUFFERS, GRAD, ALIGNMENT, SIZE, GROUP, False)
 
 
 @triton.jit
 def add_up(table, squares, totals, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program for each tensor and column: the digits of its pieces, and what of them belongs to the next digit."""
+    """Adds up the digits of the pieces of one tensor and column, and their carries to the next digits."""
     tensor = tl.program_id(0)
     column = tl.program_id(1)
     row = table + tensor * _COLUMNS
@@ -286,19 +185,3 @@ def add_up(table, squares, totals, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # 
     totals += (2 * tensor + column) * 2 * _DIGITS + i
     tl.store(totals, sums + broken)
     tl.store(totals + _DIGITS, carry)
-
-
-RULES: dict[str, Any] = {
-    rule.__name__: rule
-    for rule in (
-        sgd,
-        momentum,
-        nesterov,
-        adagrad,
-        rmsprop,
-        rmsprop_centered,
-        rmsprop_momentum,
-        rmsprop_centered_momentum,
-        adam,
-    )
-}

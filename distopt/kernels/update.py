@@ -1,8 +1,10 @@
-"""A step of some shards, as their rule says it."""
+"""The protocol of an update, which applies a rule to some shards, and the update by foreach operators."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,42 +12,103 @@ from torch import Tensor
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
 
+Directions = Callable[[Shards], list[Tensor]]
+SquaredNorms = tuple[Tensor, Tensor]
 
-class ForeachUpdate:
-    """The directions of a rule, and what they do to the weights; a kernel does the same (`distopt.kernels.dispatch`).
 
-        step:     p <- p - lr * direction
-        squares:  moves the state; |p|^2 and |direction|^2 of each shard, for trust ratios, in digits
-        (`distopt.kernels.exact`)
-        apply:    p <- p - lr * ratio * direction, afterwards
+class Update(Protocol):
+    """The update of some shards: either `step`, or `squared_norms` and then `apply`.
 
-    layers: the layer of each square.
+    Attributes:
+        group: The param group.
+        layers: The index of the layer of each squared norm; valid after `squared_norms`.
     """
 
-    def __init__(self, optimizer: Any, shards: Shards) -> None:
+    group: dict[str, Any]
+
+    @property
+    def layers(self) -> list[int]: ...
+
+    def step(self) -> None:
+        """Updates the state, and p <- p - lr * direction."""
+
+    def squared_norms(self) -> SquaredNorms:
+        """Measures what a trust ratio needs: |p|^2, and |direction|^2 (which updates the state) or |gradient|^2.
+
+        Returns:
+            Two tensors of shape [len(layers), exact.DIGITS], in the digits of `distopt.kernels.exact`.
+        """
+
+    def apply(self, ratios: Tensor) -> None:
+        """Updates what is left: p <- p - lr * ratio * direction.
+
+        Args:
+            ratios: The trust ratios by layer, a float64 tensor of shape [layers of the model] on the device.
+        """
+
+
+class ForeachUpdate:
+    """The update by the rule's own function, of torch's foreach operators; the kernels compute the same.
+
+    Args:
+        directions: The rule: `ShardedOptimizer.directions`.
+        shards: Its inputs.
+    """
+
+    def __init__(self, directions: Directions, shards: Shards) -> None:
         self.group = shards.group
-        self._optimizer, self._shards = optimizer, shards
-        self._directed: list[tuple[Shards, list[Tensor]]] = []
+        self._directions, self._shards = directions, shards
+        self._measured: list[tuple[Shards, list[Tensor]]] = []
 
     @property
     def layers(self) -> list[int]:
-        return [layer for part, _ in self._directed for layer in part.layers]
+        return [layer for part, _ in self._measured for layer in part.layers]
 
     def step(self) -> None:
         for part in self._shards.slices():
-            directions = self._optimizer.directions(part)
-            torch._foreach_add_(part.params, directions, alpha=-self.group["lr"])
+            torch._foreach_add_(part.params, self._directions(part), alpha=-self.group["lr"])
 
-    def squares(self) -> tuple[Tensor, Tensor]:
-        self._directed = [(part, self._optimizer.directions(part)) for part in self._shards.slices()]
-        params = [p for part, _ in self._directed for p in part.params]
-        directions = [d for _, directed in self._directed for d in directed]
-        rows = [row for part, _ in self._directed for row in part.rows]
+    def squared_norms(self) -> SquaredNorms:
+        self._measured = [(part, self._directions(part)) for part in self._shards.slices()]
+        params = [p for part, _ in self._measured for p in part.params]
+        directions = [d for _, found in self._measured for d in found]
+        rows = [row for part, _ in self._measured for row in part.rows]
         return squared_norms(params, rows), squared_norms(directions, rows)
 
-    def apply(self, factors: Tensor) -> None:
-        """factors: by layer."""
-        each = {dtype: factors.to(dtype).unbind() for dtype in {p.dtype for p in self._shards.params}}
-        for part, directions in self._directed:
-            factor = [each[p.dtype][layer] for layer, p in zip(part.layers, part.params)]
-            torch._foreach_addcmul_(part.params, directions, factor, value=-self.group["lr"])
+    def apply(self, ratios: Tensor) -> None:
+        for part, directions in self._measured:
+            factors = ratio_of_each(ratios, part)
+            torch._foreach_addcmul_(part.params, directions, factors, value=-self.group["lr"])
+
+
+class GradientRatioUpdate:
+    """The update whose trust ratio is that of the gradient, which it multiplies before the state changes (LARS).
+
+    Args:
+        shards: The inputs of the rule.
+        make: Gives the updates of shards, by kernels or by the rule's function.
+        measure: Gives |p|^2 and |gradient|^2 of shards.
+    """
+
+    def __init__(
+        self, shards: Shards, make: Callable[[Shards], Sequence[Update]], measure: Callable[[Shards], SquaredNorms]
+    ) -> None:
+        self.group, self.layers = shards.group, shards.layers
+        self._shards, self._make, self._measure = shards, make, measure
+
+    def step(self) -> None:
+        for update in self._make(self._shards):
+            update.step()
+
+    def squared_norms(self) -> SquaredNorms:
+        return self._measure(self._shards)
+
+    def apply(self, ratios: Tensor) -> None:
+        for update in self._make(replace(self._shards, ratios=ratio_of_each(ratios, self._shards))):
+            update.step()
+
+
+def ratio_of_each(ratios: Tensor, shards: Shards) -> list[Tensor]:
+    """Returns the ratio of each shard's layer as a 0-D tensor of its dtype."""
+    by_dtype = {dtype: ratios.to(dtype).unbind() for dtype in {p.dtype for p in shards.params}}
+    return [by_dtype[p.dtype][layer] for layer, p in zip(shards.layers, shards.params)]

@@ -1,23 +1,29 @@
-"""Where each layer lives: the only thing an engine has to tell an optimizer."""
+"""Layouts: which rank has which part of each layer, the only thing that an engine has to tell an optimizer."""
 
-from distopt.layout.base import Segment, ShardLayout, local, trained, wide, with_gradient
-from distopt.layout.deepspeed import FlatLayout, deepspeed_layout
+from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.deepspeed import deepspeed_layout
 from distopt.layout.fit import check_shape, fit
-from distopt.layout.foreign import refuse_foreign
+from distopt.layout.flat import FlatLayout, full_shape
+from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
+from distopt.layout.param_sync import ParamSync
+from distopt.layout.tensors import local, trained, wide, with_gradient
 from distopt.layout.zero1 import zero1_layout
 
 __all__ = [
     "FlatLayout",
+    "ParamSync",
     "Segment",
     "ShardLayout",
     "check_shape",
     "deepspeed_layout",
     "fit",
+    "full_shape",
     "infer_layout",
     "layout_of",
     "local",
     "refuse_foreign",
+    "refuse_replaced",
     "trained",
     "wide",
     "with_gradient",

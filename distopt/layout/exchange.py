@@ -22,7 +22,7 @@ class GradientExchange:
     elsewhere. The next exchange then gives the sum of both means, as an all-reduce would.
 
     Args:
-        model: the DDP model.
+        model: The DDP model.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
@@ -35,7 +35,7 @@ class GradientExchange:
             node.register_prehook(partial(self._before_accumulation, param))
 
     def before(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Prepares gradients to be exchanged: those that no backward pass has added to since the last exchange."""
+        """Prepares gradients for an exchange: those to which no backward pass has added since the last exchange."""
         for param, grad in zip(params, grads):
             if param in self._poisoned:
                 self._heal(grad)
@@ -50,7 +50,7 @@ class GradientExchange:
         """Refuses gradients of this rank alone.
 
         Raises:
-            ValueError: if a backward pass has added to one of these gradients and none has exchanged it since.
+            ValueError: If a backward pass has added to one of these gradients and none has exchanged it since.
         """
         if local := [p for p in params if p in self._local]:
             raise ValueError(
@@ -69,6 +69,7 @@ class GradientExchange:
 
     @torch.no_grad()
     def _heal(self, grad: Tensor) -> None:
+        """Turns a poisoned gradient into this rank's share of the mean."""
         world, rank = self._group.size(), self._group.rank()
         if grad.ndim == 0:  # every rank has the mean, so that each gives its share already
             return
@@ -79,8 +80,8 @@ class GradientExchange:
 
 
 def refuse_join(model: DistributedDataParallel, _: Any) -> None:
-    """A forward pre-hook of DDP: raises ValueError where ranks may take unlike numbers of steps."""
-    # Of torch 2.13 (distributed/algorithms/join.py); nothing public tells that a model is inside of a Join.
+    """Raises ValueError where ranks may take different numbers of steps; a forward pre-hook of DDP."""
+    # torch 2.13 (distributed/algorithms/join.py); no public name says whether a model is inside of a Join.
     if model._join_config.enable:
         raise ValueError(
             "the model runs under Join (join_uneven_inputs), where a rank without inputs takes no optimizer step, and "

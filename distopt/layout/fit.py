@@ -1,4 +1,4 @@
-"""State that comes from elsewhere, laid out as a layout has it."""
+"""Lays out state that was loaded, or made for another layout, as a layout has it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.layout.base import ShardLayout, wide
+from distopt.layout.base import ShardLayout
+from distopt.layout.tensors import wide
 
 
 def fit(layout: ShardLayout, param: Tensor, value: Tensor, name: str) -> Tensor:
-    """A state buffer as the layout has those of its parameter: its shape, dtype, device and placements.
+    """Returns a state buffer with the shape, dtype, device and placements that the layout has for its parameter.
 
     A full tensor is sharded to this rank's part. A DTensor of another mesh or other placements is gathered first, so
     that every rank has to call it.
 
-    name: of the buffer, for the error.
-    Raises ValueError for a tensor of another full shape.
+    Args:
+        layout: The layout of the parameter.
+        param: A tensor that the optimizer updates.
+        value: The buffer, full or as a DTensor.
+        name: The name of the buffer, for the error.
+
+    Raises:
+        ValueError: For a tensor of another full shape.
     """
     check_shape(param, value, name)
-    from_, to = getattr(value, "device_mesh", None), layout.placement(param)
-    held = None if from_ is None else (from_, tuple(value.placements))  # type: ignore[attr-defined]
-    if held != to:
-        full = value if held is None else value.full_tensor()  # type: ignore[attr-defined]
+    mesh, to = getattr(value, "device_mesh", None), layout.placement(param)
+    now = None if mesh is None else (mesh, tuple(value.placements))  # type: ignore[attr-defined]
+    if now != to:
+        full = value if now is None else value.full_tensor()  # type: ignore[attr-defined]
         value = full if to is None else _part(full, *to)
     return value.to(param.device, wide(param.dtype))
 
@@ -40,7 +47,7 @@ def check_shape(param: Tensor, value: Any, name: str) -> None:
 
 
 def _part(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
-    """This rank's part of a tensor that every rank has, in memory of its own."""
+    """Returns this rank's part of a tensor that every rank has, in memory of its own."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     part = distribute_tensor(full, mesh, placements, src_data_rank=None)

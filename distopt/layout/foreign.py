@@ -1,8 +1,8 @@
-"""Parameters that were sharded or replaced in a way that no placement tells: refused, lest their norms be wrong."""
+"""Refuses parameters that were sharded or replaced in a way that no placement says: their norms would be wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ _FSDP1 = (
     "of which layer it is: shard the model by FSDP2 (torch.distributed.fsdp.fully_shard), and make the optimizer after"
 )
 _TENSOR_PARALLEL = (
-    "is marked as one shard of a tensor-parallel weight, and is a plain tensor that does not say which ranks hold the "
+    "is marked as one shard of a tensor-parallel weight, and is a plain tensor that does not say which ranks have the "
     "others: shard it as a DTensor (torch.distributed.tensor.parallel.parallelize_module); if every rank has the full "
     "weight (a tensor-parallel size of 1, as Transformer Engine marks it too), set the mark to False"
 )
 _EXPERT = (
-    "is marked as an expert's, which only some ranks hold (expert parallelism), and is a plain tensor that does not "
+    "is marked as an expert's, which only some ranks have (expert parallelism), and is a plain tensor that does not "
     "say which: shard the experts as DTensors; if every rank has all of them, set the mark to True"
 )
 _DEEPSPEED = (
@@ -38,7 +38,7 @@ _WRAPPER = (
     "tensor that it wraps, or leave the conversion out"
 )
 
-# The attributes by which libraries mark such parameters, the value that says so (None: any), and what is said of it.
+# The attributes by which libraries mark such parameters, the value that marks (None: any), and the message.
 _MARKS: dict[str, tuple[bool | None, str]] = {
     "_is_flat_param": (True, _FSDP1),  # torch 2.13, distributed/fsdp/_flat_param.py
     "_fsdp_flattened": (True, _FSDP1),  # the same, with use_orig_params
@@ -48,30 +48,52 @@ _MARKS: dict[str, tuple[bool | None, str]] = {
     "allreduce": (False, _EXPERT),  # the experts of Megatron and DeepSpeed
     "ds_tensor": (None, _DEEPSPEED),
 }
-# What DTensors say by their placements, so that a mark adds nothing.
+# DTensors say this by their placements, so that a mark adds nothing.
 _PLACED = (_TENSOR_PARALLEL, _EXPERT)
 
 
 def refuse_foreign(params: Iterable[Tensor]) -> None:
-    """Refuses parameters of which an optimizer would step, or measure, something else than a known part of a layer.
+    """Refuses parameters in which an optimizer would update, or measure, anything but a known part of a layer.
 
-    Looks at this rank alone and communicates nothing. Most of what it finds is alike on all ranks.
+    Looks at this rank alone and communicates nothing. Most findings are the same on all ranks.
 
     Args:
-        params: Parameters as an optimizer has them: plain tensors, or DTensors.
+        params: The parameters of an optimizer: plain tensors, or DTensors.
 
     Raises:
-        ValueError: A parameter is a shard of FSDP1, a plain shard of a tensor-parallel or expert-parallel weight, or a
+        ValueError: If a parameter is a shard of FSDP1, a plain shard of a tensor-parallel or expert-parallel weight, or
+        a
             partition of DeepSpeed's stage 3; one that FSDP2 has replaced or freed; or a tensor subclass that wraps
             others.
     """
     params = list(params)
     for i, param in enumerate(params):
-        if said := _what_is_wrong(param):  # without its shape, which FSDP1 has different on every rank
-            raise ValueError(f"parameter {i} of {len(params)} {said}")
+        if fault := _fault(param):  # without its shape, which differs between the ranks of FSDP1
+            raise ValueError(f"parameter {i} of {len(params)} {fault}")
 
 
-def _what_is_wrong(param: Any) -> str:
+def refuse_replaced(params: Sequence[Tensor], given: set[int]) -> None:
+    """Refuses plain tensors that an engine has put in the place of an optimizer's parameters without a layout.
+
+    Args:
+        params: The trainable parameters of the optimizer now.
+        given: The ids of those with which it was made.
+
+    Raises:
+        ValueError: If there is such a tensor: a norm of it would be silently wrong.
+    """
+    unknown = [p for p in params if id(p) not in given and not hasattr(p, "placements")]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) were replaced by plain "
+            "tensors after the optimizer was made: which layers they hold is unknown, so a norm of them would be "
+            "silently wrong; call optimizer.bind(layout) with the engine's layout, or in a Trainer mix in "
+            "distopt.integrations.transformers.ShardedTrainerMixin (DeepSpeed at stage 0 in 16 "
+            "bits steps before it can have one: use stage 1, or DDP)"
+        )
+
+
+def _fault(param: Any) -> str:
     marks = vars(param)
     for name in marks.keys() & _MARKS.keys():
         value, said = _MARKS[name]
@@ -86,5 +108,5 @@ def _what_is_wrong(param: Any) -> str:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    """Whether this is one of torch's own tensors without elements, on which programs are tried out."""
+    """Returns whether this is one of torch's fake tensors, on which programs are traced."""
     return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,4 +1,4 @@
-"""The layout that parameters themselves tell: plain tensors, and DTensors by their placements."""
+"""Infers a layout from the parameters alone: plain tensors, and DTensors by their placements."""
 
 from __future__ import annotations
 
@@ -9,38 +9,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Segment, ShardLayout, local, trained
+from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.foreign import refuse_foreign
+from distopt.layout.tensors import local, trained
 
 
 def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
-    """The layout that the parameters themselves tell: plain ones are whole on every rank, DTensors lie as placed.
+    """Infers the layout of parameters: plain tensors are full on every rank, DTensors are laid out as placed.
 
-    DDP, FSDP2, HSDP and tensor parallelism, mixed too: a parameter that is replicated along an axis that cuts others
-    is counted once. Raises ValueError for partial placements, for meshes that are not axes of one, and for parameters
-    that are sharded in ways that they do not tell (`refuse_foreign`).
+    For DDP, FSDP2, HSDP and tensor parallelism, also mixed: a parameter that is replicated along an axis that shards
+    others is counted once.
+
+    Raises:
+        ValueError: For partial placements, for meshes that are not axes of one, and for parameters that are sharded in
+            ways that no placement says (`refuse_foreign`).
     """
     params = list(params)
     refuse_foreign(params)
     axes = [sharding_groups(p) for p in params]
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for held in axes:
-        groups = held | groups
+    for sharding in axes:
+        groups = sharding | groups
     _check_one_mesh(params, groups)
     return ShardLayout(
         segments={p: (Segment(i, 0, local(p).numel()),) for i, p in enumerate(params)},
         params=tuple(params),
         device=params[0].device if params else torch.device("cpu"),
         groups=tuple(groups.values()),
-        counted=tuple(all(dist.get_rank(g) == 0 for ranks, g in groups.items() if ranks not in held) for held in axes),
+        counted=tuple(all(dist.get_rank(g) == 0 for ranks, g in groups.items() if ranks not in own) for own in axes),
     )
 
 
 def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
-    """Where the gradients of an optimizer's layers lie: as its own layout says if it has one, else its parameters.
+    """Returns the layout of an optimizer's gradients: its own layout's if it has one, else its parameters'.
 
-    Finds the layout also inside of what Accelerate and DeepSpeed put around an optimizer. Raises TypeError for what is
-    no optimizer.
+    Also finds the layout inside of the wrappers of Accelerate and DeepSpeed.
+
+    Raises:
+        TypeError: If this is no optimizer.
     """
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(
@@ -56,21 +62,21 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
 
 
 def sharding_groups(param: Tensor) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """The groups of the mesh axes of more than one rank along which a parameter is cut, by their ranks.
+    """Returns the process groups of the mesh axes of more than one rank along which a parameter is sharded, by ranks.
 
-    Not by name: torch 2.13 keeps what it has found out for one mesh for all that are equal to it, so that parameters of
-    a process that has made such a mesh before lie on the one or on the other.
+    Not by name: torch 2.13 caches its results for one mesh and reuses them for every equal one, so that the parameters
+    of a process that has made such a mesh before may be on either.
     """
     placements = getattr(param, "placements", ())
     if any(p.is_partial() for p in placements):
         raise ValueError(f"a parameter has placements {placements}: partial sums have no norm; redistribute it first")
     mesh: Any = getattr(param, "device_mesh", None)
-    cut = [mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
-    return {tuple(dist.get_process_group_ranks(group)): group for group in cut}
+    groups = [mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
+    return {tuple(dist.get_process_group_ranks(group)): group for group in groups}
 
 
 def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> None:
-    """Sums over several axes count each element once only if the axes are those of one mesh."""
+    """Refuses meshes that are not axes of one: a sum over several axes would count elements more than once."""
     if len(groups) < 2:
         return
     mesh = max((p.device_mesh for p in params if hasattr(p, "device_mesh")), key=lambda mesh: mesh.ndim)

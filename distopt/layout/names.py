@@ -1,16 +1,16 @@
-"""The names that parameters have in the model itself, whatever wraps it."""
+"""The names of parameters in the model itself, whatever wraps it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# What torch.compile, activation checkpointing and FSDP1 put into the names of what they wrap.
+# Inserted into names by torch.compile, activation checkpointing and FSDP1.
 _INSERTED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def bare_name(model: nn.Module, name: str) -> str:
-    """Removes the parts of a name that wrappers have put into it.
+    """Removes the parts of a name that wrappers have inserted.
 
     Args:
         model: The model as it is, with its wrappers: `torch.compile`, activation checkpointing, DDP, DeepSpeed.
@@ -29,11 +29,11 @@ def bare_name(model: nn.Module, name: str) -> str:
 
 
 def bare_parameters(model: nn.Module, remove_duplicate: bool = True) -> dict[str, Tensor]:
-    """The parameters of a model by their names without wrappers; tied ones once, unless `remove_duplicate` is false."""
+    """Returns the parameters of a model by their bare names; tied ones once, unless `remove_duplicate` is false."""
     named = model.named_parameters(remove_duplicate=remove_duplicate)
     return {bare_name(model, name): param for name, param in named}
 
 
 def _is_engine(module: nn.Module) -> bool:
-    """Whether a module is one that has the model in its attribute `module`."""
+    """Returns whether a module is a wrapper whose attribute `module` is the model."""
     return isinstance(module, (DataParallel, DistributedDataParallel)) or hasattr(module, "zero_optimization_stage")

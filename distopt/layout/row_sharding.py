@@ -1,4 +1,4 @@
-"""Rows of many parameters, one run for each rank: in a matrix that one collective moves, or where they lie."""
+"""ZeRO-1's division of parameters by rows: which rows each rank owns, and how they are packed into messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 
 
 def width(param: Tensor, world: int) -> int:
-    """Elements of a parameter that go to each rank: those of ceil(n / world) rows, as DTensor's Shard(0) cuts n."""
+    """Returns the elements of a rank's share: ceil(n / world) of a parameter's n rows, as in DTensor's Shard(0)."""
     return param.numel() // max(1, _rows(param)) * -(-_rows(param) // world)
 
 
 def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
-    """Start and number of the elements of a rank's rows; the last ranks may have fewer, or none. All have a 0-D one."""
+    """Returns the start and the number of the elements of a rank's rows in the flattened parameter.
+
+    The last ranks may have fewer rows, or none. Every rank has a 0-D parameter.
+    """
     if param.ndim == 0:
         return 0, 1
     step = width(param, world)
@@ -24,8 +27,13 @@ def span(param: Tensor, world: int, rank: int) -> tuple[int, int]:
     return start, min(step, param.numel() - start)
 
 
-def rows_of(param: Tensor, world: int, rank: int) -> int:
-    """How many rows of a parameter, which may have no elements, go to a rank."""
+def own_rows(tensor: Tensor, world: int, rank: int) -> Tensor:
+    """Returns a flat view of a rank's rows of a full tensor."""
+    return tensor.view(-1).narrow(0, *span(tensor, world, rank))
+
+
+def row_count(param: Tensor, world: int, rank: int) -> int:
+    """Returns how many rows of a parameter, which may have no elements, a rank owns."""
     step = -(-_rows(param) // world)
     return max(0, min(step, _rows(param) - rank * step))
 
@@ -40,10 +48,14 @@ def poison_remote_rows(tensors: Sequence[Tensor], world: int, rank: int) -> None
 
 
 def pack(matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int = 0) -> None:
-    """Writes rows of the tensors into those of a matrix [ranks, sum of the widths]; rounds to its dtype.
+    """Copies rows of full tensors into a matrix with one row per rank.
 
-    The matrix's rows are those of the ranks from `first` on. What a rank lacks rows for is left as it is. A 0-D tensor
-    goes to every rank.
+    Args:
+        matrix: Shape [ranks, sum of the widths], for the ranks from `first` on; values are rounded to its dtype. The
+            places of rows that a rank does not have stay as they are. A 0-D tensor goes to every rank.
+        tensors: The full tensors.
+        world: The number of ranks that share the rows.
+        first: The rank of the matrix's first row.
     """
     pairs = list(_views(matrix, tensors, world, first, scalars=len(matrix)))
     if pairs:  # none of parameters without elements
@@ -51,40 +63,43 @@ def pack(matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int = 0) 
 
 
 def unpack(tensors: Sequence[Tensor], matrix: Tensor, world: int, first: int = 0) -> None:
-    """The reverse. A 0-D tensor is the first rank's, so that all ranks have the same."""
+    """Copies the rows of a matrix back into full tensors: the reverse of `pack`.
+
+    A 0-D tensor takes the first rank's value, so that it is the same on all ranks.
+    """
     pairs = list(_views(matrix, tensors, world, first, scalars=1 if first == 0 else 0))
     if pairs:
         torch._foreach_copy_([outside for _, outside in pairs], [inside for inside, _ in pairs])
 
 
 def swap(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Gives all other ranks this rank's rows of the tensors, and takes theirs, each from where it is to where it goes.
+    """Sends this rank's rows of full tensors to all other ranks and receives theirs, in place.
 
-    For gloo: no copy and no scratch memory, and many small messages cost it no more than a few long ones.
+    For gloo: it needs no copy and no scratch memory, and many small messages cost no more there than a few long ones.
     """
     works = []
     for tensor in tensors:
-        rows = [tensor.view(-1).narrow(0, *span(tensor, group.size(), rank)) for rank in range(group.size())]
-        owners = range(group.size()) if tensor.ndim else range(1)
+        rows = [own_rows(tensor, group.size(), rank) for rank in range(group.size())]
+        senders = range(group.size()) if tensor.ndim else range(1)
         mine = rows[group.rank()]
         for other in (rank for rank in range(group.size()) if rank != group.rank()):
-            if group.rank() in owners and mine.numel():
+            if group.rank() in senders and mine.numel():
                 works.append(group.send([mine], other, 0))  # dist.isend's checks cost as much as the message
-            if other in owners and rows[other].numel():
+            if other in senders and rows[other].numel():
                 works.append(group.recv([rows[other]], other, 0))
     for work in works:
         work.wait()
 
 
 def over_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether tensors of this device go by gloo in this group."""
+    """Returns whether the group communicates tensors of this device by gloo."""
     return group._get_backend(device).name() == "gloo"
 
 
 def _views(
     matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int, scalars: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the matrix and of the tensors that hold the same elements, in as few pairs as can be."""
+    """Yields views of the matrix and of the tensors that have the same elements, in as few pairs as possible."""
     start, last = 0, first + len(matrix)
     for tensor in tensors:
         step = width(tensor, world)

@@ -1,148 +1,101 @@
-"""ZeRO-1: parameters and gradients whole on every rank (DDP), the optimizer's state cut by rows."""
+"""ZeRO-1 over DDP: parameters are full on every rank, the optimizer's state is sharded by rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.base import Segment, ShardLayout, trained, wide
+from distopt.layout.base import Placement, Segment, ShardLayout
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.infer import infer_layout
+from distopt.layout.param_sync import RowSync, overlapped
 from distopt.layout.reduce_scatter import hookable, reduce_scatter_gradients
-from distopt.layout.row_sharding import over_gloo, poison_remote_rows, rows_of, span, swap, unpack, width
+from distopt.layout.row_sharding import row_count, span
+from distopt.layout.tensors import trained, wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
-# Elements of one exchange, of which two are under way: bounds their scratch memory. Below 32 MB the C library gives the
-# same memory again in the next step; above, every page of it would be new, which costs as much as sending it.
-_BUCKET = 2**22
-
 
 @dataclass(frozen=True, eq=False)
 class Zero1Layout(ShardLayout):
-    """Every rank steps its rows of each plain parameter, and then sends them to the others: (N-1)/N of their bytes.
+    """The rows of each plain parameter that this rank updates; `sync` sends them to the other ranks afterwards.
 
-    The state is a DTensor `Shard(0)` of the parameter's own global shape, as FSDP2 has it, so that torch's distributed
-    checkpoint moves it between engines and world sizes. A 0-D parameter has no rows: every rank steps it, and takes the
-    first rank's.
+    The state is a DTensor `Shard(0)` of the parameter's own global shape, as under FSDP2, so that torch's distributed
+    checkpoint converts it between engines and world sizes. A 0-D parameter has no rows: every rank updates it, and
+    takes the first rank's value.
 
-    Gradients are whole on every rank, and `gradients` says so, or right in a rank's rows only
-    (`gradients="reduce_scatter"`).
+    Gradients are full on every rank, and `gradients` says so, or right in a rank's rows only
+    (`zero1_layout(gradients="reduce_scatter")`).
 
-    With `units` a step returns while rows are on their way, beside the next forward pass: each unit's forward waits for
-    its own, the model's for all that lie outside of units. A state dict waits, and who asks the optimizer for its
-    layout; until then others' rows are nan, so that a read by another way shows. Call `wait` before one. Scratch memory
-    is then the model's size, else two buckets' (over gloo none).
+    With units a step returns while rows are in flight, and each unit's forward pass waits for its own, the model's for
+    all that are outside of units. A state dict waits, and so does `ShardedOptimizer.layout`; until then the rows of
+    other ranks are NaN, so that a read by another way shows. Call `sync.wait()` before one.
+
+    Attributes:
+        mesh: One axis, over the ranks that share the parameters.
+        exchange: Follows which gradients have been exchanged, with `gradients="reduce_scatter"`.
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
-    units: tuple[frozenset[Tensor], ...] = ()
     exchange: GradientExchange | None = None
-    _coming: list[_Gather] = field(default_factory=list, init=False, repr=False)
-    _whole = False  # also of one rank, whose state is a DTensor
+    _unsharded = False  # also on one rank, whose state is a DTensor
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:
         return self.mesh.get_group() if self.mesh.size() < dist.get_world_size() else None
 
-    def split(self, owner: Tensor, tensor: Tensor) -> list[Tensor]:
-        """This rank's rows of a parameter or gradient; its shard of a state."""
-        if hasattr(tensor, "to_local"):
-            return [tensor.to_local().view(-1)]
-        (segment,) = self.segments[owner]
+    def split(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
+        """Returns a flat view of this rank's rows of a parameter or gradient, or of its shard of a state."""
+        return [tensor.to_local().view(-1)] if hasattr(tensor, "to_local") else self.split_local(param, tensor)
+
+    def split_local(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
+        (segment,) = self.segments[param]
         return [tensor.view(-1).narrow(0, segment.start, segment.numel)]
 
-    def grads(self, owners: Sequence[Tensor]) -> list[Tensor]:
-        """As in the base class. Raises ValueError for gradients that no backward pass has exchanged."""
+    def grads(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """As in the base class.
+
+        Raises:
+            ValueError: Also for gradients that no backward pass has exchanged.
+        """
         if self.exchange is not None:
-            self.exchange.check(owners)
-        return super().grads(owners)
+            self.exchange.check(params)
+        return super().grads(params)
 
-    def tensors_to_back_up(self, owners: Iterable[Tensor]) -> list[Tensor]:
-        return [p.detach() for p in owners]
-
-    def own_shards_of(self, owners: Sequence[Tensor], touched: Sequence[Tensor]) -> list[Tensor]:
-        return [shard for p, copy in zip(owners, touched) for shard in self.split(p, copy)]
-
-    def placement(self, owner: Tensor) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
+    def placement(self, param: Tensor) -> Placement | None:
         from torch.distributed.tensor import Shard
 
-        return (self.mesh, (Shard(0),)) if owner.ndim else None
+        return (self.mesh, (Shard(0),)) if param.ndim else None
 
-    def zeros(self, owner: Tensor) -> Tensor:
-        return self._sharded(owner, torch.zeros_like(self.split(owner, owner.detach())[0], dtype=wide(owner.dtype)))
+    def zeros(self, param: Tensor) -> Tensor:
+        return self._sharded(param, torch.zeros_like(self.split(param, param.detach())[0], dtype=wide(param.dtype)))
 
-    def master(self, owner: Tensor) -> Tensor:
-        return self._sharded(owner, self.split(owner, owner.detach())[0].to(wide(owner.dtype), copy=True))
+    def master(self, param: Tensor) -> Tensor:
+        return self._sharded(param, self.split(param, param.detach())[0].to(wide(param.dtype), copy=True))
 
-    def moved(self, copied: Callable[[Tensor], Tensor]) -> Self:
-        """The hooks that wait for units stay with the model that has them: a step of the copy waits by itself."""
-        self.wait()
-        return replace(super().moved(copied), units=())
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> Self:
+        # The hooks that wait for units belong to the original model: a step of the copy waits on its own.
+        self.sync.wait()
+        return replace(super().copied(copy), sync=RowSync(self.mesh.get_group(), self.device))
 
-    def publish(self, owners: Iterable[Tensor]) -> None:
-        """Sends this rank's rows to all others and takes theirs: one all-gather for each bucket of parameters.
-
-        Over gloo, unless units wait for them, by messages that need no buckets.
-        """
-        self.wait()
-        if self.mesh.size() == 1:
-            return
-        if not self.units and over_gloo(self.mesh.get_group(), self.device):
-            swap([p.detach() for p in owners], self.mesh.get_group())
-            return
-        for bucket in self._buckets(list(owners)):
-            if not self.units and len(self._coming) > 1:  # one is unpacked while the next is on its way
-                self._coming.pop(0).finish()
-            self._coming.append(_Gather(self, bucket))
-        if self.units:
-            for gather in self._coming:
-                gather.mark()
-        else:
-            self.wait()
-
-    def wait(self, params: frozenset[Tensor] | None = None) -> None:
-        """Until all rows have come that `publish` has asked for, or those of these parameters."""
-        while self._coming and (params is None or any(gather.holds(params) for gather in self._coming)):
-            self._coming.pop(0).finish()
-
-    def scattered(self, model: nn.Module, units: Sequence[nn.Module], exchange: GradientExchange | None) -> Zero1Layout:
-        """The same rows where gradients are right in them only; with the hooks of the model that wait for units."""
-        inside = [frozenset(unit.parameters()) for unit in units]
-        held = [frozenset(model.parameters()).difference(*inside), *inside] if units else []
-        layout = replace(self, gradients=None, units=tuple(held), exchange=exchange)
-        for unit, params in zip((model, *units), held):
-            unit.register_forward_pre_hook(lambda module, args, params=params: layout.wait(params))
-        for module in model.modules() if units else ():
-            module.register_state_dict_pre_hook(lambda *_: layout.wait())
-            module.register_load_state_dict_pre_hook(lambda *_: layout.wait())  # or they would come after
-        return layout
-
-    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Runs of parameters that one all-gather moves; those that units share come with the first of these."""
-        left = dict.fromkeys(params)
-        for unit in self.units or [frozenset(params)]:
-            yield from _buckets([p for p in params if p in unit and p in left])
-            left = {p: None for p in left if p not in unit}
-
-    def _sharded(self, owner: Tensor, rows: Tensor) -> Tensor:
+    def _sharded(self, param: Tensor, rows: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Shard
 
-        if owner.ndim == 0:
+        if param.ndim == 0:
             return rows.view(())
-        count = rows_of(owner, self.mesh.size(), self.mesh.get_local_rank())
-        local = rows.view(count, *owner.shape[1:])
+        count = row_count(param, self.mesh.size(), self.mesh.get_local_rank())
+        local = rows.view(count, *param.shape[1:])
         return DTensor.from_local(
-            local, self.mesh, [Shard(0)], run_check=False, shape=owner.shape, stride=owner.stride()
+            local, self.mesh, [Shard(0)], run_check=False, shape=param.shape, stride=param.stride()
         )
 
 
@@ -150,11 +103,11 @@ def zero1_layout(
     model: nn.Module,
     mesh: DeviceMesh | None = None,
     *,
-    gradients: str = "all_reduce",
+    gradients: Literal["all_reduce", "reduce_scatter"] = "all_reduce",
     reduce_dtype: torch.dtype | None = None,
     units: Sequence[nn.Module] = (),
 ) -> Zero1Layout:
-    r"""The layout of ZeRO-1 for a model whose parameters are full on every rank, as under DDP.
+    r"""Makes the layout of ZeRO-1 for a model whose parameters are full on every rank, as under DDP.
 
         optimizer.bind(distopt.layout.zero1_layout(ddp, gradients="reduce_scatter"))
 
@@ -174,20 +127,18 @@ def zero1_layout(
     Args:
         model: DDP, before its first backward pass; with `all_reduce` also the model inside, which does not know DDP's
             process group.
-        mesh: One axis, over the ranks that hold replicas. None takes those of DDP's process group, without DDP all
-        ranks.
+        mesh: One axis, over the ranks that have replicas. None takes those of DDP's process group, without DDP all
+            ranks.
         gradients: `all_reduce` or `reduce_scatter`.
         reduce_dtype: The dtype in which `reduce_scatter` sends gradients, as FSDP2's; None for their own. bfloat16
-        halves
-            the bytes; on the CPU the sum is in float32 all the same.
+            halves the bytes; on the CPU the sum is in float32 all the same.
         units: With `reduce_scatter`: blocks of the model, in the order of its forward pass, each of which waits for its
             own updated shards (see `Zero1Layout`); as under FSDP2, only a unit's own forward pass may use its
             parameters. Without them `step` waits.
 
     Raises:
         ValueError: If parameters are sharded already, or not contiguous; if the mesh has other ranks than DDP, since
-        rows
-            would come from models that are trained apart; for options of `reduce_scatter` without it; and, with
+            rows would come from models that are trained apart; for options of `reduce_scatter` without it; and, with
             `reduce_scatter`, if the model is not DDP or has a communication hook already.
     """
     if gradients not in ("all_reduce", "reduce_scatter"):
@@ -197,21 +148,22 @@ def zero1_layout(
             raise ValueError(
                 "reduce_dtype and units are options of the reduce-scatter: give gradients='reduce_scatter'"
             )
-        return _replicated(model, mesh)
+        return _all_reduced(model, mesh)
     ddp = hookable(model)
-    layout = _replicated(ddp, mesh)
-    exchange = reduce_scatter_gradients(ddp, layout.mesh.get_group(), reduce_dtype)
-    return layout.scattered(ddp.module, units, exchange)
+    layout = _all_reduced(ddp, mesh)
+    group = layout.mesh.get_group()
+    exchange = reduce_scatter_gradients(ddp, group, reduce_dtype)
+    return replace(layout, gradients=None, exchange=exchange, sync=overlapped(group, layout.device, ddp.module, units))
 
 
-def _replicated(model: nn.Module, mesh: DeviceMesh | None) -> Zero1Layout:
-    """The layout for gradients that are full."""
+def _all_reduced(model: nn.Module, mesh: DeviceMesh | None) -> Zero1Layout:
+    """Makes the layout for gradients that are full on every rank."""
     params = trained(model.parameters())
     for name, p in model.named_parameters():
         if hasattr(p, "placements"):
             raise ValueError(f"{name} is sharded already ({p.placements}): ZeRO-1 is for DDP; FSDP2 needs no layout")
         if not p.is_contiguous():
-            raise ValueError(f"{name} is not contiguous, so its rows cannot be cut: make it contiguous first")
+            raise ValueError(f"{name} is not contiguous, so its rows cannot be sharded: make it contiguous first")
     refuse_foreign(params)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
@@ -219,20 +171,22 @@ def _replicated(model: nn.Module, mesh: DeviceMesh | None) -> Zero1Layout:
     device = params[0].device if params else torch.device("cpu")
     mesh = _mesh(model, device, mesh)
     world, rank = mesh.size(), mesh.get_local_rank()
+    full = infer_layout(params)
     return Zero1Layout(
         segments={p: (Segment(i, *(rows := span(p, world, rank)), rows[0]),) for i, p in enumerate(params)},
         params=tuple(params),
         device=device,
         groups=(mesh.get_group(),) if world > 1 else (),
         counted=tuple(p.ndim > 0 or rank == 0 for p in params),
-        model=(whole := infer_layout(params)),
-        gradients=whole,
+        model=full,
+        gradients=full,
+        sync=RowSync(mesh.get_group(), device),
         mesh=mesh,
     )
 
 
 def _mesh(model: nn.Module, device: torch.device, given: DeviceMesh | None) -> DeviceMesh:
-    """The ranks that hold copies of a model: those among which DDP exchanges its gradients."""
+    """Returns the ranks that have copies of a model: those among which DDP exchanges its gradients."""
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     groups = [module.process_group for module in model.modules() if isinstance(module, DistributedDataParallel)]
@@ -245,53 +199,3 @@ def _mesh(model: nn.Module, device: torch.device, given: DeviceMesh | None) -> D
             "of DDP's process_group, its ranks in the same order; leave it out, and DDP's is taken"
         )
     return mesh
-
-
-class _Gather:
-    """An all-gather of the rows of some parameters that is under way."""
-
-    def __init__(self, layout: Zero1Layout, params: list[Tensor]) -> None:
-        self._layout, self._owners, self._params = layout, params, [p.detach() for p in params]
-        world, group = layout.mesh.size(), layout.mesh.get_group()
-        widths, rank = [width(p, world) for p in params], layout.mesh.get_local_rank()
-        self._all = params[0].new_empty(world, sum(widths))  # what a rank lacks rows for is sent as it is, and not read
-        rows = layout.weights(params)
-        mine = self._all[rank].split(widths)
-        torch._foreach_copy_([to[: row.numel()] for to, row in zip(mine, rows)], rows)
-        self._works = all_gather(self._all, rank, group)
-
-    def holds(self, params: frozenset[Tensor]) -> bool:
-        return not params.isdisjoint(self._owners)
-
-    def mark(self) -> None:
-        """Makes nan of the other ranks' rows, which are still those of before."""
-        poison_remote_rows(self._params, self._layout.mesh.size(), self._layout.mesh.get_local_rank())
-
-    def finish(self) -> None:
-        for work in self._works:
-            work.wait()
-        world, rank = self._layout.mesh.size(), self._layout.mesh.get_local_rank()
-        unpack(self._params, self._all[:rank], world)
-        unpack(self._params, self._all[rank + 1 :], world, rank + 1)
-
-
-def all_gather(matrix: Tensor, rank: int, group: dist.ProcessGroup) -> list[dist.Work]:
-    """Starts the way of each rank's row of a matrix to all others; what has to be waited for."""
-    if over_gloo(group, matrix.device):
-        # Of torch 2.13: its all-gather takes four times as long as these broadcasts, of the same bytes.
-        return [dist.broadcast(row, group=group, group_src=i, async_op=True) for i, row in enumerate(matrix)]
-    return [dist.all_gather_single(matrix.view(-1), matrix[rank], group=group, async_op=True)]
-
-
-def _buckets(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one dtype, in runs of at most _BUCKET elements."""
-    for dtype in dict.fromkeys(p.dtype for p in params):
-        bucket: list[Tensor] = []
-        held = 0
-        for p in (p for p in params if p.dtype == dtype):
-            held += p.numel()
-            if bucket and held > _BUCKET:
-                yield bucket
-                bucket, held = [], p.numel()
-            bucket.append(p)
-        yield bucket

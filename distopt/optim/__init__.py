@@ -1,10 +1,13 @@
-"""One file per rule: the math on plain local tensors, and the optimizer that runs it."""
+"""The optimizers, one file for each update rule, and what a new rule needs: `ShardedOptimizer`, `Rule` and `Shards`."""
 
+from distopt.kernels.rules import Rule
+from distopt.kernels.shards import Shards
 from distopt.optim.adagrad import Adagrad
 from distopt.optim.adam import Adam, AdamW
+from distopt.optim.base import ShardedOptimizer
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.rmsprop import RMSprop
 from distopt.optim.sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]
+__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "Rule", "ShardedOptimizer", "Shards"]

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt.kernels.dispatch import kernel
+from distopt.kernels.dispatch import compiled
+from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout, local
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.options import options
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from distopt.optim.torch_options import TorchOptions
+    from distopt.optim.options import TorchOptions
 
 
 def adagrad(
@@ -23,18 +26,26 @@ def adagrad(
     grads: list[Tensor],
     sum: list[Tensor],
     *,
-    steps: list[float],
-    lr_decay: float,
-    eps: float,
     weight_decay: float,
+    eps: float,
+    rate_decay: list[float],
 ) -> list[Tensor]:
-    """The rule of `Adagrad`."""
+    """Computes the directions of `Adagrad`, and updates its state in place.
+
+    Args:
+        params: The weights.
+        grads: The gradients.
+        sum: The sum of the squared gradients.
+        weight_decay: L2 penalty.
+        eps: Keeps the quotient finite.
+        rate_decay: 1 + (step - 1) * lr_decay of each tensor.
+    """
     grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
     torch._foreach_addcmul_(sum, grads, grads)
     scale = torch._foreach_sqrt(sum)
     torch._foreach_add_(scale, eps)
     torch._foreach_div_(grads, scale)
-    torch._foreach_div_(grads, [1.0 + (step - 1.0) * lr_decay for step in steps])
+    torch._foreach_div_(grads, rate_decay)
     return grads
 
 
@@ -46,20 +57,20 @@ class Adagrad(ShardedOptimizer):
         direction = g / (sqrt(s) + eps) / (1 + (step - 1) * lr_decay)
         p <- p - lr * direction
 
-    As `torch.optim.Adagrad`: eps stands outside the root; the form sqrt(s + eps) of many textbooks puts it inside.
+    As `torch.optim.Adagrad`: eps is outside the root; the form sqrt(s + eps) of many textbooks puts it inside.
 
     Args:
-        params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0; a number, or a tensor of one.
-        lr_decay: the rate falls as 1 / (1 + (step - 1) * lr_decay), >= 0.
+        params: Parameters, or param groups as dicts.
+        lr: Learning rate, >= 0; a number, or a tensor with one element.
+        lr_decay: The learning rate falls as 1 / (1 + (step - 1) * lr_decay), >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
-        initial_accumulator_value: where the sum starts, >= 0.
-        eps: keeps the quotient finite, >= 0.
-        maximize: ascend instead of descend.
-        trust_ratio: multiply each layer's direction by |p| / |direction|.
-        trust_clip: bounds (low, high) of that ratio, or None.
-        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
-        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
+        initial_accumulator_value: Initial value of the sum, >= 0.
+        eps: Keeps the quotient finite, >= 0.
+        maximize: As for `ShardedOptimizer`, like the others below.
+        trust_ratio: Scale each layer's update to the norm of its weights.
+        trust_clip: Bounds of the trust ratio.
+        capturable: For CUDA graphs.
+        torch_options: Options of torch's that change nothing here.
 
     Reference: Duchi, Hazan, Singer, Adaptive Subgradient Methods for Online Learning and Stochastic Optimization,
     JMLR 12, 2011, https://jmlr.org/papers/v12/duchi11a.html
@@ -67,8 +78,8 @@ class Adagrad(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        lr: float = 1e-2,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
         lr_decay: float = 0.0,
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
@@ -80,39 +91,21 @@ class Adagrad(ShardedOptimizer):
         capturable: bool = False,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                lr_decay=lr_decay,
-                weight_decay=weight_decay,
-                initial_accumulator_value=initial_accumulator_value,
-                eps=eps,
-                maximize=maximize,
-                trust_ratio=trust_ratio,
-                trust_clip=trust_clip,
-                capturable=capturable,
-            ),
-            **torch_options,
+        super().__init__(params, options(locals()), **torch_options)
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return Rule(
+            kernel="adagrad",
+            buffers=("sum",),
+            scalars={"weight_decay": group["weight_decay"], "eps": group["eps"]},
+            divisors={"rate_decay": lambda step: 1.0 + (step - 1.0) * group["lr_decay"]},
         )
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("sum",)
+    @compiled
+    def directions(self, shards: Shards) -> list[Tensor]:
+        return adagrad(shards.params, shards.grads, **shards.inputs)
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
-        slot = super().init_slot(layout, group, name, param)
-        local(slot).fill_(group["initial_accumulator_value"])
-        return slot
-
-    @kernel("adagrad")
-    def directions(self, shards: Shards) -> list[Tensor]:
-        group = shards.group
-        return adagrad(
-            shards.params,
-            shards.grads,
-            shards.buffers["sum"],
-            steps=shards.steps,
-            lr_decay=group["lr_decay"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
+        buffer = super().init_slot(layout, group, name, param)
+        local(buffer).fill_(group["initial_accumulator_value"])
+        return buffer

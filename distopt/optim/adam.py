@@ -1,4 +1,4 @@
-"""Adam and AdamW: one rule, two places for the weight decay."""
+"""Adam and AdamW: one rule, with the weight decay in one of two places."""
 
 from __future__ import annotations
 
@@ -7,37 +7,65 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt.kernels.dispatch import kernel
+from distopt.kernels.dispatch import compiled
+from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.torch_options import TORCH_OPTIONS
+from distopt.optim.options import TORCH_OPTIONS, options
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from distopt.optim.torch_options import TorchOptions
+    from distopt.optim.options import TorchOptions
 
 
 def adam(
+    params: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
     *,
-    steps: list[float],
-    betas: tuple[float, float],
+    coupled: float,
+    beta1: float,
+    one_minus_beta1: float,
+    beta2: float,
+    one_minus_beta2: float,
     eps: float,
+    decoupled: float,
+    bias_correction1: list[float],
+    bias_correction2_sqrt: list[float],
 ) -> list[Tensor]:
-    """m_hat / (sqrt(v_hat) + eps), after moving both moments by the gradient."""
-    beta1, beta2 = betas
-    torch._foreach_lerp_(exp_avg, grads, 1.0 - beta1)
+    """Computes m_hat / (sqrt(v_hat) + eps), and updates both moments in place.
+
+    Args:
+        params: The weights.
+        grads: The gradients.
+        exp_avg: The first moment m.
+        exp_avg_sq: The second moment v.
+        coupled: Weight decay that is added to the gradient (Adam).
+        beta1: Decay of the first moment.
+        one_minus_beta1: 1 - beta1.
+        beta2: Decay of the second moment.
+        one_minus_beta2: 1 - beta2.
+        eps: Keeps the quotient finite.
+        decoupled: Weight decay that is added to the direction (AdamW).
+        bias_correction1: 1 - beta1^step of each tensor.
+        bias_correction2_sqrt: sqrt(1 - beta2^step) of each tensor.
+    """
+    if coupled:
+        grads = list(torch._foreach_add(grads, params, alpha=coupled))
+    torch._foreach_lerp_(exp_avg, grads, one_minus_beta1)
     torch._foreach_mul_(exp_avg_sq, beta2)
-    torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1.0 - beta2)
+    torch._foreach_addcmul_(exp_avg_sq, grads, grads, one_minus_beta2)
     scale = torch._foreach_sqrt(exp_avg_sq)
-    torch._foreach_div_(scale, [(1.0 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_div_(scale, bias_correction2_sqrt)
     torch._foreach_add_(scale, eps)
-    update = torch._foreach_div(exp_avg, scale)
-    torch._foreach_div_(update, [1.0 - beta1**step for step in steps])
-    return list(update)
+    directions = torch._foreach_div(exp_avg, scale)
+    torch._foreach_div_(directions, bias_correction1)
+    if decoupled:
+        torch._foreach_add_(directions, params, alpha=decoupled)
+    return list(directions)
 
 
 class Adam(ShardedOptimizer):
@@ -49,27 +77,27 @@ class Adam(ShardedOptimizer):
         direction = m_hat / (sqrt(v_hat) + eps)
         p <- p - lr * direction
 
-    As the paper's Algorithm 1 and `torch.optim.Adam` without amsgrad; eps stands outside the root.
+    As the paper's Algorithm 1 and `torch.optim.Adam` without amsgrad; eps is outside the root.
 
     Args:
-        params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0; a number, or a tensor of one.
-        betas: decay of the two moments, each in [0, 1).
-        eps: keeps the quotient finite, >= 0.
+        params: Parameters, or param groups as dicts.
+        lr: Learning rate, >= 0; a number, or a tensor with one element.
+        betas: Decay of the two moments, each in [0, 1).
+        eps: Keeps the quotient finite, >= 0.
         weight_decay: L2 penalty added to the gradient, >= 0.
-        maximize: ascend instead of descend.
-        trust_ratio: multiply each layer's direction by |p| / |direction|.
-        trust_clip: bounds (low, high) of that ratio, or None.
-        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
-        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
+        maximize: As for `ShardedOptimizer`, like the others below.
+        trust_ratio: Scale each layer's update to the norm of its weights.
+        trust_clip: Bounds of the trust ratio.
+        capturable: For CUDA graphs.
+        torch_options: Options of torch's that change nothing here.
 
     Reference: Kingma, Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, arXiv 1412.6980.
     """
 
     def __init__(
         self,
-        params: Any,
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -80,40 +108,33 @@ class Adam(ShardedOptimizer):
         capturable: bool = False,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                maximize=maximize,
-                trust_ratio=trust_ratio,
-                trust_clip=trust_clip,
-                capturable=capturable,
-            ),
-            **torch_options,
-        )
+        super().__init__(params, options(locals()), **torch_options)
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq")
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return self._rule(group, coupled=group["weight_decay"], decoupled=0.0)
 
-    @kernel("adam")
+    @compiled
     def directions(self, shards: Shards) -> list[Tensor]:
-        group = shards.group
-        decayed = torch._foreach_add(shards.grads, shards.params, alpha=group["weight_decay"])
-        return self.moments(shards, list(decayed))
+        return adam(shards.params, shards.grads, **shards.inputs)
 
-    def moments(self, shards: Shards, grads: list[Tensor]) -> list[Tensor]:
-        """Adam's rule on these gradients, with the group's hyper-parameters."""
-        group = shards.group
-        return adam(
-            grads,
-            shards.buffers["exp_avg"],
-            shards.buffers["exp_avg_sq"],
-            steps=shards.steps,
-            betas=group["betas"],
-            eps=group["eps"],
+    def _rule(self, group: dict[str, Any], coupled: float, decoupled: float) -> Rule:
+        beta1, beta2 = group["betas"]
+        return Rule(
+            kernel="adam",
+            buffers=("exp_avg", "exp_avg_sq"),
+            scalars={
+                "coupled": coupled,
+                "beta1": beta1,
+                "one_minus_beta1": 1.0 - beta1,
+                "beta2": beta2,
+                "one_minus_beta2": 1.0 - beta2,
+                "eps": group["eps"],
+                "decoupled": decoupled,
+            },
+            divisors={
+                "bias_correction1": lambda step: 1.0 - beta1**step,
+                "bias_correction2_sqrt": lambda step: (1.0 - beta2**step) ** 0.5,
+            },
         )
 
 
@@ -127,7 +148,9 @@ class AdamW(Adam):
 
     As `torch.optim.AdamW`: the decay is multiplied by lr; in the paper it is multiplied by the schedule's factor alone.
 
-    Args: as `Adam`, with weight_decay 0.01 by default.
+    Args:
+        params: As for `Adam`, like all but the one below.
+        weight_decay: Decay of the weights, >= 0.
 
     Reference: Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101.
     """
@@ -138,8 +161,8 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        params: Any,
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -150,21 +173,7 @@ class AdamW(Adam):
         capturable: bool = False,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            trust_ratio=trust_ratio,
-            trust_clip=trust_clip,
-            capturable=capturable,
-            **torch_options,
-        )
+        super().__init__(params, **options(locals()), **torch_options)
 
-    @kernel("adamw")
-    def directions(self, shards: Shards) -> list[Tensor]:
-        directions = self.moments(shards, shards.grads)
-        torch._foreach_add_(directions, shards.params, alpha=shards.group["weight_decay"])
-        return directions
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return self._rule(group, coupled=0.0, decoupled=group["weight_decay"])

@@ -21,15 +21,21 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
 
         g <- g / max(1, |g| / max_norm)
 
-    One all-reduce per mesh axis that shards, none where every rank holds everything. torch's function of this name
-    divides by |g| + 1e-6 instead; the difference is below 1e-6 / |g|. A norm that is inf or nan makes the gradients nan
+    One all-reduce per mesh axis that shards, none where every rank has the full model. torch's function of this name
+    divides by |g| + 1e-6 instead; the difference is below 1e-6 / |g|. A norm that is inf or NaN makes the gradients NaN
     or zero, as there: skip the step then.
 
-    optimizer: any torch optimizer; it must hold the model's own parameters.
-    max_norm: >= 0; inf measures and does not clip.
-    Returns the global norm before clipping, a float64 scalar, the same on every rank.
-    Raises TypeError for parameters in the optimizer's place, ValueError for a max_norm that is negative or no number,
-    and under DeepSpeed, which clips by itself.
+    Args:
+        optimizer: Any torch optimizer of the model's own parameters.
+        max_norm: >= 0; inf measures and does not clip.
+
+    Returns:
+        The global norm before clipping, a 0-D float64 tensor on the layout's device, the same on every rank.
+
+    Raises:
+        TypeError: For parameters in the place of the optimizer.
+        ValueError: For a max_norm that is negative or no number, and where an engine hides the gradients, and so
+            clips on its own (`ShardLayout.gradients_hidden`).
     """
     if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
         raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
@@ -41,14 +47,14 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
 @eager_island
 @torch.no_grad()
 def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
-    """The local gradient shards, and their global norm: what `clip_grad_norm_` begins with, at its cost."""
+    """Returns the local gradient shards and their global norm: the first half of `clip_grad_norm_`, at its cost."""
     grads, norms = _grad_norms(optimizer, layout_of(optimizer))
-    return grads, exact.norm(norms)  # in whatever order a layout has its layers
+    return grads, exact.norm(norms)  # exact, so the order of the layers does not matter
 
 
 @torch.no_grad()
 def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
-    """Scales gradients of this global norm to at most `max_norm`: what `clip_grad_norm_` ends with."""
+    """Scales gradients of this global norm to at most `max_norm`: the second half of `clip_grad_norm_`."""
     if max_norm != math.inf:
         scale_(grads, torch.where(total <= max_norm, 1.0, max_norm / total))
 
@@ -56,9 +62,15 @@ def clip_(grads: list[Tensor], total: Tensor, max_norm: float) -> None:
 @eager_island
 @torch.no_grad()
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """The gradient norm of each whole layer, by parameter: where a gradient vanishes, explodes or is nan.
+    """Returns the gradient norm of each full layer, by parameter, to see where a gradient vanishes, explodes or is NaN.
 
-    One all-reduce per mesh axis that shards; 0 for a layer without gradient. Raises ValueError under DeepSpeed.
+    One all-reduce per mesh axis that shards.
+
+    Returns:
+        0-D float64 tensors on the layout's device; 0 for a layer without gradient.
+
+    Raises:
+        ValueError: Where an engine hides the gradients.
     """
     layout = layout_of(optimizer)
     _, norms = _grad_norms(optimizer, layout)
@@ -72,14 +84,10 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
-    """The local gradient shards, and the norm of each layer over all ranks."""
-    if not layout.gradients_stay:
-        raise ValueError(
-            "DeepSpeed gives the optimizer its gradients for the time of a step only, so there are none to measure or "
-            "clip here: set gradient_clipping in DeepSpeed's configuration, and ask engine.get_global_grad_norm() "
-            "after a step"
-        )
-    owners = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
-    grads = layout.grads(owners)
-    (norms,) = layout.norms(layout.layers(owners), grads)
+    """Returns the local gradient shards and the norm of each layer over all ranks."""
+    if layout.gradients_hidden:
+        raise ValueError(layout.gradients_hidden)
+    params = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
+    grads = layout.grads(params)
+    (norms,) = layout.norms(layout.layers(params), grads)
     return grads, norms

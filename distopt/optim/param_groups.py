@@ -1,4 +1,4 @@
-"""Param groups: which parameters decay and take a trust ratio, and other options by the parameters' names."""
+"""Param groups: which parameters have weight decay and a trust ratio, and other options by parameter name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
 
-# Vectors that are stacked, one for each expert or head, and so have two dimensions and more: biases, the scales of
-# norms, the gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
+# Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
+# gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
 _VECTORS = re.compile(
     r"(^|[._])(bias|weight_g|A_log)$"
     r"|(norm|(^|[._])ln)(_?\d+)?[._](weight|scale|gain|gamma)$"
@@ -34,14 +35,13 @@ def param_groups(
 
     The first of these rules that applies to a parameter decides:
 
-    1. The options of the first pattern of `overrides` that is found in its name, for what they say.
+    1. The options of the first pattern of `overrides` that is found in its name, for the options that it has.
     2. `weight_decay=0.0, trust_ratio=False` for a parameter with fewer than two dimensions (biases, the scales of
        norms), as in the published trainings of BERT with AdamW and LAMB.
-    3. The same for a parameter that asks for no decay: it has the attribute `_no_weight_decay`; or it is among the
-       names that the method `no_weight_decay()` of its model, or of a module that holds it, returns, as timm's models
-       have it; or its name says that it is a stack of vectors: it ends with `bias`, `norm.weight` and its like, or
-       `weight_g` and `parametrizations.weight.original0`, the gains of weight norm; or it is Mamba's `A_log`, or the
-       `D` beside it.
+    3. The same for a parameter that is marked as not decaying: it has the attribute `_no_weight_decay`; or the method
+       `no_weight_decay()` of its model, or of a module that contains it, returns its name, as in timm's models; or its
+       name is that of a stack of vectors: it ends with `bias`, with `norm.weight` or the like, or with `weight_g` or
+       `parametrizations.weight.original0`, the gains of weight norm; or it is Mamba's `A_log`, or the `D` next to it.
     4. `weight_decay` for the others.
 
     Every group has `param_names`, in the order of `params` and without the prefixes of wrappers (DDP, `torch.compile`,
@@ -49,22 +49,22 @@ def param_groups(
     parameters decay, and why others do not, is logged at the level INFO.
 
     Args:
-        model: plain, on the meta device, or wrapped for DDP, FSDP2 or DeepSpeed. Tied weights belong to a group once,
+        model: Plain, on the meta device, or wrapped for DDP, FSDP2 or DeepSpeed. Tied weights belong to a group once,
             by their first name; frozen parameters to none. `fully_shard` and `to_empty` replace parameters and drop
             their attributes: a model that marks its parameters by `_no_weight_decay` needs an override under FSDP2.
-        weight_decay: of the parameters that decay, >= 0. It precedes the optimizer's argument of that name.
-        overrides: options for the parameters in whose names a regular expression is found (`re.search`), for example
+        weight_decay: For the parameters that decay, >= 0. It overrides the optimizer's argument of that name.
+        overrides: Options for the parameters in whose names a regular expression is found (`re.search`), for example
             `{"wte": {"lr": 1e-4}, r"layers\\.0\\.": {"lr": 3e-4}}`. The first expression that is found wins; its
             options are merged over those of the rules above: a bias keeps `weight_decay=0.0` unless they say otherwise.
 
     Returns:
         The param groups that are not empty. Groups that are added to the optimizer later need `param_names` too, which
-        torch asks of all groups or of none.
+        torch requires of all groups or of none.
 
     Raises:
-        ValueError: for a negative weight decay, a model with nothing to train, an expression that is malformed or that
-            no trainable parameter follows, and an option that no optimizer of torch or distopt has. The values of
-            options are for the optimizer to check.
+        ValueError: For a negative weight decay, a model with nothing to train, an expression that is malformed or that
+            matches no trainable parameter, and an option that no optimizer of torch or distopt has. The optimizer
+            checks the values of options.
     """
     if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
         raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
@@ -84,21 +84,21 @@ def param_groups(
         for pattern, options in [(None, {}), *overrides.items()]
         for decays in (True, False)
     }
-    asked = _asks_for_no_decay(model, trainable)
+    marked = _marked_as_not_decaying(model, trainable)
     for name, param in trainable.items():
         first = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
-        group = groups[first, _dims(param) > 1 and name not in asked]
+        group = groups[first, len(full_shape(param)) > 1 and name not in marked]
         group["params"].append(param)
         group["param_names"].append(name)
     for pattern in overrides:
         if not groups[pattern, True]["params"] and not groups[pattern, False]["params"]:
             raise ValueError(
-                f"no trainable parameter follows the override {pattern!r}: it is found in none of the "
+                f"no trainable parameter matches the override {pattern!r}: it is found in none of the "
                 f"{len(trainable)} names, or an earlier override takes them all; the first names are "
                 f"{', '.join([*trainable][:5])}"
             )
     made = [group for group in groups.values() if group["params"]]
-    log.info(_summary(made, trainable, asked))
+    log.info(_summary(made, trainable, marked))
     return made
 
 
@@ -112,7 +112,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _check_names(pattern: str, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option that would do nothing, or, as `initial_lr`, what only a schedule may do."""
+    """Raises ValueError for an option that would do nothing or, as `initial_lr`, belongs to a schedule."""
     classes = [c for c in vars(torch.optim).values() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
     known = {name for c in classes for name in inspect.signature(c).parameters} - {"params", "defaults"} | _OTHERS
     for name in options:
@@ -125,42 +125,35 @@ def _check_names(pattern: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _asks_for_no_decay(model: nn.Module, names: Mapping[str, Tensor]) -> set[str]:
-    """Which of the parameters ask for no decay, whatever their shape."""
-    asked = {name for name, param in names.items() if getattr(param, "_no_weight_decay", False)}
-    asked |= {name for name in names if _VECTORS.search(name) and _is_gain(name, names)}
-    asked |= {name for name in names if re.search(r"(^|\.)D$", name) and f"{name[:-1]}A_log" in names}
+def _marked_as_not_decaying(model: nn.Module, names: Mapping[str, Tensor]) -> set[str]:
+    """Returns the names of the parameters that are marked as not decaying, whatever their shape."""
+    marked = {name for name, param in names.items() if getattr(param, "_no_weight_decay", False)}
+    marked |= {name for name in names if _VECTORS.search(name) and _is_gain(name, names)}
+    marked |= {name for name in names if re.search(r"(^|\.)D$", name) and f"{name[:-1]}A_log" in names}
     members = {id(param): name for name, param in names.items()}
     for module in model.modules():
         listed = getattr(module, "no_weight_decay", None)
         if callable(listed):
             wanted = set(listed())
             own = bare_parameters(module, remove_duplicate=False)
-            asked |= {members[id(p)] for name, p in own.items() if name in wanted and id(p) in members}
-    return asked
+            marked |= {members[id(p)] for name, p in own.items() if name in wanted and id(p) in members}
+    return marked
 
 
 def _is_gain(name: str, names: Mapping[str, Tensor]) -> bool:
-    """Other parametrizations than weight norm have an original0 too, but most of them no original1."""
+    """Returns False for parametrizations other than weight norm: they have an original0, but most have no original1."""
     return not name.endswith(".original0") or f"{name[:-1]}1" in names
 
 
-def _dims(param: Tensor) -> int:
-    """The number of dimensions of the full parameter."""
-    # DeepSpeed 0.19.8 zero.Init (runtime/zero/partition_parameters.py) leaves an empty 1-D tensor in each parameter and
-    # its shape in ds_shape; asking that tensor, no parameter would decay (DeepSpeed pull request 8438).
-    return len(getattr(param, "ds_shape", param.shape))
-
-
-def _summary(groups: list[dict[str, Any]], trainable: Mapping[str, Tensor], asked: set[str]) -> str:
-    """One line: how many parameters decay, and why the others do not."""
+def _summary(groups: list[dict[str, Any]], trainable: Mapping[str, Tensor], marked: set[str]) -> str:
+    """Returns one line: how many parameters decay, and why the others do not."""
     decaying = {name for group in groups if group["weight_decay"] for name in group["param_names"]}
     rest = [name for name in trainable if name not in decaying]
-    vectors = [name for name in rest if _dims(trainable[name]) < 2]
-    named = [name for name in rest if _dims(trainable[name]) > 1 and name in asked]
+    vectors = [name for name in rest if len(full_shape(trainable[name])) < 2]
+    named = [name for name in rest if len(full_shape(trainable[name])) > 1 and name in marked]
     line = f"{len(decaying)} parameters decay, {len(rest)} do not: {len(vectors)} have fewer than two dimensions"
     if named:
-        line += f", {len(named)} ask for none ({', '.join(named[:3])}{', ...' * (len(named) > 3)})"
+        line += f", {len(named)} are marked as not decaying ({', '.join(named[:3])}{', ...' * (len(named) > 3)})"
     if others := len(rest) - len(vectors) - len(named):
         line += f", {others} by weight_decay=0"
     return line

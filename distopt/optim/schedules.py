@@ -2,8 +2,9 @@
 
     lr_t = lr * factor(t)        t = 0 .. total_steps - 1 counts optimizer steps; every param group keeps its own lr
 
-All of them warm up linearly, so that the first update already moves (Transformers' `get_*_schedule_with_warmup` give
-t / warmup_steps, whose first update has lr 0), and reach the peak once, with the last warmup step:
+All of them warm up linearly, so that the first update already changes the weights (Transformers'
+`get_*_schedule_with_warmup` give t / warmup_steps, whose first update has lr 0), and reach the peak once, with the last
+warmup step:
 
     factor(0) = 1 / warmup_steps      factor(warmup_steps - 1) = 1      factor(total_steps - 1) = final_lr_ratio
 
@@ -13,11 +14,11 @@ reach it one step after the run). No warmup (0) is the same as a warmup of 1: st
 Step a schedule once per optimizer step, on every rank, and keep it out of `accelerator.prepare`: a prepared schedule
 advances once per process, so the learning rate would depend on the number of processes.
 
-A param group that is added in mid-run follows the same curve from the schedule's next step on, with the lr that it was
-given as its peak.
+A param group that is added in mid-run follows the same curve from the schedule's next step on, with its own lr as its
+peak.
 
-A schedule's `state_dict` holds its position and the groups' base learning rates, not its shape, which belongs to the
-configuration: a run that is resumed with a larger `total_steps` follows the longer schedule from where it is.
+A schedule's `state_dict` has its position and the groups' base learning rates, not its shape, which belongs to the
+configuration: a run that is resumed with a larger `total_steps` follows the longer schedule from there.
 
 Every constructor takes `(optimizer, warmup_steps, total_steps)` by keyword, and raises ValueError unless `warmup_steps`
 is an integer in [0, total_steps) and `final_lr_ratio`, where it has one, is in [0, 1].
@@ -33,12 +34,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from distopt.optim.validate import check_integer
+
+_COUNTS = "it counts optimizer steps"
+
 # A partial of a module-level function can be pickled, unlike a closure, and LambdaLR.state_dict saves nothing of it: of
 # any other callable it saves the attributes, and restoring them would undo a change of the configuration.
 
 
 class WarmupLR(LambdaLR):
-    """A `LambdaLR` with one factor for all param groups, also for those that are added after it was made."""
+    """A `LambdaLR` with one factor for all param groups, also for groups that are added after it was made."""
 
     def get_lr(self) -> list[float | Tensor]:
         self._follow()
@@ -56,27 +61,27 @@ class WarmupLR(LambdaLR):
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.1) -> WarmupLR:
-    """Linear warmup, then half a cosine down to `final_lr_ratio` at the last step; see `cosine_factor`."""
+    """Makes a schedule: linear warmup, then half a cosine to `final_lr_ratio` at the last step; see `cosine_factor`."""
     _check(warmup_steps, total_steps, final_lr_ratio)
     factor = partial(cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps, final_lr_ratio=final_lr_ratio)
     return WarmupLR(optimizer, factor)
 
 
 def warmup_linear(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_lr_ratio: float = 0.0) -> WarmupLR:
-    """Linear warmup, then a straight line down to `final_lr_ratio` at the last step; see `linear_factor`."""
+    """Makes a schedule: linear warmup, then a line to `final_lr_ratio` at the last step; see `linear_factor`."""
     _check(warmup_steps, total_steps, final_lr_ratio)
     factor = partial(linear_factor, warmup_steps=warmup_steps, total_steps=total_steps, final_lr_ratio=final_lr_ratio)
     return WarmupLR(optimizer, factor)
 
 
 def warmup_constant(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> WarmupLR:
-    """Linear warmup, then the peak for ever; `total_steps` only checks that the warmup ends within the run."""
+    """Makes a schedule: linear warmup, then the peak; `total_steps` only checks that the warmup ends in time."""
     _check(warmup_steps, total_steps)
     return WarmupLR(optimizer, partial(constant_factor, warmup_steps=warmup_steps))
 
 
 def warmup_inverse_sqrt(optimizer: Optimizer, warmup_steps: int, total_steps: int | None = None) -> WarmupLR:
-    """Linear warmup, then 1 / sqrt(t) for ever; `total_steps` only checks the warmup; see `inverse_sqrt_factor`."""
+    """Makes a schedule: linear warmup, then 1 / sqrt(t); see `inverse_sqrt_factor`, and above for `total_steps`."""
     _check(warmup_steps, total_steps)
     return WarmupLR(optimizer, partial(inverse_sqrt_factor, warmup_steps=warmup_steps))
 
@@ -84,12 +89,15 @@ def warmup_inverse_sqrt(optimizer: Optimizer, warmup_steps: int, total_steps: in
 def warmup_stable_decay(
     optimizer: Optimizer, warmup_steps: int, total_steps: int, decay_steps: int, final_lr_ratio: float = 0.0
 ) -> WarmupLR:
-    """Linear warmup, the peak, then a straight line over the last `decay_steps` steps; see `stable_decay_factor`.
+    """Makes a schedule: linear warmup, the peak, then a straight line over the last `decay_steps` steps.
 
-    Raises ValueError, beside the above, unless `decay_steps` is in [1, total_steps - max(warmup_steps, 1)].
+    See `stable_decay_factor`.
+
+    Raises:
+        ValueError: Also unless `decay_steps` is in [1, total_steps - max(warmup_steps, 1)].
     """
     _check(warmup_steps, total_steps, final_lr_ratio)
-    _check_integer("decay_steps", decay_steps, low=1)
+    check_integer("decay_steps", decay_steps, 1, _COUNTS)
     if decay_steps > (longest := total_steps - max(warmup_steps, 1)):
         raise ValueError(
             f"decay_steps must be at most {longest}, what {total_steps} total_steps leave after {warmup_steps} "
@@ -106,7 +114,7 @@ def warmup_stable_decay(
 
 
 def constant_factor(step: int, warmup_steps: int) -> float:
-    """The linear warmup that all schedules share.
+    """Returns the factor of the linear warmup that all schedules share.
 
     factor = min(1, (t + 1) / warmup_steps)
     """
@@ -114,7 +122,7 @@ def constant_factor(step: int, warmup_steps: int) -> float:
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int, final_lr_ratio: float) -> float:
-    """Cosine annealing without restarts, after a linear warmup.
+    """Returns the factor of cosine annealing without restarts, after a linear warmup.
 
         factor = final + (1 - final) * (1 + cos(pi * s)) / 2        s: from 0 at the peak to 1 at the last step
 
@@ -129,7 +137,7 @@ def cosine_factor(step: int, warmup_steps: int, total_steps: int, final_lr_ratio
 
 
 def linear_factor(step: int, warmup_steps: int, total_steps: int, final_lr_ratio: float) -> float:
-    """Linear decay after a linear warmup; down to 0, it is the schedule of BERT and of LAMB.
+    """Returns the factor of a linear decay after a linear warmup: down to 0, the schedule of BERT and of LAMB.
 
         factor = final + (1 - final) * (1 - s)        s: from 0 at the peak to 1 at the last step
 
@@ -141,7 +149,7 @@ def linear_factor(step: int, warmup_steps: int, total_steps: int, final_lr_ratio
 
 
 def inverse_sqrt_factor(step: int, warmup_steps: int) -> float:
-    """The Transformer's schedule, scaled to a peak of 1.
+    """Returns the factor of the Transformer's schedule, scaled to a peak of 1.
 
         factor = min(n / w, sqrt(w / n))        n = t + 1, w = max(1, warmup_steps)
 
@@ -156,7 +164,7 @@ def inverse_sqrt_factor(step: int, warmup_steps: int) -> float:
 def stable_decay_factor(
     step: int, warmup_steps: int, total_steps: int, decay_steps: int, final_lr_ratio: float
 ) -> float:
-    """Warmup-stable-decay (WSD): the peak is held until the last `decay_steps` steps, which fall linearly.
+    """Returns the factor of warmup-stable-decay (WSD): the peak, then a linear decay over the last `decay_steps` steps.
 
         factor = final + (1 - final) * (1 - s)        s = k / decay_steps at the k-th of the last steps, 0 before
 
@@ -171,19 +179,19 @@ def stable_decay_factor(
 
 
 def _peak(warmup_steps: int) -> int:
-    """The step whose factor is 1: the last of the warmup."""
+    """Returns the step whose factor is 1, the last of the warmup."""
     return max(warmup_steps - 1, 0)
 
 
 def _progress(step: int, start: int, total_steps: int) -> float:
-    """From 0 at step `start` and before to 1 at the last step and after; a run of one step stays at its peak."""
+    """Returns 0 up to step `start`, rising to 1 at the last step and after; a run of one step stays at its peak."""
     return min(1.0, max(0, step - start) / max(1, total_steps - 1 - start))
 
 
 def _check(warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0.0) -> None:
-    _check_integer("warmup_steps", warmup_steps, low=0)
+    check_integer("warmup_steps", warmup_steps, 0, _COUNTS)
     if total_steps is not None:
-        _check_integer("total_steps", total_steps, low=1)
+        check_integer("total_steps", total_steps, 1, _COUNTS)
         if warmup_steps >= total_steps:
             raise ValueError(
                 f"warmup longer than the run: warmup_steps must be less than total_steps = {total_steps}, "
@@ -193,8 +201,3 @@ def _check(warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0
         raise ValueError(
             f"final_lr_ratio must be in [0, 1], got {final_lr_ratio}; it is a fraction of the peak, not a learning rate"
         )
-
-
-def _check_integer(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}; it counts optimizer steps")

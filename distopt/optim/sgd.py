@@ -7,38 +7,50 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distopt.kernels.dispatch import kernel
+from distopt.kernels.dispatch import compiled
+from distopt.kernels.rules import OfStep, Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.options import options
 
 if TYPE_CHECKING:
+    from torch.optim.optimizer import ParamsT
     from typing_extensions import Unpack
 
-    from distopt.optim.torch_options import TorchOptions
+    from distopt.optim.options import TorchOptions
 
 
 def sgd(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffer: list[Tensor],
+    momentum_buffer: list[Tensor] | None = None,
     *,
-    steps: list[float],
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
     weight_decay: float,
-    rates: list[Tensor] | None = None,
+    momentum: float = 0.0,
+    one_minus_dampening: list[float] | None = None,
+    ratio: list[Tensor] | None = None,
+    nesterov: bool = False,
 ) -> list[Tensor]:
-    """The rule of `SGD`; `rates` multiply the decayed gradient before it meets the momentum (LARS)."""
+    """Computes the directions of `SGD`, and updates its momentum in place.
+
+    Args:
+        params: The weights.
+        grads: The gradients.
+        momentum_buffer: The momentum; None or an empty list without momentum.
+        weight_decay: L2 penalty.
+        momentum: Decay of the momentum.
+        one_minus_dampening: The share of each gradient in the momentum.
+        ratio: Trust ratios, 0-D tensors, that multiply the decayed gradients before the momentum (LARS).
+        nesterov: Use Nesterov's momentum.
+    """
     grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
-    if rates is not None:
-        torch._foreach_mul_(grads, rates)
-    if momentum == 0.0:
+    if ratio is not None:
+        torch._foreach_mul_(grads, ratio)
+    if momentum_buffer is None or one_minus_dampening is None:
         return grads
     torch._foreach_mul_(momentum_buffer, momentum)
-    fresh = torch._foreach_mul(grads, [1.0 if step == 1.0 else 1.0 - dampening for step in steps])
-    torch._foreach_add_(momentum_buffer, fresh)
+    torch._foreach_add_(momentum_buffer, torch._foreach_mul(grads, one_minus_dampening))
     if nesterov:
         torch._foreach_add_(grads, momentum_buffer, alpha=momentum)
         return grads
@@ -63,17 +75,17 @@ class SGD(ShardedOptimizer):
     so that the gradient is taken where the parameters are. The sequence of look-ahead points is the same.
 
     Args:
-        params: parameters, or param groups as dicts.
-        lr: learning rate, >= 0; a number, or a tensor of one.
-        momentum: in [0, 1); 0 keeps no state but the step.
-        dampening: in [0, 1].
+        params: Parameters, or param groups as dicts.
+        lr: Learning rate, >= 0; a number, or a tensor with one element.
+        momentum: In [0, 1); 0 keeps no state but the step.
+        dampening: In [0, 1].
         weight_decay: L2 penalty added to the gradient, >= 0.
-        nesterov: needs momentum > 0 and dampening 0.
-        maximize: ascend instead of descend.
-        trust_ratio: multiply each layer's direction by |p| / |direction| (not on paper for SGD; see LARS).
-        trust_clip: bounds (low, high) of that ratio, or None.
-        capturable: count the steps on the GPU, so that a CUDA graph may capture `step`; lr may be a tensor there then.
-        torch_options: arguments of torch's that change nothing here (`fused`, `foreach`); others are refused.
+        nesterov: Use Nesterov's momentum; needs momentum > 0 and dampening 0.
+        maximize: As for `ShardedOptimizer`, like the others below.
+        trust_ratio: Not published for SGD; see `LARS`.
+        trust_clip: Bounds of the trust ratio.
+        capturable: For CUDA graphs.
+        torch_options: Options of torch's that change nothing here.
 
     References:
         Polyak, Some methods of speeding up the convergence of iteration methods, 1964,
@@ -84,8 +96,8 @@ class SGD(ShardedOptimizer):
 
     def __init__(
         self,
-        params: Any,
-        lr: float = 1e-3,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -97,24 +109,20 @@ class SGD(ShardedOptimizer):
         capturable: bool = False,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(
-            params,
-            dict(
-                lr=lr,
-                momentum=momentum,
-                dampening=dampening,
-                weight_decay=weight_decay,
-                nesterov=nesterov,
-                maximize=maximize,
-                trust_ratio=trust_ratio,
-                trust_clip=trust_clip,
-                capturable=capturable,
-            ),
-            **torch_options,
-        )
+        super().__init__(params, options(locals()), **torch_options)
 
-    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
+    def rule(self, group: dict[str, Any]) -> Rule:
+        scalars, scales = {"weight_decay": group["weight_decay"]}, {"ratio": lambda step: 1.0}
+        if not group["momentum"]:
+            return Rule("sgd", (), scalars, scales)
+        dampening = group["dampening"]
+        dampened: dict[str, OfStep] = {"one_minus_dampening": lambda step: 1.0 - dampening * (step != 1.0)}
+        kernel = "nesterov" if group["nesterov"] else "momentum"
+        return Rule(kernel, ("momentum_buffer",), scalars | {"momentum": group["momentum"]}, scales | dampened)
+
+    @compiled
+    def directions(self, shards: Shards) -> list[Tensor]:
+        return sgd(shards.params, shards.grads, nesterov=shards.group["nesterov"], **shards.inputs)
 
     def required(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ()  # torch's counts no steps, and its momentum begins at the first gradient
@@ -130,18 +138,3 @@ class SGD(ShardedOptimizer):
                 "nesterov needs momentum > 0 and dampening 0, "
                 f"got momentum={group['momentum']!r}, dampening={group['dampening']!r}"
             )
-
-    @kernel("sgd")
-    def directions(self, shards: Shards) -> list[Tensor]:
-        group = shards.group
-        return sgd(
-            shards.params,
-            shards.grads,
-            shards.buffers.get("momentum_buffer", []),
-            steps=shards.steps,
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            rates=shards.rates,
-        )

@@ -1,4 +1,4 @@
-"""The bounds of every hyper-parameter, checked when a param group is added and at every step."""
+"""Checks of arguments: the bounds of every hyper-parameter of a param group, and numbers, pairs and integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-# name: (low, high, what the bound says); high is open for the decay rates, where 1 would keep the first value for ever.
+# name: (low, high, the bound in words); high is open for the decay rates, where 1 would keep the first value for ever.
 _BOUNDS: dict[str, tuple[float, float, str]] = {
     "lr": (0.0, math.inf, "a number >= 0"),
     "eps": (0.0, math.inf, "a number >= 0"),
@@ -23,16 +23,17 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "initial_accumulator_value": (0.0, math.inf, "a number >= 0"),
     "trust_coefficient": (0.0, math.inf, "a number >= 0"),
 }
-# An lr in mid-run: torch's recursive schedules round to numbers below 0 where they should end at 0.
+# An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
 _MOVED_LR = (-sys.float_info.max, math.inf, "a finite number")
 _SWITCHES = ("nesterov", "centered", "maximize", "trust_ratio", "capturable")
 
 
 def check_group(group: MutableMapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Checks a new param group, and makes numbers of other libraries (numpy's scalars) Python's own.
+    """Checks a new param group, and converts numbers of other libraries (numpy's scalars) to Python's own.
 
-    Raises ValueError, with value and bound, for the first option that is out of bounds, mistyped or misspelt, and for
-    complex parameters.
+    Raises:
+        ValueError: With value and bound, for the first option that is out of bounds, mistyped or misspelt, and for
+            complex parameters.
     """
     for name, value in group.items():
         if isinstance(value, Tensor) and name == "lr":
@@ -52,9 +53,10 @@ def check_group(group: MutableMapping[str, Any], defaults: Mapping[str, Any]) ->
 
 
 def check_values(group: Mapping[str, Any]) -> None:
-    """Checks what schedules and users have put into a param group, without reading from a GPU.
+    """Checks the values that schedules and users have set in a param group, without reading from a GPU.
 
-    Raises ValueError as `check_group`.
+    Raises:
+        ValueError: As `check_group`.
     """
     for name, value in group.items():
         if name != "lr":
@@ -68,8 +70,29 @@ def check_values(group: Mapping[str, Any]) -> None:
         _check_number(name, value, *_MOVED_LR)
 
 
+def bounded(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """Returns a finite number in [low, high] as a float; raises ValueError for any other value."""
+    if not _is_number(value) or not low <= value <= high or value == math.inf:
+        most = "" if high == math.inf else f" and <= {high:g}"
+        raise ValueError(f"{name} must be a number >= {low:g}{most}, got {_shown(value)}")
+    return float(value)
+
+
+def positive(name: str, value: Any, remedy: str = "") -> float:
+    """Returns a finite number > 0 as a float; raises ValueError for any other value."""
+    if not _is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be a number > 0, got {_shown(value)}{remedy and f'; {remedy}'}")
+    return float(value)
+
+
+def check_integer(name: str, value: object, low: int, remedy: str = "") -> None:
+    """Raises ValueError unless the value is an integer >= low, and no boolean."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}{remedy and f'; {remedy}'}")
+
+
 def _check(name: str, value: Any) -> None:
-    """Raises ValueError for the value of an option of ours; there are others, whose names say nothing here."""
+    """Raises ValueError for a bad value of an option of distopt's; other options may have any."""
     if name in _BOUNDS:
         _check_number(name, value, *_BOUNDS[name])
     elif name in _SWITCHES:
@@ -87,7 +110,7 @@ def _check(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float, bound: str) -> None:
-    if not _is_number(value) or not low <= float(value) < high:  # numpy's float32 overflows beside a large bound
+    if not _is_number(value) or not low <= float(value) < high:  # numpy's float32 overflows next to a large bound
         raise ValueError(f"{name} must be {bound}, got {_shown(value)}")
 
 
@@ -98,8 +121,8 @@ def _check_tensor_lr(lr: Tensor, capturable: object) -> None:
         )
     if not lr.is_cpu and capturable is not True:
         raise ValueError(
-            f"lr is a tensor on {lr.device}, for whose value every step would wait: give capturable=True, or a number, "
-            "or a tensor on the CPU"
+            f"lr is a tensor on {lr.device}, and every step would wait for its value: give capturable=True, or a "
+            "number, or a tensor on the CPU"
         )
 
 
@@ -121,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(value: object) -> str:
-    """The value in one short line."""
+    """Returns the value in one short line."""
     if isinstance(value, int) and not _is_number(value) and not isinstance(value, bool):
         return "an integer beyond the largest float"
     text = " ".join(repr(value).split())

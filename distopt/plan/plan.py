@@ -146,7 +146,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         accumulation=cfg.accumulation,
         passes=1.0 if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
         sam=0 if sam is None else 1 + sam.needs_unperturbed_gradient + len(sam.buffers),
-        trusts=optimizer.trusts(optimizer.param_groups[0]),
+        trusts=optimizer.param_groups[0]["trust_ratio"],
     )
 
 

@@ -149,7 +149,7 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
-    slots = {p: len(optimizer.slots(group)) for group in optimizer.param_groups for p in group["params"]}
+    slots = {p: len(optimizer.rule(group).buffers) for group in optimizer.param_groups for p in group["params"]}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]

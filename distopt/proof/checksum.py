@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout as layouts
-from distopt.layout import FlatLayout, ShardLayout
-from distopt.layout.deepspeed import own_piece, whole_shape
+from distopt.layout import ShardLayout, full_shape
+from distopt.layout.flat import is_partitioned, own_piece, partition_group
 from distopt.layout.names import bare_parameters
 from distopt.proof.content import Run, content
 from distopt.proof.faults import check_parameters
@@ -73,9 +73,9 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     plain: Any = model.module if wrapped else model
     plain.state_dict()  # ZeRO-1 that gathers beside the forward pass has all rows then
     names = {param: name for name, param in bare_parameters(plain).items()}
-    partitioned = [param for param in names if hasattr(param, "ds_tensor")]
+    partitioned = [param for param in names if is_partitioned(param)]
     found = _partitioned_sums(partitioned)
-    rest = [param for param in names if not hasattr(param, "ds_tensor")]
+    rest = [param for param in names if not is_partitioned(param)]
     check_parameters(rest)
     layout = layouts.infer_layout(rest)
     found |= dict(zip(rest, _over_ranks(layout, sums(layout, parts(layout)))))
@@ -90,10 +90,10 @@ def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:
     shares = []
     for param in params:
         piece = own_piece(param)
-        shares.append(content(piece.weights, whole_shape(param), Run(piece.offset, piece.weights.numel())))
+        shares.append(content(piece.weights, full_shape(param), Run(piece.offset, piece.weights.numel())))
     total = torch.stack(shares).to(params[0].device)
-    if dist.get_world_size(params[0].ds_process_group) > 1:
-        dist.all_reduce(total, group=params[0].ds_process_group)
+    if dist.get_world_size(group := partition_group(params[0])) > 1:
+        dist.all_reduce(total, group=group)
     return dict(zip(params, total.tolist()))
 
 
@@ -102,7 +102,7 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
     layout: ShardLayout = getattr(optimizer, "layout", None) or layouts.infer_layout(
         layouts.trained(p for group in optimizer.param_groups for p in group["params"])
     )
-    owners = _owners(layout)
+    owners = layout.updated_in
     if foreign := [param for param in owners if param not in names]:
         raise ValueError(f"{len(foreign)} of the {len(owners)} parameters of the optimizer are not the model's")
     buffers: dict[str, dict[Tensor, Tensor]] = {}
@@ -114,7 +114,7 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
             elif value is not None:
                 said = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
                 state.setdefault(names[param], {})[name] = repr(said)
-    if isinstance(layout, FlatLayout) and any(param.dtype.itemsize < 4 for param in layout.params):
+    if layout.flat and any(param.dtype.itemsize < 4 for param in layout.params):
         buffers["master"] = {flat: flat.detach() for flat in layout.segments}
     for name, held in sorted(buffers.items()):
         total = _over_ranks(layout, sums(layout, parts(layout, held.get)))
@@ -122,13 +122,6 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
             if owners[param] in held:
                 state.setdefault(names[param], {})[name] = _hexadecimal(number)
     return state
-
-
-def _owners(layout: ShardLayout) -> dict[Tensor, Tensor]:
-    """The tensor that each layer is stepped in, on this rank or on others."""
-    if isinstance(layout, FlatLayout):
-        return {param: partition.flat for partition in layout.partitions for param in partition.members}
-    return {param: param for param in layout.params}
 
 
 def _over_ranks(layout: ShardLayout, shares: Tensor) -> list[int]:

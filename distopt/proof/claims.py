@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout import FlatLayout, ShardLayout, layout_of, local
-from distopt.layout.deepspeed import whole_shape
+from distopt.layout import ShardLayout, layout_of, local
 from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
 from distopt.proof.content import balanced, cover, whole
@@ -101,7 +100,7 @@ def _find(
             f"has them, now it has {list(ranks)}"
         )
     names = _names(optimizer, layout, model)
-    found.layers = [(names[i], tuple(whole_shape(p)), str(p.dtype)) for i, p in enumerate(layout.params)]
+    found.layers = [(names[i], tuple(layout.full_shape(p)), str(p.dtype)) for i, p in enumerate(layout.params)]
     found.full = [cover(shape, whole(shape)) for _, shape, _ in found.layers]
     found.options = [_options(group) for group in optimizer.param_groups]
     found.steps = _steps(optimizer, layout)
@@ -114,7 +113,7 @@ def _find(
         Column("weights", weights * counted(model_layout), model_layout.groups),
         *_copies("weights", weights, model_layout),
     ]
-    if gradients and not isinstance(layout, FlatLayout):  # DeepSpeed hands them over one partition after the other
+    if gradients and not layout.flat:  # flat partitions get theirs one after the other
         gradient = sums(gradient_layout, parts(gradient_layout, lambda p: p.grad))
         found.columns += [
             Column(WHETHER, _there(layout), () if _stepped_alone(layout) else layout.groups),
@@ -156,7 +155,7 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
     for name, buffers in sorted(held.items()):
         for owner, value in buffers.items():
             has, wanted = local(value).numel(), sum(s.numel for s in layout.segments[owner])
-            if has != (owner.numel() if isinstance(layout, FlatLayout) else wanted):
+            if has != layout.state_numel(owner):
                 raise ValueError(
                     f"the state's {name} of a parameter of shape {tuple(owner.shape)} has {has} elements on this rank, "
                     f"which steps {wanted}: load it by distopt.load_checkpoint, and bind before the first step"

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distopt.layout import FlatLayout, ShardLayout, local
-from distopt.layout.deepspeed import whole_shape
+from distopt.layout import ShardLayout, local
 from distopt.proof.content import Box, Index, Place, Run, content, cover, signed
 
 
@@ -41,7 +40,7 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
             (shard,) = layout.split(owner, tensor)
             found.append(Part(segments[0].layer, shard, Box(own_indices(owner))))
             continue
-        wanted = owner.numel() if isinstance(layout, FlatLayout) else sum(segment.numel for segment in segments)
+        wanted = layout.state_numel(owner)
         if local(tensor).numel() not in (wanted, owner.numel()):
             raise ValueError(
                 f"a tensor of {local(tensor).numel()} elements belongs to a parameter of shape {tuple(owner.shape)}, "
@@ -56,7 +55,7 @@ def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
     """The hash of this rank's parts of each layer, of those layers that it contributes to a sum over all ranks."""
     total, held = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device), list(some)
     if held:
-        hashes = [content(part.tensor, whole_shape(layout.params[part.layer]), part.place) for part in held]
+        hashes = [content(part.tensor, layout.full_shape(layout.params[part.layer]), part.place) for part in held]
         layers = torch.tensor([part.layer for part in held], device=total.device)
         total.index_add_(0, layers, torch.stack(hashes).to(total.device))
     return total
@@ -66,7 +65,7 @@ def coverage(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
     """The hash of ones where this rank's parts lie; over all ranks the full layer's, if each element is there once."""
     total = [0] * layout.num_layers
     for part in some:
-        total[part.layer] += cover(whole_shape(layout.params[part.layer]), part.place)
+        total[part.layer] += cover(layout.full_shape(layout.params[part.layer]), part.place)
     return torch.tensor([signed(number) for number in total], dtype=torch.int64, device=layout.device)
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distopt.layout import FlatLayout
 from distopt.proof.messages import NoGradients, prove, unwrapped
 
 
@@ -97,6 +96,4 @@ def _several() -> bool:
 def _begins(optimizer: Any) -> bool:
     """Whether a call of `step` is the first of a step: DeepSpeed calls it once for each partition."""
     layout = optimizer.__dict__.get("_bound")
-    if not isinstance(layout, FlatLayout) or not layout.partitions:
-        return True
-    return any(p is layout.partitions[0].flat for group in optimizer.param_groups for p in group["params"])
+    return layout is None or layout.begins_step(p for group in optimizer.param_groups for p in group["params"])

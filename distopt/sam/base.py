@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from distopt.kernels import exact
-from distopt.layout import FlatLayout, ShardLayout, fit, layout_of, with_gradient
+from distopt.layout import ShardLayout, fit, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
+from distopt.optim.validate import bounded, check_integer, positive
 from distopt.rng import random_state, same_random_numbers
-from distopt.sam.checks import bounded, check_inner, positive
+from distopt.sam.checks import check_inner
 from distopt.sam.closure import GradientWatch
 from distopt.sam.rounding import perturb_, warn_of_rounding
 from distopt.sam.wrapper import OptimizerWrapper
@@ -96,11 +97,10 @@ class SAM(OptimizerWrapper):
     ) -> None:
         check_inner(optimizer, SAM)
         super().__init__(optimizer)
-        self.rho = positive("rho", rho)
+        self.rho = positive("rho", rho, "leave SAM out for rho = 0")
         for group in optimizer.param_groups:
             self.radius(group)
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval must be an integer >= 1, got {interval!r}; 1 perturbs at every step")
+        check_integer("interval", interval, 1, "1 perturbs at every step")
         if scope not in ("global", "local"):
             raise ValueError(f"scope must be global or local, got {scope!r}")
         self.interval = interval
@@ -185,13 +185,12 @@ class SAM(OptimizerWrapper):
         (norms,) = layout.norms(layers, measured)
         self._norms, total = (layout.params, norms), exact.norm(norms)
         buffers = list(self.model.buffers()) if self.model is not None and self.needs_ascent_gradient else []
-        touched = layout.tensors_to_back_up(owners)
-        perturbed.copies = [(t, t.clone()) for t in (*touched, *buffers)]
+        perturbed.copies = [(t, t.clone()) for t in (*(local(p.detach()) for p in owners), *buffers)]
         factors = self._factors(layout, owners, total)
         perturb_(weights, directions, factors)
-        layout.publish(owners)
+        layout.sync.publish(owners)
         if not self.measured:
-            before = layout.own_shards_of(owners, [copy for _, copy in perturbed.copies[: len(touched)]])
+            before = [s for p, (_, copy) in zip(owners, perturbed.copies) for s in layout.split_local(p, copy)]
             moves = (d.float() * factor.float() for d, factor in zip(directions, factors))
             self.measure(layout, layers, before, weights, moves)
         return total
@@ -333,8 +332,8 @@ class SAM(OptimizerWrapper):
 
     def _layout(self) -> ShardLayout:
         layout = getattr(self.optimizer, "layout", None)
-        if isinstance(layout, FlatLayout):
-            raise ValueError("DeepSpeed owns weights and gradients: distopt.engine.DeepSpeed runs SAM there")
+        if layout is not None and layout.flat:
+            raise ValueError("the engine owns weights and gradients: distopt.engine.DeepSpeed runs SAM there")
         if layout is None or not self.reads_optimizer_state:
             layout = layout_of(self.optimizer)
         if self.scope == "local":  # by gradients that no rank has exchanged
@@ -353,7 +352,7 @@ class SAM(OptimizerWrapper):
         done, self._perturbed = self._perturbed, None
         if done is not None and done.copies:
             with torch.no_grad():
-                done.layout.wait()
+                done.layout.sync.wait()
                 for tensor, copy in done.copies:
                     tensor.copy_(copy)
         return done

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
+from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
-from distopt.sam.checks import bounded
 
 
 class FriendlySAM(SAM):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from distopt.kernels import exact
 from distopt.layout import ShardLayout
+from distopt.optim.validate import bounded
 from distopt.sam.base import SAM, paired
-from distopt.sam.checks import bounded
 
 
 class LookSAM(SAM):

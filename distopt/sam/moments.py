@@ -18,8 +18,8 @@ def state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:
 
     An optimizer of distopt says so. One of torch takes a step, with its groups' options, of a parameter of four zeros.
     """
-    if hasattr(optimizer, "slots"):
-        return {name for group in optimizer.param_groups for name in optimizer.slots(group)}
+    if hasattr(optimizer, "rule"):
+        return {name for group in optimizer.param_groups for name in optimizer.rule(group).buffers}
     if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
         return None  # which may step others inside of it, and has rules for its parameters
     return _names_after_a_step(optimizer)

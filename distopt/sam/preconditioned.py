@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout, fit
+from distopt.optim.validate import positive
 from distopt.sam.base import SAM
-from distopt.sam.checks import positive
 from distopt.sam.moments import SECOND, moment_of, state_names
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop, ShardedOptimizer
+from distopt.kernels.rules import Rule
 from tests.harness import oracles
 
 
@@ -143,6 +144,15 @@ EDGES = (
     _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
     _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
 )
+
+
+def compiled_rules() -> dict[str, Rule]:
+    """The specification of every kernel, by its name."""
+    optimizers = [row.make([torch.zeros(1)]) for row in ROWS + EDGES]
+    optimizers += [RMSprop([torch.zeros(1)], centered=c, momentum=m) for c in (False, True) for m in (0.0, 0.9)]
+    found = [optimizer.rule(optimizer.param_groups[0]) for optimizer in optimizers]
+    return {rule.kernel: rule for rule in found}
+
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)

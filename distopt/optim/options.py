@@ -1,4 +1,4 @@
-"""Options of `torch.optim` that are taken where they change nothing, and refused in a sentence where they would."""
+"""Options that all optimizers share: distopt's own, and those of `torch.optim` that change nothing here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
     from typing import TypedDict
 
     class TorchOptions(TypedDict, total=False):
-        """Arguments of torch's constructors that ours take as well."""
+        """Arguments of torch's constructors that are also accepted here."""
 
         foreach: bool | None
         fused: bool | None
@@ -18,13 +18,16 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
         decoupled_weight_decay: bool
 
 
+# The defaults of distopt's own options, for rules that do not name them.
+COMMON: dict[str, Any] = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
+
 Accepted = tuple[tuple[bool | None, ...], str]
 
 _CHOICE: Accepted = (
     (None, False, True),
     "it must be true, false or None, and changes nothing: kernels are chosen by the tensors",
 )
-# name: (the values that change nothing, why no other is taken and what to do)
+# name: (the values that change nothing, why no other is accepted and what to do)
 TORCH_OPTIONS: dict[str, Accepted] = {
     "foreach": _CHOICE,
     "fused": _CHOICE,
@@ -37,14 +40,20 @@ TORCH_OPTIONS: dict[str, Accepted] = {
 }
 
 
+def options(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options among the `locals()` of a constructor, in the order of its signature."""
+    others = ("self", "params", "torch_options", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
 def check_torch_options(options: Mapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
-    """Raises ValueError for the first of torch's options that would change an update."""
-    for name, (values, remedy) in accepted.items():  # in the table's order, so that all ranks say the same
+    """Raises ValueError for the first option of torch's that would change an update."""
+    for name, (values, remedy) in accepted.items():  # in the table's order, so that all ranks raise the same error
         if name in options and not any(options[name] is value for value in values):
             raise ValueError(f"{name}={options[name]!r}: {remedy}")
 
 
 def drop_torch_options(group: MutableMapping[str, Any], accepted: Mapping[str, Accepted] = TORCH_OPTIONS) -> None:
-    """Takes them out of a param group, so that a state dict does not depend on who made or saved the group."""
+    """Removes torch's options from a param group, so that a state dict is the same whoever made or saved the group."""
     for name in accepted.keys() & group.keys():
         del group[name]
