@@ -183,7 +183,7 @@ def test_a_sweep_of_distopt(tmp_path: Path) -> None:
         assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["_target_"].lower().endswith(name)
         loss = [row["validation_loss"] for row in metrics(run) if "validation_loss" in row][-1]
         assert re.search(rf"^#{number} optimizer={name}: {loss:.6g}, ", ended.err, re.M), ended.err
-        assert "go on: " in (run / "launch.log").read_text()
+        assert "resume: " in (run / "launch.log").read_text()
 
 
 # Refused

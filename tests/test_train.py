@@ -58,8 +58,8 @@ def checkpoints(run: Path) -> list[str]:
 
 def die_in_forward(call: int, rank: int = 1) -> None:
     """SIGKILL to one rank in the forward pass of a training step, while the others wait for its gradients."""
-    from distopt import train as program
     from distopt.engine import train_step
+    from distopt.job import job as program
 
     calls = iter(range(1, 1_000_000))
 
@@ -87,8 +87,8 @@ def die_in_save(step: int, file: str, rank: int) -> None:
 
 def poison(factors: dict[int, float], folder: str) -> None:
     """Makes the loss of rank 1 not finite in some forward passes, and writes what every step did to this rank."""
-    from distopt import train as program
     from distopt.engine import train_step
+    from distopt.job import job as program
 
     rank = int(os.environ.get("RANK", "0"))
     count, log = iter(range(1, 1_000_000)), Path(folder) / f"steps-{rank}.jsonl"
@@ -115,7 +115,7 @@ def digest(optimizer: distopt.ShardedOptimizer) -> str:
 
 def full_disk(rank: int, saves: int) -> None:
     """After so many checkpoints this rank has no space left."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
@@ -134,7 +134,7 @@ def full_disk(rank: int, saves: int) -> None:
 
 def spoil_one_layer(name: str, value: float) -> None:
     """Makes the gradient of one layer not finite, in every step."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     update = program.update
 
@@ -151,7 +151,7 @@ def spoil_one_layer(name: str, value: float) -> None:
 
 def count_passes(file: str) -> None:
     """Gives the model a statistic that every forward pass moves, as batch norm does, and writes it after each step."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     update = program.update
 
@@ -225,7 +225,7 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_on
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
         assert checkpoints(broken) == ["step_00000004", "step_00000008.tmp"]
         ended = train(cwd, 2, name=name, train__resume="auto", **same)
-        said = "step_00000008.tmp: it was not written to its end; going on from step_00000004"
+        said = "step_00000008.tmp: it was not written to its end; resuming from step_00000004"
         assert said in ended[0].out.splitlines()
         assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
         assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
@@ -263,8 +263,8 @@ def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> 
     before = rows(done, losses_only=True)
 
     out = train(cwd, train__resume="auto", **LONGER)[0].out
-    assert "step_00000010.tmp: it was not written to its end; going on from step_00000004" in out
-    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; going on from step_0+4\n", out)
+    assert "step_00000010.tmp: it was not written to its end; resuming from step_00000004" in out
+    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; resuming from step_0+4\n", out)
     assert f"resuming after step 4 from {done / 'checkpoints' / 'step_00000004'}" in out
     after = rows(done, losses_only=True)
     assert after[: len(before)] == before and len(after) == 10
@@ -415,7 +415,7 @@ def test_every_optimizer_learns(sweep: tuple[Path, jobs.Ended], choice: str) -> 
 def test_a_job_of_a_sweep_says_how_to_go_on_with_itself(sweep: tuple[Path, jobs.Ended]) -> None:
     """Without its folder in the command, every job of a sweep would have gone on in runs/train."""
     folder, ended = sweep
-    commands = [shlex.split(command) for command in re.findall("^go on:(.*)$", ended.out, re.MULTILINE)]
+    commands = [shlex.split(command) for command in re.findall("^resume:(.*)$", ended.out, re.MULTILINE)]
     assert len(commands) == len(OPTIMIZERS)
     words = [*commands[-1][commands[-1].index("distopt.train") + 1 :], "train.steps=21"]
     (again,) = jobs.run(folder, words)
@@ -721,9 +721,9 @@ def test_what_hydra_refuses_is_one_line_on_every_rank(bad_inputs: Path, words: s
 
 
 MISMATCHED: dict[str, tuple[str, ...]] = {
-    "model.config.n_embd=32": ("transformer.wte.weight is [256, 16] in the checkpoint, [256, 32] in the model",),
-    "model.config.n_layer=3": ("transformer.h.2.", "is in the model, not in the checkpoint"),
-    "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start anew",),
+    "model.config.n_embd=32": ("was trained with model.config.n_embd 16, now it is 32: start a new run",),
+    "model.config.n_layer=3": ("was trained with model.config.n_layer 2, now it is 3",),
+    "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start a new run",),
     "+model.config.layer_norm_epsilon=1e-6": (
         "was trained with model.config.layer_norm_epsilon 1e-05, now it is 1e-06",
     ),
@@ -764,7 +764,7 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_ended(finished: Path, cwd
     (ended,) = jobs.run(cwd, overrides(train__resume="auto", **{**LONGER, "train__steps": "8"}))
     assert ended.code == 0, ended.err
     loss = before[-1]["validation_loss"]
-    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "go on: " in ended.out
+    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "resume: " in ended.out
     assert rows(done) == before
     assert (done / "curves.png").is_file() and checkpoints(done) == ["step_00000004", "step_00000008"]
 

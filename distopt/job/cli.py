@@ -5,14 +5,23 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import hydra
 from hydra._internal import utils
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from distopt.job.config import CONF
+
+
+def program(config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+    """Returns a decorator like `hydra.main` for a command line over one of the configurations of conf/."""
+    return hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,17 @@ from distopt.job import cli
 _INSIDE = Path(__file__).parents[1] / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "conf"
 
+Config = DictConfig  # a composed configuration, for modules that do not know Hydra
 
-def instantiate(cfg: DictConfig) -> Any:
-    """`hydra.utils.instantiate`, whose own exception is replaced by the ValueError or TypeError under it."""
+
+def instantiate(cfg: DictConfig, group: str) -> Any:
+    """Makes what a group of the configuration names, by `hydra.utils.instantiate`.
+
+    Raises:
+        ValueError: For what Hydra or the target refuses, naming the group.
+    """
     try:
-        return utils.instantiate(cfg)
+        return utils.instantiate(cfg[group])
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error)) from error
 
@@ -91,11 +97,11 @@ def refuse_swept_ranks() -> None:
         )
 
 
-def dry_run(engine: Engine, make_optimizer: Any, make_schedule: Any, make_sam: Any, options: DictConfig) -> None:
+def dry_run(engine: Engine, make_optimizer: Any, make_schedule: Any, make_sam: Any, steps: int) -> None:
     """Makes optimizer, schedule and SAM for one small tensor: what they refuse they refuse now."""
     try:
         optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
-        make_schedule(optimizer, total_steps=options.steps)
+        make_schedule(optimizer, total_steps=steps)
         if make_sam:
             engine.check_sam(make_sam(optimizer))
     except TypeError as error:  # an argument that they do not have, given by +optimizer.name=value

@@ -48,7 +48,7 @@ def end_on_interrupt() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.stdout.flush()
-        os.write(2, b"\ndistopt: interrupted; train.resume=auto goes on from the last checkpoint\n")
+        os.write(2, b"\ndistopt: interrupted; train.resume=auto resumes from the last checkpoint\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, end)

@@ -8,9 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from distopt.checkpoint import latest_checkpoint
 from distopt.job.metrics import METRICS, RUN
 
 
@@ -39,26 +37,6 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
     return moved
 
 
-def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `train.resume` means, and a line about each broken one that is passed over for it."""
-    if resume == "never":
-        return None, []
-    newest, broken = latest_checkpoint(folder)
-    if resume == "auto":
-        start = newest.name if newest is not None else "the start"
-        return newest, [f"{line}; going on from {start}" for line in broken]
-    path = Path(resume).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")
-    if newest is not None and path.resolve().parent == folder.resolve() and path.resolve() != newest.resolve():
-        # The newer ones would stay, and be taken for this run's own by train.resume=auto and when old ones are removed.
-        raise ValueError(
-            f"train.resume={resume} is not the newest whole checkpoint of its run, {newest.name} is: "
-            "give auto to go on from there, or another name to go on from here"
-        )
-    return path, []
-
-
 def command(overrides: Sequence[str], processes: int, **changes: str) -> str:
     """The command line that starts this run with these overrides changed or added (`train__resume="auto"`)."""
     wanted = {name.replace("__", "."): value for name, value in changes.items()}
@@ -82,14 +60,6 @@ def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
     """Writes the command that starts this run, and the choices of its configuration, for `distopt.report`."""
     chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
     (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
-
-
-def flat(cfg: dict[str, Any]) -> dict[str, bool | int | float | str | None]:
-    """A configuration as trackers take it: one level of names with dots; what is no scalar, a list, as text."""
-    from transformers.utils import flatten_dict
-
-    scalars = (bool, int, float, str, type(None))
-    return {name: value if isinstance(value, scalars) else str(value) for name, value in flatten_dict(cfg).items()}
 
 
 def printable(text: str) -> str:

@@ -6,13 +6,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import hydra
 import torch
-from omegaconf import DictConfig
 
 from distopt.engine import Engine
 from distopt.job import cli
-from distopt.job.config import CONF, instantiate
+from distopt.job.config import Config, instantiate
 from distopt.job.errors import one_line_errors
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, every_layer, numel
@@ -102,20 +100,20 @@ def smallest(plan: Plan) -> Plan | None:
     return None
 
 
-def make_plan(cfg: DictConfig) -> Plan:
+def make_plan(cfg: Config) -> Plan:
     """The plan that a configuration asks for. Raises ValueError for what cannot be."""
     for name in ("nodes", "gpus_per_node", "vocabulary", "sequence_length", "micro_batch_size", "accumulation"):
         if not isinstance(cfg[name], int) or isinstance(cfg[name], bool) or cfg[name] < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {cfg[name]!r}")
-    cluster = instantiate(cfg.cluster)(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
+    cluster = instantiate(cfg, "cluster")(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
     engine, make_optimizer, make_sam = (
-        instantiate(cfg.engine),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.sam) if cfg.sam else None,
+        instantiate(cfg, "engine"),
+        instantiate(cfg, "optimizer"),
+        instantiate(cfg, "sam") if cfg.sam else None,
     )
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
-    rehearsal = rehearse(engine, instantiate(cfg.model), instantiate(cfg.param_groups), make_optimizer, *sizes)
+    rehearsal = rehearse(engine, instantiate(cfg, "model"), instantiate(cfg, "param_groups"), make_optimizer, *sizes)
     optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])  # which tells its options
     sam = make_sam(optimizer) if make_sam else None
     if sam is not None:
@@ -183,15 +181,17 @@ def _gpus(cluster: Cluster) -> str:
     return f"{cluster.gpus} GPU{s} ({cluster.nodes} x {cluster.gpus_per_node})"
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="plan")
-def main(cfg: DictConfig) -> None:
-    """The entry point of the command line."""
+@cli.program("plan")
+def planned(cfg: Config) -> None:
+    """Prints the plan of a configuration."""
     with one_line_errors():
         plan = make_plan(cfg)
         print(described(plan))
         print(verdict(plan))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the command line of `python -m distopt.plan`."""
     sys.argv[1:] = cli.model_words(sys.argv[1:])
-    main()
+    with one_line_errors(), cli.explained():
+        planned()
