@@ -566,19 +566,19 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "optimizer.lr=abc": ("lr must be a number >= 0, got 'abc'",),
     "optimizer.betas=[0.9,1.0]": ("betas must be two numbers in [0, 1), got [0.9, 1.0]",),
     "optimizer.weight_decay=-1": ("weight_decay must be a number >= 0, got -1",),
-    "+optimizer.lrr=1": ("unexpected keyword argument 'lrr'",),
+    "+optimizer.lrr=1": ("nothing reads optimizer.lrr: did you mean lr?",),
     "sam=on sam.rho=-1": ("rho must be a number > 0, got -1", "leave SAM out"),
     "schedule.warmup_steps=12": ("warmup_steps must be less than total_steps = 12, got 12", "shorten the warmup"),
-    "schedule.final_lr_ratio=3": ("final_lr_ratio must be in [0, 1], got 3",),
+    "schedule.final_lr_ratio=3": ("schedule.final_lr_ratio must be a number in [0, 1], got 3",),
     "train.steps=0": ("train.steps must be an integer >= 1, got 0",),
     "train.steps=1.5": ("train.steps must be an integer >= 1, got 1.5",),
     "train.batch_size=7": ("train.batch_size=7 is not a multiple of the 2 processes",),
     "train.micro_batch_size=3": ("train.micro_batch_size=3 does not divide the 4 sequences",),
     "train.micro_batch_size=abc": ("train.micro_batch_size must be an integer >= 1 or null, got 'abc'",),
-    "train.max_grad_norm=0": ("train.max_grad_norm must be a number > 0, or null", "got 0"),
+    "train.max_grad_norm=0": ("train.max_grad_norm must be a number > 0 or null, got 0",),
     "train.prove_every=-1": ("train.prove_every must be an integer >= 0 or null, got -1",),
     "train.max_skipped_steps=0": ("train.max_skipped_steps must be an integer >= 1, got 0",),
-    "train.timeout_minutes=abc": ("train.timeout_minutes must be a number > 0, got 'abc'",),
+    "train.timeout_minutes=abc": ("train.timeout_minutes must be a number in [0.1, 525600], got 'abc'",),
     "train.sequence_length=65": ("train.sequence_length=65 is longer than the model's 64 positions", "shorten it"),
     "train.sequence_length=99999": ("train has", "one sequence needs sequence_length + 1 = 100000", "give more text"),
     "train.resume=nowhere": ("train.resume=nowhere: no such folder", "give never, auto"),
@@ -590,12 +590,12 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "checkpoint.keep=0": ("checkpoint.keep must be an integer >= 1, got 0",),
     "seed=-1": ("seed must be an integer >= 0, got -1",),
     "seed=abc": ("seed must be an integer >= 0, got 'abc'",),
-    "name=": ("name must be that of a folder below runs/, got ''",),
-    "name=..": ("name must be that of a folder below runs/, got '..'",),
+    "name=": ("name must be the name of a folder below runs/, got ''",),
+    "name=..": ("name must be the name of a folder below runs/, got '..'",),
     "data.path=nowhere.txt": ("nowhere.txt does not exist", "give path="),
     "data.path=empty.txt": ("empty.txt holds no non-empty text file", "give another path"),
     "data.path=latin.txt": ("latin.txt is not UTF-8 at byte 3", "convert it"),
-    "data.validation_fraction=2": ("validation_fraction must be in (0, 1), got 2",),
+    "data.validation_fraction=2": ("data.validation_fraction must be a number in (0, 1), got 2",),
     "engine.precision=fp16": ("engine.precision must be one of auto, fp32, bf16, got 'fp16'",),
     "engine=hsdp engine.replicas=3": ("engine.replicas=3 does not divide the 2 processes", "choose a divisor of 2"),
     "engine=fsdp2 engine.replicas=0": ("engine.replicas must be an integer >= 1, got 0",),
@@ -613,20 +613,24 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "param_groups.overrides={wqe:{lr:1}}": ("no trainable parameter follows the override 'wqe'",),
     "param_groups.overrides={wte:{lr:-1}}": ("lr must be a number >= 0, got -1",),
     "param_groups.overrides={wte:{learning_rate:1}}": ("has the option 'learning_rate'", "did you mean 'lr'?"),
-    "param_groups.overrides={wte:3}": ("overrides must be options by pattern, as {wte: {lr: 1e-4}}, got {'wte': 3}",),
+    "param_groups.overrides={wte:3}": (
+        "overrides must be options by pattern, as {wte: {lr: 1e-4}}, or null, got {'wte': 3}",
+    ),
     "param_groups.weight_decay=abc": ("weight_decay must be a number >= 0, got 'abc'",),
-    "param_groups=null": ("param_groups must not be null",),
+    "param_groups=null": (
+        "param_groups must be options by name, got None; to decay nothing, set optimizer.weight_decay=0",
+    ),
     "train.resume=null": ("train.resume must be never, auto, or a checkpoint's folder, got None",),
-    "name=null": ("name must be that of a folder below runs/, got None",),
-    "data.path=": ("data path must be a file or folder, got ''",),
-    "data.suffixes=5": ("suffixes must be endings of names, as [.txt, .md], got 5",),
-    "data.validation_fraction=abc": ("validation_fraction must be in (0, 1), got 'abc'",),
+    "name=null": ("name must be the name of a folder below runs/, got None",),
+    "data.path=": ("data.path must be a path or null, got ''",),
+    "data.suffixes=5": ("data.suffixes must be endings of names, as [.txt, .md], got 5",),
+    "data.validation_fraction=abc": ("data.validation_fraction must be a number in (0, 1), got 'abc'",),
     "data.cache_dir=text.txt": ("rank 0: FileExistsError: ", "text.txt"),
     "engine.activation_checkpointing=maybe": ("engine.activation_checkpointing must be true or false, got 'maybe'",),
     "engine.find_unused_parameters=1": ("engine.find_unused_parameters must be true or false, got 1",),
     "engine=fsdp2 engine.reshard_after_forward=no_": ("engine.reshard_after_forward must be true or false, got 'no_'",),
     "engine=deepspeed_zero1 engine.offload=cpu": ("engine.offload must be true or false, got 'cpu'",),
-    "model.seed=abc": ("model.seed must be an integer, got 'abc'",),
+    "model.seed=abc": ("model.seed must be an integer >= 0, got 'abc'",),
     "model.config.n_head=0": ("model.config.n_head must be an integer >= 1, got 0",),
 }
 
@@ -699,10 +703,11 @@ COMMAND_LINE: dict[str, tuple[str, ...]] = {
     "data.path=~/book.txt": ("'data.path=~/book.txt' is not KEY=VALUE, or has special characters that need quotes",),
     "optimizer.betas=[0.9": ("'optimizer.betas=[0.9' is not KEY=VALUE",),
     "optimizer=adamw,lamb": ("Ambiguous value for argument 'optimizer=adamw,lamb'", "--multirun"),
-    "optimizer=null": ("a group takes the name of one of its choices, as sam=on",),
-    "sam=true": ("a group takes the name of one of its choices, as sam=on",),
+    "optimizer=null": ("optimizer=null: optimizer takes the name of one of its choices: adagrad, adam",),
+    "sam=true": ("sam=true: sam takes the name of one of its choices: asam", "off, on"),
     "trackers={a:1}": ("Error merging override trackers={a:1}",),
-    "optimizer.lr=${nope}": ("Interpolation key 'nope' not found",),
+    "optimizer.lr=${nope}": ("optimizer.lr: Interpolation key 'nope' not found",),
+    "optimizer=[adamw,lamb]": ("optimizer takes one choice",),
     "hydra.run.dir=/proc/nope": ("No such file or directory: '/proc/nope'",),
 }
 
@@ -774,13 +779,13 @@ def test_only_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(finished: Pat
     older = finished / "runs" / "done" / "checkpoints" / "step_00000004"
     (ended,) = jobs.run(finished, overrides(train__resume=str(older), **LONGER))
     assert ended.code == 1
-    assert "is not the newest whole checkpoint of its run, step_00000008 is" in ended.err
+    assert "is not the newest complete checkpoint of its run, step_00000008 is" in ended.err
 
 
 def test_the_full_traceback_is_there_for_the_asking(bad_inputs: Path) -> None:
     (ended,) = jobs.run(bad_inputs, overrides(optimizer__lr="-1"), 1, ask_for_traceback)
     assert ended.code == 1
-    assert "Traceback" in ended.err and "hyperparameters.py" in ended.err
+    assert "Traceback" in ended.err and "bounds.py" in ended.err
 
 
 def ask_for_traceback() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,22 +13,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distopt import collective
 from distopt.checkpoint import load_checkpoint
-from distopt.data.order import Sequences, TextData, ValidationSequences
+from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import HeldOut, Packed
-from distopt.data.sft import CompletionData
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.job import run_folder
+from distopt.job.check import check
 from distopt.job.checkpointer import Saver
-from distopt.job.config import check_options, dry_run, instantiate, micro_batch_size, refuse_swept_ranks
+from distopt.job.components import Components, Data
+from distopt.job.config import micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.job import Job, max_grad_norm
 from distopt.job.metrics import Monitor
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.models import pretrained
-from distopt.models.language_model import LanguageModel, blocks, check_length
-from distopt.models.lora import LoRA
+from distopt.models.language_model import blocks, check_length
 from distopt.optim.base import ShardedOptimizer
 from distopt.proof import prove_every
 from distopt.sam import SAM
@@ -38,50 +36,6 @@ from distopt.sam import SAM
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """What a configuration names, made and checked before there is a process group, a data set or a model.
-
-    Attributes:
-        engine: Runs the model on several processes.
-        language_model: Builds the model.
-        data: Finds, tokenizes and orders the text.
-        adapter: Adds LoRA's parameters to the model; None for full training.
-        make_groups: Model -> param groups.
-        make_optimizer: Param groups -> optimizer.
-        make_schedule: Optimizer -> schedule.
-        make_sam: Optimizer -> SAM around it; None for none.
-    """
-
-    engine: Engine
-    language_model: LanguageModel
-    data: TextData | CompletionData
-    adapter: LoRA | None
-    make_groups: Callable[[nn.Module], list[dict[str, Any]]]
-    make_optimizer: Callable[..., ShardedOptimizer]
-    make_schedule: Callable[..., LambdaLR]
-    make_sam: Callable[[ShardedOptimizer], SAM] | None
-
-    @classmethod
-    def of(cls, cfg: DictConfig) -> Components:
-        """Instantiates the components; raises ValueError for what one of them refuses."""
-        parts = cls(
-            engine=instantiate(cfg, "engine"),
-            language_model=instantiate(cfg, "model"),
-            data=instantiate(cfg, "data"),
-            adapter=instantiate(cfg, "adapter") if cfg.adapter else None,
-            make_optimizer=instantiate(cfg, "optimizer"),
-            make_schedule=instantiate(cfg, "schedule"),
-            make_groups=instantiate(cfg, "param_groups"),
-            make_sam=instantiate(cfg, "sam") if cfg.sam else None,
-        )
-        dry_run(parts.engine, parts.make_optimizer, parts.make_schedule, parts.make_sam, cfg.train.steps)
-        parts.language_model.check()
-        parts.data.check()
-        parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
-        return parts
 
 
 class Text(NamedTuple):
@@ -112,7 +66,7 @@ def build(cfg: DictConfig) -> Job:
     """
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     refuse_swept_ranks()
-    check_options(cfg)
+    check(cfg, "train")
     parts = Components.of(cfg)
     accelerator = _join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
@@ -159,16 +113,13 @@ def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
     return accelerator
 
 
-def _text(cfg: DictConfig, data: TextData | CompletionData) -> Text:
+def _text(cfg: DictConfig, data: Data) -> Text:
     """Opens the tokens of the data, after one process has made them if the cache has none."""
     corpus = collective.one_after_another(data.build)
     sizes = {"sequence_length": cfg.train.sequence_length, "batch_size": cfg.train.batch_size}
     most = cfg.evaluation.max_sequences
-    return Text(  # either class takes the corpus that it has built
-        corpus,
-        data.sequences(corpus, **sizes, seed=cfg.seed),  # type: ignore[arg-type]
-        data.held_out(corpus, **sizes, max_sequences=most),  # type: ignore[arg-type]
-    )
+    sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
+    return Text(corpus, sequences, data.held_out(corpus, **sizes, max_sequences=most))
 
 
 def _trainee(

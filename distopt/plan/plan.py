@@ -10,8 +10,10 @@ import torch
 
 from distopt.engine import Engine
 from distopt.job import cli
+from distopt.job.check import check
 from distopt.job.config import Config, instantiate
 from distopt.job.errors import one_line_errors
+from distopt.models.language_model import LanguageModel
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, every_layer, numel
 from distopt.plan.memory import footprint
@@ -102,18 +104,18 @@ def smallest(plan: Plan) -> Plan | None:
 
 def make_plan(cfg: Config) -> Plan:
     """The plan that a configuration asks for. Raises ValueError for what cannot be."""
-    for name in ("nodes", "gpus_per_node", "vocabulary", "sequence_length", "micro_batch_size", "accumulation"):
-        if not isinstance(cfg[name], int) or isinstance(cfg[name], bool) or cfg[name] < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {cfg[name]!r}")
+    check(cfg, "plan")
     cluster = instantiate(cfg, "cluster")(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
     engine, make_optimizer, make_sam = (
-        instantiate(cfg, "engine"),
+        instantiate(cfg, "engine", Engine),
         instantiate(cfg, "optimizer"),
         instantiate(cfg, "sam") if cfg.sam else None,
     )
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
-    rehearsal = rehearse(engine, instantiate(cfg, "model"), instantiate(cfg, "param_groups"), make_optimizer, *sizes)
+    rehearsal = rehearse(
+        engine, instantiate(cfg, "model", LanguageModel), instantiate(cfg, "param_groups"), make_optimizer, *sizes
+    )
     optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])  # which tells its options
     sam = make_sam(optimizer) if make_sam else None
     if sam is not None:
@@ -126,7 +128,7 @@ def make_plan(cfg: Config) -> Plan:
         accumulation=cfg.accumulation,
         passes=1.0 if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
         sam=0 if sam is None else 1 + sam.needs_unperturbed_gradient + len(sam.buffers),
-        trusts=optimizer.trusts(optimizer.param_groups[0]),
+        trusts=rehearsal.trusts,
     )
 
 

@@ -36,12 +36,14 @@ class Rehearsal:
     """What a pass over one micro-batch takes.
 
     units: the layers of the blocks, and of what lies outside of them. flops: of the forward and of the backward pass,
-    with what activation checkpointing computes again. moments: at each allocation of the backward pass.
+    with what activation checkpointing computes again. moments: at each allocation of the backward pass. trusts: whether
+    any param group needs a norm before its weights move.
     """
 
     units: list[list[Layer]]
     flops: tuple[int, int]
     moments: list[Moment]
+    trusts: bool
 
     @property
     def activations(self) -> int:
@@ -87,7 +89,8 @@ def rehearse(
             model.activation_checkpointing_enable()
         model.train()
         params = list(model.parameters())
-        units = _units(model, make_optimizer(make_groups(model)))
+        optimizer = make_optimizer(make_groups(model))
+        units, trusts = _units(model, optimizer), any(map(optimizer.trusts, optimizer.param_groups))
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
         with _one_sequence_a_row(), engine.autocast(_CPU), Flops() as forward, allocations:
@@ -108,7 +111,7 @@ def rehearse(
         inside = inside or number in of_blocks
         if i >= start - 1:
             moments.append(Moment(held, made / whole, inside))
-    return Rehearsal(units, (forward.total, backward.total), moments)
+    return Rehearsal(units, (forward.total, backward.total), moments, trusts)
 
 
 @contextlib.contextmanager
