@@ -453,7 +453,7 @@ def test_an_older_run_is_moved_aside_without_what_the_launcher_wrote(tmp_path: P
     assert open_folder(folder, None) is None
     assert not (tmp_path / "0-1").exists()
     (folder / "metrics.jsonl").touch()
-    assert open_folder(folder, None) == f"{folder} held an older run: moved to {folder}-1"
+    assert open_folder(folder, None) == f"{folder} contained an older run: moved to {folder}-1"
     assert sorted(path.name for path in folder.iterdir()) == [".launch", "launch.log"]
     assert [path.name for path in (tmp_path / "0-1").iterdir()] == ["metrics.jsonl"]
     assert (folder / ".launch" / "job.json").is_file()

@@ -119,7 +119,7 @@ def full_disk(rank: int, saves: int) -> None:
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
-    save, count = program.Saver.save, iter(range(1, 1000))
+    save, count = program.Checkpointer.save, iter(range(1, 1000))
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -129,7 +129,7 @@ def full_disk(rank: int, saves: int) -> None:
             os.fsync = full
         return save(*args)
 
-    program.Saver.save = saved
+    program.Checkpointer.save = saved
 
 
 def spoil_one_layer(name: str, value: float) -> None:
@@ -303,7 +303,7 @@ def test_an_older_run_is_moved_aside(finished: Path, cwd: Path) -> None:
     old = rows(done)
     for number in (1, 2):
         out = train(cwd, **{**LONGER, "train__steps": str(number)})[0].out
-        assert f"{done} held an older run: moved to {done}-{number}" in out
+        assert f"{done} contained an older run: moved to {done}-{number}" in out
         assert steps(done) == list(range(1, number + 1))
     assert rows(done.with_name("done-1")) == old
     assert checkpoints(done.with_name("done-1")) == ["step_00000004", "step_00000008"]
@@ -326,7 +326,7 @@ def test_another_runs_checkpoint_leaves_the_run_of_this_name_alone(finished: Pat
     train(cwd, **{**LONGER, "name": "mine", "train__steps": "3"})
     start = done / "checkpoints" / "step_00000004"
     out = train(cwd, **{**LONGER, "name": "mine", "train__resume": str(start)})[0].out
-    assert f"{cwd / 'runs' / 'mine'} held an older run: moved to {cwd / 'runs' / 'mine-1'}" in out
+    assert f"{cwd / 'runs' / 'mine'} contained an older run: moved to {cwd / 'runs' / 'mine-1'}" in out
     assert steps(cwd / "runs" / "mine-1") == [1, 2, 3]
     assert steps(cwd / "runs" / "mine") == [5, 6, 7, 8, 9, 10]
     assert rows(cwd / "runs" / "mine", after=4, losses_only=True)[:4] == rows(done, after=4, losses_only=True)
@@ -340,7 +340,7 @@ def test_what_is_no_run_is_left_alone(cwd: Path) -> None:
     (ended,) = jobs.run(cwd, overrides(name="thesis", train__steps="1", schedule__warmup_steps="0"))
     assert (ended.code, ended.err.strip().splitlines()[-1]) == (
         1,
-        f"distopt: error: {thesis} holds something that is no run: choose another name",
+        f"distopt: error: {thesis} contains something that is no run: choose another name",
     )
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis"]
     assert (thesis / "chapter1.tex").read_text() == "In the beginning"
@@ -488,7 +488,7 @@ def test_many_skipped_steps_end_the_run(cwd: Path) -> None:
         assert "Traceback" not in err
         assert re.search(
             rf"^distopt{' .rank 1.' * rank}: error: stopped at step 7: the gradient was not finite 3 steps in a row; "
-            r"28 layers are not finite, the first is transformer.wte.weight. Lower optimizer.lr or raise "
+            r"28 parameters are not finite, the first is transformer.wte.weight. Lower optimizer.lr or raise "
             r"schedule.warmup_steps$",
             err,
             re.MULTILINE,
@@ -513,7 +513,7 @@ def test_the_layer_that_is_not_finite_is_named(cwd: Path, changes: dict[str, str
     words = overrides(train__max_skipped_steps="2", **changes)
     for code, _, err in jobs.run(cwd, words, world, spoil_one_layer, name, value):
         assert code == 1
-        assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in err
+        assert f"not finite 2 steps in a row; 1 parameters are not finite, the first is {name}." in err
 
 
 def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
@@ -522,7 +522,7 @@ def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
     words = overrides(train__max_skipped_steps="2", engine="deepspeed_zero2")
     for code, _, err in jobs.run(cwd, words, 1, spoil_one_layer, name, math.nan):
         assert code == 1
-        assert "2 steps in a row; DeepSpeed, which has freed it, does not tell in which layer: another" in err
+        assert "2 steps in a row; DeepSpeed has freed it, so the parameter is unknown: another engine" in err
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

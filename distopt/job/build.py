@@ -19,7 +19,7 @@ from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.job import run_folder
 from distopt.job.check import check
-from distopt.job.checkpointer import Saver
+from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
 from distopt.job.config import micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
@@ -94,7 +94,7 @@ def build(cfg: DictConfig) -> Job:
         engine=parts.engine,
         config=config,
         monitor=Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log),
-        saver=Saver(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
+        checkpointer=Checkpointer(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
         identity=identity,
         micro_batch=micro_batch,
         notes=[*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.held_out.notes, *resumed],

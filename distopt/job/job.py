@@ -20,7 +20,7 @@ from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
 from distopt.job import run_folder
-from distopt.job.checkpointer import Saver
+from distopt.job.checkpointer import Checkpointer
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import sample, validation_loss
 from distopt.job.metrics import Monitor, plot
@@ -57,7 +57,7 @@ class Job:
         stepper: What takes the steps: the optimizer, or SAM around it.
         schedule: The learning rates.
         monitor: The progress bar and `metrics.jsonl`.
-        saver: The checkpoints.
+        checkpointer: The checkpoints.
         identity: What must not change when the run is resumed, for the checkpoint's manifest.
         files: Small files that a checkpoint keeps for `distopt.export`.
         micro_batch: The number of sequences in one forward pass of a process.
@@ -79,7 +79,7 @@ class Job:
     stepper: ShardedOptimizer | SAM
     schedule: LambdaLR
     monitor: Monitor
-    saver: Saver
+    checkpointer: Checkpointer
     identity: dict[str, Any]
     files: dict[str, bytes]
     micro_batch: int
@@ -110,7 +110,7 @@ class Job:
                 if stopping:
                     self._stop()
             stop.restore()
-            self.saver.wait()
+            self.checkpointer.wait()
         self._report(before, after)
         self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
         self.accelerator.end_training()
@@ -129,7 +129,7 @@ class Job:
         loss, asked = means.tolist()
         self.monitor.end_step(loss=loss, lr=lr, grad_norm=done.grad_norm, applied=done.applied)
         if self.monitor.skipped_in_a_row >= self.cfg.train.max_skipped_steps:
-            self.saver.wait()
+            self.checkpointer.wait()
             times = self.monitor.skipped_in_a_row
             raise ValueError(nonfinite_gradient_report(self.engine.unwrap(self.model), self.stepper, self.step, times))
         return done, asked > 0 and self.step < self.cfg.train.steps
@@ -146,7 +146,7 @@ class Job:
         """Saves a checkpoint of the current step, or starts to in the background."""
         extra = {"step": self.step, **self.identity}
         model = self.engine.unwrap(self.model)
-        self.checkpoint = self.saver.save(self.step, model, self.stepper, self.schedule, extra, self.files)
+        self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
 
     def _write_layers(self, done: Update) -> None:
         """Writes each parameter's gradient norm before clipping, and its trust ratio."""
@@ -158,7 +158,7 @@ class Job:
         return loss / math.log(2) / self.corpus.bytes_per_token
 
     def _stop(self) -> NoReturn:
-        self.saver.wait()
+        self.checkpointer.wait()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         steps = self.cfg.train.steps
