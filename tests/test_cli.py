@@ -52,7 +52,8 @@ def test_it_trains(trained: tuple[Path, jobs.Ended]) -> None:
     before, after, *bits = map(
         float,
         re.fullmatch(
-            r"([\d.]+) -> ([\d.]+) nats a token, ([\d.]+) -> ([\d.]+) bits a byte", said(ended.out, "validation loss")
+            r"([\d.]+) -> ([\d.]+) nats per token, ([\d.]+) -> ([\d.]+) bits per byte",
+            said(ended.out, "validation loss"),
         ).groups(),  # type: ignore[union-attr]
     )
     validation = [row["validation_loss"] for row in metrics(cwd / "runs" / "first") if "validation_loss" in row]
@@ -146,7 +147,7 @@ def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path) -> None:
 def test_the_command_to_go_on_works(trained: tuple[Path, jobs.Ended]) -> None:
     """As it is printed, given to a shell in the same folder; but for the number of steps, to end sooner."""
     cwd, ended = trained
-    command = said(ended.out, "go on")
+    command = said(ended.out, "resume")
     assert command.endswith("train.resume=auto train.steps=32")
     again = jobs.launch(cwd, [command.replace("train.steps=32", "train.steps=18")], ["bash", "-c"])
     assert again.code == 0, again.err
@@ -225,7 +226,7 @@ def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[
         assert process.wait(45) == (1 if launcher is None else 130)
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         text = err.read_text()
-    assert text.count("distopt: interrupted; train.resume=auto goes on from the last checkpoint\n") == 1
+    assert text.count("distopt: interrupted; train.resume=auto resumes from the last checkpoint\n") == 1
     assert "distopt/train.py" not in text  # no traceback of ours
 
 

@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[int, dict[str, str | None]]] = {
 
 def keep_logits(file: str) -> None:
     """Writes the logits of the trained model, as the run's own engine computes them."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     original = program.sample
 

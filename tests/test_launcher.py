@@ -183,7 +183,7 @@ def test_a_sweep_of_distopt(tmp_path: Path) -> None:
         assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["_target_"].lower().endswith(name)
         loss = [row["validation_loss"] for row in metrics(run) if "validation_loss" in row][-1]
         assert re.search(rf"^#{number} optimizer={name}: {loss:.6g}, ", ended.err, re.M), ended.err
-        assert "go on: " in (run / "launch.log").read_text()
+        assert "resume: " in (run / "launch.log").read_text()
 
 
 # Refused
@@ -453,7 +453,7 @@ def test_an_older_run_is_moved_aside_without_what_the_launcher_wrote(tmp_path: P
     assert open_folder(folder, None) is None
     assert not (tmp_path / "0-1").exists()
     (folder / "metrics.jsonl").touch()
-    assert open_folder(folder, None) == f"{folder} held an older run: moved to {folder}-1"
+    assert open_folder(folder, None) == f"{folder} contained an older run: moved to {folder}-1"
     assert sorted(path.name for path in folder.iterdir()) == [".launch", "launch.log"]
     assert [path.name for path in (tmp_path / "0-1").iterdir()] == ["metrics.jsonl"]
     assert (folder / ".launch" / "job.json").is_file()

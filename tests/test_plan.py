@@ -204,6 +204,21 @@ def test_a_pass_for_the_norms_is_counted_for_every_trust_ratio() -> None:
     assert not plan_of("optimizer=adamw").trusts
 
 
+def test_a_trust_ratio_in_any_param_group_reads_weights_once_more() -> None:
+    """The first group alone was asked: an override with a ratio cost nothing."""
+    plain, ratio = plan_of(), plan_of("param_groups.overrides={wte:{trust_ratio:true}}")
+    assert (plain.trusts, ratio.trusts, plan_of("optimizer=lamb").trusts) == (False, True, True)
+    assert ratio.stages[2].compute > plain.stages[2].compute
+
+
+@pytest.mark.parametrize("word", ["optimizer=adamax", "noodes=2", "nodes", "~engine", "optimizer=null", "nodes=0"])
+def test_what_is_refused_is_one_line(word: str) -> None:
+    """Hydra's own refusals were up to 25 lines."""
+    failed = python("distopt.plan", word)
+    (line,) = failed.stderr.splitlines()
+    assert failed.returncode == 1 and line.startswith("distopt: error: ") and word.strip("~").partition("=")[0] in line
+
+
 def test_the_smallest_cluster_is_the_first_that_fits() -> None:
     plan = plan_of("nodes=4", "gpus_per_node=2")
     assert verdict(plan) == "it fits; the smallest that fits has 1 GPU (1 x 1)"
@@ -247,7 +262,11 @@ def test_hsdp_plans_only_clusters_that_its_replicas_divide() -> None:
     [
         ("nodes=0", "nodes must be an integer >= 1, got 0"),
         ("gpus_per_node=two", "gpus_per_node must be an integer >= 1, got 'two'"),
-        ("cluster.efficiency=1.5", r"efficiency must be in (0, 1], got 1.5: it is a share"),
+        ("cluster.efficiency=1.5", r"cluster.efficiency must be a number in (0, 1], got 1.5"),
+        ("+cluster.nodes=3", "nothing reads cluster.nodes"),
+        ("+foo=3", "nothing reads foo"),
+        ("sequence_length=2000", "sequence_length=2000 is longer than the model's 1024 positions"),
+        ("model.config=", "model.config must be options by name, as {n_layer: 4}, got ''"),
         ("cluster.far_gbps=0", "far_gbps must be a number > 0, got 0"),
         ("engine=hsdp engine.replicas=3", "engine.replicas=3 does not divide the 8 processes"),
     ],

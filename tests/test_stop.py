@@ -30,8 +30,8 @@ LONG = {
 
 def slowly(seconds: float) -> None:
     """Makes a step take so long that a test can come in between."""
-    from distopt import train as program
     from distopt.engine import train_step
+    from distopt.job import job as program
 
     def update(*args: Any) -> Any:
         time.sleep(seconds)
@@ -59,7 +59,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: sign
     stopped = last_step(run)
     assert 2 < stopped < 50
     checkpoint = run / "checkpoints" / f"step_{stopped:08d}"
-    line = f"distopt: stopped: by a signal, after step {stopped} of 60; train.resume=auto goes on: {checkpoint}"
+    line = f"distopt: stopped: by a signal, after step {stopped} of 60; train.resume=auto resumes from {checkpoint}"
     assert line in ended[0].err.splitlines() and "stopped" not in ended[1].err
     assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
 

@@ -25,7 +25,7 @@ def test_an_older_run_is_moved_aside(finished: Path, cwd: Path) -> None:
     old = rows(done)
     for number in (1, 2):
         out = train(cwd, **{**LONGER, "train__steps": str(number)})[0].out
-        assert f"{done} held an older run: moved to {done}-{number}" in out
+        assert f"{done} contained an older run: moved to {done}-{number}" in out
         assert steps(done) == list(range(1, number + 1))
     assert rows(done.with_name("done-1")) == old
     assert checkpoints(done.with_name("done-1")) == ["step_00000004", "step_00000008"]
@@ -48,7 +48,7 @@ def test_another_runs_checkpoint_leaves_the_run_of_this_name_alone(finished: Pat
     train(cwd, **{**LONGER, "name": "mine", "train__steps": "3"})
     start = done / "checkpoints" / "step_00000004"
     out = train(cwd, **{**LONGER, "name": "mine", "train__resume": str(start)})[0].out
-    assert f"{cwd / 'runs' / 'mine'} held an older run: moved to {cwd / 'runs' / 'mine-1'}" in out
+    assert f"{cwd / 'runs' / 'mine'} contained an older run: moved to {cwd / 'runs' / 'mine-1'}" in out
     assert steps(cwd / "runs" / "mine-1") == [1, 2, 3]
     assert steps(cwd / "runs" / "mine") == [5, 6, 7, 8, 9, 10]
     assert rows(cwd / "runs" / "mine", after=4, losses_only=True)[:4] == rows(done, after=4, losses_only=True)
@@ -62,7 +62,7 @@ def test_what_is_no_run_is_left_alone(cwd: Path) -> None:
     (ended,) = jobs.run(cwd, overrides(name="thesis", train__steps="1", schedule__warmup_steps="0"))
     assert (ended.code, ended.err.strip().splitlines()[-1]) == (
         1,
-        f"distopt: error: {thesis} holds something that is no run: choose another name",
+        f"distopt: error: {thesis} contains something that is no run: choose another name",
     )
     assert [path.name for path in thesis.parent.iterdir()] == ["thesis"]
     assert (thesis / "chapter1.tex").read_text() == "In the beginning"
@@ -137,7 +137,7 @@ def test_every_optimizer_learns(sweep: tuple[Path, jobs.Ended], choice: str) -> 
 def test_a_job_of_a_sweep_says_how_to_go_on_with_itself(sweep: tuple[Path, jobs.Ended]) -> None:
     """Without its folder in the command, every job of a sweep would have gone on in runs/train."""
     folder, ended = sweep
-    commands = [shlex.split(command) for command in re.findall("^go on:(.*)$", ended.out, re.MULTILINE)]
+    commands = [shlex.split(command) for command in re.findall("^resume:(.*)$", ended.out, re.MULTILINE)]
     assert len(commands) == len(OPTIMIZERS)
     words = [*commands[-1][commands[-1].index("distopt.train") + 1 :], "train.steps=21"]
     (again,) = jobs.run(folder, words)

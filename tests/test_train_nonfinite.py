@@ -63,7 +63,7 @@ def test_many_skipped_steps_end_the_run(cwd: Path) -> None:
         assert "Traceback" not in err
         assert re.search(
             rf"^distopt{' .rank 1.' * rank}: error: stopped at step 7: the gradient was not finite 3 steps in a row; "
-            r"28 layers are not finite, the first is transformer.wte.weight. Lower optimizer.lr or raise "
+            r"28 parameters are not finite, the first is transformer.wte.weight. Lower optimizer.lr or raise "
             r"schedule.warmup_steps$",
             err,
             re.MULTILINE,
@@ -88,7 +88,7 @@ def test_the_layer_that_is_not_finite_is_named(cwd: Path, changes: dict[str, str
     words = overrides(train__max_skipped_steps="2", **changes)
     for code, _, err in jobs.run(cwd, words, world, spoil_one_layer, name, value):
         assert code == 1
-        assert f"not finite 2 steps in a row; 1 layers are not finite, the first is {name}." in err
+        assert f"not finite 2 steps in a row; 1 parameters are not finite, the first is {name}." in err
 
 
 def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
     words = overrides(train__max_skipped_steps="2", engine="deepspeed_zero2")
     for code, _, err in jobs.run(cwd, words, 1, spoil_one_layer, name, math.nan):
         assert code == 1
-        assert "2 steps in a row; DeepSpeed, which has freed it, does not tell in which layer: another" in err
+        assert "2 steps in a row; DeepSpeed has freed it, so the parameter is unknown: another engine" in err
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

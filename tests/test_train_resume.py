@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_on
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
         assert checkpoints(broken) == ["step_00000004", "step_00000008.tmp"]
         ended = train(cwd, 2, name=name, train__resume="auto", **same)
-        said = "step_00000008.tmp: it was not written to its end; going on from step_00000004"
+        said = "step_00000008.tmp: it was not written to its end; resuming from step_00000004"
         assert said in ended[0].out.splitlines()
         assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
         assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
@@ -83,8 +83,8 @@ def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> 
     before = rows(done, losses_only=True)
 
     out = train(cwd, train__resume="auto", **LONGER)[0].out
-    assert "step_00000010.tmp: it was not written to its end; going on from step_00000004" in out
-    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; going on from step_0+4\n", out)
+    assert "step_00000010.tmp: it was not written to its end; resuming from step_00000004" in out
+    assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; resuming from step_0+4\n", out)
     assert f"resuming after step 4 from {done / 'checkpoints' / 'step_00000004'}" in out
     after = rows(done, losses_only=True)
     assert after[: len(before)] == before and len(after) == 10
@@ -118,9 +118,9 @@ def test_the_configuration_wins_over_the_checkpoint(finished: Path, cwd: Path) -
 # Bad input
 
 MISMATCHED: dict[str, tuple[str, ...]] = {
-    "model.config.n_embd=32": ("transformer.wte.weight is [256, 16] in the checkpoint, [256, 32] in the model",),
-    "model.config.n_layer=3": ("transformer.h.2.", "is in the model, not in the checkpoint"),
-    "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start anew",),
+    "model.config.n_embd=32": ("was trained with model.config.n_embd 16, now it is 32: start a new run",),
+    "model.config.n_layer=3": ("was trained with model.config.n_layer 2, now it is 3",),
+    "model.config.n_head=4": ("was trained with model.config.n_head 2, now it is 4: start a new run",),
     "+model.config.layer_norm_epsilon=1e-6": (
         "was trained with model.config.layer_norm_epsilon 1e-05, now it is 1e-06",
     ),
@@ -161,7 +161,7 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_ended(finished: Path, cwd
     (ended,) = jobs.run(cwd, overrides(train__resume="auto", **{**LONGER, "train__steps": "8"}))
     assert ended.code == 0, ended.err
     loss = before[-1]["validation_loss"]
-    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "go on: " in ended.out
+    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "resume: " in ended.out
     assert rows(done) == before
     assert (done / "curves.png").is_file() and checkpoints(done) == ["step_00000004", "step_00000008"]
 
@@ -171,4 +171,4 @@ def test_only_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(finished: Pat
     older = finished / "runs" / "done" / "checkpoints" / "step_00000004"
     (ended,) = jobs.run(finished, overrides(train__resume=str(older), **LONGER))
     assert ended.code == 1
-    assert "is not the newest whole checkpoint of its run, step_00000008 is" in ended.err
+    assert "is not the newest complete checkpoint of its run, step_00000008 is" in ended.err

@@ -105,7 +105,7 @@ def test_the_installed_package_trains(site: Path, tmp_path: Path) -> None:
     training = [row for row in jobs.metrics(tmp_path / "runs" / "from-the-wheel") if "loss" in row]
     assert [row["step"] for row in training] == [1, 2]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["from-the-wheel"]
-    (command,) = (line.removeprefix("go on:") for line in done.stdout.splitlines() if line.startswith("go on:"))
+    (command,) = (line.removeprefix("resume:") for line in done.stdout.splitlines() if line.startswith("resume:"))
     assert shlex.split(command)[1:3] == ["-m", "distopt.train"]
 
 
@@ -165,5 +165,5 @@ def test_the_installed_package_is_launched_as_in_its_help(help_text: str, site: 
     words += jobs.overrides(train__steps="2", schedule__warmup_steps="0", checkpoint__every="2", name="two")
     done = run(*words, cwd=tmp_path, PYTHONPATH=str(site))
     assert len(jobs.metrics(tmp_path / "runs" / "two")) > 2
-    (command,) = (line for line in done.stdout.splitlines() if line.startswith("go on:"))
+    (command,) = (line for line in done.stdout.splitlines() if line.startswith("resume:"))
     assert "--num_processes 2" in command

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved one after another, in the background if wanted, the old ones removed."""
+"""Saving of a run's checkpoints, one after another, in the background if wanted, and removal of old ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 from distopt.checkpoint import Saving, async_save_checkpoint, checkpoint_path, prune_checkpoints, save_checkpoint
 
 
-class Saver:
-    """Saves the checkpoints of a folder and keeps the newest `keep`.
+class Checkpointer:
+    """Saves the checkpoints of a run.
 
-    asynchronous: training goes on while a checkpoint is being written; the next one waits until it is.
+    Args:
+        folder: The folder of the checkpoints.
+        keep: The number of checkpoints to keep, the newest ones.
+        asynchronous: Continue training while a checkpoint is written; the next save waits for the one before.
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool) -> None:
@@ -19,7 +22,15 @@ class Saver:
         self._saving: Saving | None = None
 
     def save(self, step: int, *run: Any) -> Path:
-        """Saves what `save_checkpoint` takes as the checkpoint of a step; returns its path. Every rank calls it."""
+        """Saves the checkpoint of a step; every rank has to call it.
+
+        Args:
+            step: The number of steps done.
+            run: The arguments of `save_checkpoint` after the path.
+
+        Returns:
+            The checkpoint's folder.
+        """
         self.wait()
         path = checkpoint_path(self.folder, step)
         if self.asynchronous:
@@ -30,7 +41,11 @@ class Saver:
         return path
 
     def wait(self) -> None:
-        """Returns when what is being written is on the disk; raises RuntimeError, on every rank, if it cannot be."""
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            RuntimeError: On every rank, if one of them could not write.
+        """
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()

@@ -1,87 +1,69 @@
-"""What a run may be: all that is refused before anything that takes time."""
+"""Instantiation of the configuration's sections, and the checks that a single key's bound cannot express."""
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
-from pathlib import Path, PurePath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from distopt.engine import Engine
-from distopt.job import cli
-
-# In the wheel the configuration lies inside the package, in a checkout beside it.
+# In the wheel, conf/ is inside the package; in a checkout, it is next to the package.
 _INSIDE = Path(__file__).parents[1] / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "conf"
 
+Config = DictConfig  # a composed configuration, for modules that do not know Hydra
 
-def instantiate(cfg: DictConfig) -> Any:
-    """`hydra.utils.instantiate`, whose own exception is replaced by the ValueError or TypeError under it."""
+
+@contextlib.contextmanager
+def named(section: str) -> Iterator[None]:
+    """Around code that a section of the configuration configures: its exceptions are ValueErrors that name the section.
+
+    Whatever a class or function raises for its arguments is the user's to correct.
+    """
     try:
-        return utils.instantiate(cfg)
-    except InstantiationException as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        line = f"{kind}{' '.join(str(cause).split())}"
+        raise ValueError(line if line.startswith(section) else f"{section}: {line}") from error
 
 
-# The least that an option may be. Where null is its default, null is right too.
-INTEGERS = {
-    "seed": 0,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.sequence_length": 1,
-    "train.max_skipped_steps": 1,
-    "train.prove_every": 0,
-    "evaluation.every": 1,
-    "evaluation.max_sequences": 1,
-    "evaluation.sample_tokens": 0,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 1,
-}
-NULLABLE = ("train.micro_batch_size", "train.max_grad_norm", "train.prove_every", "evaluation.max_sequences")
+def instantiate(cfg: DictConfig, section: str, kind: type | None = None) -> Any:
+    """Makes what a section of the configuration names, by `hydra.utils.instantiate`.
+
+    Args:
+        cfg: The configuration.
+        section: The name of the section.
+        kind: The class that it has to make; None for a function.
+
+    Raises:
+        ValueError: For what Hydra or the target refuses, and for a target that makes something else.
+    """
+    with named(section):
+        made = utils.instantiate(cfg[section])
+        check_kind(made, section, kind)
+    return made
 
 
-def check_options(cfg: DictConfig) -> None:
-    """Raises ValueError for an option of train.yaml's own that is unknown, out of bounds or of another type."""
-    cli.check_keys(cfg, CONF)
-    options = cfg.train
-    for name, low in INTEGERS.items():
-        value = OmegaConf.select(cfg, name)
-        if value is None and name in NULLABLE:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}{' or null' * (name in NULLABLE)}, got {value!r}")
-    for name in ("train.max_grad_norm", "train.timeout_minutes", "lr_scale"):
-        value = OmegaConf.select(cfg, name)
-        if value is None and name in NULLABLE:
-            continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            either = ", or null to measure only" if name in NULLABLE else ""
-            raise ValueError(f"{name} must be a number > 0{either}, got {value!r}")
-    if not isinstance(cfg.checkpoint.asynchronous, bool):
-        raise ValueError(f"checkpoint.asynchronous must be true or false, got {cfg.checkpoint.asynchronous!r}")
-    if not isinstance(cfg.evaluation.prompt, str):
-        raise ValueError(f"evaluation.prompt must be text, got {cfg.evaluation.prompt!r}: quote it twice, as '\"5\"'")
-    if not isinstance(options.resume, str):
-        raise ValueError(f"train.resume must be never, auto, or a checkpoint's folder, got {options.resume!r}")
-    if cfg.param_groups is None:
-        raise ValueError("param_groups must not be null; to decay nothing, set optimizer.weight_decay=0")
-    parts = PurePath(str(cfg.name)).parts
-    if not parts or ".." in parts or cfg.name is None:
-        raise ValueError(f"name must be that of a folder below runs/, got {cfg.name!r}")
+def check_kind(made: object, section: str, kind: type | None) -> None:
+    """Raises ValueError unless a section has made an instance of a class, or a function where `kind` is None."""
+    if not (callable(made) if kind is None else isinstance(made, kind)):
+        wanted = "a function (is _partial_ true?)" if kind is None else kind.__name__
+        raise ValueError(f"{section}._target_ makes {type(made).__name__}, and not {wanted}")
 
 
 def refuse_swept_ranks() -> None:
-    """Raises ValueError where each process of a launch sweeps by itself: they would all write into the same folders.
+    """Raises ValueError if every process of a launch would run the same sweep, all writing into the same folders.
 
-    A job of Hydra's launchers (basic, joblib, submitit) is one process; ours gives it several, in a run of its own.
+    A job of Hydra's launchers (basic, joblib, submitit) is one process; distopt's launcher starts several per job.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if HydraConfig.get().mode is RunMode.MULTIRUN and processes > 1:
@@ -91,19 +73,17 @@ def refuse_swept_ranks() -> None:
         )
 
 
-def dry_run(engine: Engine, make_optimizer: Any, make_schedule: Any, make_sam: Any, options: DictConfig) -> None:
-    """Makes optimizer, schedule and SAM for one small tensor: what they refuse they refuse now."""
-    try:
-        optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
-        make_schedule(optimizer, total_steps=options.steps)
-        if make_sam:
-            engine.check_sam(make_sam(optimizer))
-    except TypeError as error:  # an argument that they do not have, given by +optimizer.name=value
-        raise ValueError(str(error)) from error
-
-
 def micro_batch_size(batch_size: int, micro_batch_size: int | None, world: int) -> int:
-    """Sequences in one forward pass of a process; ValueError unless all processes and passes get the same number."""
+    """The number of sequences in one forward pass of a process.
+
+    Args:
+        batch_size: Sequences per step, over all processes.
+        micro_batch_size: As configured; None for the whole share of a process.
+        world: The number of processes.
+
+    Raises:
+        ValueError: Unless all processes and passes get the same number.
+    """
     share, rest = divmod(batch_size, world)
     if rest:
         raise ValueError(f"train.batch_size={batch_size} is not a multiple of the {world} processes")

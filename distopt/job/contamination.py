@@ -1,4 +1,4 @@
-"""Whether a model keeps examples that are packed in one sequence apart."""
+"""A check that a model does not attend across the examples that are packed into one sequence."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from distopt.engine import Engine
 
 @torch.no_grad()
 def check_no_cross_contamination(engine: Engine, model: nn.Module, device: torch.device, vocabulary: int) -> None:
-    """Raises ValueError if a model lets packed examples see each other; every rank has to call it.
+    """Checks that packed examples do not attend to each other; every rank has to call it.
 
-    One forward pass over two sequences whose second examples are the same: so have their logits to be.
+    One forward pass over two sequences that differ in their first example: the logits of the second must be equal.
+
+    Args:
+        engine: The engine that runs the model.
+        model: The wrapped model.
+        device: The device of this process.
+        vocabulary: The size of the vocabulary.
+
+    Raises:
+        ValueError: If they attend to each other.
     """
     tokens = torch.arange(16, device=device).remainder(vocabulary).repeat(2, 1)
     tokens[1, :8] = tokens[1, :8].flip(0)

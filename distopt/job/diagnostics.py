@@ -1,4 +1,4 @@
-"""What each layer is doing: where gradients vanish or explode, how far trust ratios are from 1."""
+"""Gradient norms and trust ratios by parameter: where gradients vanish or explode, and where they are not finite."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from distopt.layout.names import bare_parameters
 from distopt.optim.clip import grad_norms
 from distopt.sam import SAM
 
-_UNTOLD = "DeepSpeed, which has freed it, does not tell in which layer: another engine does"
+_UNKNOWN = "DeepSpeed has freed it, so the parameter is unknown: another engine names it"
 
 
 @torch.no_grad()
 def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str, dict[str, float]]:
-    """`grad_norm` and `trust_ratio` of each layer in the step that was just taken, by its name in the model.
+    """Returns the gradient norm and the trust ratio of every parameter in the last step, by parameter name.
 
-    One all-reduce per mesh axis that shards, and a wait for the device: for now and then. What there is not is left
-    out: gradients that DeepSpeed has freed, the ratios of an optimizer without, and of layers that lie on other ranks.
+    Takes one all-reduce per mesh axis that shards, and waits for the device: not for every step. Gradients that
+    DeepSpeed has freed are left out, and so are the ratios of an optimizer without any and of parameters on other
+    ranks.
 
-    clipped: what gradients were multiplied by, which the norms are without.
+    Args:
+        model: The unwrapped model.
+        optimizer: The optimizer, or SAM around it.
+        clipped: The factor by which clipping has multiplied the gradients; the norms are those before clipping.
+
+    Returns:
+        `{"grad_norm": {name: norm}, "trust_ratio": {name: ratio}}`, without what is empty or all 0.
     """
     norms = _norms(optimizer)
     ratios = optimizer.trust_ratios() if hasattr(optimizer, "trust_ratios") else {}
@@ -37,15 +44,22 @@ def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str
 
 
 def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:
-    """Says which layers' gradients are not finite; asked of all ranks together."""
+    """Describes which gradients are not finite, and what to do about it; every rank has to call it.
+
+    Args:
+        model: The unwrapped model.
+        stepper: The optimizer, or SAM around it.
+        step: The current step.
+        times: The number of steps in a row without a finite gradient.
+    """
 
     def bad(norms: Mapping[Tensor, Tensor]) -> list[str]:
         return [name for name, p in bare_parameters(model).items() if p in norms and not norms[p].isfinite()]
 
-    # With SAM's scope=local only the rank that broke knows it.
+    # With SAM's scope=local, only the rank with the bad gradient knows it.
     ascents = collective.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
-    layers = next(filter(None, ascents), None) or bad(_norms(stepper))
-    where = f"{len(layers)} layers are not finite, the first is {layers[0]}. " if layers else f"{_UNTOLD}. "
+    names = next(filter(None, ascents), None) or bad(_norms(stepper))
+    where = f"{len(names)} parameters are not finite, the first is {names[0]}. " if names else f"{_UNKNOWN}. "
     return (
         f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
         "Lower optimizer.lr or raise schedule.warmup_steps"
@@ -53,5 +67,5 @@ def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, 
 
 
 def _norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """The gradient norm of each layer, none where they have been freed."""
+    """The gradient norm of every parameter; empty where gradients have been freed."""
     return grad_norms(optimizer) if layout_of(optimizer).gradients_visible else {}

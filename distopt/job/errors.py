@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, in one line."""
+"""Errors of the user's input as one line on stderr, on every rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from distopt.job.stop import SIGNALS, STOPPED, Stopped
 def one_line_errors() -> Iterator[None]:
     """Turns a ValueError, or a file that cannot be read or written, into one line on stderr and exit code 1.
 
-    HYDRA_FULL_ERROR=1 gives the traceback. Stopped ends every process with its own code, and a line of the first one.
+    HYDRA_FULL_ERROR=1 shows the traceback instead. `Stopped` ends every process with an exit code of its own, and with
+    a line from the first process.
     """
     first = os.environ.get("RANK") in (None, "0")
     try:
@@ -35,23 +36,23 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
-    # The launcher ends the other ranks as soon as it sees one exit; they are on their way out with the same code.
+    # The launcher terminates the other ranks as soon as one exits, while they are exiting with the same code.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if not quiet:
-        # In one piece: `print` writes the end of the line by itself, and another rank's line may come in between.
+        # In one write: `print` writes the newline separately, and another rank's line may come in between.
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
     _tell_launcher(line)
     if collective.world() > 1:
-        # At once: gloo aborts a process that takes its connections down while another one has ended.
+        # Without shutdown: gloo aborts a process that closes its connections after another one has ended.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _tell_launcher(line: str) -> None:
-    """torchrun, under `accelerate launch` too, repeats what stands in this file at the end of its own report."""
+    """Writes the file whose message torchrun, also under `accelerate launch`, repeats at the end of its report."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         with open(file, "w") as out:

@@ -1,4 +1,4 @@
-"""How good the model is: its loss on held-out text, and a sample of what it writes."""
+"""Evaluation of the model: its loss on held-out text, and a sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 def validation_loss(
     engine: Engine, model: nn.Module, batches: Iterable[Tensor | Batch], device: torch.device
 ) -> Tensor:
-    """This rank's mean loss, in nats a token, over batches of as many sequences each, [sequences, length + 1]."""
+    """Returns this rank's mean loss in nats per token, a scalar tensor.
+
+    Args:
+        engine: The engine that runs the model.
+        model: The wrapped model.
+        batches: Batches of equally many sequences, int64 [sequences, length + 1].
+        device: The device of this process.
+    """
     model.eval()
     losses = []
     for batch in batches:
@@ -33,9 +40,20 @@ def validation_loss(
 def sample(
     engine: Engine, model: nn.Module, prompt: list[int], length: int, seed: int, device: torch.device
 ) -> list[int]:
-    """Continues a prompt by `length` sampled tokens (temperature 0.8, the 50 likeliest); every rank has to call it.
+    """Continues a prompt by sampled tokens (temperature 0.8, top 50); every rank has to call it.
 
-    The same on every rank: a sharded model is gathered block by block for each token, so all ranks walk together.
+    A sharded model is gathered block by block for each token, so all ranks sample the same tokens together.
+
+    Args:
+        engine: The engine that runs the model.
+        model: The wrapped model.
+        prompt: The tokens of the prompt, at least one.
+        length: The number of tokens to sample.
+        seed: The seed of the sampling.
+        device: The device of this process.
+
+    Returns:
+        The tokens of the prompt and of its continuation.
     """
     from transformers import GenerationConfig
 

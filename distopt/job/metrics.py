@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress bar, metrics.jsonl, trackers, curves."""
+"""The metrics of a run: progress bar, metrics.jsonl, trackers and curves."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
-LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every layer, now and then
-RUN = "run.json"  # the command that starts the run, and the choices of its configuration
+LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
+RUN = "run.json"  # the command of the run, and the choices of its groups
 
 
 class Monitor:
-    """Records one line of metrics a step; only the main process writes and shows.
+    """Records one line of metrics per step; only the main process writes and shows.
 
     Args:
-        folder: of the run; `metrics.jsonl` in it gets a JSON object a line.
-        first_step, steps: the steps done before (a resumed run), and to be done in all.
-        tokens_per_step: over all processes.
-        main: whether this process writes.
-        track: gets (metrics, step); for Accelerate's trackers.
+        folder: The run's folder; its `metrics.jsonl` gets one JSON object per line.
+        first_step: The number of steps done before (a resumed run).
+        steps: The number of steps in all.
+        tokens_per_step: The number of tokens per step, over all processes.
+        main: Whether this process writes.
+        track: Called with (metrics, step), for Accelerate's trackers.
+
+    Attributes:
+        done: The number of steps done.
+        skipped: The number of steps without a finite gradient, over all runs from step 0.
+        skipped_in_a_row: The number of such steps since the last applied one.
+        seconds: The time of this run's steps, without evaluation and checkpoints.
     """
 
     def __init__(
@@ -37,7 +44,7 @@ class Monitor:
         self.main, self.track, self.tokens_per_step = main, track, tokens_per_step
         self.done, self.first_step = first_step, first_step
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.seconds = 0.0  # spent on steps; evaluation and checkpoints stand aside
+        self.seconds = 0.0
         if not main:
             return
         from tqdm import tqdm
@@ -54,15 +61,22 @@ class Monitor:
             desc="train",
             dynamic_ncols=True,
             smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,  # a log file gets a line now and then
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,  # a log file needs fewer lines
         )
 
     def start_step(self) -> None:
-        """The clock of a step starts."""
+        """Starts the clock of a step."""
         self._started = time.perf_counter()
 
     def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool) -> None:
-        """Records a step; `applied` is false for one that was skipped because its gradient was not finite."""
+        """Records a step.
+
+        Args:
+            loss: The mean loss of the step in nats per token.
+            lr: The learning rate of the first param group; every group follows the same curve from its own peak.
+            grad_norm: The global gradient norm before clipping.
+            applied: False if the step was skipped because the gradient was not finite.
+        """
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.done += 1
@@ -90,14 +104,14 @@ class Monitor:
         self.bar.update()
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl for the steps done so far, and the same to the trackers."""
+        """Writes a line of metrics.jsonl for the current step, and passes the metrics to the trackers."""
         if self.main:
             self.file.write(json.dumps({"step": self.done, **metrics}) + "\n")
             self.file.flush()
             self.track(metrics, self.done)
 
     def write_layers(self, values: Mapping[str, Mapping[str, float]]) -> None:
-        """One line of layers.jsonl: for each quantity its value by the layer's name."""
+        """Writes a line of layers.jsonl: for each quantity, its values by parameter name."""
         if self.main and values:
             with self.layers.open("a") as file:
                 file.write(json.dumps({"step": self.done, **values}) + "\n")
@@ -108,19 +122,19 @@ class Monitor:
             self.bar.write(line)
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Closes the bar and the file."""
         if self.main:
             self.bar.close()
             self.file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """Reads the rows of a run's metrics.jsonl."""
     return read_lines(folder / METRICS)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none if there is no file; a last line that was not written to its end is dropped."""
+    """Reads the objects of a JSONL file up to the first incomplete line; none if there is no file."""
     rows = []
     for line in file.read_text().splitlines() if file.is_file() else []:
         try:
@@ -145,7 +159,7 @@ def plot(folder: Path) -> Path:
     loss.plot(*_columns(train, "loss"), color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
     loss.plot(*_smooth(*_columns(train, "loss")), color="tab:blue", label="train, smoothed")
     loss.plot(*_columns(validation, "validation_loss"), "o-", color="tab:orange", markersize=3, label="validation")
-    loss.set_ylabel("loss (nats a token)")
+    loss.set_ylabel("loss (nats per token)")
     loss.legend()
     lr.plot(*_columns(train, "lr"), color="tab:green")
     lr.set_ylabel("learning rate")
@@ -168,7 +182,7 @@ def _columns(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[flo
 
 
 def _smooth(steps: list[int], values: list[float], weight: float = 0.9) -> tuple[list[int], list[float]]:
-    """Exponential moving average, corrected for its start."""
+    """Returns the exponential moving average, corrected for its start."""
     smooth, average, total = [], 0.0, 0.0
     for value in values:
         if value == value:  # a skipped step may have no loss
@@ -178,7 +192,11 @@ def _smooth(steps: list[int], values: list[float], weight: float = 0.9) -> tuple
 
 
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """A resumed run writes the steps after its checkpoint again, and the validation there: what stood there goes."""
+    """Removes the rows that a resumed run writes again: later steps, and the validation at its checkpoint.
+
+    Returns:
+        The rows that are kept.
+    """
     if not path.is_file():
         return []
     rows = read_lines(path) if step else []

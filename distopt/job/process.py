@@ -1,4 +1,4 @@
-"""How a process of a job ends."""
+"""The end of a job's process: exit without taking the interpreter down, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from types import FrameType
 
 @contextlib.contextmanager
 def end_of_process() -> Iterator[None]:
-    """Around all that a process does: it ends here, with the code that was asked for, else 0; other exceptions pass.
+    """Ends the process after its body, with the exit code of a SystemExit or else 0; other exceptions propagate.
 
-    It ends as multiprocessing's children do: threads are waited for and what was registered with atexit runs, but the
-    interpreter is not taken down. While that happens, a worker of gloo that lets go of a tensor aborts the process
-    (torch 2.13 with CPython before 3.14, pytorch#179291), and a job that had finished would be one that failed.
-    `destroy_process_group` ends those workers only where nothing refers to a group any more, and DeviceMeshes, the
-    caches of DTensor and DeepSpeed do so for ever.
+    The process ends as multiprocessing's children do: it waits for threads and runs the functions registered with
+    atexit, but does not finalize the interpreter. During finalization, a worker of gloo that releases a tensor aborts
+    the process (torch 2.13 with CPython before 3.14, pytorch#179291), and a finished job would count as failed.
+    `destroy_process_group` ends those workers only when nothing refers to a group any more, while DeviceMeshes, the
+    caches of DTensor and DeepSpeed always do.
     """
     code: object = None
     try:
@@ -38,9 +38,9 @@ def end_of_process() -> Iterator[None]:
 
 
 def end_on_interrupt() -> None:
-    """From now on Ctrl-C ends this process at once, with exit code 130 and a line of the first one.
+    """Makes Ctrl-C end this process at once, with exit code 130 and a line from the first process.
 
-    A KeyboardInterrupt would come too late in a rank that waits for another: that has gone, which is the error shown.
+    A rank that waits for another one would see KeyboardInterrupt too late, after an error about the lost connection.
     """
     if os.environ.get("RANK") not in (None, "0"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the middle of a collective too
@@ -48,7 +48,7 @@ def end_on_interrupt() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.stdout.flush()
-        os.write(2, b"\ndistopt: interrupted; train.resume=auto goes on from the last checkpoint\n")
+        os.write(2, b"\ndistopt: interrupted; train.resume=auto resumes from the last checkpoint\n")
         os._exit(130)
 
     signal.signal(signal.SIGINT, end)

@@ -1,4 +1,4 @@
-"""A run's folder, the checkpoint it goes on from, and the command that starts it."""
+"""A run's folder, and the command that starts or resumes the run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from distopt.checkpoint import latest_checkpoint
 from distopt.job.metrics import METRICS, RUN
 
 
 def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
-    """Makes a run's folder; an older run is moved aside unless its own checkpoint is gone on with.
+    """Makes a run's folder; an older run there is moved aside unless the new run resumes from its checkpoint.
 
-    Returns a line that says so. Raises ValueError for a folder with something else in it, which is left alone.
+    Args:
+        folder: The run's folder.
+        checkpoint: The checkpoint that the run resumes from, if any.
+
+    Returns:
+        A line about the older run, if one was moved.
+
+    Raises:
+        ValueError: For a folder with something else in it, which is left as it is.
     """
     moved = None
-    gone_on_with = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    resumed = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
     entries = list(folder.iterdir()) if folder.is_dir() else []
-    # What Hydra and its launcher put there before the run began: .hydra, .launch, launch.log.
+    # Hydra and its launcher write there before the run starts: .hydra, .launch, launch.log.
     outer = [path.name for path in entries if path.name.startswith(".") or path.suffix == ".log"]
-    if not gone_on_with and len(entries) > len(outer):
+    if not resumed and len(entries) > len(outer):
         if not any((folder / name).exists() for name in ("config.yaml", METRICS, "checkpoints")):
-            raise ValueError(f"{folder} holds something that is no run: choose another name")
+            raise ValueError(f"{folder} contains something that is no run: choose another name")
         number = 1
         while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
             number += 1
@@ -34,33 +40,19 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
         folder.mkdir()
         for name in outer:
             (aside / name).rename(folder / name)
-        moved = f"{folder} held an older run: moved to {aside}"
+        moved = f"{folder} contained an older run: moved to {aside}"
     folder.mkdir(parents=True, exist_ok=True)
     return moved
 
 
-def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `train.resume` means, and a line about each broken one that is passed over for it."""
-    if resume == "never":
-        return None, []
-    newest, broken = latest_checkpoint(folder)
-    if resume == "auto":
-        start = newest.name if newest is not None else "the start"
-        return newest, [f"{line}; going on from {start}" for line in broken]
-    path = Path(resume).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")
-    if newest is not None and path.resolve().parent == folder.resolve() and path.resolve() != newest.resolve():
-        # The newer ones would stay, and be taken for this run's own by train.resume=auto and when old ones are removed.
-        raise ValueError(
-            f"train.resume={resume} is not the newest whole checkpoint of its run, {newest.name} is: "
-            "give auto to go on from there, or another name to go on from here"
-        )
-    return path, []
-
-
 def command(overrides: Sequence[str], processes: int, **changes: str) -> str:
-    """The command line that starts this run with these overrides changed or added (`train__resume="auto"`)."""
+    """Returns the command line that starts a run.
+
+    Args:
+        overrides: The overrides of this run.
+        processes: The number of processes.
+        changes: Overrides to change or add, with `__` for a dot: `train__resume="auto"`.
+    """
     wanted = {name.replace("__", "."): value for name, value in changes.items()}
     kept = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") not in wanted]
     words = ["-m", "distopt.train", *kept, *(f"{name}={value}" for name, value in wanted.items())]
@@ -72,33 +64,25 @@ def command(overrides: Sequence[str], processes: int, **changes: str) -> str:
 
 
 def elsewhere(folder: Path, name: str) -> dict[str, str]:
-    """What lets a command find a folder that is not that of its run's name: a sweep's, or one asked for."""
+    """The changes with which `command` finds a folder other than runs/<name>: of a sweep, or set by hydra.run.dir."""
     if folder == Path("runs", name).absolute():
         return {}
     return {"hydra__mode": "RUN", "hydra__run__dir": f"'{folder}'"}
 
 
 def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
-    """Writes the command that starts this run, and the choices of its configuration, for `distopt.report`."""
+    """Writes a run's command and the choices of its groups to `run.json`, for `distopt.report`."""
     chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
     (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
 
 
-def flat(cfg: dict[str, Any]) -> dict[str, bool | int | float | str | None]:
-    """A configuration as trackers take it: one level of names with dots; what is no scalar, a list, as text."""
-    from transformers.utils import flatten_dict
-
-    scalars = (bool, int, float, str, type(None))
-    return {name: value if isinstance(value, scalars) else str(value) for name, value in flatten_dict(cfg).items()}
-
-
 def printable(text: str) -> str:
-    """Text without what a terminal would take for a command: a model of bytes writes what it likes."""
+    """Replaces the characters that a terminal could take for commands: a model of bytes may write any."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def program(name: str) -> str:
-    """What a shell in this folder has to be given to start this Python's own program of that name."""
+    """The word by which a shell in the current folder starts this Python's own program of a name."""
     own, found = Path(sys.executable).parent / name, shutil.which(name)
     if not own.is_file() or (found is not None and Path(found).parent == own.parent):
         return name

@@ -1,4 +1,4 @@
-"""A run that is asked to stop: the step is finished, a checkpoint saved, and an exit code says that it can go on."""
+"""Stopping a run by a signal: it finishes the step, saves a checkpoint and exits with a code for "resume me"."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 
-# What SLURM sends before it preempts a job, and before its time is over; submitit takes SIGUSR2 for both.
+# SLURM sends them before it preempts a job and before its time limit; submitit uses SIGUSR2 for both.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 75  # the exit code: EX_TEMPFAIL of sysexits.h, "the user is invited to retry"
 
 
 class Stopped(Exception):
-    """A run that has saved what it had when it was asked to stop."""
+    """Raised when a run has saved a checkpoint after a signal to stop."""
 
 
 class StopSignal:
-    """From its making to `restore`, SIGTERM, SIGUSR1 and SIGUSR2 are noted instead of ending this process.
+    """Records SIGTERM, SIGUSR1 and SIGUSR2, instead of ending the process, until `restore`.
 
-    They may reach the ranks in different steps, and not all of them; so every step asks all of them, by `request`.
-    Python has signals in the main thread only: in another one nothing is noted.
+    Signals may reach the ranks in different steps, and not all of the ranks, so that every step sums `request` over all
+    ranks. Python delivers signals to the main thread only; in another thread nothing is recorded.
+
+    Attributes:
+        received: Whether this process has received one.
     """
 
     def __init__(self) -> None:
@@ -32,11 +35,11 @@ class StopSignal:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def request(self, like: torch.Tensor) -> torch.Tensor:
-        """1 if this rank was asked to stop, else 0; to be summed over the ranks along with `like`."""
+        """Returns a scalar on the device of `like`: 1 if this rank was asked to stop, else 0."""
         return like.new_tensor(float(self.received))
 
     def restore(self) -> None:
-        """The signals do again what they did before."""
+        """Restores the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

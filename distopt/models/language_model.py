@@ -69,6 +69,10 @@ class LanguageModel:
     def check(self) -> None:
         """Raise `ValueError` for errors that do not depend on the data, before anything slow."""
         config = self.describe(1)
+        text = config.get_text_config()
+        heads, shared = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:  # no family refuses it
+            raise ValueError(f"model.config.num_key_value_heads={shared} does not divide the {heads} attention heads")
         if self.path is not None:
             self.empty(config)
 

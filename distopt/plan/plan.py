@@ -6,14 +6,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import hydra
 import torch
-from omegaconf import DictConfig
 
 from distopt.engine import Engine
 from distopt.job import cli
-from distopt.job.config import CONF, instantiate
+from distopt.job.check import check
+from distopt.job.config import Config, instantiate
 from distopt.job.errors import one_line_errors
+from distopt.models.language_model import LanguageModel
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, all_params, numel
 from distopt.plan.memory import footprint
@@ -115,24 +115,24 @@ def smallest(plan: Plan) -> Plan | None:
     return None
 
 
-def make_plan(cfg: DictConfig) -> Plan:
+def make_plan(cfg: Config) -> Plan:
     """Make the plan of a configuration.
 
     Raises:
         ValueError: If a value is out of its bounds, or the engine refuses the combination.
     """
-    for name in ("nodes", "gpus_per_node", "vocabulary", "sequence_length", "micro_batch_size", "accumulation"):
-        if not isinstance(cfg[name], int) or isinstance(cfg[name], bool) or cfg[name] < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {cfg[name]!r}")
-    cluster = instantiate(cfg.cluster)(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
+    check(cfg, "plan")
+    cluster = instantiate(cfg, "cluster")(nodes=cfg.nodes, gpus_per_node=cfg.gpus_per_node)
     engine, make_optimizer, make_sam = (
-        instantiate(cfg.engine),
-        instantiate(cfg.optimizer),
-        instantiate(cfg.sam) if cfg.sam else None,
+        instantiate(cfg, "engine", Engine),
+        instantiate(cfg, "optimizer"),
+        instantiate(cfg, "sam") if cfg.sam else None,
     )
     engine.check(cluster.gpus)
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
-    rehearsal = rehearse(engine, instantiate(cfg.model), instantiate(cfg.param_groups), make_optimizer, *sizes)
+    rehearsal = rehearse(
+        engine, instantiate(cfg, "model", LanguageModel), instantiate(cfg, "param_groups"), make_optimizer, *sizes
+    )
     # For its options only: the planned model has no memory.
     optimizer = make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
     sam = make_sam(optimizer) if make_sam else None
@@ -146,7 +146,7 @@ def make_plan(cfg: DictConfig) -> Plan:
         accumulation=cfg.accumulation,
         passes=1.0 if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
         sam=0 if sam is None else 1 + sam.needs_unperturbed_gradient + len(sam.buffers),
-        trusts=optimizer.param_groups[0]["trust_ratio"],
+        trusts=rehearsal.trusts,
     )
 
 
@@ -207,8 +207,8 @@ def _gpus(cluster: Cluster) -> str:
     return f"{cluster.gpus} GPU{s} ({cluster.nodes} x {cluster.gpus_per_node})"
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="plan")
-def main(cfg: DictConfig) -> None:
+@cli.program("plan")
+def planned(cfg: Config) -> None:
     """Print the plan of the command line's configuration."""
     with one_line_errors():
         plan = make_plan(cfg)
@@ -216,6 +216,8 @@ def main(cfg: DictConfig) -> None:
         print(verdict(plan))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the command line of `python -m distopt.plan`."""
     sys.argv[1:] = cli.model_words(sys.argv[1:])
-    main()
+    with one_line_errors(), cli.explained():
+        planned()

@@ -46,11 +46,13 @@ class Rehearsal:
         flops: The operations of the forward and of the backward pass, including recomputation by activation
             checkpointing.
         moments: The memory at each allocation of the backward pass.
+        trusts: Whether any param group needs a norm before its weights move.
     """
 
     units: list[list[Param]]
     flops: tuple[int, int]
     moments: list[Moment]
+    trusts: bool
 
     @property
     def activations(self) -> int:
@@ -107,7 +109,8 @@ def rehearse(
             model.activation_checkpointing_enable()
         model.train()
         params = list(model.parameters())
-        units = _units(model, make_optimizer(make_groups(model)))
+        optimizer = make_optimizer(make_groups(model))
+        units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
         with _one_sequence_per_row(), engine.autocast(_CPU), Flops() as forward, allocations:
@@ -128,7 +131,7 @@ def rehearse(
         inside = inside or index in of_blocks
         if i >= start - 1:
             moments.append(Moment(activations, allocated / gradient_bytes, inside))
-    return Rehearsal(units, (forward.total, backward.total), moments)
+    return Rehearsal(units, (forward.total, backward.total), moments, trusts)
 
 
 @contextlib.contextmanager

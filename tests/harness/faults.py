@@ -18,8 +18,8 @@ import distopt
 
 def die_in_forward(call: int, rank: int = 1) -> None:
     """SIGKILL to one rank in the forward pass of a training step, while the others wait for its gradients."""
-    from distopt import train as program
     from distopt.engine import train_step
+    from distopt.job import job as program
 
     calls = iter(range(1, 1_000_000))
 
@@ -47,8 +47,8 @@ def die_in_save(step: int, file: str, rank: int) -> None:
 
 def poison(factors: dict[int, float], folder: str) -> None:
     """Makes the loss of rank 1 not finite in some forward passes, and writes what every step did to this rank."""
-    from distopt import train as program
     from distopt.engine import train_step
+    from distopt.job import job as program
 
     rank = int(os.environ.get("RANK", "0"))
     count, log = iter(range(1, 1_000_000)), Path(folder) / f"steps-{rank}.jsonl"
@@ -75,11 +75,11 @@ def digest(optimizer: distopt.ShardedOptimizer) -> str:
 
 def full_disk(rank: int, saves: int) -> None:
     """After so many checkpoints this rank has no space left."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
-    save, count = program.Saver.save, iter(range(1, 1000))
+    save, count = program.Checkpointer.save, iter(range(1, 1000))
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -89,12 +89,12 @@ def full_disk(rank: int, saves: int) -> None:
             os.fsync = full
         return save(*args)
 
-    program.Saver.save = saved
+    program.Checkpointer.save = saved
 
 
 def spoil_one_layer(name: str, value: float) -> None:
     """Makes the gradient of one layer not finite, in every step."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     update = program.update
 
@@ -111,7 +111,7 @@ def spoil_one_layer(name: str, value: float) -> None:
 
 def count_passes(file: str) -> None:
     """Gives the model a statistic that every forward pass moves, as batch norm does, and writes it after each step."""
-    from distopt import train as program
+    from distopt.job import job as program
 
     update = program.update
 

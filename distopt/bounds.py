@@ -1,0 +1,143 @@
+"""The types and bounds of options: each is a condition on a value, with the words that an error message needs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+_MOST = 2**63 - 1  # the largest integer that torch takes
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition on the value of an option.
+
+    Attributes:
+        text: The condition in words that follow "must be", such as "an integer >= 1".
+        holds: Whether a value satisfies it.
+        null: Whether None does, too.
+    """
+
+    text: str
+    holds: Callable[[object], bool]
+    null: bool = False
+
+    def check(self, name: str, value: object, hint: str = "") -> None:
+        """Raises ValueError, with the name of the option, the bound, the value and a hint, if the value is outside."""
+        if self.null if value is None else self.holds(value):
+            return
+        too_large = isinstance(value, int) and value > _MOST
+        bound = f"{self}, and less than 2^63" if too_large else self
+        raise ValueError(f"{name} must be {bound}, got {shown(value)}{'; ' * bool(hint)}{hint}")
+
+    def __str__(self) -> str:
+        return f"{self.text}{' or null' * self.null}"
+
+
+def shown(value: object) -> str:
+    """The value in one short line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def or_null(bound: Bound) -> Bound:
+    """The same bound, or None."""
+    return replace(bound, null=True)
+
+
+def integer(low: int) -> Bound:
+    """An integer >= low that fits into 64 bits; booleans are no integers."""
+
+    def holds(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _MOST
+
+    return Bound(f"an integer >= {low}", holds)
+
+
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Bound:
+    """A finite number in [low, high].
+
+    Args:
+        low: The least value.
+        high: The greatest value.
+        above: Exclude `low`.
+        below: Exclude `high`.
+    """
+
+    def holds(value: object) -> bool:
+        if not is_number(value) or not low <= value <= high:  # type: ignore[operator]
+            return False
+        return not (above and value == low) and not (below and value == high)
+
+    if high == math.inf:
+        return Bound(f"a number {'>' if above else '>='} {low:g}", holds)
+    return Bound(f"a number in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}", holds)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number within the range of a float; booleans are no numbers."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # false for nan
+
+
+def choice(*values: str | int) -> Bound:
+    """One of some values."""
+
+    def holds(value: object) -> bool:
+        return any(value == known and type(value) is type(known) for known in values)
+
+    return Bound(f"one of {', '.join(map(str, values))}" if len(values) > 1 else str(values[0]), holds)
+
+
+def switch() -> Bound:
+    """True or false: any text would count as true."""
+    return Bound("true or false", lambda value: isinstance(value, bool))
+
+
+def text(what: str = "text", empty: bool = True) -> Bound:
+    """A string.
+
+    Args:
+        what: What it is, for messages.
+        empty: Allow the empty string.
+    """
+    return Bound(what, lambda value: isinstance(value, str) and (empty or bool(value)))
+
+
+def texts(what: str, one: bool = False) -> Bound:
+    """A list of strings that are not empty.
+
+    Args:
+        what: What they are, for messages.
+        one: Allow a string in place of a list of one.
+    """
+
+    def holds(value: object) -> bool:
+        if isinstance(value, str):
+            return one and bool(value)
+        return isinstance(value, Sequence) and all(isinstance(item, str) and bool(item) for item in value)
+
+    return Bound(what, holds)
+
+
+def pair(what: str, holds: Callable[[float, float], bool]) -> Bound:
+    """Two numbers that satisfy a condition together."""
+
+    def both(value: object) -> bool:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            return False
+        return all(map(is_number, value)) and holds(*value)
+
+    return Bound(what, both)
+
+
+def mapping(what: str, of: type = object) -> Bound:
+    """Values by name, each an instance of a class."""
+
+    def holds(value: object) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
+
+    return Bound(what, holds)

@@ -1,0 +1,193 @@
+"""Builds a training job from its configuration; refuses what cannot run, the cheapest checks first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from distopt import collective
+from distopt.checkpoint import load_checkpoint
+from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.token_cache import Corpus
+from distopt.engine import Engine
+from distopt.job import run_folder
+from distopt.job.check import check
+from distopt.job.checkpointer import Checkpointer
+from distopt.job.components import Components, Data
+from distopt.job.config import micro_batch_size, refuse_swept_ranks
+from distopt.job.contamination import check_no_cross_contamination
+from distopt.job.job import Job, max_grad_norm
+from distopt.job.metrics import Monitor
+from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
+from distopt.job.tracking import check_trackers, start_trackers
+from distopt.models import pretrained
+from distopt.models.language_model import blocks, check_length
+from distopt.optim.base import ShardedOptimizer
+from distopt.proof import prove_every
+from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PretrainedConfig
+
+
+class Text(NamedTuple):
+    """The tokens of a run, the training sequences in their order, and the sequences held out."""
+
+    corpus: Corpus
+    sequences: Sequences | PackedSequences
+    validation: ValidationSequences | PackedValidationSequences
+
+
+class Trainee(NamedTuple):
+    """A wrapped model with what trains it, and the files that a checkpoint keeps for `distopt.export`."""
+
+    model: nn.Module
+    optimizer: ShardedOptimizer
+    stepper: ShardedOptimizer | SAM
+    schedule: LambdaLR
+    files: dict[str, bytes]
+
+
+def build(cfg: DictConfig) -> Job:
+    """Builds the job of a configuration: model, optimizer and schedule at the step to start from, and its folder.
+
+    Every process has to call it.
+
+    Raises:
+        ValueError: On every process alike, for a configuration that cannot run.
+    """
+    options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
+    refuse_swept_ranks()
+    check(cfg, "train")
+    parts = Components.of(cfg)
+    accelerator = _join(cfg, parts.engine)
+    micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
+    start, notes = collective.on_first(lambda: find_start(folder / "checkpoints", options.resume))
+    sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
+    identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
+    if start:
+        start.check(identity, options.steps)  # before the text is tokenized
+    text = _text(cfg, parts.data)
+    config = parts.language_model.describe(text.corpus.vocab_size)
+    check_length(config, options.sequence_length, "train.sequence_length")
+    identity["data"] = text.corpus.digest
+    if start:
+        start.check(identity | start.architecture(config), options.steps)  # before the model is built
+    trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
+    if start:
+        _load(start, parts.engine, trainee)
+    moved = _open_folder(cfg, folder, start, accelerator)
+    step, tokens = start.step if start else 0, options.batch_size * options.sequence_length
+    resumed = [f"resuming after step {step} from {start.path}"] if start else []
+    return Job(
+        cfg=cfg,
+        folder=folder,
+        accelerator=accelerator,
+        engine=parts.engine,
+        config=config,
+        monitor=Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log),
+        checkpointer=Checkpointer(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
+        identity=identity,
+        micro_batch=micro_batch,
+        notes=[*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes, *resumed],
+        step=step,
+        checkpoint=start.path if start else None,
+        **text._asdict(),
+        **trainee._asdict(),
+    )
+
+
+def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
+    """Joins the processes of the launch, with the trackers of the run."""
+    accelerator = engine.start(cfg.train.timeout_minutes)
+    accelerator.wait_for_everyone()  # gloo fails a rank that still connects when one that has connected ends
+    accelerator.log_with = check_trackers(cfg.trackers)
+    return accelerator
+
+
+def _text(cfg: DictConfig, data: Data) -> Text:
+    """Opens the tokens of the data, after one process has made them if the cache has none."""
+    corpus = collective.one_after_another(data.build)
+    sizes = {"sequence_length": cfg.train.sequence_length, "batch_size": cfg.train.batch_size}
+    most = cfg.evaluation.max_sequences
+    sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
+    return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))
+
+
+def _trainee(
+    cfg: DictConfig,
+    parts: Components,
+    corpus: Corpus,
+    config: PretrainedConfig,
+    accelerator: Accelerator,
+    micro_batch: int,
+) -> Trainee:
+    """Builds the model with its first values, the optimizer, SAM and the schedule."""
+    engine, max_norm = parts.engine, max_grad_norm(cfg)
+    files = pretrained.description(config, corpus.pretrained_tokenizer(), parts.language_model.path)
+    torch.manual_seed(cfg.seed + accelerator.process_index)
+    model, groups, adapter_files = _model(parts, config, accelerator.device)
+    optimizer = parts.make_optimizer(groups, lr=cfg.optimizer.lr * cfg.lr_scale)
+    schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
+    stepper = _stepper(parts, model, optimizer)
+    accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
+    model = engine.attach(model, optimizer, accumulation, max_norm)
+    prove_every(optimizer, engine.unwrap(model), cfg.train.prove_every)
+    if getattr(parts.data, "packing", False):
+        check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size)
+    return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
+
+
+def _load(start: Start, engine: Engine, trainee: Trainee) -> None:
+    """Loads the checkpoint, except the hyper-parameters, which stay those of this configuration."""
+    configured = hyperparameters(trainee.optimizer)
+    load_checkpoint(start.path, engine.unwrap(trainee.model), trainee.stepper, trainee.schedule)
+    keep_configured(trainee.optimizer, trainee.schedule, configured)
+
+
+def _model(
+    parts: Components, config: PretrainedConfig, device: torch.device
+) -> tuple[nn.Module, list[dict[str, Any]], dict[str, bytes]]:
+    """Builds and wraps the model; returns it with its param groups and the files that describe its adapter."""
+    source, engine = parts.language_model, parts.engine
+    empty = source.empty(config)
+    files = parts.adapter.add(empty, source.path) if parts.adapter else {}
+    names = {p: name for name, p in empty.named_parameters()}
+    groups = parts.make_groups(empty)  # now: wrapping loses the attributes by which parameters ask for no decay
+    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where), device)
+    params = dict(engine.unwrap(model).named_parameters())
+    for group in groups:
+        group["params"] = [params[names[p]] for p in group["params"]]
+    return model, groups, files
+
+
+def _stepper(parts: Components, model: nn.Module, optimizer: ShardedOptimizer) -> ShardedOptimizer | SAM:
+    """What takes the steps: the optimizer, or SAM around it."""
+    if parts.make_sam is None:
+        return optimizer
+    sam = parts.make_sam(optimizer)
+    sam.model = parts.engine.unwrap(model)
+    sam.compute_dtype = torch.bfloat16 if parts.engine.bf16 else None
+    return sam
+
+
+def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator) -> list[str]:
+    """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
+    moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
+    if accelerator.is_main_process:
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        hydra_cfg = HydraConfig.get()
+        changes = run_folder.elsewhere(folder, str(cfg.name))
+        command = run_folder.command(hydra_cfg.overrides.task, accelerator.num_processes, **changes)
+        run_folder.write_about(folder, command, hydra_cfg.runtime.choices)
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    start_trackers(accelerator, str(folder / "logs"), folder.name, values)
+    return [moved] if moved else []

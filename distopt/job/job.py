@@ -1,0 +1,188 @@
+"""A training run: its components, and the loop over its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.token_cache import Corpus
+from distopt.engine import Engine
+from distopt.engine.train_step import Update, update
+from distopt.job import run_folder
+from distopt.job.checkpointer import Checkpointer
+from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
+from distopt.job.evaluate import sample, validation_loss
+from distopt.job.metrics import Monitor, plot
+from distopt.job.stop import Stopped, StopSignal
+from distopt.models.language_model import positions
+from distopt.optim.base import ShardedOptimizer
+from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PretrainedConfig
+
+
+def max_grad_norm(cfg: DictConfig) -> float:
+    """The bound of the global gradient norm; inf for none."""
+    return math.inf if cfg.train.max_grad_norm is None else cfg.train.max_grad_norm
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A training run that is ready to start, as `distopt.job.build.build` makes it.
+
+    Attributes:
+        cfg: The composed configuration.
+        folder: The run's folder.
+        accelerator: The process group, the device and the trackers.
+        engine: Runs the model on these processes.
+        corpus: The tokens of both splits.
+        sequences: The training batches, by step.
+        validation: The validation batches.
+        config: The configuration of the model.
+        model: The model, wrapped by the engine.
+        optimizer: The optimizer of its parameters.
+        stepper: What takes the steps: the optimizer, or SAM around it.
+        schedule: The learning rates.
+        monitor: The progress bar and `metrics.jsonl`.
+        checkpointer: The checkpoints.
+        identity: What must not change when the run is resumed, for the checkpoint's manifest.
+        files: Small files that a checkpoint keeps for `distopt.export`.
+        micro_batch: The number of sequences in one forward pass of a process.
+        notes: Lines for the user, shown before the first step.
+        step: The number of steps done.
+        checkpoint: The folder of the last checkpoint, saved or resumed from.
+    """
+
+    cfg: DictConfig
+    folder: Path
+    accelerator: Accelerator
+    engine: Engine
+    corpus: Corpus
+    sequences: Sequences | PackedSequences
+    validation: ValidationSequences | PackedValidationSequences
+    config: PretrainedConfig
+    model: nn.Module
+    optimizer: ShardedOptimizer
+    stepper: ShardedOptimizer | SAM
+    schedule: LambdaLR
+    monitor: Monitor
+    checkpointer: Checkpointer
+    identity: dict[str, Any]
+    files: dict[str, bytes]
+    micro_batch: int
+    notes: list[str]
+    step: int
+    checkpoint: Path | None
+
+    def run(self) -> float:
+        """Trains from `step` to the last step and returns the final validation loss in nats per token.
+
+        Raises:
+            Stopped: After a checkpoint was saved, if a process was asked to stop by a signal.
+            ValueError: After `train.max_skipped_steps` steps in a row without a finite gradient.
+        """
+        steps = self.cfg.train.steps
+        with contextlib.closing(self.monitor):  # an error would be printed at the end of the progress bar
+            for line in self.notes:
+                self.monitor.say(line)
+            before = after = self.evaluate()
+            stop = StopSignal()
+            while self.step < steps:
+                done, stopping = self.train_step(stop)
+                if (self.step % self.cfg.evaluation.every == 0 and not stopping) or self.step == steps:
+                    self._write_layers(done)
+                    after = self.evaluate()
+                if self.step % self.cfg.checkpoint.every == 0 or self.step == steps or stopping:
+                    self.save()
+                if stopping:
+                    self._stop()
+            stop.restore()
+            self.checkpointer.wait()
+        self._report(before, after)
+        self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
+        self.accelerator.end_training()
+        return after
+
+    def train_step(self, stop: StopSignal) -> tuple[Update, bool]:
+        """Takes one step; returns what it did, and whether a process was asked to stop before the last step."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        self.monitor.start_step()
+        batch = self.sequences.batch(self.step, rank, world).to(device)
+        done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
+        lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
+        self.schedule.step()
+        self.step += 1
+        means = self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean")
+        loss, asked = means.tolist()
+        self.monitor.end_step(loss=loss, lr=lr, grad_norm=done.grad_norm, applied=done.applied)
+        if self.monitor.skipped_in_a_row >= self.cfg.train.max_skipped_steps:
+            self.checkpointer.wait()
+            times = self.monitor.skipped_in_a_row
+            raise ValueError(nonfinite_gradient_report(self.engine.unwrap(self.model), self.stepper, self.step, times))
+        return done, asked > 0 and self.step < self.cfg.train.steps
+
+    def evaluate(self) -> float:
+        """Returns the mean validation loss over all processes in nats per token, and logs it."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        own = validation_loss(self.engine, self.model, self.validation.batches(rank, world), device)
+        loss: float = self.accelerator.reduce(own, "mean").item()
+        self.monitor.write({"validation_loss": loss, "bits_per_byte": self._bits_per_byte(loss)})
+        return loss
+
+    def save(self) -> None:
+        """Saves a checkpoint of the current step, or starts to in the background."""
+        extra = {"step": self.step, **self.identity}
+        model = self.engine.unwrap(self.model)
+        self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
+
+    def _write_layers(self, done: Update) -> None:
+        """Writes each parameter's gradient norm before clipping, and its trust ratio."""
+        bound = max_grad_norm(self.cfg)
+        clipped = min(1.0, bound / done.grad_norm) if done.applied and done.grad_norm else 1.0
+        self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, clipped))
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return loss / math.log(2) / self.corpus.bytes_per_token
+
+    def _stop(self) -> NoReturn:
+        self.checkpointer.wait()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        steps = self.cfg.train.steps
+        raise Stopped(
+            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from {self.checkpoint}"
+        )
+
+    def _report(self, before: float, after: float) -> None:
+        """Prints a sample, the losses, and the command that resumes the run; every process has to call it."""
+        prompt = self.corpus.encode(self.cfg.evaluation.prompt) or [0]
+        length = min(self.cfg.evaluation.sample_tokens, positions(self.config) - len(prompt))
+        written = prompt
+        if length > 0 and math.isfinite(after):  # nothing can be sampled from logits that are not finite
+            written = sample(self.engine, self.model, prompt, length, self.cfg.seed, self.accelerator.device)
+        if not self.accelerator.is_main_process:
+            return
+        changes = {"train__resume": "auto", "train__steps": str(2 * self.cfg.train.steps)}
+        changes |= run_folder.elsewhere(self.folder, str(self.cfg.name))
+        resume = run_folder.command(HydraConfig.get().overrides.task, self.accelerator.num_processes, **changes)
+        bits = [self._bits_per_byte(loss) for loss in (before, after)]
+        print(f"\nsample: {run_folder.printable(self.corpus.decode(written))}\n")
+        print(
+            f"validation loss: {before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte"
+        )
+        print(f"curves:          {plot(self.folder)}")
+        print(f"checkpoint:      {self.checkpoint}")
+        print(f"resume:          {resume}")

@@ -1,0 +1,118 @@
+"""Resuming: which checkpoint a run starts from, whether it may, and what the new configuration changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from distopt.checkpoint import latest_checkpoint
+from distopt.checkpoint.folder import open_checkpoint
+from distopt.models import pretrained
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run resumes from, and what its manifest says of the run that saved it.
+
+    Attributes:
+        path: The checkpoint's folder.
+        step: The number of steps done when it was saved.
+        identity: What must be equal for a run to continue it: seed, sizes, the digest of the data, the adapter and the
+            architecture of the model.
+    """
+
+    path: Path
+    step: int
+    identity: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Start:
+        """Reads the manifest of a checkpoint, without its tensors; raises ValueError if it is not complete."""
+        _, manifest = open_checkpoint(path)
+        identity = dict(manifest["extra"])
+        if "step" not in identity:
+            raise ValueError(f"{path} was not saved by distopt.train: its manifest has no step")
+        return cls(path, identity.pop("step"), identity | pretrained.saved_architecture(path))
+
+    def check(self, run: dict[str, Any], steps: int) -> None:
+        """Refuses a run that does not continue the saved one.
+
+        Args:
+            run: The identity of the new run, or a part of it.
+            steps: The total number of steps of the new run.
+
+        Raises:
+            ValueError: If a value differs, so that other batches would follow or another model, or if the checkpoint is
+                beyond the last step.
+        """
+        for name, value in run.items():
+            if self.identity.get(name) != value:
+                raise ValueError(
+                    f"{self.path} was trained with {name} {self.identity.get(name)}, now it is {value}: "
+                    "start a new run, by train.resume=never and another name"
+                )
+        if self.step > steps:
+            raise ValueError(f"{self.path} is already at step {self.step} of {steps}: raise train.steps to resume it")
+
+    def architecture(self, config: Any) -> dict[str, Any]:
+        """The part of a run's identity that its model's configuration determines, where the checkpoint tells it."""
+        told = any(name.startswith("model.config.") for name in self.identity)
+        return pretrained.architecture(config) if told else {}
+
+
+def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
+    """Finds the checkpoint that `train.resume` means.
+
+    Args:
+        folder: The folder of this run's checkpoints.
+        resume: `never`, `auto` (the newest complete checkpoint of this run, if there is one) or a checkpoint's folder.
+
+    Returns:
+        The start, None for step 0, and a line about each broken checkpoint that is passed over for it.
+
+    Raises:
+        ValueError: If there is no such folder, it is no complete checkpoint, or it is not the newest of its own run.
+    """
+    if resume == "never":
+        return None, []
+    newest, broken = latest_checkpoint(folder)
+    if resume == "auto":
+        name = newest.name if newest is not None else "the start"
+        notes = [f"{line}; resuming from {name}" for line in broken]
+        return (None if newest is None else Start.read(newest)), notes
+    path = Path(resume).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")
+    if newest is not None and path.resolve().parent == folder.resolve() and path.resolve() != newest.resolve():
+        # The newer ones would stay, to be taken for this run's own by train.resume=auto and by pruning.
+        raise ValueError(
+            f"train.resume={resume} is not the newest complete checkpoint of its run, {newest.name} is: "
+            "give auto to resume from that one, or another name to resume from this one"
+        )
+    return Start.read(path), []
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A copy of every param group without its parameters."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def keep_configured(optimizer: Optimizer, schedule: LambdaLR, configured: list[dict[str, Any]]) -> None:
+    """Restores the hyper-parameters of this run's configuration, which loading a checkpoint has replaced.
+
+    So a run that diverged can resume with a lower lr, and a longer run follows the longer schedule from its first step.
+
+    Args:
+        optimizer: The optimizer, after `load_checkpoint`.
+        schedule: Its schedule, after `load_checkpoint`.
+        configured: `hyperparameters` before `load_checkpoint`, with each group's `initial_lr`.
+    """
+    for group, options in zip(optimizer.param_groups, configured):
+        group.update(options)
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+        group["lr"] = base * factor(schedule.last_epoch)

@@ -1,0 +1,206 @@
+"""The schema of the configuration: type, bound and meaning of every key of conf/.
+
+Errors (`distopt.job.check`), `--help` and docs/configuration.md (`distopt.job.reference`) come from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from distopt.bounds import Bound, choice, integer, mapping, number, or_null, pair, switch, text, texts
+
+
+class Key(NamedTuple):
+    """A key of the configuration.
+
+    Attributes:
+        bound: The type and the bound of its value.
+        help: One line on its meaning.
+        hint: The remedy in an error message, where the bound does not suggest it.
+    """
+
+    bound: Bound
+    help: str
+    hint: str = ""
+
+
+def _is_name(value: object) -> bool:
+    parts = PurePath(value).parts if isinstance(value, str) else ()
+    return bool(parts) and ".." not in parts
+
+
+PATH = text("a path", empty=False)
+POSITIVE = number(0, above=True)
+DECAY = number(0, 1, below=True)
+
+SECTIONS = {
+    "train": "the steps",
+    "evaluation": "the validation loss and the sample",
+    "checkpoint": "what is saved",
+    "optimizer": "the update rule",
+    "param_groups": "which parameters get which options",
+    "sam": "sharpness-aware minimization; `sam=off` for none",
+    "schedule": "the learning rate over the steps, as a factor of `optimizer.lr`",
+    "engine": "how model, gradients and state are distributed",
+    "model": "the language model",
+    "adapter": "parameter-efficient fine-tuning; `adapter=none` for none",
+    "data": "the text",
+    "cluster": "the hardware of a plan",
+}
+OPTIONAL = ("sam", "adapter")
+
+SCHEMA: dict[str, Key] = {
+    "name": Key(
+        Bound("the name of a folder below runs/", _is_name),
+        "of `runs/NAME`; an older run there is moved aside",
+    ),
+    "seed": Key(integer(0), "seed of the data order, of dropout and of the first values"),
+    "lr_scale": Key(POSITIVE, "factor on `optimizer.lr`, to sweep around each optimizer's own"),
+    "trackers": Key(or_null(texts("names, as [tensorboard, wandb],", one=True)), "Accelerate's experiment trackers"),
+    "nodes": Key(integer(1), "machines"),
+    "gpus_per_node": Key(integer(1), "GPUs of each machine"),
+    "vocabulary": Key(integer(1), "tokens in the vocabulary"),
+    "sequence_length": Key(integer(1), "tokens in a sequence"),
+    "micro_batch_size": Key(integer(1), "sequences in one forward pass of a GPU"),
+    "accumulation": Key(integer(1), "forward passes of a GPU in a step"),
+    "train.steps": Key(integer(1), "optimizer steps in all"),
+    "train.batch_size": Key(integer(1), "sequences per step, over all processes"),
+    "train.micro_batch_size": Key(
+        or_null(integer(1)), "sequences in one forward pass of a process; null: its whole share, without accumulation"
+    ),
+    "train.sequence_length": Key(integer(1), "tokens in a sequence"),
+    "train.max_grad_norm": Key(
+        or_null(POSITIVE), "bound of the global gradient norm; null: measure it without clipping"
+    ),
+    "train.prove_every": Key(
+        or_null(integer(0)),
+        "steps between two proofs that the processes agree; null: only before the first step, 0: never",
+    ),
+    "train.max_skipped_steps": Key(integer(1), "stop after so many steps in a row without a finite gradient"),
+    "train.resume": Key(
+        text("never, auto, or a checkpoint's folder", empty=False),
+        "never; auto: the newest complete checkpoint of this run, if any; or a checkpoint's folder",
+    ),
+    "train.timeout_minutes": Key(number(0.1, 525600), "how long a process waits for the others before it gives up"),
+    "evaluation.every": Key(integer(1), "steps between evaluations; also before the first and after the last step"),
+    "evaluation.max_sequences": Key(or_null(integer(1)), "validation sequences; null: all"),
+    "evaluation.prompt": Key(text(), "what the sample at the end continues", "quote it twice, as '\"5\"'"),
+    "evaluation.sample_tokens": Key(integer(0), "tokens of the sample; 0: none"),
+    "checkpoint.every": Key(integer(1), "steps between checkpoints; also after the last step"),
+    "checkpoint.keep": Key(integer(1), "checkpoints to keep, the newest ones"),
+    "checkpoint.asynchronous": Key(switch(), "write in the background, from a copy of the local shards in host memory"),
+    "optimizer.lr": Key(number(0), "the learning rate, before the schedule"),
+    "optimizer.betas": Key(
+        pair("two numbers in [0, 1)", lambda a, b: 0 <= a < 1 and 0 <= b < 1),
+        "decay rates of the averages of the gradient and of its square",
+    ),
+    "optimizer.eps": Key(number(0), "added to the denominator"),
+    "optimizer.weight_decay": Key(number(0), "weight decay of the parameters that decay"),
+    "optimizer.momentum": Key(DECAY, "decay rate of the momentum"),
+    "optimizer.dampening": Key(number(0, 1), "1 - the factor of the gradient in the momentum"),
+    "optimizer.nesterov": Key(switch(), "Nesterov's momentum"),
+    "optimizer.alpha": Key(DECAY, "decay rate of the average of the squared gradient"),
+    "optimizer.centered": Key(switch(), "subtract the squared average of the gradient"),
+    "optimizer.lr_decay": Key(number(0), "lr / (1 + (step - 1) lr_decay)"),
+    "optimizer.initial_accumulator_value": Key(number(0), "first value of the sum of squares"),
+    "optimizer.trust_coefficient": Key(number(0), "factor of the trust ratio"),
+    "optimizer.trust_ratio": Key(switch(), "scale the update of each parameter by |parameter| / |update|"),
+    "optimizer.trust_clip": Key(
+        or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0 <= low <= high)),
+        "bounds of the trust ratio; [0.01, 10.0] is DeepSpeed's",
+    ),
+    "optimizer.capturable": Key(switch(), "for CUDA graphs, which distopt.train does not capture"),
+    "optimizer.maximize": Key(switch(), "ascend instead of descend"),
+    "param_groups.weight_decay": Key(number(0), "weight decay of matrices and embeddings; biases and norms have none"),
+    "param_groups.overrides": Key(
+        or_null(mapping("options by pattern, as {wte: {lr: 1e-4}},", of=dict)),
+        "options of the parameters whose name a regular expression is found in, as {wte: {lr: 1e-4}}",
+    ),
+    "sam.rho": Key(POSITIVE, "radius of the neighbourhood", "leave SAM out for rho = 0"),
+    "sam.interval": Key(integer(1), "perturb at every so many steps"),
+    "sam.scope": Key(choice("global", "local"), "perturb by the global gradient or each process by its own"),
+    "sam.eta": Key(number(0), "added to |parameter| in ASAM's scale"),
+    "sam.sigma": Key(number(0, 1), "how much of the mean gradient is removed from the perturbation"),
+    "sam.decay": Key(number(0, 1), "decay rate of the mean gradient"),
+    "sam.alpha": Key(number(0), "weight of the gap's gradient (GSAM), or of the remembered gradient (LookSAM)"),
+    "sam.precondition": Key(switch(), "perturb along the gradient as Adam scales it"),
+    "sam.eps": Key(POSITIVE, "added to the denominator of Adam's scale"),
+    "schedule.warmup_steps": Key(integer(0), "steps of linear warmup"),
+    "schedule.decay_steps": Key(integer(1), "last steps, in which the factor falls"),
+    "schedule.final_lr_ratio": Key(number(0, 1), "factor at the last step"),
+    "engine.precision": Key(
+        choice("auto", "fp32", "bf16"), "of the computation; parameters and state stay in float32; auto: bf16 on GPUs"
+    ),
+    "engine.activation_checkpointing": Key(switch(), "recompute each block's activations in the backward pass"),
+    "engine.find_unused_parameters": Key(switch(), "for models that leave out parameters in some steps"),
+    "engine.reduce_dtype": Key(or_null(choice("fp32", "bf16")), "in which gradients are sent; null: their own dtype"),
+    "engine.overlap_gather": Key(
+        switch(), "gather updated shards during the next forward pass, for scratch memory of the model's size"
+    ),
+    "engine.reshard_after_forward": Key(switch(), "free gathered parameters between forward and backward"),
+    "engine.replicas": Key(integer(1), "groups of processes that each have the full model between them"),
+    "engine.sync_each_batch": Key(switch(), "false: full gradients until the last micro-batch, for less communication"),
+    "engine.stage": Key(choice(1, 2, 3), "DeepSpeed's ZeRO stage"),
+    "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
+    "model.family": Key(or_null(text("a model type of transformers", empty=False)), "null: that of `model.path`"),
+    "model.config": Key(
+        mapping("options by name, as {n_layer: 4}"),
+        "options of the family's configuration, or changes of `model.path`'s",
+    ),
+    "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
+    "model.seed": Key(integer(0), "seed of the first values"),
+    "adapter.r": Key(integer(1), "rank of the change"),
+    "adapter.alpha": Key(integer(1), "the scale of the change is alpha / r"),
+    "adapter.dropout": Key(DECAY, "dropout on the input of the change"),
+    "adapter.target_modules": Key(
+        or_null(texts("all-linear, or names as [q_proj, v_proj],", one=True)),
+        "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
+    ),
+    "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
+    "data.format": Key(choice("auto", "text", "jsonl", "datasets"), "auto: by the file's name"),
+    "data.field": Key(text("text", empty=False), "field of the lines, or column, with the text"),
+    "data.suffixes": Key(
+        texts("endings of names, as [.txt, .md]", one=True), "endings of the files taken from a folder"
+    ),
+    "data.tokenizer": Key(or_null(PATH), "a Hugging Face tokenizer folder; null: bytes, 256 tokens"),
+    "data.validation_fraction": Key(number(0, 1, above=True, below=True), "share of the text that is held out"),
+    "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
+    "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
+    "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
+    "data.ignore": Key(texts("names of fields, as [id, source]"), "fields of the lines that are not read"),
+    "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),
+    "cluster.tflops": Key(POSITIVE, "dense TFLOP/s of a GPU in the precision of the model"),
+    "cluster.efficiency": Key(number(0, 1, above=True), "share of them that a model reaches"),
+    "cluster.memory_gbps": Key(POSITIVE, "GB/s of a GPU's memory"),
+    "cluster.near_gbps": Key(POSITIVE, "GB/s that a GPU sends to another of its machine"),
+    "cluster.far_gbps": Key(POSITIVE, "GB/s that a GPU sends to another machine"),
+    "cluster.latency_us": Key(POSITIVE, "microseconds of one hop of a collective"),
+}
+
+# What Hydra reads in a section with a target.
+HYDRA: dict[str, Key] = {
+    "_target_": Key(text("the import path of a class or function", empty=False), "what the section makes"),
+    "_partial_": Key(switch(), "make it later, with what the program adds"),
+    "_convert_": Key(choice("all"), "lists and dictionaries as Python's own"),
+    "_recursive_": Key(switch(), "make nested targets first"),
+}
+
+
+def keys_of(section: str) -> Iterator[str]:
+    """The names of the keys of a section; of the top level, which is the empty section, without the sections."""
+    for name in SCHEMA:
+        head, _, tail = name.rpartition(".")
+        if head == section:
+            yield tail
+
+
+def find(section: str, name: str) -> Key | None:
+    """The key of a section, None for an unknown one."""
+    return HYDRA.get(name) or SCHEMA.get(f"{section}.{name}" if section else name)
+
+
+def is_ours(section: Any) -> bool:
+    """Whether a section has no target or one of distopt's; somebody's own class has keys of its own."""
+    return str(section.get("_target_", "distopt.")).startswith("distopt.")
