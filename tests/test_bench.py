@@ -20,7 +20,7 @@ from benchmarks.team import Team, TeamError
 from benchmarks.train import SIDES, state_bytes
 from distopt.engine.train_step import update
 from distopt.models.language_model import LanguageModel
-from tests.harness.distributed import run
+from tests.harness.distributed import RankError, run
 from tests.harness.engines import CONFIGS, ENGINES, VOCABULARY, batch, made
 from tests.harness.jobs import ENVIRONMENT, ROOT
 
@@ -191,6 +191,26 @@ def test_a_rank_that_fails_ends_its_team_and_no_other(call: str, seconds: float,
     assert str(error.value).startswith(reason)
     assert other.call("add", 2) == [5.0, 5.0]
     other.stop()
+
+
+def fail(ranks: list[int]) -> int:
+    """Raise on these ranks; returns the process id on the others."""
+    if dist.get_rank() in ranks:
+        raise LookupError("no such thing\nand more")
+    return os.getpid()
+
+
+def test_an_error_of_a_rank_has_its_traceback() -> None:
+    """The pool survives if all ranks raise; if only some do, they are out of step and are replaced."""
+    before = run(2, fail, [])
+    with pytest.raises(RankError, match=r"(?s)rank [01] raised\n.*, in fail\n.*LookupError: no such thing") as error:
+        run(2, fail, [0, 1])
+    assert (error.value.kind, error.value.message) == ("LookupError", "no such thing\nand more")
+    assert run(2, fail, []) == before
+    with pytest.raises(RankError) as error:
+        run(2, fail, [1])
+    assert error.value.reason == "rank 1: LookupError: no such thing"
+    assert not {*run(2, fail, [])} & {*before}
 
 
 SHARDED = [kind for kind in ENGINES if kind not in ("ddp", "hsdp")]  # hsdp has the state of half as many ranks
