@@ -66,14 +66,7 @@ def param_groups(
             matches no trainable parameter, and an option that no optimizer of torch or distopt has. The optimizer
             checks the values of options.
     """
-    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
-    overrides = overrides or {}
-    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
-        raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
-    patterns = {pattern: _compile(pattern) for pattern in overrides}
-    for pattern, options in overrides.items():
-        _check_names(pattern, options)
+    patterns = _patterns(weight_decay, overrides := overrides or {})
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
@@ -100,6 +93,18 @@ def param_groups(
     made = [group for group in groups.values() if group["params"]]
     log.info(_summary(made, trainable, marked))
     return made
+
+
+def _patterns(weight_decay: float, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, re.Pattern[str]]:
+    """Checks the arguments of `param_groups`, and returns the compiled patterns of the overrides."""
+    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
+    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
+        raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
+    patterns = {pattern: _compile(pattern) for pattern in overrides}
+    for pattern, options in overrides.items():
+        _check_names(pattern, options)
+    return patterns
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
