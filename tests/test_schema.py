@@ -21,6 +21,7 @@ from distopt.job.components import Components
 from distopt.job.config import CONF, instantiate, named
 from distopt.job.reference import page
 from distopt.job.schema import HYDRA, SCHEMA, SECTIONS, find
+from distopt.models.language_model import LanguageModel
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -192,3 +193,10 @@ def test_what_a_target_makes_is_what_the_job_needs(words: str, expected: str) ->
 def test_the_page_of_the_keys_is_up_to_date() -> None:
     """`python -m distopt.job.reference > docs/configuration.md` writes it."""
     assert (Path(__file__).parents[1] / "docs" / "configuration.md").read_text() == page()
+
+
+def test_key_value_heads_divide_the_heads() -> None:
+    """No family of transformers refuses others, and the first forward pass ended in a traceback."""
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 3, "hidden_size": 16}
+    with pytest.raises(ValueError, match=r"num_key_value_heads=3 does not divide the 4 attention heads"):
+        LanguageModel("llama", heads).check()
