@@ -43,7 +43,7 @@ class RankSetup(NamedTuple):
 
     Attributes:
         imports: Modules that one process imports before the ranks are forked from it, which takes a second where
-            importing them in every rank takes ten.
+            importing them in every rank takes ten. Without any, the fork server is taken as it is.
         gpu: Whether rank i computes on GPU i over nccl; otherwise on the CPU over gloo.
         threads: The number of threads of a rank on the CPU; by default the cores are shared equally.
         keeps_stdout: Whether a rank may print; otherwise its standard output goes to standard error.
@@ -75,7 +75,7 @@ class Ranks:
         # A process that may have initialized CUDA cannot be forked.
         method = "spawn" if setup.gpu else "forkserver"
         context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
+        if method == "forkserver" and setup.imports:
             context.set_forkserver_preload(list(setup.imports))
         self.seconds = seconds
         self._folder = tempfile.TemporaryDirectory(prefix="distopt-ranks-")

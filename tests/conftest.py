@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import distributed, jobs
+from tests.harness import distributed, forkserver, jobs
 
 # Before anything asks: the tests never reach for a hub, and every process computes with one thread.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _ranks() -> Iterator[None]:
+    forkserver.start()
     yield
     distributed.stop_all()
 

@@ -21,8 +21,8 @@ class Rule:
 
     Attributes:
         kernel: The name of the function in cpu.c and in triton_rules.py; "" if the rule has no kernel.
-        buffers: The names of the state buffers, in the order in which kernels take them. Each has its parameter's
-        shape.
+        buffers: The names of the state buffers, in the order in which kernels take them. Each has the
+            shape of its parameter.
         scalars: The hyper-parameters and what is computed from them, in the order in which Triton's kernel takes them.
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.

@@ -31,7 +31,7 @@ class Shards:
             which rules get, has them in the dtype of the params.
         buffers: The state by name, of the shape of the params.
         steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
-        device.
+            device.
         rows: The elements of a row (one index of dimension 0) of each tensor's layer, with which a sum over a layer is
             the same bits however it is sharded between rows. By default those of the tensors themselves.
         ratios: Trust ratios, 0-D tensors, that multiply each gradient before the state changes (LARS).

@@ -13,14 +13,6 @@ from benchmarks.ranks import RankError, Ranks, RankSetup
 __all__ = ["RankError", "run", "stop_all"]
 
 _SECONDS = 120.0
-_IMPORTED_ONCE = (
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.debug",
-    "torch.distributed.tensor.parallel",
-    "torch.distributed.checkpoint.state_dict",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-)
 _linear = torch.nn.functional.linear
 _pools: dict[int, Ranks] = {}
 
@@ -33,7 +25,7 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         TimeoutError: If a rank did not answer within two minutes.
     """
     if world not in _pools or not _pools[world].alive:
-        _pools[world] = Ranks(world, _SECONDS, RankSetup(_IMPORTED_ONCE, False, 1, True, _before, _after))
+        _pools[world] = Ranks(world, _SECONDS, RankSetup((), False, 1, True, _before, _after))
     return _pools[world].run(function, *args)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,23 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
-ROOT = Path(__file__).parents[2]
+from tests.harness.forkserver import ENVIRONMENT, ROOT, context
+
 BIN = Path(sys.executable).parent
-# The tests are for the CPU, wherever they run; nothing looks at the network.
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),  # this checkout, whichever is installed
-}
 WORDS = (
     "the",
     "cat",
@@ -69,17 +60,6 @@ TINY = {
     "checkpoint.every": "4",
     "trackers": "[]",
 }
-_WARM = [
-    "distopt.train",
-    "accelerate",
-    "matplotlib.pyplot",
-    "pytest",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.utils.tensorboard",
-    "transformers.models.gpt2.modeling_gpt2",
-]
-_context = multiprocessing.get_context("forkserver")
 
 
 def overrides(**changes: str | None) -> list[str]:
@@ -142,7 +122,6 @@ def start(
     The processes are forked from one that has imported everything, which saves each some seconds.
     before: called with `args` in every rank first, to inject a fault or to watch.
     """
-    _warm_up()
     # As torchrun does: the store is the launcher's, so there is no port that someone else could take in between.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world > 1 else None
     logs = cwd / "logs" / str(time.monotonic_ns())
@@ -151,7 +130,7 @@ def start(
     processes: list[BaseProcess] = []
     for rank in range(world):
         environment = {} if store is None else _torchrun(rank, world, store.port)
-        process = _context.Process(target=_rank, args=(cwd, words, environment, files[rank], before, args), daemon=True)
+        process = context.Process(target=_rank, args=(cwd, words, environment, files[rank], before, args), daemon=True)
         process.start()
         processes.append(process)
     return Job(processes, files, store)
@@ -237,22 +216,9 @@ def _rank(
 
 def fork(function: Callable[..., None], *args: Any) -> BaseProcess:
     """Calls a module-level function in a process that has imported everything, without any GPU in sight."""
-    _warm_up()
-    process = _context.Process(target=function, args=args, daemon=True)
+    process = context.Process(target=function, args=args, daemon=True)
     process.start()
     return process
-
-
-def _warm_up() -> None:
-    """Starts the process from which ranks are forked, once, without any GPU in sight."""
-    kept = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
-    try:
-        _context.set_forkserver_preload(_WARM)
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
 
 
 @contextlib.contextmanager

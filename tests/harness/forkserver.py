@@ -1,0 +1,45 @@
+"""The process from which ranks and jobs are forked, which has imported what they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# The tests are for the CPU, wherever they run; nothing looks at the network.
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT),  # this checkout, whichever is installed
+}
+# Python has one fork server per process, whose imports are those of whoever starts it: so there is one list for all.
+_IMPORTED_ONCE = [
+    "accelerate",
+    "distopt.train",
+    "matplotlib.pyplot",
+    "pytest",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.parallel",
+    "torch.utils.tensorboard",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+]
+context = multiprocessing.get_context("forkserver")
+
+
+def start() -> None:
+    """Starts the fork server, once, without any GPU in sight."""
+    kept = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        context.set_forkserver_preload(_IMPORTED_ONCE)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
