@@ -25,7 +25,9 @@ from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint
 from distopt.layout import FlatLayout
+from distopt.layout.wrappers import innermost
 from distopt.optim.base import ShardedOptimizer
+from distopt.rng import resume_random_state, saved_random_state
 from distopt.version import __version__
 
 __all__ = [
@@ -64,7 +66,8 @@ def save_checkpoint(
     extra: a small dictionary for JSON, such as {"step": 200}, the same on every rank.
     files: small files of rank 0 to be kept in the folder, by name, for those who read it; loading ignores them.
 
-    The states of torch's random number generators (CPU and current GPU) are saved for every rank.
+    The states of the global random number generators (torch's on the CPU and the current GPU, NumPy's, Python's) are
+    saved for every rank.
     Returns the path. Raises ValueError for an `extra` that is not the same after JSON, for a path that is something
     else, and for an optimizer that does not belong to the model; RuntimeError, on every rank, if one could not write.
     """
@@ -149,7 +152,7 @@ def _begin(
     """What is to be written into the folder that has been made for it, and what then completes the folder."""
     contents = _contents(model, optimizer)
     optimizer = contents.optimizer
-    every = collective.on_all(lambda: (manifest.checked(extra), _random_state()))
+    every = collective.on_all(lambda: (manifest.checked(extra), saved_random_state()))
     if any(other != every[0][0] for other, _ in every):
         raise ValueError(f"extra must be the same on every rank, got {every[0][0]} on rank 0 and others elsewhere")
     training = {
@@ -178,8 +181,9 @@ def load_checkpoint(
 
     The number of processes and the engine may be others than when it was saved. As with `load_state_dict`, the param
     groups have the saved hyper-parameters afterwards (lr, and the schedule's `initial_lr`): set what is to be different
-    after loading. Gradients stay as they are. Torch's random number generators go on where they were if there are as
-    many processes as then, and are left alone otherwise. Load only what you trust: parts of it are pickled.
+    after loading. Gradients stay as they are. The random number generators (torch's, NumPy's, Python's) resume
+    where they were if there are as many processes as then, and are left alone otherwise; a checkpoint without NumPy's
+    and Python's, from an earlier version, leaves these alone. Load only what you trust: parts of it are pickled.
 
     Returns the `extra` of the save. Raises ValueError, on every rank and before anything is changed, for a checkpoint
     that is not complete, of another model (naming the first parameter that differs), of another optimizer (class, state
@@ -209,7 +213,7 @@ def load_checkpoint(
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
     if len(training["random"]) == collective.world():
-        _set_random_state(training["random"][collective.rank()])
+        resume_random_state(training["random"][collective.rank()])
     return content["extra"]
 
 
@@ -237,17 +241,10 @@ def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
 def _contents(model: nn.Module, optimizer: Optimizer) -> Contents | FlatContents:
     if hasattr(optimizer, "init_state"):  # of SAM too, where it has some
         optimizer.init_state()
-    optimizer = _inner(optimizer)
+    optimizer = innermost(optimizer)
     if isinstance(optimizer, ShardedOptimizer) and isinstance(optimizer.layout, FlatLayout):
         return FlatContents(model, optimizer, optimizer.layout)
     return Contents(model, optimizer)
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that holds the state, inside SAM or Accelerate's wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _kind(schedule: LRScheduler | None) -> str | None:
@@ -272,14 +269,3 @@ def _dcp(path: Path) -> Iterator[Any]:
 @functools.cache
 def _background_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
-def _random_state() -> dict[str, Tensor | None]:
-    gpu = torch.cuda.is_available()
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if gpu else None}
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
