@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 _MOST = 2**63 - 1  # the largest integer that torch takes
 
@@ -18,17 +19,19 @@ class Bound:
         text: The condition in words that follow "must be", such as "an integer >= 1".
         holds: Whether a value satisfies it.
         null: Whether None does, too.
+        most: The largest integer that does, for which there is no word in the text.
     """
 
     text: str
     holds: Callable[[object], bool]
     null: bool = False
+    most: int | None = None
 
     def check(self, name: str, value: object, hint: str = "") -> None:
         """Raises ValueError, with the name of the option, the bound, the value and a hint, if the value is outside."""
         if self.null if value is None else self.holds(value):
             return
-        too_large = isinstance(value, int) and value > _MOST
+        too_large = self.most is not None and isinstance(value, int) and value > self.most
         bound = f"{self}, and less than 2^63" if too_large else self
         raise ValueError(f"{name} must be {bound}, got {shown(value)}{'; ' * bool(hint)}{hint}")
 
@@ -38,6 +41,8 @@ class Bound:
 
 def shown(value: object) -> str:
     """The value in one short line."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "an integer beyond the largest float"
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -53,7 +58,7 @@ def integer(low: int) -> Bound:
     def holds(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _MOST
 
-    return Bound(f"an integer >= {low}", holds)
+    return Bound(f"an integer >= {low}", holds, most=_MOST)
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Bound:
@@ -78,9 +83,12 @@ def number(low: float, high: float = math.inf, *, above: bool = False, below: bo
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number within the range of a float; booleans are no numbers."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         return False
-    return abs(value) <= sys.float_info.max  # false for nan
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def choice(*values: str | int) -> Bound:
@@ -123,13 +131,19 @@ def texts(what: str, one: bool = False) -> Bound:
     return Bound(what, holds)
 
 
-def pair(what: str, holds: Callable[[float, float], bool]) -> Bound:
-    """Two numbers that satisfy a condition together."""
+def pair(what: str, holds: Callable[[float, float], bool], infinite: bool = False) -> Bound:
+    """Two numbers that satisfy a condition together.
+
+    Args:
+        what: The bound in words.
+        holds: The condition.
+        infinite: Allow inf.
+    """
 
     def both(value: object) -> bool:
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
             return False
-        return all(map(is_number, value)) and holds(*value)
+        return all(is_number(item) or (infinite and item == math.inf) for item in value) and holds(*value)
 
     return Bound(what, both)
 

@@ -250,7 +250,11 @@ BAD: list[tuple[type[torch.optim.Optimizer], dict[str, Any], str]] = [
         for value in ((0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.9, 0.9), 0.9, (0.9, math.nan), ("0.9", 0.9))
     ],
     *[
-        (cls, {"trust_clip": value}, rf"trust_clip must be null or two numbers.*got {re.escape(repr(value))}")
+        (
+            cls,
+            {"trust_clip": value},
+            rf"trust_clip must be two numbers 0 <= low <= high or null, got {re.escape(repr(value))}",
+        )
         for cls in (SGD, Adagrad, RMSprop, Adam, AdamW, LAMB, LARS)
         for value in ((2.0, 1.0), (-1.0, 1.0), 1.0, (1.0,), (0.0, math.nan))
     ],

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from distopt.bounds import Bound, choice, integer, mapping, number, or_null, pair, switch, text, texts
+from distopt.bounds import Bound, choice, integer, mapping, number, or_null, switch, text, texts
+from distopt.optim.validate import BOUNDS
 
 
 class Key(NamedTuple):
@@ -91,29 +92,33 @@ SCHEMA: dict[str, Key] = {
     "checkpoint.every": Key(integer(1), "steps between checkpoints; also after the last step"),
     "checkpoint.keep": Key(integer(1), "checkpoints to keep, the newest ones"),
     "checkpoint.asynchronous": Key(switch(), "write in the background, from a copy of the local shards in host memory"),
-    "optimizer.lr": Key(number(0), "the learning rate, before the schedule"),
+    "optimizer.lr": Key(BOUNDS["lr"], "the learning rate, before the schedule"),
     "optimizer.betas": Key(
-        pair("two numbers in [0, 1)", lambda a, b: 0 <= a < 1 and 0 <= b < 1),
+        BOUNDS["betas"],
         "decay rates of the averages of the gradient and of its square",
     ),
-    "optimizer.eps": Key(number(0), "added to the denominator"),
-    "optimizer.weight_decay": Key(number(0), "weight decay of the parameters that decay"),
-    "optimizer.momentum": Key(DECAY, "decay rate of the momentum"),
-    "optimizer.dampening": Key(number(0, 1), "1 - the factor of the gradient in the momentum"),
-    "optimizer.nesterov": Key(switch(), "Nesterov's momentum"),
-    "optimizer.alpha": Key(DECAY, "decay rate of the average of the squared gradient"),
-    "optimizer.centered": Key(switch(), "subtract the squared average of the gradient"),
-    "optimizer.lr_decay": Key(number(0), "lr / (1 + (step - 1) lr_decay)"),
-    "optimizer.initial_accumulator_value": Key(number(0), "first value of the sum of squares"),
-    "optimizer.trust_coefficient": Key(number(0), "factor of the trust ratio"),
-    "optimizer.trust_ratio": Key(switch(), "scale the update of each parameter by |parameter| / |update|"),
+    "optimizer.eps": Key(BOUNDS["eps"], "added to the denominator"),
+    "optimizer.weight_decay": Key(BOUNDS["weight_decay"], "weight decay of the parameters that decay"),
+    "optimizer.momentum": Key(BOUNDS["momentum"], "decay rate of the momentum"),
+    "optimizer.dampening": Key(BOUNDS["dampening"], "1 - the factor of the gradient in the momentum"),
+    "optimizer.nesterov": Key(BOUNDS["nesterov"], "Nesterov's momentum"),
+    "optimizer.alpha": Key(BOUNDS["alpha"], "decay rate of the average of the squared gradient"),
+    "optimizer.centered": Key(BOUNDS["centered"], "subtract the squared average of the gradient"),
+    "optimizer.lr_decay": Key(BOUNDS["lr_decay"], "lr / (1 + (step - 1) lr_decay)"),
+    "optimizer.initial_accumulator_value": Key(
+        BOUNDS["initial_accumulator_value"], "first value of the sum of squares"
+    ),
+    "optimizer.trust_coefficient": Key(BOUNDS["trust_coefficient"], "factor of the trust ratio"),
+    "optimizer.trust_ratio": Key(BOUNDS["trust_ratio"], "scale the update of each parameter by |parameter| / |update|"),
     "optimizer.trust_clip": Key(
-        or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0 <= low <= high)),
+        BOUNDS["trust_clip"],
         "bounds of the trust ratio; [0.01, 10.0] is DeepSpeed's",
     ),
-    "optimizer.capturable": Key(switch(), "for CUDA graphs, which distopt.train does not capture"),
-    "optimizer.maximize": Key(switch(), "ascend instead of descend"),
-    "param_groups.weight_decay": Key(number(0), "weight decay of matrices and embeddings; biases and norms have none"),
+    "optimizer.capturable": Key(BOUNDS["capturable"], "for CUDA graphs, which distopt.train does not capture"),
+    "optimizer.maximize": Key(BOUNDS["maximize"], "ascend instead of descend"),
+    "param_groups.weight_decay": Key(
+        BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"
+    ),
     "param_groups.overrides": Key(
         or_null(mapping("options by pattern, as {wte: {lr: 1e-4}},", of=dict)),
         "options of the parameters whose name a regular expression is found in, as {wte: {lr: 1e-4}}",
