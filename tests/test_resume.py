@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +15,6 @@ import distopt
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.engine.train_step import update
 from distopt.models.language_model import LanguageModel
-from distopt.rng import resume_random_state, saved_random_state
 from tests.harness.distributed import run
 from tests.harness.engines import CONFIGS, ENGINES, batch, full, made, mean
 
@@ -125,27 +122,3 @@ def test_the_same_engine_and_world_goes_on_bit_for_bit(folder: Path, kind: str) 
 def test_a_save_in_the_background_is_of_the_moment_it_began(tmp_path: Path, kind: str) -> None:
     run(2, train, kind, 0, STOPS, None, tmp_path / "late", True)
     same(run(4, train, kind, STOPS, ENDS, tmp_path / "late"), kind)
-
-
-def test_a_checkpoint_resumes_the_random_numbers_of_torch_numpy_and_python(tmp_path: Path) -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.random()), torch.rand(()).item()
-
-    model = torch.nn.Linear(2, 2)
-    optimizer = distopt.LAMB(model.parameters(), lr=0.1)
-    save_checkpoint(tmp_path / "saved", model, optimizer)
-    expected = draw()
-    assert draw() != expected
-    load_checkpoint(tmp_path / "saved", model, optimizer)
-    assert draw() == expected
-
-
-def test_a_random_state_without_numpy_and_python_leaves_their_generators_alone() -> None:
-    saved = saved_random_state()
-    old = {"cpu": saved["cpu"], "cuda": saved["cuda"]}
-    torch.rand(())
-    random.random(), np.random.random()
-    before = random.getstate(), np.random.get_state()[1].tolist()
-    resume_random_state(old)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
-    assert torch.equal(torch.get_rng_state(), saved["cpu"])

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -23,9 +23,7 @@ from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.torch_dcp import torch_dcp
 from distopt.layout import FlatLayout
-from distopt.layout.wrappers import innermost
 from distopt.optim.base import ShardedOptimizer
-from distopt.rng import saved_random_state
 from distopt.version import __version__
 
 
@@ -43,8 +41,7 @@ def save_checkpoint(
     once it is complete and on disk. If a save fails or is killed before that, an earlier checkpoint of this name stays
     as it was, and at most a `.tmp` folder is left, which the next save or `prune_checkpoints` removes.
 
-    The global random number generators (torch's on the CPU and the current GPU, NumPy's, Python's) are saved for every
-    rank. A save changes nothing in memory, except that optimizers of
+    The random number generators are saved for every rank. A save changes nothing in memory, except that optimizers of
     distopt create the state that they have not created yet, zeros.
 
     Args:
@@ -155,7 +152,7 @@ def _begin(
     """Creates the folder; returns the tensors to write into it, and the function that completes it afterwards."""
     contents = contents_of(model, optimizer)
     optimizer = contents.optimizer
-    every = collective.on_all(lambda: (manifest.checked(extra), saved_random_state()))
+    every = collective.on_all(lambda: (manifest.checked(extra), _random_state()))
     if any(other != every[0][0] for other, _ in every):
         raise ValueError(f"extra must be the same on every rank, got {every[0][0]} on rank 0 and others elsewhere")
     training = {
@@ -181,7 +178,7 @@ def contents_of(model: nn.Module, optimizer: Optimizer) -> Contents | FlatConten
     """The contents of a checkpoint of this model and this optimizer, whose missing state is created first."""
     if hasattr(optimizer, "init_state"):  # also SAM's own, where it has some
         optimizer.init_state()
-    optimizer = innermost(optimizer)
+    optimizer = _inner(optimizer)
     if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
         return FlatContents(model, optimizer, cast(FlatLayout, optimizer.layout))
     return Contents(model, optimizer)
@@ -192,6 +189,18 @@ def schedule_kind(schedule: LRScheduler | None) -> str | None:
     return None if schedule is None else type(schedule).__name__
 
 
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that holds the state, inside SAM or Accelerate's wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 @functools.cache
 def _background_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def _random_state() -> dict[str, Tensor | None]:
+    gpu = torch.cuda.is_available()
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if gpu else None}

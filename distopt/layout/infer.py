@@ -12,7 +12,6 @@ from torch import Tensor
 from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.tensors import local, trained
-from distopt.layout.wrappers import optimizer_chain
 
 
 def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
@@ -55,9 +54,10 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
             "distopt.clip_grad_norm_(optimizer, max_norm), or torch.nn.utils.clip_grad_norm_ for parameters without "
             "ZeRO-1 or DeepSpeed"
         )
-    for inner in optimizer_chain(optimizer):
-        if hasattr(inner, "layout"):
-            return inner.layout.gradients or inner.layout
+    while not hasattr(optimizer, "layout") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if hasattr(optimizer, "layout"):
+        return optimizer.layout.gradients or optimizer.layout
     return infer_layout(trained(p for group in optimizer.param_groups for p in group["params"]))
 
 

@@ -15,7 +15,6 @@ from distopt import layout
 from distopt.integrations.accelerate.sam import attach_sam
 from distopt.integrations.accelerate.save_state import check_single, keep_in_folder, refuse_files
 from distopt.integrations.accelerate.zero1 import forget, zero1_layout
-from distopt.layout.wrappers import innermost
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -171,7 +170,8 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _distopt(optimizer: Any) -> ShardedOptimizer:
     """The optimizer inside Accelerate's wrapper and SAM."""
-    optimizer = innermost(optimizer)
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(
             f"zero_stage=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero_stage=0"

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distopt.layout.wrappers import optimizer_chain
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -46,4 +45,7 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 def sam_of(optimizer: Optimizer) -> SAM | None:
     """The SAM inside Accelerate's wrapper, or the optimizer itself."""
-    return next((inner for inner in optimizer_chain(optimizer) if isinstance(inner, SAM)), None)
+    inner: object = optimizer
+    while not isinstance(inner, SAM) and isinstance(inner, Optimizer):
+        inner = getattr(inner, "optimizer", None)
+    return inner if isinstance(inner, SAM) else None
