@@ -8,6 +8,7 @@ from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync
 from distopt.layout.tensors import local, trained, wide, with_gradient
+from distopt.layout.wrapped import unwrap_optimizer
 from distopt.layout.zero1 import zero1_layout
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_replaced",
     "trained",
+    "unwrap_optimizer",
     "wide",
     "with_gradient",
     "zero1_layout",

@@ -170,8 +170,7 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _distopt(optimizer: Any) -> ShardedOptimizer:
     """The optimizer inside Accelerate's wrapper and SAM."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    optimizer = layout.unwrap_optimizer(optimizer)
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(
             f"zero_stage=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero_stage=0"
