@@ -2,8 +2,9 @@
 
 from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.deepspeed import deepspeed_layout
+from distopt.layout.deepspeed_private import full_shape
 from distopt.layout.fit import check_shape, fit
-from distopt.layout.flat import FlatLayout, full_shape
+from distopt.layout.flat import FlatLayout
 from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout as layouts
 from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
-from distopt.layout.flat import is_partitioned, own_piece, partition_group
+from distopt.layout.deepspeed_private import is_partitioned, partition_group
+from distopt.layout.flat import own_piece
 from distopt.layout.names import bare_parameters
 from distopt.proof.content import Run, content
 from distopt.proof.faults import check_parameters
