@@ -1,11 +1,11 @@
-"""The random numbers that a pass draws, so that a second pass over the same batch draws the same ones."""
+"""The state of the random number generators: for SAM's second pass over a batch, and for checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The states of the global generators: Python's, torch's, those of GPUs, and NumPy's where it has been imported.
+    """The states of the global generators. Generators that a program creates itself (`numpy.random.default_rng`,
+    `torch.Generator`) are not included.
 
-    A generator that a program has made for itself (`numpy.random.default_rng`, `torch.Generator`) is none of them.
+    Attributes:
+        python: That of `random`; None to leave that generator alone.
+        numpy: That of `numpy.random`; None to leave that generator alone, or if NumPy was not imported.
+        cpu: torch's on the CPU, a uint8 tensor.
+        gpus: torch's on GPUs, uint8 tensors in host memory, by device.
     """
 
     python: Any
@@ -25,12 +30,36 @@ class RandomState:
     cpu: Tensor
     gpus: dict[torch.device, Tensor]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as a checkpoint stores it, without the index of the GPU (at most one)."""
+        return {
+            "python": self.python,
+            "numpy": self.numpy,
+            "cpu": self.cpu,
+            "cuda": next(iter(self.gpus.values()), None),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> RandomState:
+        """Returns the state that a checkpoint stores, for this process's GPU.
+
+        Args:
+            state: The result of `state_dict`; those of earlier versions lack Python's and NumPy's states.
+        """
+        gpus = {device: state["cuda"] for device in current_gpu() if state["cuda"] is not None}
+        return cls(state.get("python"), state.get("numpy"), state["cpu"], gpus)
+
+
+def current_gpu() -> tuple[torch.device, ...]:
+    """Returns this process's GPU, or nothing where there is none."""
+    return (torch.device("cuda", torch.cuda.current_device()),) if torch.cuda.is_available() else ()
+
 
 def random_state(*devices: torch.device) -> RandomState:
-    """Returns the state of the generators now.
+    """Returns the current state of the generators.
 
     Args:
-        devices: those that a pass draws on. The CPU is always one of them.
+        devices: The devices on which random numbers are drawn. The CPU is always included.
     """
     numpy = sys.modules.get("numpy")  # not imported for this: distopt needs torch alone
     return RandomState(
@@ -42,10 +71,13 @@ def random_state(*devices: torch.device) -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Sets the generators back to what `random_state` returned."""
-    random.setstate(state.python)
+    """Restores the generators to a state that `random_state` returned."""
+    if state.python is not None:
+        random.setstate(state.python)
     if state.numpy is not None:
-        sys.modules["numpy"].random.set_state(state.numpy)
+        import numpy  # a checkpoint's state, where this program has not imported it yet
+
+        numpy.random.set_state(state.numpy)
     torch.set_rng_state(state.cpu)
     for device, gpu in state.gpus.items():
         torch.cuda.set_rng_state(gpu, device)
@@ -53,12 +85,15 @@ def set_random_state(state: RandomState) -> None:
 
 @contextlib.contextmanager
 def same_random_numbers(start: RandomState) -> Iterator[None]:
-    """A block which draws what was drawn since `start`; after it the generators are as if it had drawn nothing.
+    """Repeats, inside of the block, the random numbers drawn since `start`; afterwards the generators are as before it.
 
     start = random_state(device)
-    needs_ascent_gradient()
+    first_pass()
     with same_random_numbers(start):
         second_pass()
+
+    Args:
+        start: The state before the first pass.
     """
     after = random_state(*start.gpus)
     set_random_state(start)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import State
 from distopt.layout import FlatLayout
-from distopt.layout.flat import full_shape, is_partitioned
+from distopt.layout.deepspeed_private import full_shape, is_partitioned
 from distopt.layout.names import bare_name, bare_parameters
 from distopt.optim.base import ShardedOptimizer
 

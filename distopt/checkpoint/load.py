@@ -16,6 +16,7 @@ from distopt.checkpoint import folder as checkpoint_folder
 from distopt.checkpoint import manifest
 from distopt.checkpoint.save import contents_of, schedule_kind
 from distopt.checkpoint.torch_dcp import torch_dcp
+from distopt.rng import RandomState, set_random_state
 
 
 def load_checkpoint(
@@ -61,7 +62,7 @@ def load_checkpoint(
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
     if len(training["random"]) == collective.world():
-        _set_random_state(training["random"][collective.rank()])
+        set_random_state(RandomState.from_state_dict(training["random"][collective.rank()]))
     return content["extra"]
 
 
@@ -76,9 +77,3 @@ def load_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     with torch_dcp(path) as dcp:
         dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,8 +22,9 @@ from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
 from distopt.checkpoint.torch_dcp import torch_dcp
-from distopt.layout import FlatLayout
+from distopt.layout import FlatLayout, unwrap_optimizer
 from distopt.optim.base import ShardedOptimizer
+from distopt.rng import current_gpu, random_state
 from distopt.version import __version__
 
 
@@ -152,7 +153,7 @@ def _begin(
     """Creates the folder; returns the tensors to write into it, and the function that completes it afterwards."""
     contents = contents_of(model, optimizer)
     optimizer = contents.optimizer
-    every = collective.on_all(lambda: (manifest.checked(extra), _random_state()))
+    every = collective.on_all(lambda: (manifest.checked(extra), random_state(*current_gpu()).state_dict()))
     if any(other != every[0][0] for other, _ in every):
         raise ValueError(f"extra must be the same on every rank, got {every[0][0]} on rank 0 and others elsewhere")
     training = {
@@ -178,7 +179,7 @@ def contents_of(model: nn.Module, optimizer: Optimizer) -> Contents | FlatConten
     """The contents of a checkpoint of this model and this optimizer, whose missing state is created first."""
     if hasattr(optimizer, "init_state"):  # also SAM's own, where it has some
         optimizer.init_state()
-    optimizer = _inner(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
         return FlatContents(model, optimizer, cast(FlatLayout, optimizer.layout))
     return Contents(model, optimizer)
@@ -189,18 +190,6 @@ def schedule_kind(schedule: LRScheduler | None) -> str | None:
     return None if schedule is None else type(schedule).__name__
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that holds the state, inside SAM or Accelerate's wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
 @functools.cache
 def _background_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
-def _random_state() -> dict[str, Tensor | None]:
-    gpu = torch.cuda.is_available()
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if gpu else None}

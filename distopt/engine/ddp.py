@@ -1,4 +1,4 @@
-"""DDP: every rank holds the whole model, gradients are averaged."""
+"""DDP: every rank has a full copy of the model, and gradients are averaged over the ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ class DDP(Engine):
 
     bf16 is autocast.
 
-    Args: precision and activation_checkpointing as `Engine`, and
-        find_unused_parameters: needed where a step leaves parameters out; it costs a walk through every graph.
+    Args:
+        precision: As in `Engine`.
+        activation_checkpointing: As in `Engine`.
+        find_unused_parameters: Needed where a step does not use some of the parameters; costs a traversal of every
+            graph.
+
+    Raises:
+        ValueError: A switch is not a boolean, or as `Engine`.
     """
+
+    _wrapper: type[DistributedDataParallel] = DistributedDataParallel
 
     def __init__(
         self, precision: str = "auto", activation_checkpointing: bool = False, find_unused_parameters: bool = False
@@ -38,7 +46,7 @@ class DDP(Engine):
         for unit in (*blocks, model):
             fill(unit, device)
         self._checkpoint_activations(model)
-        return DistributedDataParallel(
+        return self._wrapper(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
             forward_sync_buffers=False,  # the only buffers of a language model are constants

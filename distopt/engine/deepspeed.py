@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-1, 2 and 3: its engine runs the model and hands flat partitions to distopt's optimizer."""
+"""DeepSpeed ZeRO-1, 2 and 3: its engine runs the model and gives flat partitions to distopt's optimizer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from torch import Tensor, nn
 
 from distopt import layout
 from distopt.engine.base import Engine, check_switch
+from distopt.layout import deepspeed_private as private
 from distopt.sam import SAM
 
 
 class DeepSpeed(Engine):
     """DeepSpeed's engine with distopt's optimizer as its client optimizer.
 
-    Gradients, partitions, clipping and low precision are DeepSpeed's; the update is distopt's, with norms of whole
-    layers although the partitions cut them anywhere. DeepSpeed gives a parameter that was not used a gradient of zeros,
-    where others give it none: its state decays. bf16 weights have float32 masters, in the partitions. Every rank builds
-    the whole model before DeepSpeed cuts it up.
+    DeepSpeed does gradients, partitions, clipping and low precision; distopt does the update, with the norms of full
+    layers although partitions may start and end inside of them. DeepSpeed gives an unused parameter a gradient of
+    zeros, where other engines give it none: its state decays. bf16 weights have float32 masters, in the partitions.
+    Every rank builds the full model before DeepSpeed shards it.
 
-    Args: precision and activation_checkpointing as `Engine`, and
-        stage: what is sharded: 1 state, 2 gradients too, 3 parameters too.
-        offload: keep the optimizer's state and step it on the host.
+    Args:
+        stage: What is sharded: 1 the state, 2 also the gradients, 3 also the parameters.
+        precision: As in `Engine`.
+        activation_checkpointing: As in `Engine`.
+        offload: Keep the optimizer's state, and update it, on the host.
 
-    Raises ValueError for another stage, and where DeepSpeed is not installed.
+    Raises:
+        ValueError: Any other stage, DeepSpeed is not installed, or as `Engine`.
     """
 
     def __init__(
@@ -49,7 +53,6 @@ class DeepSpeed(Engine):
         check_switch("offload", offload)
         self.stage = stage
         self.offload = offload
-        self._ascended = True  # whether SAM's first gradient was finite
 
     def check_sam(self, sam: SAM) -> None:
         if type(sam) is not SAM or sam.scope == "local":
@@ -77,7 +80,7 @@ class DeepSpeed(Engine):
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says that it has found out by itself
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed logs that it has detected this itself
         os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher
         # DeepSpeed 0.19.8 uses names of torch that 2.13 deprecates, in every step.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -87,25 +90,17 @@ class DeepSpeed(Engine):
             import deepspeed.ops
 
             logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-            # DeepSpeed 0.19.8 builds this op for a minute, with ninja and g++, and training never uses it.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            private.skip_shared_memory_op(deepspeed.ops)
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=self._config(accumulation, max_grad_norm)
             )
-        # In float32 stages 1 and 2 of DeepSpeed 0.19.8 step with gradients that are not finite unless told to look.
-        engine.optimizer.check_grad_overflow = True
+        private.check_overflow_always(engine.optimizer)
+        engine.ascent_applied = True  # of this model's run, not of the engine's configuration
         optimizer.bind(layout.deepspeed_layout(engine))
         return engine
 
     def zero_grad(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        # 0.19.8 overwrites the gradients of parameters that are used, and steps with those of others again (stage 3,
-        # and offload). With offload it needs the buffers, which the optimizer's own zero_grad would drop.
-        zero: Any = model.optimizer
-        if self.stage == 3:
-            zero.grad_partitions_flat_buffer.zero_()
-        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            if flat.grad is not None:
-                flat.grad.zero_()
+        private.zero_gradients(model.optimizer, self.stage)
 
     def sync(self, model: Any, last: bool) -> contextlib.AbstractContextManager[None]:
         model.set_gradient_accumulation_boundary(last)
@@ -117,7 +112,7 @@ class DeepSpeed(Engine):
     def step(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
         if not isinstance(optimizer, SAM):
             model.step()
-        elif self._ascended:
+        elif model.ascent_applied:
             model.step()
             if model.was_step_applied():
                 optimizer.count_step()
@@ -126,8 +121,8 @@ class DeepSpeed(Engine):
         else:  # the first gradient was not finite: this step moves nothing
             with _stepping_by(optimizer.optimizer, lambda: None):
                 model.step()
-        applied = model.was_step_applied() and self._ascended
-        # DeepSpeed says -1 for a norm that is inf or nan.
+        applied = model.was_step_applied() and model.ascent_applied
+        # DeepSpeed returns -1 for a norm that is inf or nan.
         return (float(model.get_global_grad_norm()) if applied else math.nan), applied
 
     @contextlib.contextmanager
@@ -143,18 +138,18 @@ class DeepSpeed(Engine):
         copies = [(buffer, buffer.clone()) for buffer in buffers]
 
         def ascend() -> None:
-            norm = float(zero._global_grad_norm)  # 0.19.8: over all partitions, known before the first is stepped
+            norm = private.global_grad_norm(zero)
             for group in sam.param_groups:
                 for flat in group["params"]:
                     copies.append((flat, flat.detach().clone()))
                     flat.data.add_(flat.grad, alpha=sam.radius(group) / norm if norm > 0.0 else 0.0)
 
         try:
-            with _unclipped(zero), _stepping_by(sam.optimizer, ascend):
+            with private.unclipped(zero), _stepping_by(sam.optimizer, ascend):
                 model.step()
-            self._ascended = model.was_step_applied()
+            model.ascent_applied = model.was_step_applied()
             # Masters begin as what bfloat16 has, which says nothing of the steps to come: the second ascent tells.
-            if self._ascended and not sam.measured and model.global_steps > 1:
+            if model.ascent_applied and not sam.measured and model.global_steps > 1:
                 self._measure(sam, copies[len(buffers) :])
             yield
         except BaseException:
@@ -181,7 +176,7 @@ class DeepSpeed(Engine):
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
-            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports it: batches are cut before
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports it: the batch is split already
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 0.0 if math.isinf(max_grad_norm) else max_grad_norm,
             "zero_allow_untested_optimizer": True,
@@ -193,25 +188,15 @@ class DeepSpeed(Engine):
 
 
 @contextlib.contextmanager
-def _unclipped(zero: Any) -> Iterator[None]:
-    """DeepSpeed's steps do not clip for a while: it is SAM's second gradient that is clipped."""
-    clip, zero.clip_grad = zero.clip_grad, 0.0
-    try:
-        yield
-    finally:
-        zero.clip_grad = clip
-
-
-@contextlib.contextmanager
 def _stepping_by(optimizer: Any, step: Callable[[], None]) -> Iterator[None]:
-    """DeepSpeed's calls of `optimizer.step()` do something else for a while."""
+    """Replaces `optimizer.step()`, which DeepSpeed calls, inside of the block."""
     own = optimizer.__dict__.get("step")  # a schedule of torch wraps it
     groups, params = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
     optimizer.step = step
     try:
         yield
     finally:
-        optimizer.param_groups = groups  # 0.19.8 exchanges them for each call, and leaves them so if that raises
+        optimizer.param_groups = groups  # 0.19.8 replaces them for each call, and does not restore them if that raises
         for group, own_params in zip(groups, params):
             group["params"] = own_params
         if own is None:

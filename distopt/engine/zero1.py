@@ -1,4 +1,4 @@
-"""ZeRO-1: DDP whose optimizer state is cut up over the ranks."""
+"""ZeRO-1: DDP with the optimizer's state sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -7,28 +7,47 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from distopt import layout
 from distopt.engine.ddp import DDP
+from distopt.layout import ShardLayout, zero1_layout
 
 _DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Zero1(DDP):
-    """Data parallelism with the optimizer's state sharded: each rank steps its rows and sends them to the others.
+class _Zero1Model(DistributedDataParallel):
+    """A DDP model with what its ZeRO-1 run has to remember, so that one engine may run several models.
 
-    Moves what plain DDP moves. With N ranks and parameters of psi bytes each rank sends (N-1)/N psi of gradients, to
-    the ranks that step them and beside the backward pass, and (N-1)/N psi of stepped rows. After a step a rank's
-    gradients are right in its own rows and nan in others.
-
-    Args: as `DDP`, and
-        reduce_dtype: in which gradients are sent: `fp32`, `bf16` at half the bytes, None for their own.
-        overlap_gather: stepped rows come beside the next forward pass, which waits for them block by block; until then
-            others' rows are nan: weights are read by `unwrap`, a state dict or the model's forward pass. Needs scratch
-            memory of the model's size.
-
-    Raises ValueError for another reduce_dtype.
+    Attributes:
+        units: The modules that wait for their updated rows one at a time; empty without overlap_gather.
+        layout: The layout that `Zero1.attach` gave to the model's optimizer.
     """
+
+    units: tuple[nn.Module, ...] = ()
+    layout: ShardLayout | None = None
+
+
+class Zero1(DDP):
+    """Data parallelism with sharded optimizer state: each rank updates its own rows and sends them to the others.
+
+    Communicates as many bytes as plain DDP. With N ranks and parameters of psi bytes each rank sends (N-1)/N psi of
+    gradients, to the ranks that own their rows and overlapped with the backward pass, and (N-1)/N psi of updated rows.
+    After a step a rank's gradients are right in its own rows and nan in the other rows.
+
+    Args:
+        precision: As in `Engine`.
+        activation_checkpointing: As in `Engine`.
+        find_unused_parameters: As in `DDP`.
+        reduce_dtype: The dtype in which gradients are sent: `fp32`, `bf16` (half the bytes), or None for their own.
+        overlap_gather: Gather updated rows during the next forward pass, which waits for them block by block. Until
+            then the rows of other ranks are nan: weights are read through `unwrap`, a state dict or the model's forward
+            pass. Needs scratch memory of the model's size.
+
+    Raises:
+        ValueError: Any other reduce_dtype, or as `DDP`.
+    """
+
+    _wrapper = _Zero1Model
 
     def __init__(
         self,
@@ -43,8 +62,6 @@ class Zero1(DDP):
             raise ValueError(f"engine.reduce_dtype must be fp32, bf16 or null, got {reduce_dtype!r}")
         self.reduce_dtype = reduce_dtype
         self.overlap_gather = overlap_gather
-        self._units: Sequence[nn.Module] = ()
-        self._layout: layout.ShardLayout | None = None
 
     def build(
         self,
@@ -53,17 +70,21 @@ class Zero1(DDP):
         fill: Callable[[nn.Module, torch.device], None],
         device: torch.device,
     ) -> nn.Module:
-        self._units = blocks if self.overlap_gather else ()
-        return super().build(model, blocks, fill, device)
+        wrapped = super().build(model, blocks, fill, device)
+        assert isinstance(wrapped, _Zero1Model)
+        wrapped.units = tuple(blocks) if self.overlap_gather else ()
+        return wrapped
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        self._layout = layout.zero1_layout(
-            model, reduce_dtype=_DTYPES[self.reduce_dtype], units=self._units, gradients="reduce_scatter"
+        assert isinstance(model, _Zero1Model)
+        model.layout = zero1_layout(
+            model, reduce_dtype=_DTYPES[self.reduce_dtype], units=model.units, gradients="reduce_scatter"
         )
-        optimizer.bind(self._layout)
+        optimizer.bind(model.layout)
         return model
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        if self._layout is not None:
-            self._layout.sync.wait()
+        assert isinstance(model, _Zero1Model)
+        if model.layout is not None:
+            model.layout.sync.wait()
         return super().unwrap(model)

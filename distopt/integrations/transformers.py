@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
 from distopt.integrations.accelerate.sam import attach_sam, sam_of
+from distopt.layout import unwrap_optimizer
 from distopt.rng import RandomState, random_state, same_random_numbers
 from distopt.sam import SAM
 
@@ -48,9 +48,7 @@ class ShardedTrainerMixin:
         if wrapped is not None:
             attach_deepspeed(wrapped.engine, None)
         elif self.is_fsdp_enabled:  # type: ignore[attr-defined]
-            inner = self.optimizer  # type: ignore[attr-defined]
-            while not hasattr(inner, "init_state") and isinstance(getattr(inner, "optimizer", None), Optimizer):
-                inner = inner.optimizer  # Accelerate's wrapper
+            inner = unwrap_optimizer(self.optimizer, lambda inner: hasattr(inner, "init_state"))  # type: ignore[attr-defined]
             if hasattr(inner, "init_state"):
                 inner.init_state()
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]

@@ -2,12 +2,14 @@
 
 from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.deepspeed import deepspeed_layout
+from distopt.layout.deepspeed_private import full_shape
 from distopt.layout.fit import check_shape, fit
-from distopt.layout.flat import FlatLayout, full_shape
+from distopt.layout.flat import FlatLayout
 from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync
 from distopt.layout.tensors import local, trained, wide, with_gradient
+from distopt.layout.wrapped import unwrap_optimizer
 from distopt.layout.zero1 import zero1_layout
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_replaced",
     "trained",
+    "unwrap_optimizer",
     "wide",
     "with_gradient",
     "zero1_layout",

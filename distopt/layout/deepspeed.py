@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.layout.base import Segment, ShardLayout
-from distopt.layout.flat import FlatLayout, Partition, Piece, own_piece, partition_group
+from distopt.layout.deepspeed_private import flat_groups, partition_group, position, read, sub_groups
+from distopt.layout.flat import FlatLayout, Partition, Piece, own_piece
 from distopt.layout.infer import infer_layout
 from distopt.layout.tensors import trained
 
@@ -58,14 +59,7 @@ def deepspeed_layout(engine: Any) -> ShardLayout:
             f"DeepSpeed's {type(zero).__name__} may step without the optimizer, as ZenFlow and SuperOffload do: "
             f"leave such options out of zero_optimization, so that it is one of {', '.join(_KNOWN)}"
         )
-    try:
-        read = _stage3 if stage == 3 else _stage12
-        partitions, parts, groups = read(zero)
-    except AttributeError as error:
-        raise ValueError(
-            f"DeepSpeed's {type(zero).__name__} has no {error.name!r} any more: distopt reads the layout of its "
-            "partitions from there as of DeepSpeed 0.19.8; install that version"
-        ) from error
+    partitions, parts, groups = (_stage3 if stage == 3 else _stage12)(zero)
     layers = [p for partition in partitions for p in partition.members]
     segments: dict[Tensor, list[Segment]] = {p.flat: [] for p in partitions}  # none, of a partition that is all padding
     number = {param: i for i, param in enumerate(layers)}
@@ -90,7 +84,7 @@ def _refuse_model_parallel(engine: Any) -> None:
 
     The others may have other shards of the same layers, which no norm would count.
     """
-    among, world = dist.get_world_size(engine.seq_data_parallel_group), dist.get_world_size()
+    among, world = dist.get_world_size(read(engine, "seq_data_parallel_group")), dist.get_world_size()
     if among != world:
         raise ValueError(
             f"DeepSpeed partitions the model among {among} of {world} ranks, as with tensor parallelism (AutoTP), a "
@@ -107,11 +101,7 @@ def _stage12(zero: Any) -> _Found:
 
     Does not read DeepSpeed's own `_hp_mapping`, which is wrong with round_robin_gradients (0.19.8).
     """
-    bf16 = hasattr(zero, "fp32_groups_flat_partition")  # BF16_Optimizer: bf16 with gradients accumulated in float32
-    params = zero.bf16_groups if bf16 else zero.bit16_groups
-    flats = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
-    buffers = zero.bf16_groups_flat if bf16 else zero.bit16_groups_flat
-    groups = list(zero.real_dp_process_group)
+    params, flats, buffers, groups = flat_groups(zero)
 
     def parts() -> Iterator[_Part]:
         for members, flat, buffer, group in zip(params, flats, buffers, groups):
@@ -131,18 +121,14 @@ def _stage12(zero: Any) -> _Found:
 
 def _stage3(zero: Any) -> _Found:
     """Reads stage 3: each rank has an equal part of every parameter, the last ones padded, end to end by sub-group."""
-    flats = list(zero.fp32_partitioned_groups_flat)
-    partitions = [
-        Partition(flat, zero.sub_group_to_group_id[i], tuple(members))
-        for i, (flat, members) in enumerate(zip(flats, zero.fp16_groups))
-    ]
+    partitions = [Partition(flat, group, tuple(params)) for flat, group, params in sub_groups(zero)]
     members: list[Any] = [p for partition in partitions for p in partition.members]
     parts: list[_Part] = []
     for p in members:
-        number, start, _ = zero.grad_position[zero.get_param_id(p)]
+        index, start = position(zero, p)
         piece = own_piece(p)
         if piece.weights.numel():
-            parts.append((p, flats[number], start, piece))
+            parts.append((p, partitions[index].flat, start, piece))
     return partitions, parts, [partition_group(p) for p in members]
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.deepspeed_private import full_shape, is_partitioned, own_part
 
 
 class Piece(NamedTuple):
@@ -141,25 +142,6 @@ class FlatLayout(ShardLayout):
         return found
 
 
-def full_shape(param: Any) -> torch.Size:
-    """Returns the full shape of a parameter, which DeepSpeed's stage 3 leaves empty between its uses."""
-    # DeepSpeed 0.19.8 zero.Init (runtime/zero/partition_parameters.py) leaves an empty 1-D tensor in each parameter and
-    # its shape in ds_shape (DeepSpeed pull request 8438).
-    return getattr(param, "ds_shape", param.shape)
-
-
-def is_partitioned(param: Tensor) -> bool:
-    """Returns whether DeepSpeed's stage 3 has sharded a parameter."""
-    return hasattr(param, "ds_tensor")
-
-
-def partition_group(param: Any) -> dist.ProcessGroup:
-    """Returns the ranks among which DeepSpeed's stage 3 has sharded a parameter."""
-    return param.ds_process_group
-
-
 def own_piece(param: Any) -> Piece:
     """Returns this rank's part of a stage-3 parameter, without the padding."""
-    size = param.ds_tensor.numel()
-    offset = min(dist.get_rank(partition_group(param)) * size, param.ds_numel)
-    return Piece(param.ds_tensor.data.view(-1)[: min(size, param.ds_numel - offset)], offset)
+    return Piece(*own_part(param))

@@ -12,6 +12,7 @@ from torch import Tensor
 from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.tensors import local, trained
+from distopt.layout.wrapped import unwrap_optimizer
 
 
 def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
@@ -54,8 +55,7 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
             "distopt.clip_grad_norm_(optimizer, max_norm), or torch.nn.utils.clip_grad_norm_ for parameters without "
             "ZeRO-1 or DeepSpeed"
         )
-    while not hasattr(optimizer, "layout") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = unwrap_optimizer(optimizer, lambda inner: hasattr(inner, "layout"))
     if hasattr(optimizer, "layout"):
         return optimizer.layout.gradients or optimizer.layout
     return infer_layout(trained(p for group in optimizer.param_groups for p in group["params"]))

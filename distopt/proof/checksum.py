@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout as layouts
-from distopt.layout import ShardLayout, full_shape
-from distopt.layout.flat import is_partitioned, own_piece, partition_group
+from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
+from distopt.layout.deepspeed_private import is_partitioned, partition_group
+from distopt.layout.flat import own_piece
 from distopt.layout.names import bare_parameters
 from distopt.proof.content import Run, content
 from distopt.proof.faults import check_parameters
-from distopt.proof.messages import unwrapped
 from distopt.proof.places import counted, parts, sums
 
 
@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     layout = layouts.infer_layout(rest)
     found |= dict(zip(rest, _over_ranks(layout, sums(layout, parts(layout)))))
     params = {name: _hexadecimal(found[param]) for param, name in names.items()}
-    return Fingerprint(params, {} if optimizer is None else _state(unwrapped(optimizer), names))
+    return Fingerprint(params, {} if optimizer is None else _state(unwrap_optimizer(optimizer), names))
 
 
 def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distopt.layout import unwrap_optimizer
 from distopt.proof.claims import WHETHER, Claims, claims
 from distopt.proof.content import balanced, number_of, signed
 from distopt.proof.meeting import meet
@@ -53,7 +54,7 @@ def prove(
     Raises:
         ValueError: Ranks differ, with the same message on each of them, which names the parameter and the ranks.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     several = dist.is_available() and dist.is_initialized()
     group = group or getattr(optimizer.__dict__.get("_bound"), "replicas", None)
     ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD)) if several else (0,)
@@ -87,13 +88,6 @@ def prove(
             "model is wrapped or sharded, and before its first forward pass"
         )
     return without
-
-
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside SAM and Accelerate's wrapper."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _first(own: Claims, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:

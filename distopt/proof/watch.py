@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distopt.proof.messages import NoGradients, prove, unwrapped
+from distopt.layout import unwrap_optimizer
+from distopt.proof.messages import NoGradients, prove
 
 
 @dataclass
@@ -77,7 +78,7 @@ def prove_every(
     """
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise ValueError(f"steps must be None (only the next), 0 (never) or an integer >= 1, got {steps!r}")
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
     told = optimizer.__dict__.get("_watch")
     optimizer.__dict__["_watch"] = Watch(model, steps, state, gradients, group)
     if not hasattr(optimizer, "layout") and told is None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from distopt import layout
+from distopt.integrations.accelerate.private import prepared_models, prepared_optimizers, prepared_schedulers
 from distopt.integrations.accelerate.sam import attach_sam
 from distopt.integrations.accelerate.save_state import check_single, keep_in_folder, refuse_files
 from distopt.integrations.accelerate.zero1 import forget, zero1_layout
@@ -147,9 +148,8 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def _check_prepared(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
-    # Accelerate 1.15 has no public lists of what it prepared. That of models holds those inside of DDP.
-    models = any(module in accelerator._models for module in model.modules())
-    if not models or optimizer not in accelerator._optimizers:
+    models = any(module in prepared_models(accelerator) for module in model.modules())
+    if not models or optimizer not in prepared_optimizers(accelerator):
         raise ValueError("call attach once, after accelerator.prepare, with the model and the optimizer it returned")
     check_single(accelerator)
 
@@ -170,8 +170,7 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _distopt(optimizer: Any) -> ShardedOptimizer:
     """The optimizer inside Accelerate's wrapper and SAM."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    optimizer = layout.unwrap_optimizer(optimizer)
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(
             f"zero_stage=1 needs an optimizer of distopt, got {type(optimizer).__name__}: use one, or zero_stage=0"
@@ -194,7 +193,9 @@ def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
 def _warn_of_schedulers(accelerator: Accelerator) -> None:
     from accelerate.scheduler import AcceleratedScheduler
 
-    own = [s for s in accelerator._schedulers if type(s) is AcceleratedScheduler]  # not DeepSpeed's, a subclass
+    own = [
+        s for s in prepared_schedulers(accelerator) if type(s) is AcceleratedScheduler
+    ]  # not DeepSpeed's, a subclass
     if accelerator.num_processes > 1 and any(s.step_with_optimizer and not s.split_batches for s in own):
         warnings.warn(
             f"the scheduler was prepared, so Accelerate steps it {accelerator.num_processes} times per optimizer step: "

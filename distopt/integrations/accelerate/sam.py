@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from distopt.layout import unwrap_optimizer
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -45,7 +46,5 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 def sam_of(optimizer: Optimizer) -> SAM | None:
     """The SAM inside Accelerate's wrapper, or the optimizer itself."""
-    inner: object = optimizer
-    while not isinstance(inner, SAM) and isinstance(inner, Optimizer):
-        inner = getattr(inner, "optimizer", None)
+    inner = unwrap_optimizer(optimizer, lambda inner: isinstance(inner, SAM))
     return inner if isinstance(inner, SAM) else None

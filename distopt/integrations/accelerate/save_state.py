@@ -10,6 +10,7 @@ from torch import nn
 
 from distopt import collective
 from distopt.checkpoint import load_checkpoint, save_checkpoint
+from distopt.integrations.accelerate.private import prepared_models, prepared_optimizers
 from distopt.optim.base import ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def keep_in_folder(accelerator: Accelerator) -> None:
                 "save_state between the micro-batches of a step loses their gradients: "
                 "call it where accelerator.sync_gradients"
             )
-        save_checkpoint(Path(folder) / _FOLDER, models[0], accelerator._optimizers[0], extra={"step": accelerator.step})
+        (optimizer,) = prepared_optimizers(accelerator)
+        save_checkpoint(Path(folder) / _FOLDER, models[0], optimizer, extra={"step": accelerator.step})
         weights.clear()
 
     def load(models: list[nn.Module], folder: str) -> None:
@@ -42,7 +44,8 @@ def keep_in_folder(accelerator: Accelerator) -> None:
                 f"{folder} was saved without distopt.attach: load it without, and if it holds whole state (one process "
                 "or DDP, without zero_stage=1) save it again after attach(zero_stage=0)"
             )
-        extra = load_checkpoint(Path(folder) / _FOLDER, models[0], accelerator._optimizers[0])
+        (optimizer,) = prepared_optimizers(accelerator)
+        extra = load_checkpoint(Path(folder) / _FOLDER, models[0], optimizer)
         accelerator.step = extra["step"]  # Accelerate's own is in one file for each process that there was
         models.clear()
 
@@ -50,12 +53,13 @@ def keep_in_folder(accelerator: Accelerator) -> None:
         handle.remove()
     handles = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
     accelerator.__dict__["_distopt_hooks"] = handles
-    accelerator._optimizers[0] = _without_state(accelerator._optimizers[0])
+    optimizers = prepared_optimizers(accelerator)
+    optimizers[0] = _without_state(optimizers[0])
 
 
 def check_single(accelerator: Accelerator) -> None:
     """Raises ValueError unless one model and one optimizer are prepared."""
-    models, optimizers = len(accelerator._models), len(accelerator._optimizers)
+    models, optimizers = len(prepared_models(accelerator)), len(prepared_optimizers(accelerator))
     if (models, optimizers) != (1, 1):
         raise ValueError(
             f"{models} models and {optimizers} optimizers were prepared, attach is for one of each: "
