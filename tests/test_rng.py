@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 import distopt
 from distopt.checkpoint import folder as checkpoint_folder
+from distopt.checkpoint import manifest
 from distopt.layout import unwrap_optimizer
 from distopt.rng import RandomState, random_state, same_random_numbers, set_random_state
 
@@ -52,6 +54,10 @@ def test_a_checkpoint_without_numpy_s_and_python_s_numbers_loads(tmp_path: Path)
     training = torch.load(file, weights_only=False)
     training["random"] = [{name: state[name] for name in ("cpu", "cuda")} for state in training["random"]]
     torch.save(training, file)
+    described = file.with_name(manifest.NAME)
+    content = json.loads(described.read_text())
+    content["files"][file.name] = file.stat().st_size
+    described.write_text(json.dumps(content))
     seed(2)
     alone = drawn()
     seed(2)
