@@ -40,9 +40,9 @@ class ASAM(SAM):
         super().__init__(optimizer, rho, interval=interval, scope=scope, model=model)
         self.eta = bounded("eta", eta, 0.0)
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        adapted = [p.ndim > 1 for p in owners for _ in layout.segments[p]]
-        weights, grads = layout.weights(owners), layout.grads(owners)
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        adapted = [p.ndim > 1 for p in params for _ in layout.segments[p]]
+        weights, grads = layout.weights(params), layout.grads(params)
         scales = [w.abs().add_(self.eta) if adapt else torch.ones_like(w) for w, adapt in zip(weights, adapted)]
         measured = [t * g for t, g in zip(scales, grads)]
         return [t.mul_(m) for t, m in zip(scales, measured)], measured

@@ -47,9 +47,9 @@ class FriendlySAM(SAM):
         self.sigma = bounded("sigma", sigma, 0.0, 1.0)
         self.decay = bounded("decay", decay, 0.0, 1.0)
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        grads, means = layout.grads(owners), self._shards(layout, owners, "sam_mean")
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        grads, means = layout.grads(params), self._state_buffers.shards(layout, params, "sam_mean")
         means = [torch.lerp(m, g.to(m.dtype), 1.0 - self.decay) for m, g in zip(means, grads)]
-        self._stage(layout, owners, "sam_mean", means)
+        self._state_buffers.stage(layout, params, "sam_mean", means)
         directions = [g - self.sigma * m for g, m in zip(grads, means)]
         return directions, directions

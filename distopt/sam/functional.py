@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
-from distopt.sam.base import SAM, _Perturbed
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import Perturbation
 from distopt.sam.preconditioned import PreconditionedSAM
 
 
@@ -51,8 +52,8 @@ class FunctionalSAM(PreconditionedSAM):
         self._slopes: list[Tensor] = []
         self._in_closure = False
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return super().ascent(layout, owners) if self.precondition else SAM.ascent(self, layout, owners)
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return super().ascent(layout, params) if self.precondition else SAM.ascent(self, layout, params)
 
     def perturb(self) -> Tensor:
         if self.ascends and not self._slopes:
@@ -65,14 +66,14 @@ class FunctionalSAM(PreconditionedSAM):
         if left:
             raise RuntimeError("the second pass has shown fewer outputs than the first: compute its loss by sam.loss")
 
-    def _put_back(self) -> _Perturbed | None:
+    def _put_back(self) -> Perturbation | None:
         self._slopes = []  # of a second pass that failed
         return super()._put_back()
 
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
         if outputs.dtype.itemsize < 4:  # their gradients, without a loss scale, are less than float16 has
             outputs = outputs.float()
-        if self._perturbed is None:
+        if self._perturbation is None:
             loss = criterion(outputs)
             if torch.is_grad_enabled() and self.ascends:
                 (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
@@ -83,7 +84,7 @@ class FunctionalSAM(PreconditionedSAM):
         return (outputs * self._slopes.pop(0)).sum()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._perturbed is None and not self._in_closure:
+        if self._perturbation is None and not self._in_closure:
             self._slopes = []  # of a step that was given up
         super().zero_grad(set_to_none)
 

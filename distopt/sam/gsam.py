@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
-from distopt.sam.base import SAM, paired
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import gradient_pairs
 
 
 class GSAM(SAM):
@@ -42,11 +43,13 @@ class GSAM(SAM):
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
-        if first is None:  # a step that did not ascend
+    def descent(
+        self, layout: ShardLayout, params: list[Tensor], unperturbed: dict[Tensor, list[Tensor]] | None
+    ) -> None:
+        if unperturbed is None:  # a step that did not ascend
             return
-        before, after = paired(layout, owners, first)
-        dots, squares = layout.dots(layout.layers(owners), (before, after), (after, after))
+        before, after = gradient_pairs(layout, params, unperturbed)
+        dots, squares = layout.dots(layout.layers(params), (before, after), (after, after))
         dot, square = exact.total(dots), exact.total(squares)
         along = torch.where(square > 0, dot / square, 0.0)
         for g, second in zip(before, after, strict=True):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
-from distopt.sam.base import SAM, paired
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import gradient_pairs
 
 
 class LookSAM(SAM):
@@ -46,19 +47,21 @@ class LookSAM(SAM):
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
-        if first is not None:
-            params = list(dict.fromkeys((*first, *owners)))
-            before, after = paired(layout, params, first)
+    def descent(
+        self, layout: ShardLayout, params: list[Tensor], unperturbed: dict[Tensor, list[Tensor]] | None
+    ) -> None:
+        if unperturbed is not None:
+            params = list(dict.fromkeys((*unperturbed, *params)))
+            before, after = gradient_pairs(layout, params, unperturbed)
             dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
             dot, square = exact.total(dots), exact.total(squares)
             along = torch.where(square > 0, dot / square, 0.0)
             for g, second in zip(before, after, strict=True):
                 g.mul_(-along.to(g.dtype)).add_(second)
-            self._stage(layout, params, "sam_look", before)
+            self._state_buffers.stage(layout, params, "sam_look", before)
         else:
-            grads, look = layout.grads(owners), self._shards(layout, owners, "sam_look")
-            norms = layout.norms(layout.layers(owners), grads, look)
+            grads, look = layout.grads(params), self._state_buffers.shards(layout, params, "sam_look")
+            norms = layout.norms(layout.layers(params), grads, look)
             of_grads, of_look = (exact.norm(each) for each in norms)
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look, strict=True):

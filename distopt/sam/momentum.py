@@ -43,10 +43,10 @@ class MomentumSAM(SAM):
         if names is not None and names.isdisjoint(FIRST):
             raise self._no_momentum()
 
-    def owners(self) -> list[Tensor]:
+    def perturbed_params(self) -> list[Tensor]:
         params = [p for group in self.param_groups if self.radius(group) > 0.0 for p in group["params"]]
         found = [p for p in params if p.requires_grad and self._momentum(p) is not None]
-        if self._stepped and params and not found and not any(self._momentum(p) is not None for p in self.state):
+        if self._has_stepped and params and not found and not any(self._momentum(p) is not None for p in self.state):
             raise self._no_momentum()
         return found
 
@@ -56,7 +56,7 @@ class MomentumSAM(SAM):
     def _momentum(self, param: Tensor) -> Tensor | None:
         return moment_of(self.state.get(param, {}), FIRST, param)
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        held = [fit(layout, p, self._momentum(p), "momentum") for p in owners]  # type: ignore[arg-type]
-        momenta = [shard for p, momentum in zip(owners, held) for shard in layout.split(p, momentum)]
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        held = [fit(layout, p, self._momentum(p), "momentum") for p in params]  # type: ignore[arg-type]
+        momenta = [shard for p, momentum in zip(params, held) for shard in layout.split(p, momentum)]
         return list(torch._foreach_neg(momenta)) if momenta else [], momenta

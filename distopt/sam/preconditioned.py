@@ -49,9 +49,9 @@ class PreconditionedSAM(SAM):
         if names is not None and names.isdisjoint(SECOND):
             raise self._no_moments()
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         directions = []
-        for p in owners:
+        for p in params:
             grads, moment = layout.grads([p]), self._moment(p)
             # As state has them: in float16 eps would be 0.
             held = layout.zeros(p) if moment is None else fit(layout, p, moment, "the second moment")
@@ -63,7 +63,7 @@ class PreconditionedSAM(SAM):
         """None before the parameter's first step; raises ValueError where it has been stepped without one."""
         state = self.state.get(param, {})
         moment = moment_of(state, SECOND, param)
-        if moment is None and (state or (self._stepped and not self.state)):
+        if moment is None and (state or (self._has_stepped and not self.state)):
             raise self._no_moments()
         return moment
 
