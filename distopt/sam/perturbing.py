@@ -239,6 +239,5 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def _steps(self) -> int:
         """Returns the number of steps so far, by the param groups: checkpoints may drop groups without parameters."""
-        return max(
-            (group.get("sam_steps", 0) for group in self.param_groups), default=0
-        )  # a group added later has none
+        # A group that was added later has no count.
+        return max((group.get("sam_steps", 0) for group in self.param_groups), default=0)
