@@ -1,4 +1,4 @@
-"""Functional SAM: perturb the model's function, not its loss."""
+"""Functional SAM: perturbs the function of the model, not its loss."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from distopt.sam.preconditioned import PreconditionedSAM
 
 
 class FunctionalSAM(PreconditionedSAM):
-    r"""SAM for language models whose second pass keeps the derivative of the loss by the logits of the first.
+    r"""SAM for language models whose second pass reuses the first pass's derivative of the loss by the logits.
 
         first pass:   u = dl/df at f(p)                        f: the model's outputs (logits), l: their loss
         perturb:      as preconditioned SAM, or as SAM
         second pass:  g = J(p + e)^T u                         J: the derivative of f by the weights
 
-    Only the model's function feels the perturbation; how it moves the loss at given logits, which is what SAM minimizes
-    in language models, does not. The model's outputs have to be shown to both passes:
+    Only the model's function is perturbed. The loss at given logits, which is what SAM minimizes in language models, is
+    not. Both passes have to compute the loss by `loss`, which sees the outputs of the model:
 
         loss = sam.loss(model(x).logits, lambda logits: cross_entropy(logits, y)); loss.backward()
 
-    The second value has the right gradient and is no loss. Keeps one gradient of the logits for each micro-batch.
+    In the second pass the value has the right gradient but is not a loss. Keeps one gradient of the logits per
+    micro-batch.
 
-    Args: as `PreconditionedSAM`, and
-        precondition: whether the perturbation is preconditioned, which needs an optimizer with second moments.
+    Args:
+        optimizer, rho, eps, interval, model: As for `PreconditionedSAM`.
+        precondition: Whether the perturbation is preconditioned, which needs an optimizer with second moments.
 
-    Raises RuntimeError where a pass does not show its outputs, or the second not as many as the first.
+    Raises:
+        RuntimeError: If a pass does not call `loss`, or if the second has more or fewer outputs than the first.
 
     Reference: Singh, Mobahi, Agarwala, Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
     ICML 2025, arXiv 2502.02407.
@@ -71,7 +74,7 @@ class FunctionalSAM(PreconditionedSAM):
         return super()._put_back()
 
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
-        if outputs.dtype.itemsize < 4:  # their gradients, without a loss scale, are less than float16 has
+        if outputs.dtype.itemsize < 4:  # without a loss scale their gradients underflow in float16
             outputs = outputs.float()
         if self._perturbation is None:
             loss = criterion(outputs)

@@ -1,4 +1,4 @@
-"""What a closure does to the gradients which were there before it."""
+"""Detection of changes that a closure makes to existing gradients."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from distopt.layout import local
 
 
 class GradientWatch:
-    """Watches gradients while a closure runs. Reads no values, and keeps no gradient alive.
+    """Watches gradients while a closure runs, without reading values or keeping a gradient alive.
 
         with GradientWatch(params) as watch:
             closure()
 
-    Attributes, once the block has ended:
-        found: whether there were gradients before it.
-        changed: whether one of them was computed, cleared or written to.
-        added: whether gradients which were there before were added to, rather than cleared first.
+    Args:
+        params: The parameters whose gradients to watch.
+
+    Attributes:
+        found: Whether there were gradients before the block.
+        changed: Whether a gradient was computed, cleared or written to. Valid after the block.
+        added: Whether the block added to existing gradients instead of clearing them first. Valid after the block.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -32,7 +35,7 @@ class GradientWatch:
     def __enter__(self) -> GradientWatch:
         self._marks = [_Mark(p, p.grad) for p in self._params if p.grad is not None]
         self.found = bool(self._marks)
-        # A parameter which FSDP2 shards is no leaf of the graph: hooks see the others only, `_Mark.grew` those.
+        # A parameter that FSDP2 shards is no leaf of the graph, so hooks do not see it; `_Mark.grew` does.
         leaves = [mark.param for mark in self._marks if mark.param.requires_grad and not _is_sharded(mark.param)]
         self._hook = register_multi_grad_hook(leaves, self._at_first_gradient, mode="any") if leaves else None
         return self
@@ -51,7 +54,7 @@ class GradientWatch:
 
 
 class _Mark:
-    """A parameter's gradient as it was: which tensor, and how often that had been written to."""
+    """A parameter's gradient before the block: the tensor, and the number of writes to it."""
 
     __slots__ = ("_grad", "_writes", "param")
 
@@ -62,12 +65,12 @@ class _Mark:
 
     @property
     def untouched(self) -> bool:
-        grad = self.param.grad  # the address of one that has been freed may be another's by now
+        grad = self.param.grad  # a freed gradient's address may be reused
         return grad is not None and grad is self._grad() and _writes(grad) == self._writes
 
     @property
     def grew(self) -> bool:
-        """Whether FSDP2 has added to it, which torch 2.13 does on the local shard; clearing writes to both."""
+        """Whether FSDP2 has added to it: torch 2.13 writes to the local shard for that, but clearing writes to both."""
         grad = self.param.grad
         if grad is None or not _is_sharded(grad) or grad is not self._grad():
             return False
@@ -80,8 +83,8 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 
 def _writes(grad: Tensor) -> tuple[int, int]:
-    """How often a gradient, and its local shard, have been written to."""
+    """Returns the numbers of writes to a gradient and to its local shard."""
     if not _is_sharded(grad):
         return grad._version, 0
-    with torch.no_grad():  # where a local shard is no operation of the graph
+    with torch.no_grad():  # taking the local shard must not enter the graph
         return grad._version, local(grad)._version

@@ -13,17 +13,18 @@ from distopt.sam.perturbation import gradient_pairs
 
 
 class GSAM(SAM):
-    r"""Surrogate-gap SAM: minimizes the perturbed loss, and its distance to the loss where that costs nothing.
+    r"""Surrogate-gap SAM: minimizes the perturbed loss, and its gap to the loss where that does not conflict.
 
         perturb and second pass as SAM:  g at p, and g' at p + rho g / |g|
-        g_perp = g - (g . g' / |g'|^2) g'          what of g the perturbed loss does not feel
+        g_perp = g - (g . g' / |g'|^2) g'          the part of g that does not change the perturbed loss
         step with g' - alpha * g_perp
 
-    Products and norms are over all parameters and ranks: one more all-reduce per mesh axis that shards, and one more
-    copy of the gradients. The paper lets rho fall with the learning rate: set `rho` as training goes on.
+    Inner products and norms are over all parameters and ranks: they cost one more all-reduce per mesh axis that shards,
+    and one more copy of the gradients. The paper lets rho fall with the learning rate: set `rho` during training.
 
-    Args: as `SAM`, and
-        alpha: >= 0; 0 is SAM.
+    Args:
+        optimizer, rho, interval, model: As for `SAM`.
+        alpha: The weight of g_perp, >= 0; 0 is SAM.
 
     Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu, Surrogate Gap Minimization Improves
     Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065.

@@ -1,4 +1,4 @@
-"""LookSAM: the second gradient at every k-th step, remembered in between."""
+"""LookSAM: the second gradient at every k-th step, reused in between."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from distopt.sam.perturbation import gradient_pairs
 
 
 class LookSAM(SAM):
-    r"""LookSAM: at every k-th step SAM's gradient, in between the part of it that changes slowly.
+    r"""LookSAM: SAM's gradient at every k-th step, and in between the part of it that changes slowly.
 
         every k-th step:  g at p, and g' at p + rho g / |g|
-                          v = g' - (g . g' / |g|^2) g            the part that leads to flat places
+                          v = g' - (g . g' / |g|^2) g            the part that leads to flat minima
                           step with g'
         the others:       step with g + alpha * (|g| / |v|) * v
 
-    Products and norms are over all parameters and ranks. v is kept in the optimizer's state, as `sam_look`, and lies as
-    the gradients do. A step that ascends costs SAM's two passes, the others one.
+    Inner products and norms are over all parameters and ranks. v is stored in the optimizer's state as `sam_look`,
+    laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
 
-    Args: as `SAM`, and
-        interval: k, 5 in the paper.
-        alpha: >= 0; 0 steps with plain gradients in between.
+    Args:
+        optimizer, rho, model: As for `SAM`.
+        interval: The k of the formula, 5 in the paper.
+        alpha: The weight of v, >= 0; with 0 the steps in between take plain gradients.
 
     Reference: Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022,
     arXiv 2203.02714.
