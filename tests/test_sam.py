@@ -422,7 +422,7 @@ def restored(kind: str) -> bool:
     backward(model, kind, 0)
     before = [local(p).detach().clone() for p in params]
     sam.perturb()
-    assert sum(copy.numel() for _, copy in sam._perturbed.copies) == sum(b.numel() for b in before)
+    assert sum(copy.numel() for copy in sam._perturbation.backup.copies) == sum(b.numel() for b in before)
     moved = [not torch.equal(local(p), b) for p, b in zip(params, before) if b.numel()]
     assert all(moved)
     sam.restore()

@@ -112,7 +112,7 @@ def test_the_slopes_of_functional_sam_are_not_lost_in_float16() -> None:
         loss = sam.loss(params[0].half(), lambda logits: logits.float().square().sum() / tokens)
         (loss * 2.0**20).backward()
         assert params[0].grad.tolist() == pytest.approx([2.0**21 / tokens] * 3, rel=1e-2)
-        sam.restore() if sam._perturbed else sam.perturb()
+        sam.restore() if sam._perturbation else sam.perturb()
 
 
 def test_float32_is_not_warned_about() -> None:

@@ -138,11 +138,11 @@ def put_back(kind: str) -> list[str]:
         for group in sam.param_groups:
             group["sam_steps"] = 0  # of a cycle the step that ascends
         sam.perturb()
-        layout = sam._perturbed.layout
-        mine = sum(shard.numel() for shard in layout.weights(sam._perturbed.owners))
+        layout = sam._perturbation.layout
+        mine = sum(shard.numel() for shard in layout.weights(sam._perturbation.params))
         held = sum(b.numel() for b in before)
-        kept = sam._perturbed.first
-        if sum(copy.numel() for _, copy in sam._perturbed.copies) != held or mine > held:
+        kept = sam._perturbation.unperturbed
+        if sum(copy.numel() for copy in sam._perturbation.backup.copies) != held or mine > held:
             wrong.append(f"{name}: copies")
         if kind == "zero1" and sam.reads_optimizer_state and mine > 0.7 * held:
             wrong.append(f"{name}: moves more than its rows")

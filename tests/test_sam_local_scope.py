@@ -96,7 +96,7 @@ def local_on_shards() -> None:
 
 
 def test_local_scope_is_refused_where_weights_are_sharded() -> None:
-    with pytest.raises(RankError, match=r"scope=local needs whole weights on every rank, as under DDP"):
+    with pytest.raises(RankError, match=r"scope=local needs full weights on every rank, as under DDP"):
         run(2, local_on_shards)
     with pytest.raises(
         ValueError, match=r"sam\.scope=local needs whole weights on every rank: use engine=ddp or zero1"

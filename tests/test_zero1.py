@@ -225,7 +225,7 @@ def steps(make: Callable[[DistributedDataParallel], Any], sam: bool) -> tuple[li
         for _ in range(1 + sam):
             optimizer.zero_grad()
             model(dist.get_rank(), step).backward()
-            if sam and optimizer._perturbed is None:
+            if sam and optimizer._perturbation is None:
                 optimizer.perturb()
         if sam:
             optimizer.restore()

@@ -18,6 +18,7 @@ from distopt import layout
 from distopt.engine.base import Engine, check_switch
 from distopt.layout import deepspeed_private as private
 from distopt.sam import SAM
+from distopt.sam.backup import Backup
 
 
 class DeepSpeed(Engine):
@@ -127,46 +128,43 @@ class DeepSpeed(Engine):
 
     @contextlib.contextmanager
     def perturbed(self, model: Any, sam: SAM) -> Iterator[None]:
-        """SAM's ascent is a step of DeepSpeed's, which casts and gathers the perturbed weights as after any other.
+        """Perturbs by a step of DeepSpeed, which casts and gathers the perturbed weights as after any other.
 
-        The partitions are put back before the descent, and by its step the weights that the model computes with.
+        On exit the partitions are restored. The weights that the model computes with follow in the descent's step.
         """
         if not sam.ascends:
             yield
             return
-        zero, buffers = model.optimizer, list(sam.model.buffers()) if sam.model is not None else []
-        copies = [(buffer, buffer.clone()) for buffer in buffers]
+        zero, buffers, flats = model.optimizer, Backup(sam.buffers_of_model()), Backup()
 
         def ascend() -> None:
             norm = private.global_grad_norm(zero)
             for group in sam.param_groups:
+                flats.add(group["params"])
                 for flat in group["params"]:
-                    copies.append((flat, flat.detach().clone()))
                     flat.data.add_(flat.grad, alpha=sam.radius(group) / norm if norm > 0.0 else 0.0)
 
         try:
             with private.unclipped(zero), _stepping_by(sam.optimizer, ascend):
                 model.step()
             model.ascent_applied = model.was_step_applied()
-            # Masters begin as what bfloat16 has, which says nothing of the steps to come: the second ascent tells.
+            # Masters start as bfloat16 values, which says nothing of later steps: the second ascent is measured.
             if model.ascent_applied and not sam.measured and model.global_steps > 1:
-                self._measure(sam, copies[len(buffers) :])
+                self._measure(sam, flats)
             yield
         except BaseException:
-            self._put_back(copies)
+            buffers.restore()
+            flats.restore()
             sam.layout.show()
             raise
-        self._put_back(copies)
+        buffers.restore()
+        flats.restore()
 
-    def _measure(self, sam: SAM, copies: list[tuple[Tensor, Tensor]]) -> None:
-        """What the model computes with are the partitions, rounded."""
-        flats, cut = [flat for flat, _ in copies], sam.layout
-        after, before = cut.weights(flats), cut.shards(flats, [copy for _, copy in copies])
-        sam.measure(cut, cut.layers(flats), before, after, (a - b for a, b in zip(after, before)))
-
-    def _put_back(self, copies: list[tuple[Tensor, Tensor]]) -> None:
-        for tensor, copy in copies:
-            tensor.data.copy_(copy)
+    def _measure(self, sam: SAM, flats: Backup) -> None:
+        """The model computes with the partitions, rounded."""
+        partitions = sam.layout
+        after, before = partitions.weights(flats.tensors), partitions.shards(flats.tensors, flats.copies)
+        sam.measure(partitions, partitions.layers(flats.tensors), before, after, (a - b for a, b in zip(after, before)))
 
     def unwrap(self, model: Any) -> nn.Module:
         return getattr(model, "module", model)

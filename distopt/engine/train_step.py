@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distopt.data.batch import Batch, PassLoss, next_token_loss
-from distopt.rng import random_state, same_random_numbers
+from distopt.rng import random_state
 from distopt.sam import SAM
+from distopt.sam.two_passes import Pass, two_passes
 
 if TYPE_CHECKING:
     from distopt.engine import Engine
@@ -57,21 +57,23 @@ def sharpness_aware(
     batches: Sequence[Tensor | Batch],
     loss: Loss = next_token_loss,
 ) -> Tensor:
-    """The gradient that SAM steps with; returns this rank's loss in its first pass. If it raises, weights stay.
+    """Computes the gradients that SAM steps with. If a pass raises, the weights are restored.
 
-    Raises ValueError for a SAM that the engine cannot run.
+    Returns:
+        This rank's mean loss in the first pass.
+
+    Raises:
+        ValueError: If the engine cannot run this SAM.
     """
     engine.check_sam(sam)
-    start, losses = random_state(batches[0].device), []
-    if sam.needs_ascent_gradient:
-        exchange = sam.scope == "global" or not sam.ascends
-        losses.append(backward(engine, model, batches, loss, sam.loss, exchange))
-    with engine.perturbed(model, sam):
-        if sam.ascends or not sam.needs_ascent_gradient:
+
+    def run_pass(this: Pass) -> Tensor:
+        if this.second:
             engine.zero_grad(model, sam)
-            with same_random_numbers(start) if sam.needs_ascent_gradient else contextlib.nullcontext():
-                losses.append(backward(engine, model, batches, loss, sam.loss))
-    return losses[0]
+        return backward(engine, model, batches, loss, sam.loss, this.exchange)
+
+    start = random_state(batches[0].device)
+    return two_passes(sam, run_pass, start, perturbed=lambda: engine.perturbed(model, sam))
 
 
 def backward(

@@ -14,8 +14,9 @@ from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
 from distopt.integrations.accelerate.sam import attach_sam, sam_of
 from distopt.layout import unwrap_optimizer
-from distopt.rng import RandomState, random_state, same_random_numbers
+from distopt.rng import RandomState, random_state
 from distopt.sam import SAM
+from distopt.sam.two_passes import Pass, two_passes
 
 # What these of TRL 1.16 put around the Trainer's training_step (offloaded activations) leaves no trace.
 _SAME_IN_BOTH_PASSES = (
@@ -132,39 +133,47 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if inputs is self._batches[0]:
             self._start = random_state(self.args.device)  # type: ignore[attr-defined]
-        try:
-            if (
-                not sam.needs_ascent_gradient
-            ):  # for each micro-batch, since between them the Trainer shows the weights to others
-                with sam.perturbed():
-                    reshard(model)
-                    loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-                reshard(model)
-                return loss
-            alone = sam.scope == "local" and sam.ascends
-            with self.accelerator.no_sync(model) if alone else contextlib.nullcontext():  # type: ignore[attr-defined]
-                loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-            if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
-                with sam.perturbed():
-                    if sam.ascends:
-                        with same_random_numbers(self._start), _unrecorded(self):
-                            self._second_pass(model, num_items_in_batch)
-                reshard(model)
+        step = super().training_step  # type: ignore[misc]
+
+        def run_pass(this: Pass) -> Tensor:
+            if this.second:
+                with _unrecorded(self):
+                    return self._second_pass(model, num_items_in_batch)
+            with contextlib.nullcontext() if this.exchange else self.accelerator.no_sync(model):  # type: ignore[attr-defined]
+                loss: Tensor = step(model, inputs, num_items_in_batch)
             return loss
+
+        try:
+            # MomentumSAM perturbs around each micro-batch: between them the Trainer shows the weights to callbacks.
+            return two_passes(
+                sam,
+                run_pass,
+                self._start,
+                perturbed=lambda: _perturbed(sam, model),
+                complete=lambda: self.accelerator.sync_gradients,  # type: ignore[attr-defined]
+            )
         except BaseException:
-            sam.abort_pass()
             leave_pass(model)
             reshard(model)
             raise
 
-    def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> None:
-        reshard(model)
+    def _second_pass(self, model: nn.Module, num_items_in_batch: Any) -> Tensor:
         model.zero_grad()
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]
                 super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
-        super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+        loss: Tensor = super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+
+@contextlib.contextmanager
+def _perturbed(sam: SAM, model: nn.Module) -> Iterator[None]:
+    """`sam.perturbed` for a model under FSDP2, which drops its stale unsharded parameters."""
+    with sam.perturbed():
+        reshard(model)
+        yield
+    reshard(model)
 
 
 @contextlib.contextmanager

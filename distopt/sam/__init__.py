@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization around any torch optimizer, and what grew from it."""
+"""Sharpness-aware minimization (SAM) around any torch optimizer, and its descendants."""
 
 from distopt.sam.asam import ASAM
 from distopt.sam.base import SAM

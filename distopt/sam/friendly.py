@@ -1,4 +1,4 @@
-"""Friendly-SAM: perturb along what is new in the gradient."""
+"""Friendly-SAM: perturbs along the noise of the gradient of a batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from distopt.sam.base import SAM
 
 
 class FriendlySAM(SAM):
-    r"""Friendly-SAM: perturbs along the noise of the batch's gradient, without what it shares with the batches before.
+    r"""Friendly-SAM: perturbs along the noise of the batch's gradient, without the mean of earlier gradients.
 
         m <- lambda * m + (1 - lambda) * g
         d = g - sigma * m
         p <- p + rho * d / |d|
 
-    The mean is kept in the optimizer's state, as `sam_mean`, cut up as that is, and moves when the step is taken. m
-    starts at 0 and holds g already, as in the paper; the authors' code starts it at the first g and perturbs by that of
-    the steps before. Under a loss scale (fp16) divide the gradients by it before `perturb`: m outlives the scale.
-    `distopt.attach` and `SAMTrainerMixin` raise ValueError under one; by hand it cannot be seen.
+    The mean m is stored in the optimizer's state as `sam_mean`, sharded like that state, and changes when the step is
+    taken. It starts at 0 and includes g, as in the paper; the authors' code starts it at the first g and uses the mean
+    of earlier steps. Under a loss scale (fp16) divide the gradients by it before `perturb`: m outlives the scale.
+    `distopt.attach` and `SAMTrainerMixin` raise ValueError under one; in other loops a scale cannot be detected.
 
-    Args: as `SAM`, and
-        sigma: how much of the mean is taken away; 1 in the paper. 0 is SAM.
-        decay: lambda, in [0, 1].
+    Args:
+        optimizer, rho, interval, model: As for `SAM`.
+        sigma: The share of the mean that is subtracted, in [0, 1]; 1 in the paper, 0 is SAM.
+        decay: The lambda of the formula, in [0, 1].
 
     Reference: Li, Zhou, He, Cheng, Huang, Friendly Sharpness-Aware Minimization, CVPR 2024, arXiv 2403.12350.
     """
@@ -47,9 +48,9 @@ class FriendlySAM(SAM):
         self.sigma = bounded("sigma", sigma, 0.0, 1.0)
         self.decay = bounded("decay", decay, 0.0, 1.0)
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        grads, means = layout.grads(owners), self._shards(layout, owners, "sam_mean")
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        grads, means = layout.grads(params), self._state_buffers.shards(layout, params, "sam_mean")
         means = [torch.lerp(m, g.to(m.dtype), 1.0 - self.decay) for m, g in zip(means, grads)]
-        self._stage(layout, owners, "sam_mean", means)
+        self._state_buffers.stage(layout, params, "sam_mean", means)
         directions = [g - self.sigma * m for g, m in zip(grads, means)]
         return directions, directions

@@ -1,4 +1,4 @@
-"""Functional SAM: perturb the model's function, not its loss."""
+"""Functional SAM: perturbs the function of the model, not its loss."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
-from distopt.sam.base import SAM, _Perturbed
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import Perturbation
 from distopt.sam.preconditioned import PreconditionedSAM
 
 
 class FunctionalSAM(PreconditionedSAM):
-    r"""SAM for language models whose second pass keeps the derivative of the loss by the logits of the first.
+    r"""SAM for language models whose second pass reuses the first pass's derivative of the loss by the logits.
 
         first pass:   u = dl/df at f(p)                        f: the model's outputs (logits), l: their loss
         perturb:      as preconditioned SAM, or as SAM
         second pass:  g = J(p + e)^T u                         J: the derivative of f by the weights
 
-    Only the model's function feels the perturbation; how it moves the loss at given logits, which is what SAM minimizes
-    in language models, does not. The model's outputs have to be shown to both passes:
+    Only the model's function is perturbed. The loss at given logits, which is what SAM minimizes in language models, is
+    not. Both passes have to compute the loss by `loss`, which sees the outputs of the model:
 
         loss = sam.loss(model(x).logits, lambda logits: cross_entropy(logits, y)); loss.backward()
 
-    The second value has the right gradient and is no loss. Keeps one gradient of the logits for each micro-batch.
+    In the second pass the value has the right gradient but is not a loss. Keeps one gradient of the logits per
+    micro-batch.
 
-    Args: as `PreconditionedSAM`, and
-        precondition: whether the perturbation is preconditioned, which needs an optimizer with second moments.
+    Args:
+        optimizer, rho, eps, interval, model: As for `PreconditionedSAM`.
+        precondition: Whether the perturbation is preconditioned, which needs an optimizer with second moments.
 
-    Raises RuntimeError where a pass does not show its outputs, or the second not as many as the first.
+    Raises:
+        RuntimeError: If a pass does not call `loss`, or if the second has more or fewer outputs than the first.
 
     Reference: Singh, Mobahi, Agarwala, Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
     ICML 2025, arXiv 2502.02407.
@@ -51,8 +55,8 @@ class FunctionalSAM(PreconditionedSAM):
         self._slopes: list[Tensor] = []
         self._in_closure = False
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        return super().ascent(layout, owners) if self.precondition else SAM.ascent(self, layout, owners)
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return super().ascent(layout, params) if self.precondition else SAM.ascent(self, layout, params)
 
     def perturb(self) -> Tensor:
         if self.ascends and not self._slopes:
@@ -65,14 +69,14 @@ class FunctionalSAM(PreconditionedSAM):
         if left:
             raise RuntimeError("the second pass has shown fewer outputs than the first: compute its loss by sam.loss")
 
-    def _put_back(self) -> _Perturbed | None:
+    def _put_back(self) -> Perturbation | None:
         self._slopes = []  # of a second pass that failed
         return super()._put_back()
 
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
-        if outputs.dtype.itemsize < 4:  # their gradients, without a loss scale, are less than float16 has
+        if outputs.dtype.itemsize < 4:  # without a loss scale their gradients underflow in float16
             outputs = outputs.float()
-        if self._perturbed is None:
+        if self._perturbation is None:
             loss = criterion(outputs)
             if torch.is_grad_enabled() and self.ascends:
                 (slope,) = torch.autograd.grad(loss, outputs, retain_graph=True)
@@ -83,7 +87,7 @@ class FunctionalSAM(PreconditionedSAM):
         return (outputs * self._slopes.pop(0)).sum()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._perturbed is None and not self._in_closure:
+        if self._perturbation is None and not self._in_closure:
             self._slopes = []  # of a step that was given up
         super().zero_grad(set_to_none)
 

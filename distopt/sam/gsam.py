@@ -8,21 +8,23 @@ from torch import Tensor, nn
 from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
-from distopt.sam.base import SAM, paired
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import gradient_pairs
 
 
 class GSAM(SAM):
-    r"""Surrogate-gap SAM: minimizes the perturbed loss, and its distance to the loss where that costs nothing.
+    r"""Surrogate-gap SAM: minimizes the perturbed loss, and its gap to the loss where that does not conflict.
 
         perturb and second pass as SAM:  g at p, and g' at p + rho g / |g|
-        g_perp = g - (g . g' / |g'|^2) g'          what of g the perturbed loss does not feel
+        g_perp = g - (g . g' / |g'|^2) g'          the part of g that does not change the perturbed loss
         step with g' - alpha * g_perp
 
-    Products and norms are over all parameters and ranks: one more all-reduce per mesh axis that shards, and one more
-    copy of the gradients. The paper lets rho fall with the learning rate: set `rho` as training goes on.
+    Inner products and norms are over all parameters and ranks: they cost one more all-reduce per mesh axis that shards,
+    and one more copy of the gradients. The paper lets rho fall with the learning rate: set `rho` during training.
 
-    Args: as `SAM`, and
-        alpha: >= 0; 0 is SAM.
+    Args:
+        optimizer, rho, interval, model: As for `SAM`.
+        alpha: The weight of g_perp, >= 0; 0 is SAM.
 
     Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu, Surrogate Gap Minimization Improves
     Sharpness-Aware Training, ICLR 2022, arXiv 2203.08065.
@@ -42,11 +44,13 @@ class GSAM(SAM):
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
-        if first is None:  # a step that did not ascend
+    def descent(
+        self, layout: ShardLayout, params: list[Tensor], unperturbed: dict[Tensor, list[Tensor]] | None
+    ) -> None:
+        if unperturbed is None:  # a step that did not ascend
             return
-        before, after = paired(layout, owners, first)
-        dots, squares = layout.dots(layout.layers(owners), (before, after), (after, after))
+        before, after = gradient_pairs(layout, params, unperturbed)
+        dots, squares = layout.dots(layout.layers(params), (before, after), (after, after))
         dot, square = exact.total(dots), exact.total(squares)
         along = torch.where(square > 0, dot / square, 0.0)
         for g, second in zip(before, after, strict=True):

@@ -1,4 +1,4 @@
-"""LookSAM: the second gradient at every k-th step, remembered in between."""
+"""LookSAM: the second gradient at every k-th step, reused in between."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from torch import Tensor, nn
 from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
-from distopt.sam.base import SAM, paired
+from distopt.sam.base import SAM
+from distopt.sam.perturbation import gradient_pairs
 
 
 class LookSAM(SAM):
-    r"""LookSAM: at every k-th step SAM's gradient, in between the part of it that changes slowly.
+    r"""LookSAM: SAM's gradient at every k-th step, and in between the part of it that changes slowly.
 
         every k-th step:  g at p, and g' at p + rho g / |g|
-                          v = g' - (g . g' / |g|^2) g            the part that leads to flat places
+                          v = g' - (g . g' / |g|^2) g            the part that leads to flat minima
                           step with g'
         the others:       step with g + alpha * (|g| / |v|) * v
 
-    Products and norms are over all parameters and ranks. v is kept in the optimizer's state, as `sam_look`, and lies as
-    the gradients do. A step that ascends costs SAM's two passes, the others one.
+    Inner products and norms are over all parameters and ranks. v is stored in the optimizer's state as `sam_look`,
+    laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
 
-    Args: as `SAM`, and
-        interval: k, 5 in the paper.
-        alpha: >= 0; 0 steps with plain gradients in between.
+    Args:
+        optimizer, rho, model: As for `SAM`.
+        interval: The k of the formula, 5 in the paper.
+        alpha: The weight of v, >= 0; with 0 the steps in between take plain gradients.
 
     Reference: Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022,
     arXiv 2203.02714.
@@ -46,19 +48,21 @@ class LookSAM(SAM):
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.alpha = bounded("alpha", alpha, 0.0)
 
-    def descent(self, layout: ShardLayout, owners: list[Tensor], first: dict[Tensor, list[Tensor]] | None) -> None:
-        if first is not None:
-            params = list(dict.fromkeys((*first, *owners)))
-            before, after = paired(layout, params, first)
+    def descent(
+        self, layout: ShardLayout, params: list[Tensor], unperturbed: dict[Tensor, list[Tensor]] | None
+    ) -> None:
+        if unperturbed is not None:
+            params = list(dict.fromkeys((*unperturbed, *params)))
+            before, after = gradient_pairs(layout, params, unperturbed)
             dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
             dot, square = exact.total(dots), exact.total(squares)
             along = torch.where(square > 0, dot / square, 0.0)
             for g, second in zip(before, after, strict=True):
                 g.mul_(-along.to(g.dtype)).add_(second)
-            self._stage(layout, params, "sam_look", before)
+            self._state_buffers.stage(layout, params, "sam_look", before)
         else:
-            grads, look = layout.grads(owners), self._shards(layout, owners, "sam_look")
-            norms = layout.norms(layout.layers(owners), grads, look)
+            grads, look = layout.grads(params), self._state_buffers.shards(layout, params, "sam_look")
+            norms = layout.norms(layout.layers(params), grads, look)
             of_grads, of_look = (exact.norm(each) for each in norms)
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look, strict=True):

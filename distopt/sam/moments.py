@@ -1,4 +1,4 @@
-"""Which moments an optimizer keeps in its state, asked of the state and not guessed from the names of its options."""
+"""The moments in an optimizer's state, found in the state itself and not guessed from the names of its options."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ SECOND = ("exp_avg_sq", "square_avg", "sum")
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:
-    """The names of the state buffers that an optimizer will have; None where only its state after a step can tell.
+    """Returns the names of the state buffers of an optimizer, or None where only its state after a step has them.
 
-    An optimizer of distopt says so. One of torch takes a step, with its groups' options, of a parameter of four zeros.
+    An optimizer of distopt declares them. One of torch takes a trial step, with the options of each group, on a
+    parameter of four zeros.
     """
     if hasattr(optimizer, "rule"):
         return {name for group in optimizer.param_groups for name in optimizer.rule(group).buffers}
     if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
-        return None  # which may step others inside of it, and has rules for its parameters
+        return None  # it may wrap others, and restrict its parameters
     return _names_after_a_step(optimizer)
 
 
 def moment_of(state: dict[str, Any], names: tuple[str, ...], param: Tensor) -> Tensor | None:
-    """The first of these buffers in a parameter's state, if it is of the parameter's shape."""
+    """Returns the first buffer with one of these names in a parameter's state, if it has the parameter's shape."""
     found = (state[name] for name in names if isinstance(state.get(name), Tensor))
     return next((moment for moment in found if moment.shape == param.shape), None)
 
@@ -34,7 +35,7 @@ def moment_of(state: dict[str, Any], names: tuple[str, ...], param: Tensor) -> T
 def _names_after_a_step(optimizer: torch.optim.Optimizer) -> set[str] | None:
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # a schedule's, which steps the optimizer itself
+    twin.__dict__.pop("step", None)  # a schedule's wrapper, which steps the original
     twin._optimizer_step_pre_hooks = OrderedDict()
     twin._optimizer_step_post_hooks = OrderedDict()
     scratch = [torch.zeros(2, 2) for _ in optimizer.param_groups]
@@ -46,7 +47,7 @@ def _names_after_a_step(optimizer: torch.optim.Optimizer) -> set[str] | None:
         {**group, **{k: v for k, v in options.items() if k in group}, "params": [p]}
         for group, p in zip(optimizer.param_groups, scratch)
     ]
-    if isinstance(optimizer, torch.optim.Adagrad):  # which has its state from the beginning
+    if isinstance(optimizer, torch.optim.Adagrad):  # its state exists before the first step
         return {name for state in optimizer.state.values() for name in state}
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Momentum-SAM: perturb along the momentum, so that no second pass is needed."""
+"""Momentum-SAM: perturbs along the momentum, and needs no second pass."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from distopt.sam.moments import FIRST, moment_of, state_names
 
 
 class MomentumSAM(SAM):
-    r"""Momentum-SAM: the gradient of each step is that at weights moved against the momentum; one pass a step.
+    r"""Momentum-SAM: computes the gradient at weights moved against the momentum; one pass per step.
 
         p' = p - rho * v / |v|          v is the optimizer's momentum; |v| over all parameters and ranks
         g at p'; back to p; one step of the optimizer with g
 
-    The paper keeps the weights at p' between steps; here they are moved before the pass and put back after it, so that
-    whoever looks at them sees p:
+    The paper keeps the weights at p' between steps; here they are moved before the pass and restored after it, so that
+    evaluation and checkpoints see p:
 
         sam.perturb(); loss.backward(); sam.restore(); sam.step()
 
-    Before the first step, and for parameters that have had none, there is no momentum, and nothing moves. Under ZeRO-1
-    each rank moves its rows and sends them to the others.
+    Before its first step a parameter has no momentum, and does not move. Under ZeRO-1 each rank moves the rows that it
+    owns and sends them to the others.
 
-    Args: as `SAM`, and
-        rho: 0.3 for SGD in the paper's code, 1 for AdamW.
+    Args:
+        optimizer, interval: As for `SAM`.
+        rho: The radius; in the paper's code 0.3 for SGD and 1 for AdamW.
 
-    Raises ValueError for an optimizer without momentum (SGD with momentum, Adam, AdamW, LAMB, LARS have it): when it is
-    made or, around an optimizer that is neither distopt's nor torch's, at the second step.
+    Raises:
+        ValueError: If the optimizer has no momentum (SGD with momentum, Adam, AdamW, LAMB and LARS have it): on
+            construction or, around an optimizer that is neither distopt's nor torch's, at the second step.
 
     Reference: Becker, Altrock, Risse, Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, 2024,
     arXiv 2401.12033.
@@ -43,10 +45,10 @@ class MomentumSAM(SAM):
         if names is not None and names.isdisjoint(FIRST):
             raise self._no_momentum()
 
-    def owners(self) -> list[Tensor]:
+    def perturbed_params(self) -> list[Tensor]:
         params = [p for group in self.param_groups if self.radius(group) > 0.0 for p in group["params"]]
         found = [p for p in params if p.requires_grad and self._momentum(p) is not None]
-        if self._stepped and params and not found and not any(self._momentum(p) is not None for p in self.state):
+        if self._has_stepped and params and not found and not any(self._momentum(p) is not None for p in self.state):
             raise self._no_momentum()
         return found
 
@@ -56,7 +58,7 @@ class MomentumSAM(SAM):
     def _momentum(self, param: Tensor) -> Tensor | None:
         return moment_of(self.state.get(param, {}), FIRST, param)
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        held = [fit(layout, p, self._momentum(p), "momentum") for p in owners]  # type: ignore[arg-type]
-        momenta = [shard for p, momentum in zip(owners, held) for shard in layout.split(p, momentum)]
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        stored = [fit(layout, p, self._momentum(p), "momentum") for p in params]  # type: ignore[arg-type]
+        momenta = [shard for p, momentum in zip(params, stored) for shard in layout.split(p, momentum)]
         return list(torch._foreach_neg(momenta)) if momenta else [], momenta

@@ -12,21 +12,23 @@ from distopt.sam.moments import SECOND, moment_of, state_names
 
 
 class PreconditionedSAM(SAM):
-    r"""SAM that perturbs along the gradient as an adaptive optimizer scales it, for language models.
+    r"""SAM for language models, which perturbs along the gradient as an adaptive optimizer scales it.
 
         d = g / (sqrt(v) + eps)          v is the optimizer's mean (or sum) of squared gradients
         p <- p + rho * d / |d|
 
-    Plain SAM moves language models mostly along few large gradients (those of the logits), and often makes them worse;
+    SAM moves language models mostly along a few large gradients (those of the logits), and often makes them worse;
     the paper finds that preconditioning the perturbation helps. The norm |d|, over all parameters and ranks, makes the
     perturbation's length rho, and Adam's bias correction, one factor for all, drop out. Parameters that the optimizer
-    has not stepped yet have v = 0. Under ZeRO-1 each rank moves its rows and sends them to the others.
+    has not stepped yet have v = 0. Under ZeRO-1 each rank moves the rows that it owns and sends them to the others.
 
-    Args: as `SAM`, and
-        eps: > 0.
+    Args:
+        optimizer, rho, interval, model: As for `SAM`.
+        eps: A constant > 0 in the denominator.
 
-    Raises ValueError for an optimizer without a second moment for each element (Adafactor's are for rows and columns):
-    when it is made or, around an optimizer that is neither distopt's nor torch's, at the second step.
+    Raises:
+        ValueError: If the optimizer has no second moment per element (Adafactor's are per row and column): on
+            construction or, around an optimizer that is neither distopt's nor torch's, at the second step.
 
     Reference: Singh, Mobahi, Agarwala, Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
     ICML 2025, arXiv 2502.02407.
@@ -49,21 +51,21 @@ class PreconditionedSAM(SAM):
         if names is not None and names.isdisjoint(SECOND):
             raise self._no_moments()
 
-    def ascent(self, layout: ShardLayout, owners: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         directions = []
-        for p in owners:
+        for p in params:
             grads, moment = layout.grads([p]), self._moment(p)
-            # As state has them: in float16 eps would be 0.
-            held = layout.zeros(p) if moment is None else fit(layout, p, moment, "the second moment")
-            moments = layout.split(p, held)
+            # In the dtype of the state: in float16 eps would be 0.
+            stored = layout.zeros(p) if moment is None else fit(layout, p, moment, "the second moment")
+            moments = layout.split(p, stored)
             directions += [g / v.sqrt().add_(self.eps) for g, v in zip(grads, moments, strict=True)]
         return directions, directions
 
     def _moment(self, param: Tensor) -> Tensor | None:
-        """None before the parameter's first step; raises ValueError where it has been stepped without one."""
+        """Returns the second moment, None before the first step; raises ValueError if a step made none."""
         state = self.state.get(param, {})
         moment = moment_of(state, SECOND, param)
-        if moment is None and (state or (self._stepped and not self.state)):
+        if moment is None and (state or (self._has_stepped and not self.state)):
             raise self._no_moments()
         return moment
 

@@ -1,4 +1,4 @@
-"""What is left of a perturbation where weights have, or are computed with in, 16 bits; and how to keep it."""
+"""Rounding of a perturbation where the weights or the compute dtype have 16 bits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from distopt.layout import ShardLayout
 
-# The least that goes without a warning: below them the gradient changes by more than a tenth less or more than it
-# should (`python -m benchmarks rounding`).
+# The bounds of the warning: below them the gradient's change is off by more than a tenth
+# (`python -m benchmarks rounding`).
 _SHARE, _COSINE = 0.9, 0.4
 
 
 def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tensor]) -> None:
-    """p <- p + factor * d, in one operation that needs no other memory; bfloat16 weights are rounded by a dither.
+    """Adds factor * d to p in place, without scratch memory; bfloat16 weights are rounded by a dither.
 
-        p <- floor(p + factor * d + u)      u from 0 to 1 units of the last place, another one for each element
+        p <- floor(p + factor * d + u)      u from 0 to 1 units in the last place, one per element
 
-    Rounded to the nearest, a weight that is bfloat16 already would stay where it was for most of the elements, or move
-    by too much: a move of less than a 512th of it is lost. With u the moves are right in the mean. u is a hash of the
-    element's p, d and factor: no random numbers are drawn, and it is the same wherever the element lies.
+    With rounding to nearest, most elements of a bfloat16 weight would not change, or change too much: a change of less
+    than a 512th of the element is lost. With u the changes are right in the mean. u is a hash of the element's p, d and
+    factor: no random numbers are drawn, and it does not depend on how the parameter is sharded.
     """
     exact = [i for i, (w, d) in enumerate(zip(weights, directions)) if w.dtype == d.dtype != torch.bfloat16]
     if exact:
@@ -39,7 +39,7 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
 
 
 def _dither(weight: Tensor, direction: Tensor, factor: Tensor) -> Tensor:
-    """16 bits for each element. Of the direction its upper half counts: the lower one depends on the order of sums."""
+    """Returns 16 bits per element. Ignores the direction's lower half, which depends on the order of summation."""
     weights, directions = (t.float().view(torch.int32).bitwise_right_shift(16) & 0xFFFF for t in (weight, direction))
     mixed = weights.mul_(25033) ^ directions.mul_(30011) ^ factor.float().view(torch.int32)  # products below 2^31
     mixed = (mixed.bitwise_right_shift(8) ^ mixed) & 0xFFFF
@@ -54,15 +54,25 @@ def warn_of_rounding(
     moves: Iterable[Tensor],
     dtype: torch.dtype | None,
 ) -> bool:
-    """Warns where the forward pass sees another perturbation than the one that was meant.
+    """Warns if the forward pass sees a perturbation other than the intended one. Collective.
 
         seen = round(p + e) - round(p)
-        share = seen . e / |e|^2          what is left along the direction that was meant
-        cosine = seen . e / (|seen| |e|)  how much of what is seen is that, and not rounding
+        share = seen . e / |e|^2          what is left along the intended direction
+        cosine = seen . e / (|seen| |e|)  how much of what is seen is intended, and not rounding
 
-    Rounding float32 weights to 16 bits adds noise, which lowers the cosine and leaves the share: the gradient moves as
-    it should down to a cosine of 0.4. Every rank has to call it; it does nothing where weights have, and are computed
-    with in, 32 bits. Returns whether there was something to measure: a first perturbation may be none, or not finite.
+    Rounding float32 weights to 16 bits adds noise, which lowers the cosine and leaves the share: the gradient changes
+    as it should down to a cosine of 0.4. Does nothing where the weights and the compute dtype have 32 bits.
+
+    Args:
+        layout: How the parameters are sharded.
+        layers: The indices of the layers of the shards.
+        before: Shards of the weights p.
+        after: Shards of the perturbed weights.
+        moves: Shards of the intended perturbation e.
+        dtype: The compute dtype, or None for that of the weights.
+
+    Returns:
+        Whether the check is done: the first perturbation may be zero or not finite, and then measures nothing.
     """
     low = [dtype if dtype is not None and dtype.itemsize < w.element_size() else w.dtype for w in after]
     if all(d.itemsize > 2 for d in low) and (dtype is None or dtype.itemsize > 2):

@@ -1,4 +1,4 @@
-"""An optimizer around another one."""
+"""A wrapper of an optimizer that is one itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """To schedules, clipping, scalers and checkpoints it is the optimizer that it is around."""
+    """Looks to schedules, clipping, scalers and checkpoints like the optimizer inside."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        # Optimizer.__init__ is not called: it would make param groups of our own, which schedules would move in vain.
+        # Optimizer.__init__ is not called: it would create param groups that schedules change without effect.
         self.optimizer = optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own."""
+        """That of the optimizer inside."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -25,7 +25,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The optimizer's own."""
+        """That of the optimizer inside."""
         return self.optimizer.state
 
     @state.setter
@@ -45,7 +45,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for what this object has not: defaults, layout, the hooks' dictionaries.
+        # Called for attributes that the wrapper lacks: defaults, layout, the dictionaries of hooks.
         if name in ("optimizer", "__deepcopy__"):  # the optimizer's own would copy it without this
             raise AttributeError(name)
         return getattr(self.optimizer, name)
