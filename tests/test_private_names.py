@@ -21,7 +21,6 @@ def test_a_private_name_of_accelerate_that_moves_is_named(name: str, monkeypatch
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Linear(2, 1)
     model, optimizer = accelerator.prepare(model, distopt.SGD(model.parameters(), lr=0.1))
-    distopt.attach(accelerator, model, optimizer)
     monkeypatch.delattr(accelerator, name)
     with pytest.raises(ValueError, match=rf"Accelerator has no '{name}' any more: .* Accelerate 1\.15; install"):
         distopt.attach(accelerator, model, optimizer)

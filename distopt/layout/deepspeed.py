@@ -109,7 +109,7 @@ def _stage12(zero: Any) -> _Found:
             for p in members:
                 if p.data.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
                     raise ValueError("a DeepSpeed parameter is no view of its group's flat buffer: unknown layout")
-                offset = p.data.storage_offset() - buffer.storage_offset()
+                offset = int(p.data.storage_offset() - buffer.storage_offset())
                 start, stop = max(offset, low), min(offset + p.numel(), low + flat.numel())
                 if start < stop:
                     weights = p.data.view(-1)[start - offset : stop - offset]

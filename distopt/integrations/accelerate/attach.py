@@ -193,9 +193,8 @@ def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
 def _warn_of_schedulers(accelerator: Accelerator) -> None:
     from accelerate.scheduler import AcceleratedScheduler
 
-    own = [
-        s for s in prepared_schedulers(accelerator) if type(s) is AcceleratedScheduler
-    ]  # not DeepSpeed's, a subclass
+    # Not DeepSpeed's, which is a subclass.
+    own = [s for s in prepared_schedulers(accelerator) if type(s) is AcceleratedScheduler]
     if accelerator.num_processes > 1 and any(s.step_with_optimizer and not s.split_batches for s in own):
         warnings.warn(
             f"the scheduler was prepared, so Accelerate steps it {accelerator.num_processes} times per optimizer step: "
