@@ -1,4 +1,4 @@
-"""Work that ranks do for one another: a result, or an error, is every rank's."""
+"""Tasks whose result, or error, is shared with every rank."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ T = TypeVar("T")
 
 
 class FileError(RuntimeError):
-    """A rank could not read or write a file."""
+    """An error of a rank that could not read or write a file."""
 
 
 _RAISED = {"value": ValueError, "file": FileError, "other": RuntimeError}
 
 
 def world() -> int:
-    """How many ranks there are; 1 without a process group."""
+    """Returns the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This rank's number; 0 without a process group."""
+    """Returns this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def on_all(task: Callable[[], T]) -> list[T]:
-    """Does a task on every rank and returns all results; where it fails on one all raise, so that none waits for it.
+    """Runs a task on every rank. If it fails on one rank, all ranks raise, so that none waits for it.
 
-    A ValueError is raised as one, anything else as a RuntimeError that names the rank: FileError for an OSError.
+    Returns:
+        The results, by rank.
+
+    Raises:
+        ValueError: The task raised ValueError on some rank.
+        FileError: The task raised OSError; the message names the rank.
+        RuntimeError: The task raised anything else; the message names the rank.
     """
     mine, failure = _attempt(task)
     every = [mine] * world()
@@ -41,7 +47,7 @@ def on_all(task: Callable[[], T]) -> list[T]:
 
 
 def on_first(task: Callable[[], T]) -> T:
-    """Does a task on rank 0 and returns its result on every rank, or raises there."""
+    """Runs a task on rank 0; returns its result, or raises its error as `on_all` does, on every rank."""
     mine, failure = _attempt(task) if rank() == 0 else (None, None)
     only = [mine]
     if dist.is_initialized():
@@ -50,9 +56,9 @@ def on_first(task: Callable[[], T]) -> T:
 
 
 def one_after_another(task: Callable[[], T]) -> T:
-    """Does a task on rank 0, then on one rank of each machine, then on all; returns this rank's result.
+    """Runs a task on rank 0, then on the first rank of each machine, then on all ranks; returns this rank's result.
 
-    For work that writes files which those who come later find.
+    For tasks that write files which later ranks find and reuse.
     """
     first, local_first = rank() == 0, int(os.environ.get("LOCAL_RANK", "0")) == 0
     results: list[T] = []

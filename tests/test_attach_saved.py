@@ -101,7 +101,7 @@ def test_a_file_of_one_ranks_shards_is_refused() -> None:
     names = {name for name, p in whole("replicated").named_parameters() if p.requires_grad}
     for errors, saved in run(2, state_dicts):
         assert len(errors) == 9
-        assert all("cut up over the processes" in error and "save_state" in error for error in errors)
+        assert all("sharded over the processes" in error and "save_state" in error for error in errors)
         assert saved == names
 
 

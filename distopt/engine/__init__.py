@@ -1,4 +1,4 @@
-"""What runs the model: DDP, FSDP2, DeepSpeed. To an optimizer an engine is only the layout of its parameters."""
+"""Engines that run the model: DDP, ZeRO-1, FSDP2, DeepSpeed. An optimizer sees only the layout of its parameters."""
 
 from distopt.engine.base import Engine
 from distopt.engine.ddp import DDP

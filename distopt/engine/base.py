@@ -1,4 +1,4 @@
-"""What every engine does: starts the processes' group, checks what it got, builds the model, sums gradients."""
+"""The interface of an engine: it joins the process group, builds the model, exchanges gradients and takes steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def check_switch(name: str, value: object) -> None:
-    """Raises ValueError for a value that is not a boolean: any text would count as true."""
+    """Raises ValueError for a value that is not a boolean: any string would count as true."""
     if not isinstance(value, bool):
         raise ValueError(f"engine.{name} must be true or false, got {value!r}")
 
@@ -32,10 +32,19 @@ def check_switch(name: str, value: object) -> None:
 class Engine:
     """One way to run a model on several processes.
 
+    An engine is configuration: the state of a run belongs to the model that `build` or `attach` returns, so that one
+    engine may run several models.
+
     Args:
         precision: `fp32`; `bf16` computes in bfloat16 and keeps parameters, gradients and state in float32; `auto` is
-            bf16 on GPUs that have it, else fp32.
-        activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+            bf16 on GPUs that support it, else fp32.
+        activation_checkpointing: Recompute each block's activations in the backward pass instead of storing them.
+
+    Attributes:
+        bf16: Whether the model computes in bfloat16.
+
+    Raises:
+        ValueError: An unknown precision, bf16 on a GPU without it, or a switch that is not a boolean.
     """
 
     def __init__(self, precision: str = "auto", activation_checkpointing: bool = False) -> None:
@@ -50,14 +59,22 @@ class Engine:
         self.activation_checkpointing = activation_checkpointing
 
     def start(self, timeout_minutes: float = 30.0) -> Accelerator:
-        """Joins the processes that the launcher started; raises ValueError if they are not what was asked for."""
+        """Joins the processes that the launcher started.
+
+        Args:
+            timeout_minutes: How long a collective waits for the other ranks.
+
+        Raises:
+            ValueError: There are fewer GPUs than processes, `check` refuses their number, or Accelerate does not run
+                all of them together.
+        """
         world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         gpus = torch.cuda.device_count()
         if gpus and local > gpus:
             raise ValueError(f"{local} processes on a machine with {gpus} GPUs: launch with --num_processes {gpus}")
         self.check(world)
-        # Imported here: Accelerate takes two seconds that refusing a configuration need not wait.
+        # Imported here: Accelerate takes two seconds, for which refusing a configuration need not wait.
         from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.utils import ProjectConfiguration
 
@@ -79,7 +96,7 @@ class Engine:
         return accelerator
 
     def check(self, world: int) -> None:
-        """Raises ValueError for what this engine cannot be on `world` processes."""
+        """Raises ValueError if this engine cannot run on `world` processes."""
 
     def check_sam(self, sam: SAM) -> None:
         """Raises ValueError for a SAM that this engine cannot run."""
@@ -91,20 +108,39 @@ class Engine:
         fill: Callable[[nn.Module, torch.device], None],
         device: torch.device,
     ) -> nn.Module:
-        """Fills a meta model and wraps it for training.
+        """Fills a model on the meta device and wraps it for training.
 
-        blocks: the units to fill, and to shard, one at a time; `fill(unit, device)` gives one its values.
+        Args:
+            model: The model, without values.
+            blocks: The units to fill, and to shard, one at a time.
+            fill: `fill(unit, device)` allocates a unit on the device and gives it its values.
+            device: This rank's device.
+
+        Returns:
+            The wrapped model.
         """
         raise NotImplementedError
 
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward of a micro-batch: gradients are exchanged at the last of a step."""
+        """Returns a context for the forward and backward pass of a micro-batch.
+
+        Args:
+            model: The wrapped model.
+            last: Whether this is the last micro-batch of a step, after which gradients are exchanged.
+        """
         raise NotImplementedError
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        """Makes the optimizer the model's, and returns the model to train with.
+        """Gives the optimizer the layout of the model's parameters.
 
-        accumulation: micro-batches in a step. max_grad_norm: inf for no clipping.
+        Args:
+            model: The model that `build` returned.
+            optimizer: An optimizer of the model's parameters.
+            accumulation: The number of micro-batches in a step.
+            max_grad_norm: The norm to which gradients are clipped; inf for no clipping.
+
+        Returns:
+            The model to train with.
         """
         return model
 
@@ -113,14 +149,17 @@ class Engine:
         optimizer.zero_grad()
 
     def backward(self, model: nn.Module, loss: Tensor) -> None:
-        """Adds the gradient of a micro-batch's share of the loss."""
+        """Adds the gradient of a micro-batch's share of the loss to the gradients."""
         loss.backward()
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
-        """Clips and steps; returns the global gradient norm before clipping, and whether weights moved.
+        """Clips the gradients and steps.
 
-        A norm that is inf or nan, which all ranks see alike, leaves weights and state as they are, and the gradients,
-        which tell the layer.
+        If the norm is inf or nan, which is the same on all ranks, weights and state stay as they are, and so do the
+        gradients, in which the layer can be found.
+
+        Returns:
+            The global gradient norm before clipping, and whether the step was applied.
         """
         grads, total = measure(optimizer)
         norm = float(total)
@@ -145,17 +184,20 @@ class Engine:
             self.refresh(model)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """Around the forward pass."""
+        """Returns a context for the forward pass."""
         return contextlib.nullcontext()
 
     def refresh(self, model: nn.Module) -> None:
-        """After parameters changed, or ran without a backward pass: drops whole copies that would be stale."""
+        """Drops full copies of parameters that may be stale.
+
+        Call it after parameters have changed, and after a forward pass without a backward pass.
+        """
 
     def abort_pass(self, model: nn.Module) -> None:
-        """After a pass that raised in its middle: the next one starts as if there had been none."""
+        """Resets the model after a pass that raised, so that the next pass starts cleanly."""
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """The model as `transformers` made it."""
+        """Returns the model without its wrapper, as `transformers` created it."""
         return model
 
     def _checkpoint_activations(self, model: nn.Module) -> None:

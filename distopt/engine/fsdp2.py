@@ -16,14 +16,19 @@ from distopt.sam import SAM
 class FSDP2(Engine):
     """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, one unit for each block.
 
-    It does not go through `Accelerator.prepare`, which on the CPU silently gives DDP instead (Accelerate 1.15).
+    Does not use `Accelerator.prepare`, which silently returns DDP on the CPU (Accelerate 1.15).
 
-    Args: precision and activation_checkpointing as `Engine`, and
-        reshard_after_forward: free a block's parameters after its forward pass and gather them again for the backward
+    Args:
+        precision: As in `Engine`.
+        activation_checkpointing: As in `Engine`.
+        reshard_after_forward: Free a block's parameters after its forward pass and gather them again for the backward
             pass (ZeRO-3); false keeps them from forward to backward (ZeRO-2), for less communication and more memory.
-        replicas: how many copies of the sharded model there are (HSDP); the number of processes must be a multiple.
-        sync_each_batch: reduce gradients after every micro-batch of a step, so that only shards are kept; false keeps
-            whole gradients until the last one, for less communication and more memory.
+        replicas: The number of copies of the sharded model (HSDP); it must divide the number of processes.
+        sync_each_batch: Reduce gradients after every micro-batch of a step, so that only shards are kept; false keeps
+            full gradients until the last one, for less communication and more memory.
+
+    Raises:
+        ValueError: `replicas` is not an integer >= 1, a switch is not a boolean, or as `Engine`.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class FSDP2(Engine):
             raise ValueError(f"{empty[0]} has no elements, which FSDP2 cannot shard: remove it, or use engine=zero1")
         for unit in (*blocks, model):
             fill(unit, device)
-            # What lies outside of the blocks is needed again at once by the backward pass: it stays.
+            # The parameters outside of the blocks are needed again at once by the backward pass, so they stay gathered.
             reshard = self.reshard_after_forward and unit is not model
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         return model
@@ -96,7 +101,10 @@ class FSDP2(Engine):
 
 
 def leave_pass(model: nn.Module) -> None:
-    """After a pass that raised: `reshard` does nothing for what FSDP2 takes to be in one, and whole copies stay."""
+    """Ends a pass that raised.
+
+    Without it `reshard` skips the modules that FSDP2 believes to be inside of the pass, and full copies stay.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
@@ -104,7 +112,7 @@ def leave_pass(model: nn.Module) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drops the whole parameters that FSDP2 may still hold, so that the next pass gathers them anew."""
+    """Frees the full parameters that FSDP2 may still have, so that the next pass gathers them again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""distopt inside the programs of others."""
+"""Integrations of distopt with Accelerate and with the Trainer of transformers."""

@@ -1,4 +1,4 @@
-"""distopt inside the Trainer of transformers, under what it has set up: DDP, FSDP2 or DeepSpeed."""
+"""Mixins for the Trainer of transformers, on one process and under DDP, FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distopt.rng import RandomState, random_state
 from distopt.sam import SAM
 from distopt.sam.two_passes import Pass, two_passes
 
-# What these of TRL 1.16 put around the Trainer's training_step (offloaded activations) leaves no trace.
+# These of TRL 1.16 wrap the Trainer's training_step in a context that leaves no trace (offloaded activations).
 _SAME_IN_BOTH_PASSES = (
     "trl.trainer.sft_trainer.SFTTrainer",
     "trl.trainer.reward_trainer.RewardTrainer",
@@ -28,22 +28,23 @@ _SAME_IN_BOTH_PASSES = (
 
 
 class ShardedTrainerMixin:
-    """Tells distopt's optimizers how the Trainer has cut up the model, so that they step and resume as without.
+    """Binds distopt's optimizers to the layout that the Trainer gives the model, so that they step and resume rightly.
 
         class Trainer(ShardedTrainerMixin, transformers.Trainer): pass
 
         Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
 
-    DeepSpeed: binds the layout of its partitions, without which a step raises ValueError. FSDP2: makes all state before
-    a checkpoint is loaded, since torch fills only what is there. DDP and one process need nothing. Any subclass of the
-    Trainer will do, TRL's too.
+    DeepSpeed: binds the layout of its partitions, without which a step raises ValueError. FSDP2: creates all state
+    before a checkpoint is loaded, since torch fills only existing state. DDP and one process need nothing. Works with
+    any subclass of the Trainer, including TRL's.
 
-    Raises ValueError where DeepSpeed steps another optimizer than distopt's, or SAM, and where several processes were
-    launched of which each would train for itself.
+    Raises:
+        ValueError: If DeepSpeed's optimizer is SAM or not distopt's, and if several processes were launched, each of
+            which would train on its own.
     """
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The Trainer's; it calls this when the optimizer has been prepared and no checkpoint has been loaded yet."""
+        """Overrides the Trainer's, which calls it after preparing the optimizer and before loading a checkpoint."""
         check_processes(self.accelerator)  # type: ignore[attr-defined]
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)  # type: ignore[attr-defined]
         if wrapped is not None:
@@ -93,7 +94,7 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with SAM around it."""
+        """Wraps the Trainer's optimizer in SAM."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if self._make_sam is not None and sam_of(optimizer) is None:
             optimizer = self.optimizer = self._make_sam(optimizer)
@@ -104,7 +105,7 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         return optimizer
 
     def _check_passes(self) -> None:
-        """Raises ValueError where a micro-batch that is passed again may not be the same computation."""
+        """Raises ValueError if a second pass over a micro-batch might not be the same computation."""
         kinds = type(self).__mro__
         inner = kinds[kinds.index(SAMTrainerMixin) + 1 :]  # what runs in each pass
         for kind, names in [(kind, ("training_step", "_prepare_inputs")) for kind in inner] + [

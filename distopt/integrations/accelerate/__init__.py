@@ -1,4 +1,4 @@
-"""distopt in an Accelerate script."""
+"""The integration with Accelerate."""
 
 from distopt.integrations.accelerate.attach import attach
 

@@ -1,4 +1,4 @@
-"""One line that makes an Accelerate script right: the layout of what was prepared, and checkpoints that move."""
+"""`attach`: the layout of a model that Accelerate prepared, and checkpoints that load at other numbers of processes."""
 
 from __future__ import annotations
 
@@ -24,32 +24,38 @@ if TYPE_CHECKING:
 
 
 def attach(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero_stage: int | None = None) -> None:
-    """Gives the optimizer the layout of what `accelerator.prepare` made, and makes save_state and load_state right.
+    """Binds an optimizer to the layout that `accelerator.prepare` made, and makes save_state and load_state right.
 
-    Every process has to call it, once, after `prepare`. State of earlier steps is sharded as the model's layout says.
+    Every process must call it once, after `prepare`. State of earlier steps is sharded as the model's layout says.
 
-    One process, DDP: `zero` 0 or None keeps whole state on every process, 1 cuts it up (ZeRO-1) and moves no byte more:
-        each process gets the gradients of the rows that it steps, and in others nan. `accelerator.clip_grad_norm_`
-        knows of that. Where it cannot be (fp16's loss scaler, a communication hook of DDP)
-        gradients are whole, and half as much again is moved. `save_state` writes
-        model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with `zero` 0
-        or 1. Every process has to call them, on a file system that all of them see. Schedules, random numbers and
-        positions in the data stay Accelerate's.
-    Tensor parallelism without FSDP2: the parameters tell their layout. `zero` None or 0. `save_state` as under DDP.
-    FSDP2: the parameters tell their layout. `zero` None, 3, or 2 (reshard_after_forward false). `save_state` is
-        Accelerate's.
-    DeepSpeed: binds the layout of its partitions. `zero` None or its stage. `save_state` is DeepSpeed's, for the same
-        number of processes. `distopt.save_checkpoint` moves from any of these to any other.
-
-    accelerator: that of `prepare`. model, optimizer: what it returned; there may be a `SAM` around the optimizer, which
-        is told of the model, so that its second pass leaves the statistics of batch norm alone, and of mixed precision.
-    zero_stage: the ZeRO stage that the script means to run, to be checked; None takes what there is.
+    One process, DDP: `zero_stage` 0 or None keeps full state on every process. 1 shards it (ZeRO-1) at no additional
+        communication: each process gets the gradients of the rows that it updates, and nan in all others;
+        `accelerator.clip_grad_norm_` takes that into account. Where gradients cannot be reduce-scattered (fp16's loss
+        scaler, a communication hook of DDP) they are full, and half as many bytes more are sent. `save_state` writes
+        model and optimizer as a distopt checkpoint that `load_state` reads at any number of processes, with
+        `zero_stage` 0 or 1. Every process must call them, on a file system that all of them share. Schedules, random
+        numbers and positions in the data stay Accelerate's.
+    Tensor parallelism without FSDP2: the layout is inferred from the parameters. `zero_stage` None or 0. `save_state`
+        as under DDP.
+    FSDP2: the layout is inferred from the parameters. `zero_stage` None, 3, or 2 (reshard_after_forward false).
+        `save_state` is Accelerate's.
+    DeepSpeed: binds the layout of its partitions. `zero_stage` None or its stage. `save_state` is DeepSpeed's, for the
+        same number of processes. `distopt.save_checkpoint` moves from any of these to any other.
 
     Warns if a scheduler was prepared so that Accelerate steps it once per process, and if DeepSpeed clips gradients
-    although nobody asked for it.
-    Raises ValueError if `zero` is not what Accelerate prepared, for engines and optimizers whose update is not known to
-    be the unsharded one, for more than one model, for state of parameters that `prepare` has replaced, and for
-    FriendlySAM under fp16's loss scale.
+    although the script does not ask for it.
+
+    Args:
+        accelerator: The accelerator that prepared both.
+        model: The model that `prepare` returned.
+        optimizer: The optimizer that `prepare` returned. It may be a `SAM`, which then leaves the model's statistics of
+            batch norm alone in its second pass, and takes mixed precision into account.
+        zero_stage: The ZeRO stage that the script expects, to be checked; None accepts any.
+
+    Raises:
+        ValueError: If `zero_stage` is not what Accelerate prepared, for engines and optimizers whose update is not
+            known to be the unsharded one, for more than one model, for state of parameters that `prepare` has replaced,
+            and for FriendlySAM under fp16's loss scale.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
@@ -117,7 +123,15 @@ def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
 
 
 def attach_deepspeed(engine: Any, zero_stage: int | None) -> None:
-    """Binds the layout of DeepSpeed's partitions; raises ValueError as `attach`."""
+    """Binds DeepSpeed's client optimizer to the layout of its partitions.
+
+    Args:
+        engine: DeepSpeed's engine.
+        zero_stage: As in `attach`.
+
+    Raises:
+        ValueError: The stage is another, or DeepSpeed's optimizer is SAM or not distopt's.
+    """
     stage, optimizer = engine.zero_optimization_stage(), engine.basic_optimizer
     if zero_stage not in (None, stage):
         raise ValueError(
@@ -135,7 +149,7 @@ def attach_deepspeed(engine: Any, zero_stage: int | None) -> None:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises ValueError where each process runs for itself.
+    """Raises ValueError if each process runs on its own.
 
     Accelerate 1.15 silently does that for some combinations of launcher and device.
     """
@@ -169,7 +183,7 @@ def _check_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _distopt(optimizer: Any) -> ShardedOptimizer:
-    """The optimizer inside Accelerate's wrapper and SAM."""
+    """Returns the optimizer inside Accelerate's wrapper and SAM."""
     optimizer = layout.unwrap_optimizer(optimizer)
     if not isinstance(optimizer, ShardedOptimizer):
         raise ValueError(
@@ -179,7 +193,7 @@ def _distopt(optimizer: Any) -> ShardedOptimizer:
 
 
 def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
-    """Accelerate 1.15 writes 1.0 into DeepSpeed's configuration where that leaves `gradient_clipping` to it."""
+    """Warns of clipping unasked: Accelerate 1.15 sets 1.0 where DeepSpeed's `gradient_clipping` is auto."""
     clipping = engine.gradient_clipping()
     if clipping and accelerator.state.deepspeed_plugin.gradient_clipping == "auto":
         warnings.warn(
@@ -193,9 +207,8 @@ def _warn_of_clipping(accelerator: Accelerator, engine: Any) -> None:
 def _warn_of_schedulers(accelerator: Accelerator) -> None:
     from accelerate.scheduler import AcceleratedScheduler
 
-    own = [
-        s for s in prepared_schedulers(accelerator) if type(s) is AcceleratedScheduler
-    ]  # not DeepSpeed's, a subclass
+    # Not DeepSpeed's, which is a subclass.
+    own = [s for s in prepared_schedulers(accelerator) if type(s) is AcceleratedScheduler]
     if accelerator.num_processes > 1 and any(s.step_with_optimizer and not s.split_batches for s in own):
         warnings.warn(
             f"the scheduler was prepared, so Accelerate steps it {accelerator.num_processes} times per optimizer step: "

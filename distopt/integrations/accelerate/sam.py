@@ -1,4 +1,4 @@
-"""What SAM has to know of the script that it runs in, and cannot see from parameters."""
+"""Gives SAM the facts of an Accelerate script that parameters do not show: buffers and mixed precision."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 def attach_sam(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
-    """Tells a SAM, where there is one around the optimizer, whose buffers its second pass must not move, and the dtype
-    that weights are computed with, which `perturb` warns of.
+    """Sets a SAM's model, whose buffers its second pass must not change, and the dtype that the model computes in.
 
-    What it was told before stays. Raises ValueError where there is a loss scale that its direction would depend on.
+    Does nothing without a SAM, and keeps values that were set before.
+
+    Raises:
+        ValueError: There is a loss scale (fp16) that the SAM's direction would depend on.
     """
     sam = sam_of(optimizer)
     if sam is None:
@@ -36,7 +38,7 @@ def attach_sam(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer)
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The dtype that Accelerate casts weights to in each pass; None if it does not."""
+    """Returns the dtype to which Accelerate casts weights in each pass; None if it does not."""
     policy = getattr(accelerator.state.fsdp_plugin, "mixed_precision_policy", None) if accelerator.is_fsdp2 else None
     if policy is not None:
         dtype: torch.dtype | None = policy.param_dtype
@@ -45,6 +47,6 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype | None:
 
 
 def sam_of(optimizer: Optimizer) -> SAM | None:
-    """The SAM inside Accelerate's wrapper, or the optimizer itself."""
+    """Returns the SAM that is the optimizer or is inside Accelerate's wrapper; None if there is none."""
     inner = unwrap_optimizer(optimizer, lambda inner: isinstance(inner, SAM))
     return inner if isinstance(inner, SAM) else None

@@ -1,4 +1,4 @@
-"""What Accelerate's save_state and load_state keep of a model and an optimizer: one distopt checkpoint."""
+"""Makes Accelerate's save_state and load_state write and read model and optimizer as one distopt checkpoint."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _FOLDER = "distopt"  # in the folder of save_state
 def keep_in_folder(accelerator: Accelerator) -> None:
     """Makes save_state write model and optimizer as a distopt checkpoint, and load_state read it.
 
-    Accelerate itself writes what rank 0 holds. The hooks keep neither model nor optimizer, so that `free_memory` frees
-    them; a later call replaces them.
+    Accelerate itself writes only the shards of rank 0. The hooks keep neither model nor optimizer alive, so that
+    `free_memory` frees them; a later call replaces the hooks.
     """
 
     def save(models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
@@ -41,7 +41,7 @@ def keep_in_folder(accelerator: Accelerator) -> None:
         check_single(accelerator)
         if not collective.on_first(lambda: [path.name for path in Path(folder).glob(f"{_FOLDER}*")]):
             raise ValueError(
-                f"{folder} was saved without distopt.attach: load it without, and if it holds whole state (one process "
+                f"{folder} was saved without distopt.attach: load it without, and if it has full state (one process "
                 "or DDP, without zero_stage=1) save it again after attach(zero_stage=0)"
             )
         (optimizer,) = prepared_optimizers(accelerator)
@@ -73,11 +73,11 @@ def refuse_files(optimizer: ShardedOptimizer) -> None:
 
 
 class _Shards(dict[str, Any]):
-    """A state dict of this process's shards: to look at, to load, to copy, and not for a file."""
+    """A state dict of this process's shards, which can be read, loaded and copied, but not written to a file."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
-            "the optimizer's state is cut up over the processes (zero_stage=1), and a file of it would hold one part: "
+            "the optimizer's state is sharded over the processes (zero_stage=1), and a file would have one shard: "
             "use accelerator.save_state or distopt.checkpoint.save_checkpoint"
         )
 
@@ -86,9 +86,9 @@ class _Shards(dict[str, Any]):
 
 
 def _without_state(optimizer: Any) -> Any:
-    """The same prepared optimizer, as it stands in Accelerate's list: with nothing in it to save or to load.
+    """Returns a stand-in for a prepared optimizer in Accelerate's list, which saves and loads nothing.
 
-    Accelerate 1.15 has hooks before it saves and loads, none that replace what it does with optimizers.
+    Accelerate 1.15 has hooks before it saves and loads, but none that replace its handling of optimizers.
     """
     methods = {
         "state_dict": lambda self: {"distopt": f"the state is in the folder {_FOLDER}"},

@@ -1,4 +1,4 @@
-"""ZeRO-1 in an Accelerate script: the cheapest way of gradients and weights that its settings allow."""
+"""ZeRO-1 in an Accelerate script, with as little communication as its settings allow."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def zero1_layout(accelerator: Accelerator, model: nn.Module, optimizer: ShardedOptimizer) -> ShardLayout:
-    """ZeRO-1's layout; where all who read gradients can be told, those are reduce-scattered (`zero1_layout`).
+    """Makes ZeRO-1's layout, with reduce-scattered gradients (`distopt.layout.zero1_layout`) where that is possible.
 
-    Not where DDP has a communication hook of the script's, and not where a loss scaler looks for inf in full gradients
-    (fp16).
+    It is not possible where DDP has a communication hook of the script's, and where a loss scaler looks for inf in full
+    gradients (fp16).
     """
     ddp = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
     if ddp is None or ddp._comm_hooks or accelerator.scaler is not None:
@@ -33,28 +33,28 @@ def zero1_layout(accelerator: Accelerator, model: nn.Module, optimizer: ShardedO
 
 
 def forget(accelerator: Accelerator) -> None:
-    """Gives an accelerator back what an earlier `attach` has put in its place."""
+    """Restores the `clip_grad_norm_` of an accelerator that an earlier `attach` has replaced."""
     accelerator.__dict__.pop("clip_grad_norm_", None)
 
 
 def _clip_rows(accelerator: Accelerator, optimizer: ShardedOptimizer) -> None:
-    """Makes `accelerator.clip_grad_norm_` clip by the norm over all ranks, of which each has its rows."""
-    whole, held = accelerator.clip_grad_norm_, weakref.ref(optimizer)
+    """Makes `accelerator.clip_grad_norm_` clip by the norm over all ranks, each with its own rows."""
+    original, reference = accelerator.clip_grad_norm_, weakref.ref(optimizer)
 
     def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
-        stepped = held()
-        if stepped is None or not accelerator.sync_gradients:  # of no step that comes: gradients are each rank's own
-            norm: Tensor = whole(parameters, max_norm, norm_type)
+        bound = reference()
+        if bound is None or not accelerator.sync_gradients:  # no step follows: gradients are not exchanged
+            norm: Tensor = original(parameters, max_norm, norm_type)
             return norm
         if norm_type != 2:
             raise ValueError(f"norm_type={norm_type} under zero_stage=1, where norms over all ranks are 2-norms: use 2")
-        owners = [p for p in parameters if p.grad is not None]
-        if not owners:
+        params = [p for p in parameters if p.grad is not None]
+        if not params:
             return torch.zeros((), dtype=torch.float32)
-        shards = layout_of(stepped)
-        (norms,) = shards.norms(shards.layers(owners), shards.grads(owners))
-        norm = exact.norm(norms).to(owners[0].dtype)
-        torch.nn.utils.clip_grads_with_norm_(owners, max_norm, norm)
+        shards = layout_of(bound)
+        (norms,) = shards.norms(shards.layers(params), shards.grads(params))
+        norm = exact.norm(norms).to(params[0].dtype)
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm
 
     accelerator.__dict__["clip_grad_norm_"] = clip_grad_norm_
