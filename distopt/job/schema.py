@@ -120,7 +120,7 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"
     ),
     "param_groups.overrides": Key(
-        or_null(mapping("options by pattern, as {wte: {lr: 1e-4}},", of=dict)),
+        or_null(mapping("options by pattern, such as {wte: {lr: 1e-4}},", of=dict)),
         "options of the parameters whose name a regular expression is found in, as {wte: {lr: 1e-4}}",
     ),
     "sam.rho": Key(POSITIVE, "radius of the neighbourhood", "leave SAM out for rho = 0"),
@@ -160,7 +160,7 @@ SCHEMA: dict[str, Key] = {
     "adapter.alpha": Key(integer(1), "the scale of the change is alpha / r"),
     "adapter.dropout": Key(DECAY, "dropout on the input of the change"),
     "adapter.target_modules": Key(
-        or_null(texts("all-linear, or names as [q_proj, v_proj],", one=True)),
+        or_null(texts("all-linear, or names such as [q_proj, v_proj],", one=True)),
         "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
     ),
     "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
@@ -174,7 +174,7 @@ SCHEMA: dict[str, Key] = {
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
     "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
-    "data.ignore": Key(texts("names of fields, as [id, source]"), "fields of the lines that are not read"),
+    "data.ignore": Key(texts("names of fields, such as [id, source]"), "fields of the lines that are not read"),
     "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),
     "cluster.tflops": Key(POSITIVE, "dense TFLOP/s of a GPU in the precision of the model"),
     "cluster.efficiency": Key(number(0, 1, above=True), "share of them that a model reaches"),
