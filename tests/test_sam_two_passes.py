@@ -19,7 +19,8 @@ def trace(make: Any, **options: Any) -> tuple[list[tuple[bool, bool, bool, float
     model = nn.Linear(3, 2)
     sam = make(distopt.AdamW(model.parameters(), lr=0.1))
     for _ in range(2):
-        before, seen = model.weight.detach().clone(), []
+        before = model.weight.detach().clone()
+        seen: list[tuple[bool, bool, bool, float]] = []
 
         def run_pass(this: Pass, before: Any = before, seen: Any = seen) -> int:
             moved = not torch.equal(model.weight, before)
