@@ -183,7 +183,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "data.ignore=messages": ("data.ignore must be names of fields, such as [id, source], got 'messages'",),
     "model.config.num_hidden_layers=99": ("base has no weights for model.layers.2.", "the sizes of weights cannot"),
     "adapter=lora adapter.target_modules=[q_proj,vproj]": ("vproj is not found", "there are", "v_proj"),
-    "adapter=lora adapter.target_modules=1": ("adapter.target_modules must be all-linear, or names such as [q_proj, v_proj], or null, got 1",),
+    "adapter=lora adapter.target_modules=1": (
+        "adapter.target_modules must be all-linear, or names such as [q_proj, v_proj], or null, got 1",
+    ),
     "train.sequence_length=8 data.path=bad.jsonl": ("bad.jsonl:2",),
     "train.sequence_length=200": ("train.sequence_length=200 is longer than the model's 128 positions",),
     "adapter=lora adapter.r=0": ("adapter.r must be an integer >= 1, got 0",),

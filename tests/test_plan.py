@@ -266,7 +266,7 @@ def test_hsdp_plans_only_clusters_that_its_replicas_divide() -> None:
         ("+cluster.nodes=3", "nothing reads cluster.nodes"),
         ("+foo=3", "nothing reads foo"),
         ("sequence_length=2000", "sequence_length=2000 is longer than the model's 1024 positions"),
-        ("model.config=", "model.config must be options by name, as {n_layer: 4}, got ''"),
+        ("model.config=", "model.config must be options by name, such as {n_layer: 4}, got ''"),
         ("cluster.far_gbps=0", "far_gbps must be a number > 0, got 0"),
         ("engine=hsdp engine.replicas=3", "engine.replicas=3 does not divide the 8 processes"),
     ],

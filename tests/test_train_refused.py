@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "param_groups.overrides={wte:{lr:-1}}": ("lr must be a number >= 0, got -1",),
     "param_groups.overrides={wte:{learning_rate:1}}": ("has the option 'learning_rate'", "did you mean 'lr'?"),
     "param_groups.overrides={wte:3}": (
-        "overrides must be options by pattern, as {wte: {lr: 1e-4}}, or null, got {'wte': 3}",
+        "overrides must be options by pattern, such as {wte: {lr: 1e-4}}, or null, got {'wte': 3}",
     ),
     "param_groups.weight_decay=abc": ("weight_decay must be a number >= 0, got 'abc'",),
     "param_groups=null": (
@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "train.resume=null": ("train.resume must be never, auto, or a checkpoint's folder, got None",),
     "name=null": ("name must be the name of a folder below runs/, got None",),
     "data.path=": ("data.path must be a path or null, got ''",),
-    "data.suffixes=5": ("data.suffixes must be endings of names, as [.txt, .md], got 5",),
+    "data.suffixes=5": ("data.suffixes must be endings of names, such as [.txt, .md], got 5",),
     "data.validation_fraction=abc": ("data.validation_fraction must be a number in (0, 1), got 'abc'",),
     "data.cache_dir=text.txt": ("rank 0: FileExistsError: ", "text.txt"),
     "engine.activation_checkpointing=maybe": ("engine.activation_checkpointing must be true or false, got 'maybe'",),

@@ -59,7 +59,9 @@ SCHEMA: dict[str, Key] = {
     ),
     "seed": Key(integer(0), "seed of the data order, of dropout and of the first values"),
     "lr_scale": Key(POSITIVE, "factor on `optimizer.lr`, to sweep around each optimizer's own"),
-    "trackers": Key(or_null(texts("names, as [tensorboard, wandb],", one=True)), "Accelerate's experiment trackers"),
+    "trackers": Key(
+        or_null(texts("names such as [tensorboard, wandb],", one=True)), "Accelerate's experiment trackers"
+    ),
     "nodes": Key(integer(1), "machines"),
     "gpus_per_node": Key(integer(1), "GPUs of each machine"),
     "vocabulary": Key(integer(1), "tokens in the vocabulary"),
@@ -151,7 +153,7 @@ SCHEMA: dict[str, Key] = {
     "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
     "model.family": Key(or_null(text("a model type of transformers", empty=False)), "null: that of `model.path`"),
     "model.config": Key(
-        mapping("options by name, as {n_layer: 4}"),
+        mapping("options by name, such as {n_layer: 4}"),
         "options of the family's configuration, or changes of `model.path`'s",
     ),
     "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
@@ -167,7 +169,7 @@ SCHEMA: dict[str, Key] = {
     "data.format": Key(choice("auto", "text", "jsonl", "datasets"), "auto: by the file's name"),
     "data.field": Key(text("text", empty=False), "field of the lines, or column, with the text"),
     "data.suffixes": Key(
-        texts("endings of names, as [.txt, .md]", one=True), "endings of the files taken from a folder"
+        texts("endings of names, such as [.txt, .md]", one=True), "endings of the files taken from a folder"
     ),
     "data.tokenizer": Key(or_null(PATH), "a Hugging Face tokenizer folder; null: bytes, 256 tokens"),
     "data.validation_fraction": Key(number(0, 1, above=True, below=True), "share of the text that is held out"),

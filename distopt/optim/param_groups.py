@@ -100,7 +100,7 @@ def _patterns(weight_decay: float, overrides: Mapping[str, Mapping[str, Any]]) -
     if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
         raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
     if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
-        raise ValueError(f"overrides must be options by pattern, as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
+        raise ValueError(f"overrides must be options by pattern, such as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
     patterns = {pattern: _compile(pattern) for pattern in overrides}
     for pattern, options in overrides.items():
         _check_names(pattern, options)
