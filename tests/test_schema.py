@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "train.steps=???: train.steps: Missing mandatory value",
         "param_groups.overrides={wte:{lr:-1}}: param_groups.overrides.wte.lr must be a number >= 0, got -1",
         "param_groups.overrides={wte:{sam_rho:abc}}: param_groups.overrides.wte.sam_rho must be a number > 0",
-        "param_groups.overrides={wte:3}: must be options by pattern, such as {wte: {lr: 1e-4}}, or null, got {'wte': 3}",
+        "param_groups.overrides={wte:3}: must be options by pattern, such as {wte: {lr: 1e-4}}, or null, got",
         "model.config.resid_pdrop=nan: model.config.resid_pdrop must be a number in [0, 1], got nan",
         "model.config.resid_pdrop=-1: model.config.resid_pdrop must be a number in [0, 1], got -1",
         "+model.config.layer_norm_epsilon=inf: model.config.layer_norm_epsilon must be a finite number, got inf",
