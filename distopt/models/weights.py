@@ -1,12 +1,10 @@
-"""Weights of a pretrained folder, converted by transformers to the tensors of a model: renamed, merged, dequantized."""
+"""Weights of a pretrained folder, converted to tensors of a model (renamed, merged, dequantized) by transformers."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,36 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distopt.models.conversion import Conversion, dequantizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.quantizers import HfQuantizer
-
-
-@dataclass(frozen=True)
-class _Conversion:
-    """A conversion of tensors of the files to tensors of the model.
-
-    Attributes:
-        transform: A `WeightRenaming` or `WeightConverter` of transformers.
-        target: The name of the first tensor of the model that it yields.
-        sources: The pattern of the transform and the name in the files, for each tensor that it consumes.
-    """
-
-    transform: WeightRenaming | WeightConverter
-    target: str
-    sources: list[tuple[str, str]]
-
-    def __call__(
-        self, model: PreTrainedModel, tensors: Mapping[str, Tensor] | Mapping[str, Callable[[], Tensor]]
-    ) -> dict[str, Tensor]:
-        """Convert tensors of the files, or functions that read them, to tensors of the model, by name."""
-        # A conversion consumes its tensors. Of transformers 5.20 add_tensor is typed for futures, but takes these too.
-        transform: Any = copy.deepcopy(self.transform)
-        for pattern, name in self.sources:
-            transform.add_tensor(self.target, name, pattern, tensors[name])
-        converted = transform.convert(self.target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 class Weights:
@@ -64,7 +37,7 @@ class Weights:
         self._files = _files(folder)
         self._tensors = self._meta_tensors()
         self._model: PreTrainedModel
-        self._conversions: dict[str, _Conversion]  # by target
+        self._conversions: dict[str, Conversion]  # by target
 
     def compare(self, model: PreTrainedModel, quantization: Any = None) -> None:
         """Match the tensors of the files with those of a model.
@@ -80,7 +53,7 @@ class Weights:
         """
         self._model, self._conversions, self.notes = model, {}, []
         expected, unexpected = model.state_dict(), set[str]()
-        for conversion in self._plan(expected, unexpected, _dequantizer(quantization)):
+        for conversion in self._plan(expected, unexpected, dequantizer(quantization)):
             for name, value in conversion(model, self._tensors).items():
                 if name in expected:
                     self._check(name, value, expected[name], conversion)
@@ -125,7 +98,7 @@ class Weights:
 
     def _plan(
         self, expected: dict[str, Tensor], unexpected: set[str], quantizer: HfQuantizer | None
-    ) -> list[_Conversion]:
+    ) -> list[Conversion]:
         """Return the conversions to the model's tensors; add targets that the model lacks to `unexpected`."""
         # Follows convert_and_load_state_dict_in_model of transformers 5.23 (core_model_loading.py), which loads a full
         # model at once.
@@ -136,7 +109,7 @@ class Weights:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix, conversions = self._model.base_model_prefix, dict[str, _Conversion]()
+        prefix, conversions = self._model.base_model_prefix, dict[str, Conversion]()
         for name in sorted(self._files, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if target not in expected and name in expected:
@@ -146,11 +119,11 @@ class Weights:
                 continue
             if target not in conversions:
                 transform = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
-                conversions[target] = _Conversion(transform, target, [])
+                conversions[target] = Conversion(transform, target, [])
             conversions[target].sources.append((pattern or name, name))
         return list(conversions.values())
 
-    def _check(self, name: str, value: Tensor, expected: Tensor, conversion: _Conversion) -> None:
+    def _check(self, name: str, value: Tensor, expected: Tensor, conversion: Conversion) -> None:
         """Raise `ValueError` if a converted tensor does not fit that of the model."""
         file = self._files[conversion.sources[0][1]]
         if value.shape != expected.shape:
@@ -230,29 +203,6 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} cannot be read ({error}): download it again") from error
-
-
-def _dequantizer(quantization: Any) -> HfQuantizer | None:
-    """Return the quantizer of transformers in its dequantizing mode; None for a folder that is not quantized."""
-    if quantization is None:
-        return None
-    from transformers.quantizers import AutoHfQuantizer
-
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    refusal = (
-        f"the weights are quantized (quantization_config in config.json: {method}), which transformers does not undo "
-        "while it loads them here: give the folder of the full model, or load this one with transformers, "
-        "model.dequantize(), and save_pretrained"
-    )
-    try:
-        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
-        if "dequantize" not in getattr(quantizer, "get_load_operations", dict)():  # transformers 5.20 lacks it
-            raise ValueError(refusal)
-        quantizer.quantization_config.dequantize = True
-        quantizer.validate_environment()
-    except (ImportError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise ValueError(refusal if str(error) == refusal else f"{refusal} ({error})") from error
-    return quantizer
 
 
 def _listed(names: list[str]) -> str:
