@@ -33,7 +33,8 @@ class Conversion:
         self, model: PreTrainedModel, tensors: Mapping[str, Tensor] | Mapping[str, Callable[[], Tensor]]
     ) -> dict[str, Tensor]:
         """Convert tensors of the files, or functions that read them, to tensors of the model, by name."""
-        transform = copy.deepcopy(self.transform)  # a conversion consumes its tensors
+        # A conversion consumes its tensors. Of transformers 5.20 add_tensor is typed for futures, but takes these too.
+        transform: Any = copy.deepcopy(self.transform)
         for pattern, name in self.sources:
             transform.add_tensor(self.target, name, pattern, tensors[name])
         converted = transform.convert(self.target, model=model, config=model.config)
