@@ -1,4 +1,4 @@
-"""The proof that all ranks have what their layouts say, and a checksum of content that no sharding changes."""
+"""The proof that every rank has the shards that its layout describes, and checksums that do not depend on sharding."""
 
 from distopt.proof.checksum import Fingerprint, fingerprint
 from distopt.proof.messages import prove

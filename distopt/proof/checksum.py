@@ -1,4 +1,4 @@
-"""A checksum of a model's content, and of its optimizer's state, that no engine and no number of processes changes."""
+"""Checksums of a model and its optimizer's state that do not depend on the engine or the number of processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from distopt.proof.places import counted, parts, sums
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Checksums, as hexadecimal text, of 64 bits: equal for equal bits, whatever holds them.
+    """Checksums of 64 bits, as hexadecimal text, that are equal for equal bits, however they are sharded.
 
     Attributes:
-        params: Of each parameter, by name.
-        state: Of each buffer of the optimizer's state, by the names of the parameter and the buffer. Numbers, as the
-            step count, are said as they are.
+        params: The checksum of each parameter, by name.
+        state: The checksum of each state buffer of the optimizer, by the names of parameter and buffer. Numbers, such
+            as the step count, are given as text.
     """
 
     params: dict[str, str]
@@ -36,7 +36,7 @@ class Fingerprint:
 
     @property
     def total(self) -> str:
-        """One for all of it."""
+        """One checksum of all parameters and state."""
         return hashlib.blake2b(
             repr((sorted(self.params.items()), _sorted(self.state))).encode(), digest_size=8
         ).hexdigest()
@@ -48,30 +48,30 @@ def _sorted(state: dict[str, dict[str, str]]) -> list[Any]:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Fingerprint:
-    """The checksum of a model's parameters, and of an optimizer's state.
+    """Returns the checksums of the parameters of a model and of the state of an optimizer.
 
-    It depends on names and bits alone: a model has the same one on one process, under DDP, ZeRO-1, FSDP2, HSDP, tensor
+    They depend on names and bits alone: they are the same in one process, under DDP, ZeRO-1, FSDP2, HSDP, tensor
     parallelism and DeepSpeed, at any number of processes. 16-bit weights are those that the model computes with; their
-    float32 masters are the state's `master`, of ZeRO-1 and of DeepSpeed alike.
+    float32 masters are the state buffer `master`.
 
-    Every rank has to call it. The parts of the layers are hashed where they lie; one message of a number for each
-    parameter goes over each axis that shards.
+    Every rank must call it. Shards are hashed where they are; one number per parameter is summed over each sharded mesh
+    axis.
 
     Args:
-        model: Also wrapped by DDP, FSDP2 or DeepSpeed. Frozen parameters count; buffers do not, since ranks may have
-            their own.
-        optimizer: Adds its state. Any that steps this model.
+        model: A model, also one wrapped by DDP, FSDP2 or DeepSpeed. Frozen parameters are included; buffers are not,
+            since they may differ between ranks.
+        optimizer: An optimizer of this model, whose state is added.
 
     Returns:
-        What can be compared by `==`; `total` is one checksum for all.
+        Checksums that can be compared by `==`; `total` is one for all of them.
 
     Raises:
-        ValueError: A parameter is FSDP1's, or has no content of its own (wrapper subclasses, the meta device), or the
-            optimizer steps other parameters than the model's.
+        ValueError: If a parameter is sharded by FSDP1 or has no content of its own (wrapper subclasses, the meta
+            device), or if the optimizer steps parameters that are not the model's.
     """
     wrapped = isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")
     plain: Any = model.module if wrapped else model
-    plain.state_dict()  # ZeRO-1 that gathers beside the forward pass has all rows then
+    plain.state_dict()  # waits for ZeRO-1's rows, where they are gathered during the forward pass
     names = {param: name for name, param in bare_parameters(plain).items()}
     partitioned = [param for param in names if is_partitioned(param)]
     found = _partitioned_sums(partitioned)
@@ -84,7 +84,7 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
 
 def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:
-    """Of parameters that DeepSpeed's stage 3 has cut up."""
+    """Returns the hashes of parameters that DeepSpeed's stage 3 has partitioned."""
     if not params:
         return {}
     shares = []
@@ -98,7 +98,7 @@ def _partitioned_sums(params: list[Any]) -> dict[Tensor, int]:
 
 
 def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]]:
-    """The checksums of the state by name; of parameters that have some."""
+    """Returns the checksums of the state of each parameter that has any, by name."""
     layout: ShardLayout = getattr(optimizer, "layout", None) or layouts.infer_layout(
         layouts.trained(p for group in optimizer.param_groups for p in group["params"])
     )

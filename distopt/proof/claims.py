@@ -1,4 +1,4 @@
-"""What one rank has to say, all of it found out before the first message."""
+"""The claims of one rank, all of them collected before the first message."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ _NUMBERS = (bool, int, float, str, type(None))  # options by value; another obje
 
 @dataclass
 class Column:
-    """A number for each layer, of which this rank has a share.
+    """One number per parameter, to which every rank contributes a share.
 
-    what: what it is of, as an error says it. Its sum over `groups` has to be the same on all ranks, or, of differences
-    of copies (`copies`), 0.
+    Attributes:
+        what: The name of the content, for errors.
+        shares: The shares of this rank: int64, shape [num_layers]. Their sums over `groups` must be equal on all ranks,
+            or 0 where they are differences of replicas.
+        groups: The process groups over which the shares are summed.
+        copies: Whether the shares are differences of replicas.
     """
 
     what: str
@@ -38,26 +42,26 @@ class Column:
 
     @property
     def zero(self) -> bool:
-        """Whether nothing is left once it is added up over `groups`."""
+        """Whether the sum over `groups` must be 0."""
         return self.copies or self.what == COVERAGE
 
 
 @dataclass
 class Claims:
-    """What this rank says of itself. plain: what has to be equal on all ranks. fault: what is wrong on this one."""
+    """The claims of this rank: `plain` must be equal on all ranks; `fault` is an error of this rank alone."""
 
     fault: str = ""
     error: Exception | None = None
     layers: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)  # name, full shape, dtype
     options: list[list[tuple[str, Any]]] = field(default_factory=list)  # by param group
     steps: list[float | None] = field(default_factory=list)
-    buffers: list[Any] = field(default_factory=list)  # of the state: names, dtypes
+    buffers: list[Any] = field(default_factory=list)  # of the state: parameter, name, dtype
     kind: str = ""
     unclaimed: list[str] = field(default_factory=list)
     groups: list[tuple[int, ...]] = field(default_factory=list)
-    full: list[int] = field(default_factory=list)  # the coverage that each layer has to have
+    full: list[int] = field(default_factory=list)  # the hash of complete coverage, by parameter
     columns: list[Column] = field(default_factory=list)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that the groups communicate from
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # from which the groups communicate
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -75,11 +79,11 @@ class Claims:
 def claims(
     optimizer: torch.optim.Optimizer, model: nn.Module | None, state: bool, gradients: bool, ranks: tuple[int, ...]
 ) -> Claims:
-    """What this rank has to say to these ranks of an optimizer; it does not raise, but says that it would."""
+    """Collects the claims of this rank about an optimizer; an exception becomes their `fault` instead."""
     found = Claims()
     try:
         _find(found, optimizer, model, state, gradients, ranks)
-    except Exception as error:  # raised here alone, it would leave the others waiting
+    except Exception as error:  # raised on this rank alone, it would leave the others waiting
         found.fault = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         found.error = error
     return found
@@ -132,7 +136,7 @@ def _stepped_alone(layout: ShardLayout) -> bool:
 
 
 def _there(layout: ShardLayout) -> Tensor:
-    """For each layer how many of this rank's tensors that have a part of it have a gradient."""
+    """Returns, for each parameter, the number of its local tensors that have a gradient."""
     there = [0] * layout.num_layers
     for owner, segments in layout.segments.items():
         for segment in segments if owner.grad is not None else ():
@@ -141,7 +145,7 @@ def _there(layout: ShardLayout) -> Tensor:
 
 
 def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Column]:
-    """A column for each name of a buffer; numbers are said as they are."""
+    """Yields a column for each state buffer; numbers are claimed by value."""
     own = hasattr(optimizer, "layout")  # another optimizer's buffers of other shapes, as Adafactor's, are its business
     held: dict[str, dict[Tensor, Tensor]] = {}
     for index, owner in enumerate(layout.segments):
@@ -165,9 +169,13 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
 
 
 def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:
-    """For each axis that shards: 0 once added up, if the layers that it does not shard are equal on its ranks.
+    """Yields, for each sharded axis, a column whose sum is 0 if the parameters that it replicates are equal on its
+    ranks.
 
-    own: the hash of what this rank has of each layer.
+    Args:
+        what: The name of the content.
+        own: The hash of the local shard of each parameter.
+        layout: The layout.
     """
     if type(layout) is not ShardLayout or not _stepped_alone(layout):  # each element is on one rank
         return
@@ -179,7 +187,7 @@ def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:
 
 
 def _names(optimizer: Any, layout: ShardLayout, model: nn.Module | None) -> list[str]:
-    """The name of each layer: the model's, else its param group's (`param_names`), else its index."""
+    """Returns the name of each parameter: the model's, else its param group's (`param_names`), else its index."""
     names: dict[Tensor, str] = {}
     for group in optimizer.param_groups:
         given = group.get("param_names", ())
@@ -191,7 +199,7 @@ def _names(optimizer: Any, layout: ShardLayout, model: nn.Module | None) -> list
 
 
 def _unclaimed(layout: ShardLayout, model: nn.Module) -> list[str]:
-    """The names of the model's trainable parameters that the optimizer does not step."""
+    """Returns the names of the trainable parameters of the model that the optimizer does not step."""
     claimed, own = set(layout.params), bare_parameters(model)
     if claimed and claimed.isdisjoint(own.values()):
         raise ValueError(
@@ -215,7 +223,7 @@ def _said(value: Any) -> Any:
 
 
 def _steps(optimizer: Any, layout: ShardLayout) -> list[float | None]:
-    """How many steps each parameter has taken, as its state says; None where it does not."""
+    """Returns the step count of each parameter according to its state; None without one."""
     counts = [optimizer.state.get(owner, {}).get("step") for owner in layout.segments]
     tensors = [local(count).detach().float() for count in counts if isinstance(count, Tensor)]
     if len({tensor.device for tensor in tensors}) > 1:

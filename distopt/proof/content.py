@@ -1,10 +1,11 @@
-"""A hash of a layer's content that is the same for any sharding: parts are hashed where they lie, and add up.
+"""A hash of the content of a parameter that does not depend on its sharding: the hashes of the shards add up.
 
     h = sum over elements (i, j) of r(i) * c(j) * bits(i, j)  mod 2^64
 
-The layer is a matrix here: i is the index of its first dimension, j that of all others together; a vector is one row.
-bits is the element as an integer. The weights r and c are odd, so that a single element that changes is always seen;
-other changes pass with a probability of about 2^-32. It is no defence against an adversary.
+The parameter is taken as a matrix, where i is the index of its first dimension, and j that of all others flattened; a
+vector is one row. bits(i, j) is the element as an integer. The weights r and c are odd, so that a change of a single
+element is always detected; other changes go undetected with a probability of about 2^-32. The hash is no defence
+against an adversary.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Index = range | Tensor  # indices along one dimension: consecutive ones, or any
+Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
 
 
 class Run(NamedTuple):
-    """Consecutive elements of the flattened layer: `length` of them, from `start` on."""
+    """Consecutive elements of the flattened parameter: `length` elements from `start` on."""
 
     start: int
     length: int
 
 
 class Box(NamedTuple):
-    """The elements at these indices of each dimension of the layer."""
+    """The elements at these indices along each dimension of the parameter."""
 
     indices: tuple[Index, ...]
 
@@ -37,25 +38,25 @@ class Box(NamedTuple):
 Place = Run | Box
 
 _ROWS, _COLUMNS = 0, 1  # which weights
-_BLOCK = 2**16  # of weights: a table holds those of the first block, and the factors of all further ones
+_BLOCK = 2**16  # weights per block: a table has those of the first block, and a factor for each further one
 _MASK = (1 << 64) - 1
-# Elements that are hashed at once, as int64: on the CPU what fits in the cache, elsewhere scratch memory of 64 MB.
+# Elements hashed at once, as int64: on the CPU as many as fit in the cache, elsewhere 64 MB of scratch memory.
 _CPU_TILE, _TILE = 2**16, 2**22
 
 
 def content(part: Tensor, shape: Sequence[int], place: Place) -> Tensor:
-    """The hash of a part of a layer.
+    """Returns the hash of a shard of a parameter.
 
     Args:
-        part: The local tensor, of any dtype of real numbers.
-        shape: The full shape of the layer.
-        place: Which elements of the layer the local tensor has, in its order.
+        part: The local tensor, of any real dtype.
+        shape: The full shape of the parameter.
+        place: The elements of the parameter that the local tensor has, in its order.
 
     Returns:
-        A 0-D int64 tensor on the part's device, to be added to that of other parts modulo 2^64.
+        A 0-D int64 tensor on the device of the shard. Hashes of shards add up modulo 2^64.
 
     Raises:
-        ValueError: The tensor has another number of elements than its place.
+        ValueError: If the number of elements of the tensor is not that of its place.
     """
     if part.numel() != size(place):
         raise ValueError(f"a local tensor has {part.numel()} elements where its layout says {size(place)}")
@@ -70,7 +71,7 @@ def content(part: Tensor, shape: Sequence[int], place: Place) -> Tensor:
 
 
 def cover(shape: Sequence[int], place: Place) -> int:
-    """The hash of ones in a place of a layer, which depends on where they lie alone. Costs rows + columns."""
+    """Returns the hash of ones at a place of a parameter, which identifies the place. Costs rows + columns."""
     if not size(place):
         return 0
     total = 0
@@ -84,45 +85,45 @@ def cover(shape: Sequence[int], place: Place) -> int:
 
 
 def whole(shape: Sequence[int]) -> Run:
-    """The place of a full layer."""
+    """Returns the place of a full parameter."""
     return Run(0, math.prod(shape))
 
 
 def size(place: Place) -> int:
-    """How many elements a place has."""
+    """Returns the number of elements of a place."""
     return place.length if isinstance(place, Run) else math.prod(map(len, place.indices))
 
 
 def signed(number: int) -> int:
-    """A number modulo 2^64, as int64 has it."""
+    """Returns a number modulo 2^64 as a signed 64-bit integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 def number_of(thing: object) -> int:
-    """A hash of anything by its repr, the same in every process."""
+    """Returns a hash of the repr of any object, the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(thing).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def balanced(index: int, count: int) -> int:
-    """The factor of one of `count` numbers: multiplied by these, equal ones add up to 0, and others do not."""
+    """Returns one of `count` factors: multiplied by them, equal numbers add up to 0, and unequal ones do not."""
     if index:
         return number_of(("balanced", index)) | 1
     return signed(-sum(balanced(i, count) for i in range(1, count)))
 
 
 class _Rectangle(NamedTuple):
-    """Rows and columns of the matrix. Columns that are not consecutive: the indices of dimensions 1, 2 and so on."""
+    """Rows and columns of the matrix; columns that are not consecutive are given as indices of dimensions 1, 2, ..."""
 
     rows: Index
     columns: range | tuple[Index, ...]
-    shape: Sequence[int] = ()  # the layer's from dimension 1 on, for those
+    shape: Sequence[int] = ()  # of the parameter from dimension 1 on, for such columns
 
     @property
     def width(self) -> int:
         return len(self.columns) if isinstance(self.columns, range) else math.prod(map(len, self.columns))
 
     def weights(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """The weights of its columns from number `start` up to `stop`."""
+        """Returns the weights of the columns with indices from `start` to `stop`, exclusive."""
         if isinstance(self.columns, range):
             return _weights(self.columns[start:stop], _COLUMNS, device)
         local = torch.arange(start, stop, device=device)
@@ -135,7 +136,7 @@ class _Rectangle(NamedTuple):
 
 
 def _rectangles(place: Place, shape: Sequence[int]) -> Iterator[tuple[int, _Rectangle]]:
-    """A place as rectangles of the matrix, each with the number of its first element in the flattened local tensor."""
+    """Yields a place as rectangles, each with the index of its first element in the flattened local tensor."""
     if isinstance(place, Box):
         if len(shape) > 1:
             yield 0, _box(place.indices, shape)
@@ -162,7 +163,7 @@ def _box(indices: tuple[Index, ...], shape: Sequence[int]) -> _Rectangle:
 
 
 def _hashes(matrix: Tensor, place: _Rectangle) -> Iterator[Tensor]:
-    """The hashes of the tiles of a matrix of bits."""
+    """Yields the hashes of the tiles of a matrix of bits."""
     cpu = matrix.device.type == "cpu"
     tile = _CPU_TILE if cpu else _TILE
     for left, right in _tiles(place.width, tile):
@@ -170,7 +171,7 @@ def _hashes(matrix: Tensor, place: _Rectangle) -> Iterator[Tensor]:
         for top, bottom in _tiles(len(matrix), max(1, tile // (right - left))):
             rows = _weights(place.rows[top:bottom], _ROWS, matrix.device)
             part = matrix[top:bottom, left:right]
-            # torch 2.13 multiplies matrices of integers on the CPU alone, and there faster than one by one.
+            # torch 2.13 has integer matrix products on the CPU only, where they are faster than elementwise ones.
             products = part.long().mv(columns) if cpu else (part * columns).sum(1)
             yield (products * rows).sum()
 
@@ -180,18 +181,18 @@ def _tiles(length: int, tile: int = _CPU_TILE) -> Iterator[tuple[int, int]]:
 
 
 def _bits(part: Tensor) -> Tensor:
-    """Each element as an integer."""
+    """Returns each element as an integer."""
     if part.dtype.is_floating_point:
         part = part.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
     if part.dtype in (torch.int64, torch.uint64):
-        # The highest bit once more at a lower place: at its own all weights are alike, and two signs would cancel.
+        # The highest bit is repeated at a lower place: at its own all weights agree, and two signs would cancel.
         part = part.to(torch.int64)
         part = part ^ (part >> 32 & 0xFFFFFFFF)
     return part.to(torch.uint8) if part.dtype == torch.bool else part
 
 
 def _weights(index: Index, axis: int, device: torch.device) -> Tensor:
-    """The odd weights of these rows or columns."""
+    """Returns the odd weights of these rows or columns."""
     low, high = _tables(device)[axis]
     if isinstance(index, range):
         block = index.start // _BLOCK
@@ -204,11 +205,11 @@ def _weights(index: Index, axis: int, device: torch.device) -> Tensor:
 
 
 def _sum(index: Index, axis: int) -> int:
-    """The sum of the weights of these rows or columns, modulo 2^64."""
+    """Returns the sum of the weights of these rows or columns, modulo 2^64."""
     if not isinstance(index, range):
         return int(_weights(index, axis, _CPU).sum())
     low, high = _tables(_CPU)[axis]
-    first, last = -(-index.start // _BLOCK), index.stop // _BLOCK  # the blocks that are in it from end to end
+    first, last = -(-index.start // _BLOCK), index.stop // _BLOCK  # the blocks that it contains entirely
     if first >= last:
         return int(_weights(index, axis, _CPU).sum())
     ends = (range(index.start, first * _BLOCK), range(last * _BLOCK, index.stop))
@@ -221,7 +222,7 @@ _CPU = torch.device("cpu")
 
 @functools.lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """For rows and for columns: the weights of the first block, and a factor for each block. 2 MB."""
+    """Returns, for rows and for columns, the weights of the first block and a factor for each block. 2 MB."""
     low_rows, high_rows, low_columns, high_columns = (_odd(salt) for salt in range(4))
     for high in (high_rows, high_columns):
         high[0] = 1
@@ -230,7 +231,7 @@ def _tables(device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
 
 
 def _odd(salt: int) -> Tensor:
-    """Odd numbers of 64 bits that look like random ones, the same everywhere."""
+    """Returns pseudo-random odd 64-bit numbers, the same on every machine."""
     x = torch.arange(_BLOCK) + salt * 0x1E3779B97F4A7C15
     for shift, factor in ((32, 0x4F1BBCDCBFA53E0B), (29, 0x2545F4914F6CDD1D), (32, 0x1B873593CC9E2D51)):
         x = (x ^ (x >> shift & (_MASK >> shift))) * factor

@@ -1,4 +1,4 @@
-"""What one rank can see by itself that makes its parameters others than those that the model trains."""
+"""Faults that a single rank can detect: parameters that are not those that the model trains."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distopt.layout import local, refuse_foreign
 
 
 def check_locally(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
-    """Raises ValueError for parameters of whose content this rank cannot speak, and for gradients that wait."""
+    """Raises ValueError for parameters whose content is unknown here, and for gradients that were not reduced."""
     check_parameters([param for group in optimizer.param_groups for param in group["params"]])
     if model is not None:
         _check_reduced(model)
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
-    """Raises ValueError for parameters whose content, or place in a layer, this rank cannot tell."""
+    """Raises ValueError for parameters whose content or sharding this rank cannot determine."""
     refuse_foreign(params)
     for i, param in enumerate(params):
         if local(param).is_meta:
@@ -29,11 +29,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
 
 
 def _check_reduced(model: nn.Module) -> None:
-    """FSDP2 keeps gradients that it was told not to reduce: what the optimizer steps by is then something else."""
+    """Raises ValueError where FSDP2 keeps gradients that it was told not to reduce, and the optimizer would miss."""
     for name, module in model.named_modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
-        # Private, as of torch 2.13 (distributed/fsdp/_fully_shard): nothing public tells of them.
+        # Private, as of torch 2.13 (distributed/fsdp/_fully_shard): there is no public access to them.
         for group in module._get_fsdp_state()._fsdp_param_groups:
             waiting = [p for p in group.fsdp_params if _accumulated(p) is not None]
             if waiting or group._partial_reduce_output is not None:

@@ -1,4 +1,4 @@
-"""Where ranks meet before a proof, so that one that proves alone finds that out, and sends nothing that is mistaken."""
+"""The meeting of ranks before a proof: a rank that proves alone finds out before it sends a message."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 
 import torch.distributed as dist
 
-_proofs: dict[tuple[int, ...], int] = {}  # how many these ranks have begun
+_proofs: dict[tuple[int, ...], int] = {}  # the number that these ranks have started
 
 
 def meet(ranks: tuple[int, ...], step: object) -> None:
-    """Waits until all of these ranks have begun as many proofs as this one, for as long as their store waits.
+    """Waits until all of these ranks have started as many proofs as this one, for at most the timeout of their store.
 
-    A collective would not do: gloo (torch 2.13) ends the process where one rank's all-reduce meets another's of another
-    size, and NCCL hangs. The store knows who came.
+    A collective would not do: gloo (torch 2.13) aborts the process if all-reduces of different sizes meet, and NCCL
+    hangs. The store knows which ranks arrived.
 
     Raises:
-        ValueError: Some did not come.
+        ValueError: If some ranks did not arrive.
     """
-    # Private, as of torch 2.13: the store by which the process group was made.
+    # Private, as of torch 2.13: the store with which the process group was initialized.
     from torch.distributed.distributed_c10d import _get_default_store
 
     store: Any = _get_default_store()
     number = _proofs[ranks] = _proofs.get(ranks, 0) + 1
-    # The store of torchelastic outlives an attempt. A key that one has left opens a door early, and closes none.
+    # The store of torchelastic outlives an attempt, whose keys would end the wait of the next one early.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     place = f"distopt/proof/{attempt}/{hashlib.blake2b(repr(ranks).encode(), digest_size=8).hexdigest()}"
     store.set(f"{place}/{dist.get_rank()}", str(number))
     if store.add(f"{place}/came/{number}", 1) >= len(ranks):
         store.set(f"{place}/all/{number}", "")
-        for key in (f"{place}/came/{number - 1}", f"{place}/all/{number - 1}"):  # all have left there
+        for key in (f"{place}/came/{number - 1}", f"{place}/all/{number - 1}"):  # no rank waits for them any more
             store.delete_key(key)
     try:
         store.wait([f"{place}/all/{number}"])
-    except RuntimeError as error:  # of a FileStore; a TCPStore's is a subclass
+    except RuntimeError as error:  # a FileStore's error; a TCPStore's is a subclass
         if isinstance(error, dist.DistNetworkError):
             raise
         timeout = store.timeout.total_seconds()

@@ -1,4 +1,4 @@
-"""The proof: three small messages that tell whether all ranks have what their layouts say."""
+"""The proof: three small messages that show whether every rank has the shards that its layout describes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distopt.proof.content import balanced, number_of, signed
 from distopt.proof.meeting import meet
 from distopt.proof.verdict import difference, wrong_layer
 
-_NUMBERS = 16  # of the first message
-_MARK = 0x70726F7665  # so that another collective's message is none of ours
+_NUMBERS = 16  # the length of the first message
+_MARK = 0x70726F7665  # so that the message of another collective is not mistaken for ours
 
 
 class NoGradients(ValueError):
-    """No parameter has a gradient on any rank, so that a step would move nothing."""
+    """No parameter has a gradient on any rank, so that a step would change nothing."""
 
 
 @torch.no_grad()
@@ -32,27 +32,26 @@ def prove(
     gradients: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> list[str]:
-    """Asks all ranks whether they have what the optimizer's layout says that they have.
+    """Proves that every rank has the shards that the layout of the optimizer describes.
 
-    Every rank has to call it, between the backward pass and the step. It sends three small messages: of 16 numbers, of
-    some numbers for each parameter over each axis that shards, and of the same over all ranks; it reads the answer back
+    Every rank must call it, between the backward pass and the step. It sends three small messages: 16 numbers over all
+    ranks, a few numbers per parameter over each sharded mesh axis, and as many over all ranks. The answer is read back
     to the host, which waits for the device.
 
     Args:
-        optimizer: Any torch optimizer, also inside `SAM` or Accelerate's wrapper. One whose layout is bound, or told by
-            its parameters: copies and DTensors.
-        model: The model, for names in errors; and to see parameters that the optimizer lacks, which warn, and FSDP2's
-            gradients that were never reduced.
-        state: Ask for the optimizer's state and master weights too.
-        gradients: Ask for the gradients. Those under DeepSpeed, which it hands over one partition after the other, are
-            never asked.
-        group: The ranks that train together; None for those of DDP's own group under ZeRO-1, else for all.
+        optimizer: Any torch optimizer, also inside `SAM` or Accelerate's wrapper, whose layout is bound or can be
+            inferred from its parameters (replicated ones and DTensors).
+        model: The model, for parameter names in errors. It also reveals parameters that the optimizer lacks, which
+            cause a warning, and gradients that FSDP2 never reduced.
+        state: Include the state of the optimizer and master weights.
+        gradients: Include the gradients. DeepSpeed's are never included, since it passes them one partition at a time.
+        group: The ranks that train together. None means the ranks of DDP's group under ZeRO-1, and otherwise all.
 
     Returns:
         The names of the parameters that have no gradient on any rank.
 
     Raises:
-        ValueError: Ranks differ, with the same message on each of them, which names the parameter and the ranks.
+        ValueError: If ranks differ; with the same message on all of them, which names the parameter and the ranks.
     """
     optimizer = unwrap_optimizer(optimizer)
     several = dist.is_available() and dist.is_initialized()
@@ -91,10 +90,10 @@ def prove(
 
 
 def _first(own: Claims, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
-    """Whether all ranks are about to ask the same of the same members; after it nothing can hang.
+    """Checks that all ranks are about to send the same messages over the same groups, so that none of them can hang.
 
-    A message of fixed size, so that ranks that differ can take part. All that it says is 0 once it is added up, so that
-    all of them come to the same answer.
+    The message has a fixed size, so that ranks that differ can take part. Its sum is 0 if they agree, so that all ranks
+    come to the same conclusion.
     """
     rank = dist.get_rank()
     members = sum(balanced(g.index(rank), len(g)) * number_of((k, g)) for k, g in enumerate(own.groups))
@@ -108,7 +107,7 @@ def _first(own: Claims, ranks: tuple[int, ...], group: dist.ProcessGroup | None)
 
 
 def _second(own: Claims) -> Tensor:
-    """The columns, each added up over the groups that shard what it is of."""
+    """Returns the columns, each summed over the groups that shard its tensors."""
     table = torch.stack([column.shares for column in own.columns])
     for groups in dict.fromkeys(column.groups for column in own.columns):
         index = [i for i, column in enumerate(own.columns) if column.groups == groups]
@@ -120,7 +119,7 @@ def _second(own: Claims) -> Tensor:
 
 
 def _third(own: Claims, table: Tensor, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> None:
-    """Whether the columns are those of all others, coverage is full and copies do not differ."""
+    """Checks that the columns are equal on all ranks, that coverage is complete, and that replicas are equal."""
     table = table.to(_device(group))
     table[0] -= torch.tensor(own.full, dtype=torch.int64, device=table.device)
     rank = dist.get_rank()
@@ -141,7 +140,7 @@ def _gathered(thing: Any, ranks: tuple[int, ...], group: dist.ProcessGroup | Non
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """A device that the group communicates from, the same on every rank whatever its tensors are on."""
+    """Returns a device type that the group communicates from, the same on every rank."""
     # As torch 2.13's all_gather_object asks, by a property that is not documented.
     types = [device.type for device in (group or dist.group.WORLD)._device_types]  # type: ignore[union-attr]
     if "cpu" in types:

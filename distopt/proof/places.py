@@ -1,4 +1,4 @@
-"""Where a rank's parts of each layer lie, as the layout says."""
+"""The places of the local shards in each parameter, according to the layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distopt.proof.content import Box, Index, Place, Run, content, cover, signed
 
 
 class Part(NamedTuple):
-    """What this rank has of a layer: its index, a local tensor, and which elements of the layer these are."""
+    """A local shard: the index of the parameter, the tensor, and the elements of the parameter that it has."""
 
     layer: int
     tensor: Tensor
@@ -21,15 +21,14 @@ class Part(NamedTuple):
 
 
 def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.detach) -> list[Part]:
-    """The parts that this rank has of what belongs to the layout's tensors.
+    """Returns the local shards of the tensors of a layout, or of tensors that are laid out alike.
 
     Args:
-        layout: Says where the parts lie.
-        of: Gives the tensor that belongs to one of the layout's, laid out alike: itself, its gradient, its state; None
-            if there is none.
+        layout: The layout.
+        of: Maps a tensor of the layout to itself, its gradient or its state; None if there is none.
 
     Raises:
-        ValueError: A tensor is not laid out as the one that it belongs to.
+        ValueError: If such a tensor is not laid out as its parameter.
     """
     found = []
     for owner, segments in layout.segments.items():
@@ -52,7 +51,7 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
 
 
 def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
-    """The hash of this rank's parts of each layer, of those layers that it contributes to a sum over all ranks."""
+    """Returns the hash of the local shards of each parameter: int64, shape [num_layers]."""
     total, held = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device), list(some)
     if held:
         hashes = [content(part.tensor, layout.full_shape(layout.params[part.layer]), part.place) for part in held]
@@ -62,7 +61,7 @@ def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
 
 
 def coverage(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
-    """The hash of ones where this rank's parts lie; over all ranks the full layer's, if each element is there once."""
+    """Returns the hash of ones at the local places; over all ranks they sum up to that of each full parameter."""
     total = [0] * layout.num_layers
     for part in some:
         total[part.layer] += cover(layout.full_shape(layout.params[part.layer]), part.place)
@@ -70,13 +69,13 @@ def coverage(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
 
 
 def counted(layout: ShardLayout) -> Tensor:
-    """For each layer 1 if this rank contributes it to a sum over all ranks, else 0."""
+    """Returns, for each parameter, 1 if this rank contributes it to a sum over all ranks, else 0."""
     once = layout.counted or (True,) * layout.num_layers
     return torch.tensor(once, dtype=torch.int64, device=layout.device)
 
 
 def own_indices(param: Any) -> tuple[Index, ...]:
-    """The indices of a DTensor's elements that this rank has, along each dimension."""
+    """Returns the indices of the local elements of a DTensor, along each dimension."""
     indices: list[Index] = [range(length) for length in param.shape]
     coordinate = param.device_mesh.get_coordinate()
     for axis, placement in enumerate(param.placements):
@@ -85,7 +84,7 @@ def own_indices(param: Any) -> tuple[Index, ...]:
         if coordinate is None:
             return tuple(range(0) for _ in indices)
         ranks, own = param.device_mesh.size(axis), coordinate[axis]
-        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) cuts each of the parts that are there already.
+        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) shards each of the existing shards.
         pieces = _chunks(indices[placement.dim], getattr(placement, "split_factor", 1))
         held = [_chunks(piece, ranks)[own] for piece in pieces]
         indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([_tensor(index) for index in held])
@@ -93,7 +92,7 @@ def own_indices(param: Any) -> tuple[Index, ...]:
 
 
 def _chunks(index: Index, count: int) -> list[Index]:
-    """As `torch.chunk`, with empty ones at the end where there are too few."""
+    """Splits indices as `torch.chunk` does, with empty chunks at the end where there are too few."""
     step = -(-len(index) // count)
     return [index[i * step : (i + 1) * step] for i in range(count)]
 
@@ -103,7 +102,7 @@ def _tensor(index: Index) -> Tensor:
 
 
 def _consecutive(index: Index) -> Index:
-    """A range, where the indices are one."""
+    """Returns consecutive indices as a range, others as they are."""
     if isinstance(index, range) or not len(index):
         return index if isinstance(index, range) else range(0)
     first = int(index[0])

@@ -1,4 +1,4 @@
-"""Which parameter is wrong, and on which ranks: from what all ranks have told."""
+"""The verdict: which parameter is wrong, and on which ranks, from the claims of all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt.proof.claims import COVERAGE, WHETHER, Claims
 
-# A rank's fault, the members of its groups, and what has to be equal on all ranks.
+# The fault of a rank, the members of its groups, and the claims that must be equal on all ranks.
 Told = tuple[str, list[tuple[int, ...]], dict[str, Any]]
 
 _APART = (
@@ -20,7 +20,7 @@ _APART = (
 
 
 def difference(ranks: Sequence[int], told: Sequence[Told]) -> str:
-    """The first thing in which ranks differ before any content is compared."""
+    """Describes the first claim, other than content, in which ranks differ."""
     for rank, (fault, *_) in zip(ranks, told):
         if fault:
             alone = sum(bool(other) for other, *_ in told) < len(told)
@@ -47,7 +47,7 @@ def difference(ranks: Sequence[int], told: Sequence[Told]) -> str:
 
 
 def _unequal(name: str, mine: Any, other: Any, first: int, rank: int) -> str:
-    """In which value two ranks differ."""
+    """Describes the claim in which two ranks differ."""
     if name == "layers":
         i = _first_unequal(mine, other)
         here, there = _entry(mine, i), _entry(other, i)
@@ -101,9 +101,12 @@ def _described(layer: tuple[str, tuple[int, ...], str]) -> str:
 
 
 def wrong_layer(ranks: Sequence[int], own: Claims, tables: Tensor) -> str:
-    """The first parameter that is wrong, what of it, and the ranks that most others contradict.
+    """Describes the first parameter that is wrong, in which respect, and on which ranks, by majority.
 
-    tables: What each rank has once the columns are added up over their groups, [ranks, columns, layers].
+    Args:
+        ranks: The ranks that take part.
+        own: The claims of this rank.
+        tables: The columns of every rank, summed over their groups: shape [ranks, columns, num_layers].
     """
     for layer, described in enumerate(own.layers):
         name = _described(described)
@@ -129,7 +132,7 @@ def _the(what: str) -> str:
 
 
 def _who(ranks: Sequence[int], values: Sequence[int]) -> str:
-    """Who has what few have; all, where no value has a majority."""
+    """Names the ranks whose value is rare; all of them, if no value has a majority."""
     (usual, count), *_ = Counter(values).most_common(1)
     rare = [rank for rank, value in zip(ranks, values) if value != usual]
     if count * 2 > len(values):

@@ -1,4 +1,4 @@
-"""When an optimizer proves: at its first step on several processes, and as often as `prove_every` says."""
+"""The schedule of proofs: at the first step on several processes, and as often as `prove_every` says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from distopt.proof.messages import NoGradients, prove
 
 @dataclass
 class Watch:
-    """Counts the steps of an optimizer on several processes, and proves where it is time.
+    """Counts the steps of an optimizer on several processes, and proves when it is due.
 
-    steps: between two proofs; None: the first step alone; 0: never.
+    Attributes:
+        model: As for `prove`.
+        steps: The number of steps between two proofs; None: only the first step; 0: never.
+        state: As for `prove`.
+        gradients: As for `prove`.
+        group: As for `prove`.
+        taken: The number of steps so far.
     """
 
     model: nn.Module | None = None
@@ -29,24 +35,24 @@ class Watch:
     taken: int = 0
 
     def before_step(self, optimizer: torch.optim.Optimizer, gradients: bool = True) -> None:
-        """To be called before each step, with the gradients that it takes if `gradients` are to be asked."""
+        """Proves if it is due; called before each step, and with its gradients if `gradients` are to be included."""
         if self.steps == 0 or (self.taken and self.steps is None) or not _several() or not _begins(optimizer):
             return
         if self.taken % (self.steps or 1) == 0:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return  # a graph cannot ask; the next step that is none does
+                return  # impossible in a CUDA graph; the next step outside of one proves
             asked = self.gradients and gradients
             try:
                 prove(optimizer, self.model, state=self.state, gradients=asked, group=self.group)
-            except NoGradients as error:  # nothing moves, as in torch; the next step asks again
+            except NoGradients as error:  # the step changes nothing, as in torch; the next one proves
                 warnings.warn(str(error), UserWarning, stacklevel=2)
                 return
         self.taken += 1
 
 
 def before_step(optimizer: torch.optim.Optimizer) -> None:
-    """What `ShardedOptimizer.step` begins with."""
-    # Not in a state dict, nor in a copy of the optimizer, which proves by itself.
+    """Proves if it is due: `ShardedOptimizer.step` starts with this."""
+    # Neither in a state dict nor in a copy of the optimizer, which has its own.
     watch = optimizer.__dict__.get("_watch") or optimizer.__dict__.setdefault("_watch", Watch())
     watch.before_step(optimizer)
 
@@ -60,21 +66,21 @@ def prove_every(
     gradients: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Has an optimizer call `prove` before its next step, and then before each `steps`-th.
+    """Makes an optimizer call `prove` before its next step, and then before every `steps`-th step.
 
-    Optimizers of distopt prove at their first step on more than one process without being told. All ranks have to be
-    told alike.
+    By default, optimizers of distopt prove at their first step on more than one process. Every rank must call this with
+    the same arguments.
 
     Args:
         optimizer: Any torch optimizer, also inside `SAM` or Accelerate's wrapper.
         model: As for `prove`.
-        steps: How many steps from one proof to the next. None: only the next one. 0: never, also not at the first.
+        steps: The number of steps between two proofs. None: only the next step. 0: never, not even at the first step.
         state: As for `prove`.
-        gradients: As for `prove`. Of a torch optimizer that gets a closure they are not asked.
+        gradients: As for `prove`. They are left out for a torch optimizer that is given a closure.
         group: The ranks that train together; None for all.
 
     Raises:
-        ValueError: `steps` is neither None nor an integer >= 0.
+        ValueError: If `steps` is neither None nor an integer >= 0.
     """
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise ValueError(f"steps must be None (only the next), 0 (never) or an integer >= 1, got {steps!r}")
