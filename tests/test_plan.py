@@ -193,7 +193,7 @@ def test_sam_takes_a_copy_and_a_second_pass() -> None:
     assert (sam.passes, looksam.passes) == (2.0, 1.2)
     assert sam.stages[1].compute == pytest.approx(2 * plain.stages[1].compute)
     assert sam.wire[0].sent == 2 * plain.wire[0].sent
-    with pytest.raises(ValueError, match="local needs whole weights"):
+    with pytest.raises(ValueError, match="local needs full weights"):
         plan_of("sam=on", "sam.scope=local")
 
 

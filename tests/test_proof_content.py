@@ -12,7 +12,7 @@ from torch import Tensor
 
 import distopt
 from benchmarks import memory
-from distopt.proof.content import Box, Place, Run, balanced, content, cover, signed, whole
+from distopt.proof.content import Box, Place, Run, balanced, content, cover, full_place, signed
 from tests.harness.distributed import run
 from tests.harness.proof_cases import fingerprints
 
@@ -50,11 +50,11 @@ def indices_of(index: range | Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parts_add_up_to_the_full_layer(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    covered = cover(shape, whole(shape))
-    assert covered == int(content(torch.ones(shape, dtype=torch.int8), shape, whole(shape)))
+    covered = cover(shape, full_place(shape))
+    assert covered == int(content(torch.ones(shape, dtype=torch.int8), shape, full_place(shape)))
     for dtype in DTYPES if math.prod(shape) < 10**5 else [torch.bfloat16]:
         layer = torch.randn(shape).to(dtype)
-        expected = int(content(layer, shape, whole(shape)))
+        expected = int(content(layer, shape, full_place(shape)))
         for way, places in cuts(shape).items():
             total = sum(int(content(take(layer), shape, place)) for place, take in places)
             assert signed(total) == expected, (way, dtype)
@@ -110,12 +110,12 @@ def test_every_change_is_seen(dtype: torch.dtype) -> None:
     """In float64 two signs in a row would cancel if the highest bit weighed alike everywhere."""
     torch.manual_seed(0)
     layer = torch.randn(96, 80, dtype=dtype)
-    before = int(content(layer, layer.shape, whole(layer.shape)))
+    before = int(content(layer, layer.shape, full_place(layer.shape)))
     for name, change in changes().items():
         for _ in range(100):
             other = layer.clone()
             change(other)
-            assert int(content(other, layer.shape, whole(layer.shape))) != before, name
+            assert int(content(other, layer.shape, full_place(layer.shape))) != before, name
 
 
 def test_what_is_balanced_adds_up_to_nothing() -> None:
@@ -128,7 +128,7 @@ def test_what_is_balanced_adds_up_to_nothing() -> None:
 def test_hashing_takes_little_memory() -> None:
     """No copy of a layer as int64, which would be twice its size: tiles."""
     layer = torch.ones(2048, 4096)
-    place = whole(layer.shape)
+    place = full_place(layer.shape)
     for _ in range(2):  # to watch takes memory itself, the first time
         with memory.watched(torch.device("cpu")) as peak:
             content(layer, layer.shape, place)

@@ -32,7 +32,7 @@ def own_pass(sam: SAM, model: nn.Module, step: int, accumulation: int, exchange:
             (model(torch.tensor(100 * step + dist.get_rank())) / accumulation).backward()
 
 
-# Where whole weights lie: the layout that the optimizer is bound to, of a model of one unit.
+# Full weights on every rank: the layout that the optimizer is bound to, of a model of one unit.
 WHOLE: dict[str, Callable[[DistributedDataParallel], Any]] = {
     "ddp": lambda model: None,
     "zero1": distopt.layout.zero1_layout,
@@ -98,7 +98,5 @@ def local_on_shards() -> None:
 def test_local_scope_is_refused_where_weights_are_sharded() -> None:
     with pytest.raises(RankError, match=r"scope=local needs full weights on every rank, as under DDP"):
         run(2, local_on_shards)
-    with pytest.raises(
-        ValueError, match=r"sam\.scope=local needs whole weights on every rank: use engine=ddp or zero1"
-    ):
+    with pytest.raises(ValueError, match=r"sam\.scope=local needs full weights on every rank: use engine=ddp or zero1"):
         FSDP2().check_sam(SAM(distopt.SGD(leaves()), scope="local"))

@@ -63,12 +63,12 @@ class FlatContents:
         weights = {flat: flat for flat in self.flats.values()}
         rows: dict[Tensor, Tensor] = {}  # by parameter, since tied weights have several names
         for p in dict.fromkeys(self.params.values()):
-            rows[p] = self._rows(self.layout.whole(p, weights) if p in self.flats else self._full_frozen(p))
+            rows[p] = self._rows(self.layout.gather(p, weights) if p in self.flats else self._full_frozen(p))
         model = {name: rows[p] for name, p in self.params.items()}
         model |= {name: buffer.to(_wide(buffer.dtype)) for name, buffer in self.buffers.items()}
         state: State = {}
         for name, p in self.layers.items():
-            state[name] = {key: self._rows(self.layout.whole(p, self._values(key))) for key in self._names(p)}
+            state[name] = {key: self._rows(self.layout.gather(p, self._values(key))) for key in self._names(p)}
             state[name]["step"] = self._state_of(p)["step"].clone()
         return {"model": model, "optimizer": {"state": state}}
 
@@ -106,11 +106,11 @@ class FlatContents:
                 continue
             p = self.params[name]
             if p in self.flats:
-                self.layout.spread(p, full, {flat: flat for flat in self.flats.values()})
-            self.layout.show_layer(p, full)
+                self.layout.scatter(p, full, {flat: flat for flat in self.flats.values()})
+            self.layout.update_param(p, full)
         for name, p in self.layers.items():
             for key in self._names(p):
-                self.layout.spread(p, self._gathered(state[name][key]).view(-1), self._values(key))
+                self.layout.scatter(p, self._gathered(state[name][key]).view(-1), self._values(key))
         for group, saved in zip(self.optimizer.param_groups, groups):
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 

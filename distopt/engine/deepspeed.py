@@ -118,7 +118,7 @@ class DeepSpeed(Engine):
             if model.was_step_applied():
                 optimizer.count_step()
             else:
-                optimizer.layout.show()  # the weights that the model computes with are still the perturbed ones
+                optimizer.layout.update_model()  # the weights that the model computes with are still the perturbed ones
         else:  # the first gradient was not finite: this step moves nothing
             with _stepping_by(optimizer.optimizer, lambda: None):
                 model.step()
@@ -155,7 +155,7 @@ class DeepSpeed(Engine):
         except BaseException:
             buffers.restore()
             flats.restore()
-            sam.layout.show()
+            sam.layout.update_model()
             raise
         buffers.restore()
         flats.restore()

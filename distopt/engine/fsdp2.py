@@ -57,7 +57,7 @@ class FSDP2(Engine):
 
     def check_sam(self, sam: SAM) -> None:
         if sam.scope == "local":
-            raise ValueError("sam.scope=local needs whole weights on every rank: use engine=ddp or zero1, or global")
+            raise ValueError("sam.scope=local needs full weights on every rank: use engine=ddp or zero1, or global")
 
     def build(
         self,

@@ -83,7 +83,7 @@ class FlatLayout(ShardLayout):
     def state_numel(self, param: Tensor) -> int:
         return param.numel()  # with the padding of the partition
 
-    def whole(self, param: Tensor, values: Mapping[Tensor, Tensor]) -> Tensor:
+    def gather(self, param: Tensor, values: Mapping[Tensor, Tensor]) -> Tensor:
         """Gathers a full layer. Collective, as all methods below; one all-reduce of the layer's size.
 
         Args:
@@ -93,20 +93,20 @@ class FlatLayout(ShardLayout):
         mine = [(s.offset, values[flat].detach()[s.start : s.start + s.numel]) for flat, s in self._segments[param]]
         return self.add_up(param, values[self.updated_in[param]].dtype, mine)
 
-    def spread(self, param: Tensor, whole: Tensor, values: Mapping[Tensor, Tensor]) -> None:
+    def scatter(self, param: Tensor, full: Tensor, values: Mapping[Tensor, Tensor]) -> None:
         """Copies this rank's elements of a full layer into tensors that are laid out as the flat ones."""
         for flat, s in self._segments[param]:
-            values[flat].data[s.start : s.start + s.numel] = whole.view(-1)[s.offset : s.offset + s.numel]
+            values[flat].data[s.start : s.start + s.numel] = full.view(-1)[s.offset : s.offset + s.numel]
 
-    def show(self) -> None:
+    def update_model(self) -> None:
         """Copies the weights of the partitions to the model, as DeepSpeed's own step does."""
         for param in self.params:
-            self.show_layer(param, self.whole(param, {flat: flat for flat in self.segments}))
+            self.update_param(param, self.gather(param, {flat: flat for flat in self.segments}))
 
-    def show_layer(self, param: Tensor, whole: Tensor) -> None:
+    def update_param(self, param: Tensor, full: Tensor) -> None:
         """Copies full weights to one parameter of the model, frozen or not."""
         for piece in self.pieces(param):
-            piece.weights.copy_(whole.view(-1)[piece.offset : piece.offset + piece.weights.numel()])
+            piece.weights.copy_(full.view(-1)[piece.offset : piece.offset + piece.weights.numel()])
 
     def pieces(self, param: Tensor) -> list[Piece]:
         """Returns where this rank has a parameter, frozen or not, as the model computes with it: a part, all, or both.

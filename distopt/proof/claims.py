@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distopt.layout import ShardLayout, layout_of, local
 from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
-from distopt.proof.content import balanced, cover, whole
+from distopt.proof.content import balanced, cover, full_place
 from distopt.proof.faults import check_locally
 from distopt.proof.places import counted, coverage, parts, sums
 
@@ -105,7 +105,7 @@ def _find(
         )
     names = _names(optimizer, layout, model)
     found.layers = [(names[i], tuple(layout.full_shape(p)), str(p.dtype)) for i, p in enumerate(layout.params)]
-    found.full = [cover(shape, whole(shape)) for _, shape, _ in found.layers]
+    found.full = [cover(shape, full_place(shape)) for _, shape, _ in found.layers]
     found.options = [_options(group) for group in optimizer.param_groups]
     found.steps = _steps(optimizer, layout)
     if model is not None:

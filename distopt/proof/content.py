@@ -84,7 +84,7 @@ def cover(shape: Sequence[int], place: Place) -> int:
     return signed(total)
 
 
-def whole(shape: Sequence[int]) -> Run:
+def full_place(shape: Sequence[int]) -> Run:
     """Returns the place of a full parameter."""
     return Run(0, math.prod(shape))
 
