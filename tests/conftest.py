@@ -20,8 +20,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# The files that take half a minute or more, slowest first.
+SLOW = (
+    *("optimizer", "matrix", "plan", "sam_layouts", "cli", "search", "resume", "examples", "train", "layout", "triton"),
+    *("train_resume", "trainer", "deepspeed", "finetuning", "train_nonfinite", "bits", "train_refused", "engines"),
+    *("export", "engines_skipped", "bench", "sam_family"),
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked `gpu` is selected only where there is one."""
+    """Deselects tests that need a GPU where there is none, and puts slow files first, so that workers end together."""
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     if not torch.cuda.is_available() and (gpu := [item for item in items if item.get_closest_marker("gpu")]):
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]

@@ -232,7 +232,7 @@ def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[
 
 # Refused before the processes meet, by what they are together, and by what only the first one looks at.
 REFUSED = {
-    "optimizer.lr=-1": "lr must be a number >= 0, got -1",
+    "optimizer.lr=-1": "optimizer.lr must be a number >= 0, got -1",
     "train.batch_size=7": "train.batch_size=7 is not a multiple of the 2 processes",
     "train.resume=nowhere": "train.resume=nowhere: no such folder; give never, auto, or a checkpoint's folder",
 }

@@ -99,14 +99,11 @@ def bad_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # One of each stage at which something is refused, and what is about several processes.
 ON_EVERY_RANK = (
     "optimizer.lr=-1",
-    "sam=on sam.rho=-1",
     "train.batch_size=7",
     "train.micro_batch_size=3",
     "engine=hsdp engine.replicas=3",
     "train.resume=nowhere",
     "data.cache_dir=text.txt",
-    "train.sequence_length=99999",
-    "model.config.n_head=3",
     "param_groups.overrides={wqe:{lr:1}}",
 )
 

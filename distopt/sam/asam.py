@@ -21,7 +21,10 @@ class ASAM(SAM):
     parameters of at most one axis (biases and the scales of norm layers) are not adapted.
 
     Args:
-        optimizer, interval, scope, model: As for `SAM`.
+        optimizer: As for `SAM`.
+        interval: As for `SAM`.
+        scope: As for `SAM`.
+        model: As for `SAM`.
         rho: The radius in units of relative change, 0.5 in the paper: at least ten times that of SAM.
         eta: An offset >= 0, which lets weights of zero move too.
 

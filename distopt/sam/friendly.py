@@ -23,7 +23,10 @@ class FriendlySAM(SAM):
     `distopt.attach` and `SAMTrainerMixin` raise ValueError under one; in other loops a scale cannot be detected.
 
     Args:
-        optimizer, rho, interval, model: As for `SAM`.
+        optimizer: As for `SAM`.
+        rho: As for `SAM`.
+        interval: As for `SAM`.
+        model: As for `SAM`.
         sigma: The share of the mean that is subtracted, in [0, 1]; 1 in the paper, 0 is SAM.
         decay: The lambda of the formula, in [0, 1].
 

@@ -30,7 +30,11 @@ class FunctionalSAM(PreconditionedSAM):
     micro-batch.
 
     Args:
-        optimizer, rho, eps, interval, model: As for `PreconditionedSAM`.
+        optimizer: As for `PreconditionedSAM`.
+        rho: As for `PreconditionedSAM`.
+        eps: As for `PreconditionedSAM`.
+        interval: As for `PreconditionedSAM`.
+        model: As for `PreconditionedSAM`.
         precondition: Whether the perturbation is preconditioned, which needs an optimizer with second moments.
 
     Raises:

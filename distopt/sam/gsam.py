@@ -23,7 +23,10 @@ class GSAM(SAM):
     and one more copy of the gradients. The paper lets rho fall with the learning rate: set `rho` during training.
 
     Args:
-        optimizer, rho, interval, model: As for `SAM`.
+        optimizer: As for `SAM`.
+        rho: As for `SAM`.
+        interval: As for `SAM`.
+        model: As for `SAM`.
         alpha: The weight of g_perp, >= 0; 0 is SAM.
 
     Reference: Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu, Surrogate Gap Minimization Improves

@@ -24,7 +24,9 @@ class LookSAM(SAM):
     laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
 
     Args:
-        optimizer, rho, model: As for `SAM`.
+        optimizer: As for `SAM`.
+        rho: As for `SAM`.
+        model: As for `SAM`.
         interval: The k of the formula, 5 in the paper.
         alpha: The weight of v, >= 0; with 0 the steps in between take plain gradients.
 

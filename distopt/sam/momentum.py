@@ -25,7 +25,8 @@ class MomentumSAM(SAM):
     owns and sends them to the others.
 
     Args:
-        optimizer, interval: As for `SAM`.
+        optimizer: As for `SAM`.
+        interval: As for `SAM`.
         rho: The radius; in the paper's code 0.3 for SGD and 1 for AdamW.
 
     Raises:

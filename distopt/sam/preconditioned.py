@@ -23,7 +23,10 @@ class PreconditionedSAM(SAM):
     has not stepped yet have v = 0. Under ZeRO-1 each rank moves the rows that it owns and sends them to the others.
 
     Args:
-        optimizer, rho, interval, model: As for `SAM`.
+        optimizer: As for `SAM`.
+        rho: As for `SAM`.
+        interval: As for `SAM`.
+        model: As for `SAM`.
         eps: A constant > 0 in the denominator.
 
     Raises:

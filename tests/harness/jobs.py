@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -136,14 +137,14 @@ def start(
     return Job(processes, files, store)
 
 
-def one_after_another(cwd: Path, commands: Sequence[Sequence[str]]) -> list[Ended]:
+def one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str = "distopt.train.job") -> list[Ended]:
     """What each of these commands leaves that ends by itself before it trains, all of them in one process.
 
     For commands that are refused: the same program from the same words, but without a start for each.
     """
     file = cwd / "logs" / f"{time.monotonic_ns()}.json"
     file.parent.mkdir(exist_ok=True)
-    process = fork(_one_after_another, cwd, commands, file)
+    process = fork(_one_after_another, cwd, commands, program, file)
     process.join(280.0)
     if process.is_alive():
         process.kill()
@@ -152,20 +153,21 @@ def one_after_another(cwd: Path, commands: Sequence[Sequence[str]]) -> list[Ende
     return [Ended(*ended) for ended in json.loads(file.read_text())]
 
 
-def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], file: Path) -> None:
+def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str, file: Path) -> None:
     from distopt.job import cli
     from distopt.job.errors import one_line_errors
-    from distopt.train import job
 
+    module, _, name = program.rpartition(".")
+    run = getattr(importlib.import_module(module), name)
     os.chdir(cwd)
     ended = []
     for words in commands:
         code, out, err = None, io.StringIO(), io.StringIO()
-        sys.argv = ["distopt.train", *cli.model_words(list(words))]
+        sys.argv = [module, *cli.model_words(list(words))]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 with one_line_errors(), cli.explained():
-                    job()
+                    run()
             except SystemExit as end:
                 code = end.code
         ended.append([code, out.getvalue(), err.getvalue()])
