@@ -240,7 +240,7 @@ def no_checkpoint(folder: Path) -> Path:
 
 REFUSED = {
     "missing": (lambda folder: folder / "nowhere", "nowhere is not a complete checkpoint: there is no such folder"),
-    "not of the job": (not_of_the_job, "other holds no config.json: it was not written by this version of"),
+    "not of the job": (not_of_the_job, "other contains no config.json: it was not written by this version of"),
     "garbage": (garbage, "step: rank 0: UnpicklingError: Weights only load failed: the checkpoint is damaged"),
     "garbled metadata": (garbled_metadata, "step: rank 0: AssertionError: metadata is None: the checkpoint is damaged"),
     "garbled config": (garbled_config, "step cannot be exported: It looks like the config file at"),

@@ -137,7 +137,7 @@ def test_lora_is_merged_or_stands_by_itself(cwd: Path, lora: Path) -> None:
 
 
 def test_a_run_without_an_adapter_has_none_to_export(cwd: Path, lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no adapter: export it without --adapter"):
+    with pytest.raises(ValueError, match="contains no adapter: export it without --adapter"):
         export(cwd / "runs" / "pretrain", tmp_path / "out", adapter_only=True)
 
 

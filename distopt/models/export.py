@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder."""
+"""Export of a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -32,52 +32,66 @@ def export(
     dtype: torch.dtype = torch.float32,
     adapter_only: bool = False,
 ) -> str:
-    """Writes a checkpoint of `distopt.train` as a folder that transformers loads, and returns what there is to say.
+    """Write a checkpoint of `distopt.train` as a folder that transformers loads.
 
-    One process, whatever the engine and the number of processes that trained; no process group and no GPU. The folder
-    gets its name when it is complete. Memory: the model in `dtype`, and one tensor as it was saved (for families that
-    transformers keeps otherwise in memory than on disk, such as mixtures of experts, one more copy while it writes).
+    Runs in one process without a process group or a GPU, whatever the engine and the number of processes of the
+    training. The folder is written under a temporary name and renamed when it is complete. Memory: the model in
+    `dtype`, and one tensor in its saved dtype; one more copy while writing for families whose tensors transformers
+    arranges differently in memory and on disk, such as mixtures of experts.
 
-    checkpoint: its folder, or that of a run, of which the newest complete one is taken.
-    out: a folder that is not there yet, or empty.
-    dtype: of the weights; float32 gives the logits of training bit for bit, but for what merging an adapter rounds.
-    adapter_only: write the adapter of a LoRA run by itself, as `peft` does, which needs the pretrained model where it
-        was; else it is merged into the weights.
-    Raises ValueError, with nothing written, for a checkpoint that is not complete, cannot be read or is not of
-    `distopt.train`, for an `out` that is not empty, and for weights that are too large for `dtype`.
+    Args:
+        checkpoint: The folder of a checkpoint, or of a run, whose newest complete checkpoint is exported.
+        out: The folder to write, which must be empty or not exist.
+        dtype: The dtype of the weights. float32 gives the logits of training bit for bit, except for the rounding of
+            merging an adapter.
+        adapter_only: Write only the adapter of a LoRA run, as `peft` does, which needs the pretrained model at its
+            original path; otherwise it is merged into the weights.
+
+    Returns:
+        A message that says what was written and how to load it.
+
+    Raises:
+        ValueError: The checkpoint is incomplete, cannot be read or is not of `distopt.train`, `out` is not empty, or
+            weights are too large for `dtype`. Nothing is written.
     """
     out = Path(out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another name")
     folder, content = open_checkpoint(find(Path(checkpoint).expanduser()))
     if pretrained.CONFIG not in content["files"]:
-        raise ValueError(f"{folder} holds no {pretrained.CONFIG}: it was not written by this version of distopt.train")
+        raise ValueError(
+            f"{folder} contains no {pretrained.CONFIG}: it was not written by this version of distopt.train"
+        )
     if adapter_only and ADAPTER not in content["files"]:
-        raise ValueError(f"{folder} holds no adapter: export it without --adapter")
+        raise ValueError(f"{folder} contains no adapter: export it without --adapter")
     model = read_model(folder, content, dtype, merge=not adapter_only)
 
-    half = out.with_name(f"{out.name}.exporting")  # renamed whole, so that a killed export leaves nothing named `out`
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.exporting")  # so that a killed export leaves nothing named `out`
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        model.save_pretrained(half)
-        (half / "README.md").unlink(missing_ok=True)  # of peft, with nothing in it
+        model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # peft's empty template
         for name in content["files"]:
-            # What is not the checkpoint's own is the tokenizer and, of a pretrained model, how it generates.
+            # The remaining files are the tokenizer and, for a pretrained model, its generation_config.json.
             if name not in (TRAINING, ".metadata", pretrained.CONFIG, ADAPTER) and not name.endswith(".distcp"):
-                shutil.copyfile(folder / name, half / name)
-        tokenizer = fitting_tokenizer(half)
-        os.replace(half, out)
+                shutil.copyfile(folder / name, partial / name)
+        tokenizer = fitting_tokenizer(partial)
+        os.replace(partial, out)
     finally:
-        shutil.rmtree(half, ignore_errors=True)
-    counted = [p for p in model.parameters() if p.requires_grad or not adapter_only]
-    size = f"{sum(p.numel() for p in counted) / 1e6:,.2f}M parameters in {str(dtype).removeprefix('torch.')}"
-    how = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), the tokenizer by {tokenizer}"
-    return f"wrote {out} from {folder.name}: {size}; load it by {how}"
+        shutil.rmtree(partial, ignore_errors=True)
+    exported = [p for p in model.parameters() if p.requires_grad or not adapter_only]
+    size = f"{sum(p.numel() for p in exported) / 1e6:,.2f}M parameters in {str(dtype).removeprefix('torch.')}"
+    loading = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), the tokenizer by {tokenizer}"
+    return f"wrote {out} from {folder.name}: {size}; load it by {loading}"
 
 
 def find(path: Path) -> Path:
-    """The newest complete checkpoint, if the path is a run or its folder of checkpoints; else the path itself."""
+    """Return the newest complete checkpoint of a run or a folder of checkpoints; any other path is returned as it is.
+
+    Raises:
+        ValueError: A run has no complete checkpoint.
+    """
     for folder in (path / "checkpoints", path):
         newest, broken = latest_checkpoint(folder)
         if newest is not None:
@@ -90,9 +104,20 @@ def find(path: Path) -> Path:
 
 
 def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge: bool = True) -> Any:
-    """The model of a checkpoint on the CPU. Its parameters alone are good: buffers that no file holds are not set.
+    """Load the model of a checkpoint on the CPU; buffers that are not saved remain uninitialized.
 
-    merge: an adapter into the weights that it changes; else a `peft.PeftModel`.
+    Args:
+        folder: A complete checkpoint.
+        content: Its manifest.
+        dtype: The dtype of the weights.
+        merge: Merge an adapter into the weights; otherwise a model with an adapter is returned as a `peft.PeftModel`.
+
+    Returns:
+        A `PreTrainedModel`, or a `peft.PeftModel`.
+
+    Raises:
+        ValueError: The checkpoint cannot be read or does not match its config.json, or weights are too large for
+            `dtype`.
     """
     from transformers import AutoConfig
 
@@ -105,12 +130,12 @@ def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge:
         nn.Module.to(model, torch.float32 if adapted else dtype).to_empty(device="cpu")
         model.tie_weights()
         load_weights(folder, model.state_dict())
-        if adapted:  # in float32, and rounded once
+        if adapted:  # merged in float32, so that weights are rounded once
             model = adapted.merge_and_unload(safe_merge=True) if merge else adapted
             nn.Module.to(model, dtype)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} cannot be exported: {error}") from error
-    except RuntimeError as error:  # torch goes on about what else could be tried
+    except RuntimeError as error:  # torch appends advice to the reason
         raise ValueError(re.split(r"\. |; |\n", str(error))[0] + ": the checkpoint is damaged, take another") from error
     if dtype == torch.float16:
         for name, tensor in model.state_dict().items():
@@ -120,23 +145,23 @@ def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge:
 
 
 def _adapted(model: PreTrainedModel, folder: Path) -> Any:
-    """A meta model with the adapter of a checkpoint put into it, as `peft` knows it."""
+    """Insert the adapter of a checkpoint into a model on the meta device; return the `peft.PeftModel`."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("it has a LoRA adapter, and peft is not installed: pip install 'distopt[finetune]'")
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig.from_pretrained(str(folder))
-    model.name_or_path = config.base_model_name_or_path  # get_peft_model puts the one into the other's place
+    model.name_or_path = config.base_model_name_or_path  # get_peft_model overwrites the latter by the former
     with warnings.catch_warnings():
-        # peft 0.21.2 asks for names of transformers that 5.23 deprecates.
+        # peft 0.21.2 uses names that transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 def fitting_tokenizer(folder: Path) -> str:
-    """The class of transformers that reads an exported tokenizer as it was trained with.
+    """Return the name of the transformers class that loads an exported tokenizer as it was used in training.
 
-    It is AutoTokenizer, but for some families (Qwen2, ...) that puts the family's own rules in place of the file's.
+    This is AutoTokenizer, except for families (Qwen2, ...) for which it replaces the rules of the file by its own.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
