@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distopt import collective
+from distopt.bounds import integer
 from distopt.checkpoint import manifest
 
 TRAINING = "training.pt"
@@ -113,8 +114,7 @@ def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     Raises:
         ValueError: If `keep` is not an integer >= 1.
     """
-    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-        raise ValueError(f"keep must be an integer >= 1, got {keep!r}; to keep all, do not prune")
+    integer(1).check("keep", keep, "to keep all, do not prune")
     if collective.rank() != 0:
         return
     complete = 0

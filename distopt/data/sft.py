@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distopt.bounds import switch
 from distopt.data import tokenizers
 from distopt.data.chat import EncodedExample, Encoder
 from distopt.data.examples import parse_example
@@ -101,8 +102,7 @@ class CompletionData:
         """Return the checked sources, their encoder, and a hash of everything that determines the tokens."""
         if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.05 is usual")
-        if not isinstance(self.packing, bool):
-            raise ValueError(f"data.packing must be true or false, got {self.packing!r}")
+        switch().check("data.packing", self.packing)
         if self.path is None:
             raise ValueError("data.path is not set: give data.path=<a JSONL file, or a folder of them>")
         check_text("tokenizer", self.tokenizer, null=True)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distopt.bounds import switch
 from distopt.optim.clip import clip_, measure
 
 if TYPE_CHECKING:
@@ -21,12 +22,6 @@ if TYPE_CHECKING:
     from distopt.sam import SAM
 
 _PRECISIONS = ("auto", "fp32", "bf16")
-
-
-def check_switch(name: str, value: object) -> None:
-    """Raises ValueError for a value that is not a boolean: any string would count as true."""
-    if not isinstance(value, bool):
-        raise ValueError(f"engine.{name} must be true or false, got {value!r}")
 
 
 class Engine:
@@ -50,7 +45,7 @@ class Engine:
     def __init__(self, precision: str = "auto", activation_checkpointing: bool = False) -> None:
         if precision not in _PRECISIONS:
             raise ValueError(f"engine.precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
-        check_switch("activation_checkpointing", activation_checkpointing)
+        switch().check("engine.activation_checkpointing", activation_checkpointing)
         gpu = torch.cuda.is_available()
         if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"engine.precision=bf16: {torch.cuda.get_device_name()} has no bfloat16; use fp32")

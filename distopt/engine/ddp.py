@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.engine.base import Engine, check_switch
+from distopt.bounds import switch
+from distopt.engine.base import Engine
 
 
 class DDP(Engine):
@@ -33,7 +34,7 @@ class DDP(Engine):
         self, precision: str = "auto", activation_checkpointing: bool = False, find_unused_parameters: bool = False
     ) -> None:
         super().__init__(precision, activation_checkpointing)
-        check_switch("find_unused_parameters", find_unused_parameters)
+        switch().check("engine.find_unused_parameters", find_unused_parameters)
         self.find_unused_parameters = find_unused_parameters
 
     def build(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt import layout
-from distopt.engine.base import Engine, check_switch
+from distopt.bounds import switch
+from distopt.engine.base import Engine
 from distopt.layout import deepspeed_private as private
 from distopt.sam import SAM
 from distopt.sam.backup import Backup
@@ -51,7 +52,7 @@ class DeepSpeed(Engine):
             raise ValueError(f"engine.stage must be 1, 2 or 3, got {stage!r}; stage 0 is engine=ddp")
         if find_spec("deepspeed") is None:
             raise ValueError("engine=deepspeed_zero*: DeepSpeed is not installed: pip install 'distopt[deepspeed]'")
-        check_switch("offload", offload)
+        switch().check("engine.offload", offload)
         self.stage = stage
         self.offload = offload
 

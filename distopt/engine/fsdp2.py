@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distopt.engine.base import Engine, check_switch
+from distopt.bounds import integer, switch
+from distopt.engine.base import Engine
 from distopt.sam import SAM
 
 
@@ -40,10 +41,9 @@ class FSDP2(Engine):
         sync_each_batch: bool = True,
     ) -> None:
         super().__init__(precision, activation_checkpointing)
-        if not isinstance(replicas, int) or replicas < 1:
-            raise ValueError(f"engine.replicas must be an integer >= 1, got {replicas!r}")
-        check_switch("reshard_after_forward", reshard_after_forward)
-        check_switch("sync_each_batch", sync_each_batch)
+        integer(1).check("engine.replicas", replicas)
+        switch().check("engine.reshard_after_forward", reshard_after_forward)
+        switch().check("engine.sync_each_batch", sync_each_batch)
         self.reshard_after_forward = reshard_after_forward
         self.replicas = replicas
         self.sync_each_batch = sync_each_batch

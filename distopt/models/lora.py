@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distopt.bounds import integer
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -44,10 +46,8 @@ class LoRA:
         dropout: float = 0.0,
         target_modules: str | Sequence[str] | None = "all-linear",
     ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"adapter.r must be an integer >= 1, got {r!r}; 16 is usual")
-        if not isinstance(alpha, int) or isinstance(alpha, bool) or alpha < 1:
-            raise ValueError(f"adapter.alpha must be an integer >= 1, got {alpha!r}; twice r is usual")
+        integer(1).check("adapter.r", r, "16 is usual")
+        integer(1).check("adapter.alpha", alpha, "twice r is usual")
         if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
             raise ValueError(f"adapter.dropout must be a number in [0, 1), got {dropout!r}")
         if importlib.util.find_spec("peft") is None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.optim.validate import check_integer
+from distopt.bounds import integer
 
 _COUNTS = "it counts optimizer steps"
 
@@ -97,7 +97,7 @@ def warmup_stable_decay(
         ValueError: Also unless `decay_steps` is in [1, total_steps - max(warmup_steps, 1)].
     """
     _check(warmup_steps, total_steps, final_lr_ratio)
-    check_integer("decay_steps", decay_steps, 1, _COUNTS)
+    integer(1).check("decay_steps", decay_steps, _COUNTS)
     if decay_steps > (longest := total_steps - max(warmup_steps, 1)):
         raise ValueError(
             f"decay_steps must be at most {longest}, what {total_steps} total_steps leave after {warmup_steps} "
@@ -189,9 +189,9 @@ def _progress(step: int, start: int, total_steps: int) -> float:
 
 
 def _check(warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0.0) -> None:
-    check_integer("warmup_steps", warmup_steps, 0, _COUNTS)
+    integer(0).check("warmup_steps", warmup_steps, _COUNTS)
     if total_steps is not None:
-        check_integer("total_steps", total_steps, 1, _COUNTS)
+        integer(1).check("total_steps", total_steps, _COUNTS)
         if warmup_steps >= total_steps:
             raise ValueError(
                 f"warmup longer than the run: warmup_steps must be less than total_steps = {total_steps}, "

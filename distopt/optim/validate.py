@@ -1,4 +1,4 @@
-"""Checks of arguments: the bounds of every hyper-parameter of a param group, and numbers, pairs and integers."""
+"""Checks of arguments: the bounds of every hyper-parameter of a param group, and numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.bounds import Bound, integer, is_number, number, or_null, pair, switch
+from distopt.bounds import Bound, is_number, number, or_null, pair, switch
 
 _DECAY = number(0.0, 1.0, below=True)  # 1 would keep the first value for ever
 # The bound of every option of a param group that is checked.
@@ -86,11 +86,6 @@ def positive(name: str, value: Any, remedy: str = "") -> float:
     """Returns a finite number > 0 as a float; raises ValueError for any other value."""
     number(0.0, above=True).check(name, value, remedy)
     return float(value)
-
-
-def check_integer(name: str, value: object, low: int, remedy: str = "") -> None:
-    """Raises ValueError unless the value is an integer >= low, and no boolean."""
-    integer(low).check(name, value, remedy)
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from distopt.bounds import integer
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
-from distopt.optim.validate import bounded, check_integer, positive
+from distopt.optim.validate import bounded, positive
 from distopt.sam.perturbation import Perturbation
 from distopt.sam.rounding import perturb_, warn_of_rounding
 from distopt.sam.state_buffers import StateBuffers
@@ -50,7 +51,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         self.rho = positive("rho", rho, "leave SAM out for rho = 0")
         for group in optimizer.param_groups:
             self.radius(group)
-        check_integer("interval", interval, 1, "1 perturbs at every step")
+        integer(1).check("interval", interval, "1 perturbs at every step")
         if scope not in ("global", "local"):
             raise ValueError(f"scope must be global or local, got {scope!r}")
         self.interval = interval
