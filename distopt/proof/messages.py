@@ -75,6 +75,17 @@ def prove(
             UserWarning,
             stacklevel=2,
         )
+    return _without_gradient(own, table, type(optimizer).__name__)
+
+
+def _without_gradient(own: Claims, table: Tensor, optimizer: str) -> list[str]:
+    """Returns the names of the parameters without a gradient on any rank; raises NoGradients if none has one.
+
+    Args:
+        own: The claims of this rank.
+        table: The columns, summed over their groups.
+        optimizer: The class name of the optimizer.
+    """
     whats = [column.what for column in own.columns]
     if WHETHER not in whats:
         return []
@@ -82,7 +93,7 @@ def prove(
     without = [name for (name, *_), count in zip(own.layers, counts) if not count]
     if without and len(without) == len(own.layers):
         raise NoGradients(
-            f"no parameter of {type(optimizer).__name__} has a gradient on any rank, the first is {without[0]}: there "
+            f"no parameter of {optimizer} has a gradient on any rank, the first is {without[0]}: there "
             "was no backward pass, or these are not the parameters that the model trains; make the optimizer after the "
             "model is wrapped or sharded, and before its first forward pass"
         )
