@@ -1,4 +1,4 @@
-"""The model of the benchmarks: a GPT-2 over bytes, with the sizes of the command line."""
+"""The model and the text of the benchmarks: a GPT-2 over bytes, with the sizes of the command line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import argparse
 import torch
 from torch import nn
 
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.engine import Engine
 from distopt.models.language_model import LanguageModel, blocks
 
@@ -25,6 +27,12 @@ def build(engine: Engine, device: torch.device, options: argparse.Namespace) -> 
     made = _language_model(options)
     model = made.empty(made.describe(256))
     return engine.build(model, blocks(model), lambda unit, place: made.fill(model, unit, place), device)
+
+
+def sequences(options: argparse.Namespace) -> Sequences:
+    """Return the training batches; the text is tokenized unless the cache has it."""
+    tokens = TextData().build().train
+    return Sequences(tokens, sequence_length=options.sequence_length, batch_size=options.batch_size)
 
 
 def numel(options: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import distopt
 from benchmarks import gpt
 from benchmarks.team import spawn
-from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import FSDP2
 from distopt.engine.train_step import update
@@ -39,8 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _measure(device: torch.device, options: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    corpus = TextData().build()
-    sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
+    sequences = gpt.sequences(options)
     sides = {"distopt": _ours(device, options), "plain torch": _plain(device, options)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}

@@ -17,7 +17,6 @@ import distopt
 from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes
 from benchmarks.team import spawn
-from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine
 from distopt.engine.train_step import update
@@ -59,8 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _measure(device: torch.device, options: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    corpus = TextData().build()
-    sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
+    sequences = gpt.sequences(options)
     only = [name for name in SIDES if name in {BASE, *options.only}]
     names = [name for name in only if options.engine == "ddp" or name != "SAM, scope=local"]
     sides = {name: Side(name, device, options) for name in names}

@@ -21,7 +21,6 @@ from benchmarks import gpt, peers
 from benchmarks.collectives import nbytes
 from benchmarks.memory import Peak
 from benchmarks.team import Team, TeamError
-from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import FSDP2, DeepSpeed, Engine, Zero1
 from distopt.engine.train_step import update
@@ -206,8 +205,7 @@ class Training:
         if "deepspeed" in name.lower():
             peers.import_deepspeed()  # before the memory is measured, which is not to include its code
         self.device, self.options = device, options
-        corpus = TextData().build()
-        self.sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
+        self.sequences = gpt.sequences(options)
         self.peak = Peak(device)
         self.step, self.optimizer = SIDES[name].make(device, options)
         self.warm = False

@@ -18,7 +18,6 @@ from benchmarks import gpt
 from benchmarks.collectives import Collectives, nbytes, written
 from benchmarks.team import spawn
 from distopt import layout
-from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine, Zero1
 from distopt.engine.train_step import update
@@ -76,8 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _measure(device: torch.device, options: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    corpus = TextData().build()
-    sequences = Sequences(corpus.train, sequence_length=options.sequence_length, batch_size=options.batch_size)
+    sequences = gpt.sequences(options)
     names = [name for name in SIDES if name in options.only]
     sides = {name: _step(name, device, options) for name in names}
     rows = {name: _count(name, *sides[name], sequences.batch(0, rank, world).to(device)) for name in names}

@@ -87,10 +87,10 @@ def set_random_state(state: RandomState) -> None:
 def same_random_numbers(start: RandomState) -> Iterator[None]:
     """Repeats, inside of the block, the random numbers drawn since `start`; afterwards the generators are as before it.
 
-    start = random_state(device)
-    first_pass()
-    with same_random_numbers(start):
-        second_pass()
+        start = random_state(device)
+        first_pass()
+        with same_random_numbers(start):
+            second_pass()
 
     Args:
         start: The state before the first pass.

@@ -75,7 +75,7 @@ def build(cfg: DictConfig) -> Job:
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
-    text = _text(cfg, parts.data)
+    text = _text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity["data"] = text.corpus.digest
@@ -113,10 +113,9 @@ def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
     return accelerator
 
 
-def _text(cfg: DictConfig, data: Data) -> Text:
+def _text(cfg: DictConfig, data: Data, sizes: dict[str, int]) -> Text:
     """Opens the tokens of the data, after one process has made them if the cache has none."""
     corpus = collective.one_after_another(data.build)
-    sizes = {"sequence_length": cfg.train.sequence_length, "batch_size": cfg.train.batch_size}
     most = cfg.evaluation.max_sequences
     sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
     return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))

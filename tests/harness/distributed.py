@@ -25,7 +25,9 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         TimeoutError: If a rank did not answer within two minutes.
     """
     if world not in _pools or not _pools[world].alive:
-        _pools[world] = Ranks(world, _SECONDS, RankSetup((), False, 1, True, _before, _after))
+        _pools[world] = Ranks(
+            world, _SECONDS, RankSetup(imports=(), threads=1, keeps_stdout=True, before=_before, after=_after)
+        )
     return _pools[world].run(function, *args)
 
 

@@ -127,7 +127,3 @@ EVERYONE = [(member, named(base)) for member in MEMBERS for base in member.bases
 
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 everyone = pytest.mark.parametrize(("member", "row"), EVERYONE, ids=lambda value: value.name)
-
-
-def member_named(name: str) -> Member:
-    return next(member for member in MEMBERS if member.name == name)
