@@ -113,7 +113,11 @@ def around_a_bad_step(kind: str, precision: str, which: int) -> tuple[list[bool]
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [*[(kind, "fp32") for kind in FAILING], *[(kind, "bf16") for kind in DEEPSPEED]],
+    [
+        *[(kind, "fp32") for kind in FAILING],
+        *[pytest.param(kind, "bf16", marks=pytest.mark.matrix) for kind in DEEPSPEED[:2]],
+        (DEEPSPEED[2], "bf16"),
+    ],
 )
 def test_nan_in_either_pass_of_sam_leaves_every_rank_as_it_was(kind: str, precision: str) -> None:
     """Weights, masters and state, and the next step is as if there had been none in between."""

@@ -195,12 +195,18 @@ REFUSED: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize(("words", "expected"), REFUSED.items(), ids=REFUSED)
-def test_bad_input_is_one_line(cwd: Path, words: str, expected: tuple[str, ...]) -> None:
+@pytest.fixture(scope="module")
+def refused(cwd: Path) -> dict[str, jobs.Ended]:
+    """The end of each of these commands, all of them in one process."""
     write_lines(cwd / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"text": "c"}])
-    if not (cwd / "plain").is_dir():
-        write_tokenizer(cwd / "plain", None)
-    (ended,) = jobs.run(cwd, [*overrides(), *words.split()])
+    write_tokenizer(cwd / "plain", None)
+    commands = [[*overrides(), *words.split()] for words in REFUSED]
+    return dict(zip(REFUSED, jobs.one_after_another(cwd, commands)))
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED.items(), ids=REFUSED)
+def test_bad_input_is_one_line(refused: dict[str, jobs.Ended], words: str, expected: tuple[str, ...]) -> None:
+    ended = refused[words]
     assert (ended.code, ended.out) == (1, "")
     (line,) = ended.err.strip().splitlines()
     assert line.startswith("distopt: error: ")

@@ -9,33 +9,42 @@ from typing import Any
 import pytest
 
 from tests.harness import matrix_table
-from tests.harness.matrix import NAMES, REFUSED, TOLERANCE, Job, jobs, unsharded
+from tests.harness.matrix import FEW, NAMES, REFUSED, TOLERANCE, Job, jobs, quick_jobs, unsharded
 from tests.harness.optimizers import distance
 
 JOBS = list(jobs())
-ONE: dict[str, Any] = dict(dtype="fp32", casts=False, ranks=1, accumulation=1, deepspeed=False)
+ONE: dict[str, Any] = dict(dtype="fp32", casts=False, ranks=1, accumulation=1, deepspeed=False, steps=FEW)
 
 
 @pytest.fixture(scope="module")
 def answers(request: pytest.FixtureRequest) -> Iterator[dict[Job, dict[str, float | str]]]:
     """The cells; with `--table` they are written there, if all were computed and none is wrong."""
-    right: dict[Job, dict[str, float | str]] = {}
-    yield right
+    found: dict[Job, dict[str, float | str]] = {}
+    yield found
     path = request.config.getoption("--table")
-    if path is not None and len(right) == len(JOBS):
-        matrix_table.write(Path(path), right)
+    if path is not None and len(found) == len(JOBS):
+        matrix_table.write(Path(path), found)
 
 
-@pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=() if job.quick else pytest.mark.matrix, id=str(job)) for job in JOBS]
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("job", JOBS, ids=str)
 def test_the_update_is_the_unsharded_one(job: Job, answers: dict[Job, dict[str, float | str]]) -> None:
+    answers[job] = right(job)
+
+
+@pytest.mark.parametrize("job", quick_jobs(), ids=str)
+def test_a_few_steps_are_the_unsharded_ones(job: Job) -> None:
+    right(job)
+
+
+def right(job: Job) -> dict[str, float | str]:
+    """The differences of a job, none of which is wrong."""
     found = job.differences()
     wrong = {n: a for n, a in found.items() if not isinstance(a, str) and not a <= TOLERANCE[job.dtype]}
     assert not wrong
     refused = {n: a for n, a in found.items() if isinstance(a, str)}
     assert {(job.engine, name) for name in refused} <= REFUSED, refused
-    answers[job] = found
+    return found
 
 
 def test_what_the_runs_have_matters() -> None:

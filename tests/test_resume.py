@@ -30,7 +30,7 @@ PAIRS = [
     if not (target == "hsdp" and world == 1)  # two replicas
 ]
 # Every engine as the one that stops and as the one that goes on; the rest is in `make matrix`.
-SOME = [pair for i, pair in enumerate(PAIRS) if i % 8 == 0 or ("deepspeed" in pair[0] and pair[1:] == ("fsdp2", 4))]
+SOME = [pair for i, pair in enumerate(PAIRS) if i % 12 == 0 or ("deepspeed" in pair[0] and pair[1:] == ("fsdp2", 4))]
 LATE = ("zero1", "fsdp2", "deepspeed_zero3")
 every_pair = pytest.mark.parametrize(
     ("source", "target", "world"),

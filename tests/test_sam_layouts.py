@@ -167,10 +167,10 @@ def test_shards_are_copied_once_and_restored_bit_for_bit(kind: str, world: int) 
 
 
 def communicated(kind: str) -> dict[str, list[tuple[int, int]]]:
-    """All-reduces, and exchanges of rows, of each step of two cycles, gradients and the optimizer's own left out."""
+    """Counts all-reduces and exchanges of rows in each step of a cycle and in the next, without those of the update."""
     models, sams = fleet(kind, 1, [name for name in PAIRS if name.endswith("-adamw")])
     counts: dict[str, list[tuple[int, int]]] = {name: [] for name in sams}
-    for step in range(6):
+    for step in range(FEWER):
         models.zero_grad()
         sum(
             sam.loss(out, bent) for sam, out in zip(sams.values(), models(samples_of(kind, 0), 3 * step).values())
@@ -199,7 +199,7 @@ def test_each_step_communicates_as_often_as_its_docstring_says(kind: str, world:
     for counts in run(world, communicated, kind):
         for name, seen in counts.items():
             member, _ = PAIRS[name]
-            expected = [(axes * member.reduces[step % len(member.reduces)], 0) for step in range(6)]
+            expected = [(axes * member.reduces[step % len(member.reduces)], 0) for step in range(FEWER)]
             if kind == "zero1":
                 of_state = member.make(named("adamw").make(leaves())).reads_optimizer_state
                 moves = [n > 0 and (step > 0 or "Momentum" not in name) for step, (n, _) in enumerate(expected)]

@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[dict[str, str], int]] = {  # and the number of ranks
 
 
 @pytest.mark.parametrize(("changes", "world"), BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.matrix)])
 def test_the_layer_that_is_not_finite_is_named(cwd: Path, changes: dict[str, str], world: int, value: float) -> None:
     """And no other: clipping by a norm that is nan, and SAM's second pass after a first that broke, make all so."""
     name = "transformer.h.1.mlp.c_fc.weight"

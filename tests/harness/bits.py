@@ -39,6 +39,7 @@ def way(name: str) -> Iterator[None]:
         yield
 
 
+@lru_cache
 def numbers(step: int, which: int) -> list[Tensor]:
     """The full gradients of a pass of a step: over many orders of magnitude, so that every order of a sum shows."""
     source = torch.Generator().manual_seed(10 * step + which)
@@ -53,7 +54,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
     how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}.get(kind)
 
     def placed(full: Tensor) -> Tensor:
-        return distribute_tensor(full, where, how) if how else full
+        return distribute_tensor(full, where, how, src_data_rank=None) if how else full.clone()
 
     params = [nn.Parameter(placed(p)) for p in initial(*SHAPES, dtype=torch.float32)]
     member, row = next(((m, r) for m, r in EVERYONE if f"{m.name} {r.name}" == job), (None, None))

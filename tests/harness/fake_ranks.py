@@ -1,9 +1,9 @@
-"""What one of many ranks holds: `python -m tests.harness.fake_ranks WORLD ENGINE`, in a group that sends nothing."""
+"""The bytes of one of many ranks, in a process group that sends nothing."""
 
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ from tests.harness.engines import CPU, ENGINES
 from tests.test_plan import MODELS, VOCABULARY
 
 
-def main(world: int, kind: str) -> dict[str, int]:
+def measure(world: int, kind: str, file: Path) -> None:
+    """Writes the bytes of the first rank's parameters and state, as JSON. For a process of its own."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     language_model, engine = LanguageModel("llama", MODELS["llama"]), ENGINES[kind]()
     model = language_model.empty(language_model.describe(VOCABULARY))
@@ -27,8 +28,4 @@ def main(world: int, kind: str) -> dict[str, int]:
     def size(tensors: list[torch.Tensor]) -> int:
         return sum(t.to_local().untyped_storage().nbytes() for t in tensors)  # type: ignore[attr-defined]
 
-    return {"parameters": size(list(model.parameters())), "state": size(state)}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2])))
+    file.write_text(json.dumps({"parameters": size(list(model.parameters())), "state": size(state)}))

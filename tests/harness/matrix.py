@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.harness.engines import CPU, DEEPSPEED, ENGINES, full
 from tests.harness.optimizers import ROWS, distance, named
 from tests.harness.sharded import Toy, whole
 
-STEPS = range(1, 21)  # `seldom` is used first at the third of them, so that its state starts later
+STEPS, FEW = 20, 8  # `seldom` is used first at the third of them, so that its state starts later
 BATCH = 24  # divides into equal micro-batches for 1 to 4 ranks, so that the mean of their means is the mean
 MAX_NORM = 14.0  # gradients start at 17 and go down: some steps are clipped, others are not
 RHO = 0.5  # of SAM: large enough to show in LAMB, whose trust ratio hides most of it
@@ -51,9 +51,11 @@ class Job:
     dtype: str
     accumulation: int
     part: str
+    steps: int = STEPS
 
     def __str__(self) -> str:
-        return "-".join(map(str, (self.engine, self.world, self.dtype, self.accumulation, self.part)))
+        name = "-".join(map(str, (self.engine, self.world, self.dtype, self.accumulation, self.part)))
+        return name if self.steps == STEPS else f"{name}-{self.steps} steps"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,7 +63,7 @@ class Job:
 
     @property
     def quick(self) -> bool:
-        """Whether `make test` runs it: each engine with some optimizers, one with all, and what else there is once."""
+        """Whether `make test` has a few steps of it: each engine with some optimizers, one with all, the rest once."""
         setting = (self.world, self.dtype, self.accumulation)
         more = {
             "zero1": {(3, "fp32", 1), (2, "bf16", 2)},
@@ -100,7 +102,7 @@ class Job:
     def unsharded(self, name: str) -> list[Tensor]:
         """What to equal: in bf16 with the gradients of the same micro-batches, since each is rounded by itself."""
         parts = (self.world, self.accumulation) if self.dtype == "bf16" else (1, 1)
-        return unsharded(name, self.dtype, self.casts, *parts, deepspeed=self.engine in DEEPSPEED)
+        return unsharded(name, self.dtype, self.casts, *parts, deepspeed=self.engine in DEEPSPEED, steps=self.steps)
 
 
 def jobs() -> Iterator[Job]:
@@ -114,6 +116,10 @@ def jobs() -> Iterator[Job]:
         if engine == "hsdp":  # two replicas
             settings = [setting for setting in settings if setting[0] % 2 == 0]
         yield from (Job(engine, *setting, part) for setting in settings for part in PARTS)
+
+
+def quick_jobs() -> Iterator[Job]:
+    return (replace(job, steps=FEW) for job in jobs() if job.quick)
 
 
 def train(job: Job) -> dict[str, list[Tensor] | str]:
@@ -138,8 +144,8 @@ def trained(job: Job, name: str) -> list[Tensor] | str:
     except ValueError as error:
         return str(error)
     # A proof alarms nowhere that it should not.
-    distopt.prove_every(stepper, engine.unwrap(model), steps=4 if job.quick else 1, state=True)
-    for step in STEPS:
+    distopt.prove_every(stepper, engine.unwrap(model), steps=4 if job.steps == FEW else 1, state=True)
+    for step in range(1, job.steps + 1):
         mine = batch(step, job.inputs).chunk(world)[rank].chunk(job.accumulation)
         done = update(engine, model, stepper, mine, MAX_NORM, partial(loss, step))
         assert done.applied
@@ -151,7 +157,14 @@ def trained(job: Job, name: str) -> list[Tensor] | str:
 
 @lru_cache
 def unsharded(
-    name: str, dtype: str, casts: bool, ranks: int, accumulation: int, deepspeed: bool, max_norm: float = MAX_NORM
+    name: str,
+    dtype: str,
+    casts: bool,
+    ranks: int,
+    accumulation: int,
+    deepspeed: bool,
+    max_norm: float = MAX_NORM,
+    steps: int = STEPS,
 ) -> list[Tensor]:
     """The same training of a plain model by one process without a process group: no engine, whole tensors.
 
@@ -178,7 +191,7 @@ def unsharded(
             unused = torch.zeros_like(p) if deepspeed and p.requires_grad else None
             p.grad = sums[p].to(p.dtype) if p in sums else unused
 
-    for step in STEPS:
+    for step in range(1, steps + 1):
         backward(step)
         if name in SAM_OVER:
             stepper.perturb()
