@@ -32,7 +32,7 @@ def test_the_update_is_the_unsharded_one(job: Job, answers: dict[Job, dict[str, 
     answers[job] = right(job)
 
 
-@pytest.mark.parametrize("job", quick_jobs(), ids=str)
+@pytest.mark.parametrize("job", list(quick_jobs()), ids=str)
 def test_a_few_steps_are_the_unsharded_ones(job: Job) -> None:
     right(job)
 
