@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import distopt
-from distopt import SAM
+from distopt import SAM, SGD, LookSAM
 from tests.harness.optimizers import Row, distance, named
 from tests.harness.sam_steps import (
     STEPS,
@@ -330,3 +330,22 @@ def test_both_passes_draw_the_same_and_the_generator_ends_as_after_one(member: M
         torch.set_rng_state(before)
         torch.rand(3)
         assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_look_sam_does_not_scale_up_the_rounding_of_parallel_gradients(dtype: torch.dtype) -> None:
+    """The gradients of a single weight are parallel, so that v is 0. The rounding of v moved it by alpha |g|."""
+    for start in torch.linspace(0.3, 2.0, 20, dtype=dtype):
+        p = start[None].clone().requires_grad_()
+        sam = LookSAM(SGD([p], lr=0.01), rho=0.5, interval=2, alpha=0.7)
+
+        def closure(sam: LookSAM = sam, p: Tensor = p) -> Tensor:
+            sam.zero_grad()
+            loss = (p**3).sum()
+            loss.backward()
+            return loss
+
+        sam.step(closure)
+        before = p.detach().clone()
+        sam.step(closure)
+        assert torch.allclose(p, before - 0.01 * 3.0 * before**2, rtol=1e-6)  # v would have moved it by 0.5 %

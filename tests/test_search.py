@@ -35,6 +35,16 @@ FOUND = (
         options={},
         legs=(Leg("zero1_scattered", 2, (Step(),)),),
     ),
+    # The gradients of one weight are parallel, and LookSAM's v was their rounding, scaled up.
+    Case(
+        params=(Param(()),),
+        groups=(Group((0,)),),
+        optimizer="Adagrad",
+        options={},
+        legs=(Leg("zero1", 4, (Step(), Step())),),
+        sam="LookSAM",
+        closure=True,
+    ),
 )
 
 

@@ -20,7 +20,8 @@ class LookSAM(SAM):
                           step with g'
         the others:       step with g + alpha * (|g| / |v|) * v
 
-    Inner products and norms are over all parameters and ranks. v is stored in the optimizer's state as `sam_look`,
+    Inner products and norms are over all parameters and ranks. v is 0 where the angle between g and g' is below the
+    relative precision of the gradients, as in a model with a single weight. v is stored in the optimizer's state as `sam_look`,
     laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
 
     Args:
@@ -56,11 +57,13 @@ class LookSAM(SAM):
         if unperturbed is not None:
             params = list(dict.fromkeys((*unperturbed, *params)))
             before, after = gradient_pairs(layout, params, unperturbed)
-            dots, squares = layout.dots(layout.layers(params), (before, after), (before, before))
-            dot, square = exact.total(dots), exact.total(squares)
+            pairs = (before, after), (before, before), (after, after)
+            dot, square, square_after = map(exact.total, layout.dots(layout.layers(params), *pairs))
             along = torch.where(square > 0, dot / square, 0.0)
+            # v of parallel gradients would be their rounding, which the steps in between would scale up to |g|.
+            apart = dot * dot < (1.0 - _resolution(before) ** 2) * square * square_after
             for g, second in zip(before, after, strict=True):
-                g.mul_(-along.to(g.dtype)).add_(second)
+                g.mul_(-along.to(g.dtype)).add_(second).mul_(apart)
             self._state_buffers.stage(layout, params, "sam_look", before)
         else:
             grads, look = layout.grads(params), self._state_buffers.shards(layout, params, "sam_look")
@@ -69,3 +72,8 @@ class LookSAM(SAM):
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look, strict=True):
                 g.add_(v * ratio.to(v.dtype))
+
+
+def _resolution(grads: list[Tensor]) -> float:
+    """Returns the smallest angle between gradients that is not their rounding, nor that of sums in float64."""
+    return max([3e-8, *(torch.finfo(g.dtype).eps for g in grads)])

@@ -18,6 +18,8 @@ from tests.harness.search.case import Case, Group, Step
 from tests.harness.search.model import batch, criterion, feature, initial, joined
 
 Grads = dict[int, Tensor]  # by parameter; one without a gradient is missing
+# The smallest angle between gradients that LookSAM promises to tell from their rounding.
+RESOLUTION = {"float64": 3e-8, "float32": 1.1920929e-07}
 _ADAM = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 _SGD = dict(lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False)
 # The defaults that the documentation promises.
@@ -151,8 +153,10 @@ class Reference:
             return {i: g - sam["alpha"] * (first.get(i, 0.0) - along * g) for i, g in second.items()}
         if kind == "LookSAM":
             along = _over(_dot(first, second), _norm(first) ** 2)
-            for i, g in second.items():
-                self.state[i]["look"] = g - along * first.get(i, 0.0)
+            look = {i: g - along * first.get(i, 0.0) for i, g in second.items()}
+            parallel = _norm(look) <= RESOLUTION[self.case.dtype] * _norm(second)
+            for i, v in look.items():
+                self.state[i]["look"] = torch.zeros_like(v) if parallel else v
         return second
 
     def _looked(self, first: Grads) -> Grads:
