@@ -3,7 +3,7 @@
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.integrations.accelerate.attach import attach
-from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
+from distopt.optim import ADOPT, LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.clip import clip_grad_norm_, grad_norms
 from distopt.optim.param_groups import param_groups
@@ -19,18 +19,21 @@ from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, Mo
 from distopt.version import __version__ as __version__
 
 __all__ = [
+    "ADOPT",
     "ASAM",
     "GSAM",
     "LAMB",
     "LARS",
     "SAM",
     "SGD",
+    "AdEMAMix",
     "Adagrad",
     "Adam",
     "AdamW",
     "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
+    "Lion",
     "LookSAM",
     "MomentumSAM",
     "PreconditionedSAM",

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused_by_name(config: str, row: str) -> None:
 
 
 def test_somebodys_own_class_has_keys_of_its_own() -> None:
-    check(composed("train", "optimizer._target_=lion.Lion", "+optimizer.interpolation=-3", "~optimizer.eps"), "train")
+    check(composed("train", "optimizer._target_=signum.Signum", "+optimizer.blend=-3", "~optimizer.eps"), "train")
 
 
 @pytest.mark.parametrize(
