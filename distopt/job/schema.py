@@ -81,6 +81,9 @@ SCHEMA: dict[str, Key] = {
         or_null(integer(0)),
         "steps between two proofs that the processes agree; null: only before the first step, 0: never",
     ),
+    "train.lr_range_test": Key(
+        or_null(integer(3)), "steps of a learning-rate range test before the training, which it leaves as it is"
+    ),
     "train.max_skipped_steps": Key(integer(1), "stop after so many steps in a row without a finite gradient"),
     "train.resume": Key(
         text("never, auto, or a checkpoint's folder", empty=False),
