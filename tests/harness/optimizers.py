@@ -43,6 +43,13 @@ class Row:
     def trusts(self) -> bool:
         return self.make([torch.zeros(1)]).defaults["trust_ratio"]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether there are kernels for it."""
+        optimizer = self.make([torch.zeros(1)])
+        (group,) = optimizer.param_groups
+        return bool(optimizer.rule(group).kernel) and not (group["cautious"] or group["cautious_decay"])
+
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
         others = {"weight_decay": 0.0, "trust_ratio": False, "lr": 0.5 * self.kwargs["lr"]}
@@ -182,6 +189,8 @@ def compiled_rules() -> dict[str, Rule]:
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+COMPILED = [row for row in ROWS if row.compiled]
+every_compiled_row = pytest.mark.parametrize("row", COMPILED, ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 
 
