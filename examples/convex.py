@@ -205,6 +205,7 @@ def draw(panels: dict[str, dict[str, tuple[list[float], list[float]]]], file: Pa
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     found = exponents(panels)
     figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.6), layout="constrained")
@@ -219,6 +220,7 @@ def draw(panels: dict[str, dict[str, tuple[list[float], list[float]]]], file: Pa
         axis.set_ylabel("f - f*" if over_k else f"steps to {ACCURACY:g} of f(0) - f*")
         axis.legend(fontsize=7)
     figure.savefig(file, dpi=70)
+    Image.open(file).quantize(64).save(file, optimize=True)  # a palette: a third of the bytes
     print(f"picture: {file}")
 
 

@@ -22,8 +22,8 @@ def convex() -> Any:
 
 
 def test_the_exponents_are_those_of_theory(convex: Any) -> None:
-    """Fits over one to one and a half decades: terms of lower order shift an exponent by up to a tenth, and an average
-    of subgradient steps, which are not smooth, by up to a quarter. Twice that would be another law."""
+    """Fits over one to one and a half decades: terms of lower order shift an exponent by up to a tenth, 0.06 here. For
+    the hinge theory has an upper bound only, and 1.29 was measured."""
     panels = convex.measure()
     found = convex.exponents(panels)
     for kind in ("logistic, over L / m", "squared hinge, over L / m"):
@@ -32,7 +32,8 @@ def test_the_exponents_are_those_of_theory(convex: Any) -> None:
     assert found["logistic, over L / m: heavy ball"] == pytest.approx(0.5, abs=0.12)
     assert found["logistic, m = 0, over k: gradient descent"] == pytest.approx(-1.0, abs=0.15)
     assert found["logistic, m = 0, over k: Nesterov"] == pytest.approx(-2.0, abs=0.25)
-    assert found["hinge, over k: lr of 1 / (decay k), average"] == pytest.approx(-1.0, abs=0.25)
+    assert -1.6 < found["hinge, over k: lr of 1 / (decay k), average"] < -0.8
+    assert "squared hinge, over L / m: heavy ball" not in found  # it ends in a cycle, as its theory allows
 
 
 def test_the_minimum_of_the_hinge_loss_is_scikit_learns(convex: Any) -> None:
