@@ -128,6 +128,11 @@ def test_gradients_are_refused() -> None:
         distopt.MeZO([p]).step(lambda: 0.0)
 
 
+def test_a_step_without_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"needs a closure that returns the loss"):
+        distopt.MeZO([nn.Parameter(torch.ones(2))]).step()
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.LayerNorm(3))

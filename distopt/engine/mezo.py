@@ -78,7 +78,7 @@ class MeZO(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float | Tensor]) -> float:  # type: ignore[override]
+    def step(self, closure: Callable[[], float | Tensor] | None = None) -> float:  # type: ignore[override]
         """Performs one update; every rank has to call it.
 
         Args:
@@ -89,8 +89,13 @@ class MeZO(torch.optim.Optimizer):
             The mean over the ranks, and over both points, of the loss. If it is not finite the weights stay.
 
         Raises:
-            ValueError: For gradients, which it does not use.
+            ValueError: For gradients, which it does not use, and without a closure.
         """
+        if closure is None:
+            raise ValueError(
+                "MeZO.step needs a closure that returns the loss of a forward pass; distopt.train, the Trainer and "
+                "others that train by gradients cannot run it"
+            )
         params = [p for group in self.param_groups for p in group["params"]]
         if any(p.grad is not None for p in params):
             raise ValueError("MeZO has no use for gradients, and there are some: leave out backward(), or clear them")
