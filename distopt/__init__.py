@@ -2,10 +2,12 @@
 
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
+from distopt.engine.mezo import MeZO
 from distopt.integrations.accelerate.attach import attach
-from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
+from distopt.optim import ADOPT, LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.clip import clip_grad_norm_, grad_norms
+from distopt.optim.lr_range import LRRange, lr_range_test
 from distopt.optim.param_groups import param_groups
 from distopt.optim.schedules import (
     warmup_constant,
@@ -19,19 +21,24 @@ from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, Mo
 from distopt.version import __version__ as __version__
 
 __all__ = [
+    "ADOPT",
     "ASAM",
     "GSAM",
     "LAMB",
     "LARS",
     "SAM",
     "SGD",
+    "AdEMAMix",
     "Adagrad",
     "Adam",
     "AdamW",
     "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
+    "LRRange",
+    "Lion",
     "LookSAM",
+    "MeZO",
     "MomentumSAM",
     "PreconditionedSAM",
     "RMSprop",
@@ -43,6 +50,7 @@ __all__ = [
     "grad_norms",
     "layout",
     "load_checkpoint",
+    "lr_range_test",
     "param_groups",
     "prove",
     "prove_every",

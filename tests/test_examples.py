@@ -22,8 +22,8 @@ from tests.harness.distributed import run
 from tests.harness.jobs import BIN, ENVIRONMENT, ROOT, fork, launch
 
 SCRIPT = ROOT / "examples" / "accelerate_script.py"
-FINETUNE = SCRIPT.with_name("finetune.py")
-EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path not in (SCRIPT, FINETUNE)]
+FINETUNE, CONVEX = SCRIPT.with_name("finetune.py"), SCRIPT.with_name("convex.py")  # CONVEX: tests/test_convex.py
+EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path not in (SCRIPT, FINETUNE, CONVEX)]
 
 
 def norms(out: str) -> list[float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import distopt
 from benchmarks.step import SHAPES as MODELS
 from distopt.kernels import triton
-from tests.harness.optimizers import Row, distance, every_row, initial, named
+from tests.harness.optimizers import Row, distance, every_compiled_row, initial, named
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +61,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@every_row
+@every_compiled_row
 @pytest.mark.parametrize("by", ["kernels", "rules"])
 def test_a_step_is_that_of_the_cpu_in_float64(
     row: Row, by: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
@@ -76,7 +76,7 @@ def test_a_step_is_that_of_the_cpu_in_float64(
     assert bool(launches) == (by == "kernels")
 
 
-@every_row
+@every_compiled_row
 def test_gradients_of_16_bits(row: Row, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels read them as they are; the rules get them in float32."""
     results = []
@@ -101,7 +101,7 @@ def strict() -> Iterator[Callable[[], None]]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@every_row
+@every_compiled_row
 @pytest.mark.parametrize("by", ["kernels", "rules"])
 def test_no_step_waits_for_the_device(
     row: Row, by: str, strict: Callable[[], None], monkeypatch: pytest.MonkeyPatch
@@ -124,7 +124,7 @@ def test_no_step_waits_for_the_device(
         params[0].sum().item()
 
 
-@every_row
+@every_compiled_row
 @pytest.mark.parametrize("inside", [False, True], ids=["step", "backward_and_step"])
 def test_a_captured_step_is_a_step(row: Row, inside: bool) -> None:
     """Replayed, it counts, and follows lr: as the same optimizer without a graph."""

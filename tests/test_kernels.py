@@ -13,7 +13,7 @@ from torch import Tensor
 import distopt
 from distopt.kernels import build, dispatch
 from distopt.kernels.shards import Shards
-from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, pull
+from tests.harness.optimizers import ROWS, Row, distance, every_compiled_row, initial, pull
 
 # Longer than a piece of the kernels and no multiple of it, shorter, of one element, empty.
 SHAPES = ((97, 89), (20011,), (3, 5), (1,), (0, 4))
@@ -53,7 +53,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@every_row
+@every_compiled_row
 def test_a_kernel_computes_its_rule(row: Row, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(row)
     assert calls
@@ -131,7 +131,7 @@ def test_with_other_options(row: Row, options: dict[str, Any], monkeypatch: pyte
     assert distance(ours, train(row, **options)) < TOLERANCE
 
 
-@every_row
+@every_compiled_row
 def test_threads_change_nothing(row: Row, threads: None) -> None:
     """Not by a bit: sums are taken in one order, or a resumed run could not be the same."""
     results = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distopt import LAMB, LARS, SGD, AdamW, RMSprop, ShardedOptimizer
+from distopt import ADOPT, LAMB, LARS, SGD, AdamW, AdEMAMix, RMSprop, ShardedOptimizer
 from distopt.kernels import shards
 from tests.harness import oracles
 from tests.harness.optimizers import ROWS, Row, distance, every_peer, every_row, initial, named, pull
@@ -168,11 +169,13 @@ def test_centered_rmsprop_survives_a_constant_gradient(momentum: float) -> None:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.cls is not LARS], ids=lambda row: row.name)
 def test_any_rule_may_have_a_trust_ratio(row: Row) -> None:
-    """Along its own direction, each layer changes by lr times its norm; the first step shows the direction."""
+    """Along its own direction, each layer changes by lr times its norm; the first step that moves it shows the
+    direction."""
+    steps = range(2 if row.cls is ADOPT else 1)  # ADOPT's first step moves nothing, with a ratio of 1
     free, held = ([p.requires_grad_() for p in initial((5, 3), (7,))] for _ in range(2))
     before = [p.detach().clone() for p in held]
-    walk(row.make(free, trust_ratio=False, lr=1.0), free, range(1))
-    walk(row.make(held, trust_ratio=True, trust_clip=None, lr=0.01), held, range(1))
+    walk(row.make(free, trust_ratio=False, lr=1.0), free, steps)
+    walk(row.make(held, trust_ratio=True, trust_clip=None, lr=0.01), held, steps)
     for p, q, b in zip(free, held, before):
         direction = p.detach() - b
         assert distance([q], [b + 0.01 * b.norm() / direction.norm() * direction]) < 1e-15
@@ -185,6 +188,35 @@ def test_lars_without_its_ratio_is_sgd(kwargs: dict[str, Any]) -> None:
     walk(LARS(ours, trust_ratio=False, **kwargs), ours, range(5))
     walk(SGD(theirs, **kwargs), theirs, range(5))
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("start, end", [(0.9, 0.9999), (0.0, 0.999), (0.9, 0.0), (0.0, 0.0), (0.999, 0.9)])
+def test_ademamix_raises_the_half_life_of_its_slow_average_linearly(start: float, end: float) -> None:
+    """A constant gradient shows each step's beta3: m2 <- beta3 m2 + (1 - beta3). 0 has a half-life of 0: its logarithm
+    was taken. The relative rounding of a half-life of 7,000 steps is that of 1 - beta3, 1e-16 / 1e-4."""
+    p = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    opt = AdEMAMix([p], betas=(start, 0.9), beta3=end, slow_warmup=8)
+    half_lives, slow = [], 0.0
+    for _ in range(10):
+        p.grad = torch.ones_like(p)
+        opt.step()
+        now = opt.state[p]["exp_avg_slow"].item()
+        beta3 = (1.0 - now) / (1.0 - slow) if slow < 1.0 else 0.0
+        half_lives.append(math.log(0.5) / math.log(beta3) if beta3 > 0.0 else 0.0)
+        slow = now
+    first, last = (math.log(0.5) / math.log(beta) if beta else 0.0 for beta in (start, end))
+    shares = [min(step / 8, 1.0) for step in range(1, 11)]
+    assert half_lives == pytest.approx([(1 - s) * first + s * last for s in shares], rel=1e-9, abs=1e-9)
+
+
+def test_adopt_bounds_a_scaled_gradient_by_a_power_of_the_step() -> None:
+    """A gradient that grows 100 times is 1 at the second step, and 2^0.25 at the third, however large it is."""
+    p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    opt = ADOPT([p], lr=1.0, betas=(0.0, 0.0))
+    for size, moved in ((1.0, 0.0), (100.0, 1.0), (1e4, 1.0 + 2**0.25)):
+        p.grad = torch.tensor([size, -size], dtype=torch.float64)
+        opt.step()
+        assert p.tolist() == pytest.approx([-moved, moved], rel=1e-15)
 
 
 def test_a_ratio_of_an_infinite_gradient_is_not_finite() -> None:

@@ -20,7 +20,7 @@ import distopt
 from distopt.kernels import dispatch, exact, triton
 from distopt.kernels.shards import Shards
 from tests.harness.jobs import ROOT
-from tests.harness.optimizers import ROWS, Row, compiled_rules, distance, every_row, initial, named, pull
+from tests.harness.optimizers import COMPILED, Row, compiled_rules, distance, every_compiled_row, initial, named, pull
 
 # Two pieces and a rest, one piece to the element, shorter ones, one element, none.
 SHAPES = ((97, 89), (4096,), (3, 5), (1,), (0, 4))
@@ -105,7 +105,7 @@ def others_beside(row: Row) -> list[Tensor]:
 
 
 CASES: dict[str, Callable[[], list[Tensor]]] = {
-    **{f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row) for row in ROWS for case in (plain,)},
+    **{f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row) for row in COMPILED for case in (plain,)},
     **{
         f"{name}-{case.__name__}": lambda name=name, case=case: case(named(name))
         for case in (short_gradients, capturable, unaligned, different_counts, others_beside)
@@ -270,7 +270,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@every_row
+@every_compiled_row
 @pytest.mark.parametrize("by", ["kernels", "rules", "capturable"])
 def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "DEVICES", () if by == "rules" else ("meta",))

@@ -23,6 +23,7 @@ from distopt.job import run_folder
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import sample, validation_loss
+from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor, plot
 from distopt.job.stop import Stopped, StopSignal
 from distopt.models.language_model import positions
@@ -99,6 +100,8 @@ class Job:
             for line in self.notes:
                 self.monitor.say(line)
             before = after = self.evaluate()
+            if self.cfg.train.lr_range_test is not None:
+                run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
             stop = StopSignal()
             while self.step < steps:
                 done, stopping = self.train_step(stop)

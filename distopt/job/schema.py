@@ -81,6 +81,9 @@ SCHEMA: dict[str, Key] = {
         or_null(integer(0)),
         "steps between two proofs that the processes agree; null: only before the first step, 0: never",
     ),
+    "train.lr_range_test": Key(
+        or_null(integer(3)), "steps of a learning-rate range test before the training, which it leaves as it is"
+    ),
     "train.max_skipped_steps": Key(integer(1), "stop after so many steps in a row without a finite gradient"),
     "train.resume": Key(
         text("never, auto, or a checkpoint's folder", empty=False),
@@ -105,6 +108,14 @@ SCHEMA: dict[str, Key] = {
     "optimizer.dampening": Key(BOUNDS["dampening"], "1 - the factor of the gradient in the momentum"),
     "optimizer.nesterov": Key(BOUNDS["nesterov"], "Nesterov's momentum"),
     "optimizer.alpha": Key(BOUNDS["alpha"], "decay rate of the average of the squared gradient"),
+    "optimizer.beta3": Key(BOUNDS["beta3"], "decay rate of AdEMAMix's slow average of the gradient"),
+    "optimizer.slow_weight": Key(BOUNDS["slow_weight"], "weight of AdEMAMix's slow average (the paper's alpha)"),
+    "optimizer.slow_warmup": Key(
+        BOUNDS["slow_warmup"], "steps over which AdEMAMix raises both; null: none, the end values from the first step"
+    ),
+    "optimizer.clip_exponent": Key(
+        BOUNDS["clip_exponent"], "ADOPT bounds a scaled gradient by step to this power; null: no bound"
+    ),
     "optimizer.centered": Key(BOUNDS["centered"], "subtract the squared average of the gradient"),
     "optimizer.lr_decay": Key(BOUNDS["lr_decay"], "lr / (1 + (step - 1) lr_decay)"),
     "optimizer.initial_accumulator_value": Key(
@@ -117,6 +128,12 @@ SCHEMA: dict[str, Key] = {
         "bounds of the trust ratio; [0.01, 10.0] is DeepSpeed's",
     ),
     "optimizer.capturable": Key(BOUNDS["capturable"], "for CUDA graphs, which distopt.train does not capture"),
+    "optimizer.cautious": Key(
+        BOUNDS["cautious"], "drop the elements of the update whose sign is not the gradient's, and scale up the others"
+    ),
+    "optimizer.cautious_decay": Key(
+        BOUNDS["cautious_decay"], "decay only the weights that the update does not move away from 0"
+    ),
     "optimizer.maximize": Key(BOUNDS["maximize"], "ascend instead of descend"),
     "param_groups.weight_decay": Key(
         BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"

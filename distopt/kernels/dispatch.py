@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from distopt.kernels.cautious import CautiousUpdate, with_cautious_decay
 from distopt.kernels.cpu import compiled_update, fits, norms_update
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
@@ -58,18 +60,41 @@ def gradient_norms(shards: Shards) -> SquaredNorms:
     return squared_norms(shards.params, shards.rows), squared_norms(shards.grads, shards.rows)
 
 
+def is_measured(update: Update) -> bool:
+    """Returns whether an update needs sums over all ranks before it is applied."""
+    return bool(update.group["trust_ratio"] or update.group["cautious"])
+
+
 def concatenated(pairs: list[SquaredNorms]) -> SquaredNorms:
-    """Concatenates the squared norms of several updates."""
+    """Concatenates the squared norms of several updates, with zeros in the columns that an update does not have."""
+    width = max(map(len, pairs))
     # Those of no shards are on the host, and left out.
-    weights, others = zip(*([pair for pair in pairs if len(pair[0])] or pairs[:1]))
-    return torch.cat(weights), torch.cat(others)
+    kept = [pair for pair in pairs if len(pair[0])] or pairs[:1]
+    padded = [(*pair, *[torch.zeros_like(pair[0])] * (width - len(pair))) for pair in kept]
+    return tuple(torch.cat(column) for column in zip(*padded))
+
+
+def norms(updates: Sequence[Update], sums: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns |p| and |direction| (or |gradient|) of the full layers, for each update.
+
+    Args:
+        updates: The updates whose squared norms were concatenated.
+        sums: These, layer by layer and over all ranks: float64 of shape [columns, layers of the model].
+    """
+    weight, other = sums[:2].sqrt()
+    return [update.norms(sums) if isinstance(update, CautiousUpdate) else (weight, other) for update in updates]
 
 
 def _has_kernel(directions: Directions, shards: Shards) -> bool:
-    return bool(shards.rule.kernel) and getattr(directions, "compiled", False)
+    cautious = shards.group["cautious"] or shards.group["cautious_decay"]
+    return bool(shards.rule.kernel) and getattr(directions, "compiled", False) and not cautious
 
 
 def _updates(directions: Directions, shards: Shards) -> list[Update]:
+    if shards.group["cautious"]:
+        return [CautiousUpdate(directions, shards)]
+    if shards.group["cautious_decay"]:
+        return [ForeachUpdate(with_cautious_decay(directions), shards)]
     if not _has_kernel(directions, shards):
         return [ForeachUpdate(directions, shards)]
     on_gpu, left = triton_updates(shards)

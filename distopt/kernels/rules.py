@@ -27,6 +27,8 @@ class Rule:
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.
         divisors: As `scales`. Kernels multiply by the reciprocal, which they call `inverse_<name>`.
+        decay: The name of the scalar that is multiplied by the weights and added to the direction; "" if there is none.
+        penalty: As `decay`, where it is added to the gradient. Cautious updates need to know.
     """
 
     kernel: str = ""
@@ -34,6 +36,8 @@ class Rule:
     scalars: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, OfStep] = field(default_factory=dict)
     divisors: Mapping[str, OfStep] = field(default_factory=dict)
+    decay: str = ""
+    penalty: str = ""
 
     @property
     def factors(self) -> dict[str, OfStep]:

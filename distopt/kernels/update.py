@@ -13,7 +13,7 @@ from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
 
 Directions = Callable[[Shards], list[Tensor]]
-SquaredNorms = tuple[Tensor, Tensor]
+SquaredNorms = tuple[Tensor, ...]
 
 
 class Update(Protocol):
@@ -36,7 +36,8 @@ class Update(Protocol):
         """Measures what a trust ratio needs: |p|^2, and |direction|^2 (which updates the state) or |gradient|^2.
 
         Returns:
-            Two tensors of shape [len(layers), exact.DIGITS], in the digits of `distopt.kernels.exact`.
+            Two tensors (`CautiousUpdate`: up to six, of which it computes the norms) of shape [len(layers),
+            exact.DIGITS], in the digits of `distopt.kernels.exact`.
         """
 
     def apply(self, ratios: Tensor) -> None:

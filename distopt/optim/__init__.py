@@ -4,10 +4,27 @@ from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.adagrad import Adagrad
 from distopt.optim.adam import Adam, AdamW
+from distopt.optim.ademamix import AdEMAMix
+from distopt.optim.adopt import ADOPT
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
+from distopt.optim.lion import Lion
 from distopt.optim.rmsprop import RMSprop
 from distopt.optim.sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "Rule", "ShardedOptimizer", "Shards"]
+__all__ = [
+    "ADOPT",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdEMAMix",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Lion",
+    "RMSprop",
+    "Rule",
+    "ShardedOptimizer",
+    "Shards",
+]

@@ -98,6 +98,7 @@ class Adagrad(ShardedOptimizer):
             kernel="adagrad",
             buffers=("sum",),
             scalars={"weight_decay": group["weight_decay"], "eps": group["eps"]},
+            penalty="weight_decay",
             divisors={"rate_decay": lambda step: 1.0 + (step - 1.0) * group["lr_decay"]},
         )
 

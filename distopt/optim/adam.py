@@ -111,13 +111,15 @@ class Adam(ShardedOptimizer):
         super().__init__(params, options(locals()), **torch_options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return self._rule(group, coupled=group["weight_decay"], decoupled=0.0)
+        return self._rule(group, coupled=group["weight_decay"], decoupled=0.0, penalty="coupled")
 
     @compiled
     def directions(self, shards: Shards) -> list[Tensor]:
         return adam(shards.params, shards.grads, **shards.inputs)
 
-    def _rule(self, group: dict[str, Any], coupled: float, decoupled: float) -> Rule:
+    def _rule(
+        self, group: dict[str, Any], coupled: float, decoupled: float, *, decay: str = "", penalty: str = ""
+    ) -> Rule:
         beta1, beta2 = group["betas"]
         return Rule(
             kernel="adam",
@@ -135,6 +137,8 @@ class Adam(ShardedOptimizer):
                 "bias_correction1": lambda step: 1.0 - beta1**step,
                 "bias_correction2_sqrt": lambda step: (1.0 - beta2**step) ** 0.5,
             },
+            decay=decay,
+            penalty=penalty,
         )
 
 
@@ -176,4 +180,4 @@ class AdamW(Adam):
         super().__init__(params, **options(locals()), **torch_options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        return self._rule(group, coupled=0.0, decoupled=group["weight_decay"])
+        return self._rule(group, coupled=0.0, decoupled=group["weight_decay"], decay="decoupled")

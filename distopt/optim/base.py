@@ -11,13 +11,14 @@ from torch import Tensor
 
 from distopt import layout as layouts
 from distopt.kernels import dispatch
+from distopt.kernels.cautious import check_cautious
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.eager import eager_island
-from distopt.optim.options import COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
+from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
 from distopt.optim.state import LocalState, refuse_host_counts_in_graph
 from distopt.optim.state_dict import read_state_dict
 from distopt.optim.validate import check_group, check_values
@@ -48,8 +49,8 @@ class ShardedOptimizer(LayoutOptimizer):
 
     Every param group may set the following options, also where a subclass does not name them: `maximize`, ascend
     instead of descend; `trust_ratio`, multiply each layer's direction by |p| / |direction|; `trust_clip`, bounds (low,
-    high) of that ratio, or None; `capturable`, count the steps on the GPU, so that a CUDA graph may capture `step` (lr
-    may be a tensor there then).
+    high) of that ratio, or None; `cautious` and `cautious_decay`, as `distopt.kernels.cautious`; `capturable`, count
+    the steps on the GPU, so that a CUDA graph may capture `step` (lr may be a tensor there then).
 
     Args:
         params: Parameters, or param groups as dicts.
@@ -70,11 +71,12 @@ class ShardedOptimizer(LayoutOptimizer):
     _ratios: list[tuple[list[int], Tensor]]  # of the last step: layers, and the ratios of all layers
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
+        own = {name: torch_options.pop(name) for name in CAUTIOUS if name in torch_options}
         if unknown := torch_options.keys() - self.torch_options.keys():
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         check_torch_options(torch_options, self.torch_options)
         self._init_layout([])
-        super().__init__(params, COMMON | defaults)
+        super().__init__(params, COMMON | defaults | own)
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """Returns the specification of the rule for the options of a param group: its state, scalars and scales."""
@@ -134,13 +136,13 @@ class ShardedOptimizer(LayoutOptimizer):
         shards = self._collect(layout, params)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
-        trusted = [update for update in updates if update.group["trust_ratio"]]
-        ratios = self._trust_ratios(layout, trusted)
+        measured = [update for update in updates if dispatch.is_measured(update)]
+        ratios = self._trust_ratios(layout, measured)
 
         for update in updates:
-            if not update.group["trust_ratio"]:
+            if not dispatch.is_measured(update):
                 update.step()
-        for update, ratio in zip(trusted, ratios):
+        for update, ratio in zip(measured, ratios):
             update.apply(ratio)
         updated = [p for group in params for p in group]
         self._local.round_masters(self, layout, updated)
@@ -157,16 +159,20 @@ class ShardedOptimizer(LayoutOptimizer):
         return [self._local.counted(self, layout, i, params[i], shards) for i, shards in zip(indices, found)]
 
     def _trust_ratios(self, layout: ShardLayout, updates: list[Update]) -> list[Tensor]:
-        """Phase 2: exchanges the norms of all layers with a trust ratio, and returns the ratios for each update."""
+        """Phase 2: exchanges the sums of the layers of these updates, and returns the trust ratios for each, or 1."""
         if not updates:
             return []
         squares = dispatch.concatenated([update.squared_norms() for update in updates])
-        weight, other = layout.total([layer for update in updates for layer in update.layers], *squares).sqrt()
-        for update in updates:
-            ratios = torch.where((weight > 0) & (other > 0), self.trust_ratio(update.group, weight, other), 1.0)
-            bounds = update.group["trust_clip"]
-            self._ratios.append((update.layers, ratios if bounds is None else ratios.clamp(*bounds)))
-        return [ratios for _, ratios in self._ratios[-len(updates) :]]
+        sums = layout.total([layer for update in updates for layer in update.layers], *squares)
+        found = []
+        for update, (weight, other) in zip(updates, dispatch.norms(updates, sums)):
+            ratios = torch.ones_like(weight)
+            if update.group["trust_ratio"]:
+                ratios = torch.where((weight > 0) & (other > 0), self.trust_ratio(update.group, weight, other), ratios)
+                ratios = ratios if (bounds := update.group["trust_clip"]) is None else ratios.clamp(*bounds)
+                self._ratios.append((update.layers, ratios))
+            found.append(ratios)
+        return found
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Returns the trust ratio of each layer that this rank has a part of, in the last step, by parameter.
@@ -195,6 +201,7 @@ class ShardedOptimizer(LayoutOptimizer):
             drop_torch_options(group, self.torch_options)
             check_group(group, self.defaults)
             self.check(group)
+            check_cautious(self, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -225,6 +232,7 @@ class ShardedOptimizer(LayoutOptimizer):
         for group in self.param_groups:
             check_values(group)
             check_torch_options(group, self.torch_options)
+            check_cautious(self, group)
         layout = self.layout
         if layout is not self._checked:  # what FSDP2 frees after a backward pass was still there for clipping
             layouts.refuse_foreign(layout.segments)

@@ -9,7 +9,10 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
     from typing import TypedDict
 
     class TorchOptions(TypedDict, total=False):
-        """Arguments of torch's constructors that are also accepted here."""
+        """Arguments of torch's constructors that are also accepted here, and options of all rules."""
+
+        cautious: bool
+        cautious_decay: bool
 
         foreach: bool | None
         fused: bool | None
@@ -19,7 +22,14 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
 
 
 # The defaults of distopt's own options, for rules that do not name them.
-COMMON: dict[str, Any] = {"maximize": False, "trust_ratio": False, "trust_clip": None, "capturable": False}
+CAUTIOUS: dict[str, Any] = {"cautious": False, "cautious_decay": False}
+COMMON: dict[str, Any] = {
+    "maximize": False,
+    "trust_ratio": False,
+    "trust_clip": None,
+    "capturable": False,
+    **CAUTIOUS,
+}
 
 Accepted = tuple[tuple[bool | None, ...], str]
 

@@ -128,6 +128,7 @@ class RMSprop(ShardedOptimizer):
                 "eps": group["eps"],
                 "momentum": group["momentum"],
             },
+            penalty="weight_decay",
         )
 
     @compiled

@@ -114,11 +114,12 @@ class SGD(ShardedOptimizer):
     def rule(self, group: dict[str, Any]) -> Rule:
         scalars, scales = {"weight_decay": group["weight_decay"]}, {"ratio": lambda step: 1.0}
         if not group["momentum"]:
-            return Rule("sgd", (), scalars, scales)
+            return Rule("sgd", (), scalars, scales, penalty="weight_decay")
         dampening = group["dampening"]
         dampened: dict[str, OfStep] = {"one_minus_dampening": lambda step: 1.0 - dampening * (step != 1.0)}
         kernel = "nesterov" if group["nesterov"] else "momentum"
-        return Rule(kernel, ("momentum_buffer",), scalars | {"momentum": group["momentum"]}, scales | dampened)
+        scalars = scalars | {"momentum": group["momentum"]}
+        return Rule(kernel, ("momentum_buffer",), scalars, scales | dampened, penalty="weight_decay")
 
     @compiled
     def directions(self, shards: Shards) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.bounds import Bound, is_number, number, or_null, pair, switch
+from distopt.bounds import Bound, integer, is_number, number, or_null, pair, switch
 
 _DECAY = number(0.0, 1.0, below=True)  # 1 would keep the first value for ever
 # The bound of every option of a param group that is checked.
@@ -21,12 +21,19 @@ BOUNDS: dict[str, Bound] = {
     "weight_decay": number(0.0),
     "momentum": _DECAY,
     "alpha": _DECAY,
+    "beta3": _DECAY,
+    "slow_weight": number(0.0),
+    "slow_warmup": or_null(integer(1)),
+    "clip_exponent": or_null(number(0.0)),
     "dampening": number(0.0, 1.0),
     "lr_decay": number(0.0),
     "initial_accumulator_value": number(0.0),
     "trust_coefficient": number(0.0),
     "trust_clip": or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0.0 <= low <= high, infinite=True)),
-    **{name: switch() for name in ("nesterov", "centered", "maximize", "trust_ratio", "capturable")},
+    **{
+        name: switch()
+        for name in ("nesterov", "centered", "maximize", "trust_ratio", "capturable", "cautious", "cautious_decay")
+    },
 }
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
 _CHANGED_LR = Bound("a finite number", is_number)

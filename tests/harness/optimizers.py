@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop, ShardedOptimizer
+from distopt import ADOPT, LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop, ShardedOptimizer
 from distopt.kernels.rules import Rule
 from tests.harness import oracles
 
@@ -42,6 +42,13 @@ class Row:
     @property
     def trusts(self) -> bool:
         return self.make([torch.zeros(1)]).defaults["trust_ratio"]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there are kernels for it."""
+        optimizer = self.make([torch.zeros(1)])
+        (group,) = optimizer.param_groups
+        return bool(optimizer.rule(group).kernel) and not (group["cautious"] or group["cautious_decay"])
 
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
@@ -125,6 +132,23 @@ ROWS = (
         dict(lr=0.1, momentum=0.9, trust_coefficient=0.5, trust_clip=(0.05, 0.25), weight_decay=0.1),
         oracles.lars,
     ),
+    _row("lion", Lion, dict(lr=0.02, **_MOMENTS), oracles.lion),
+    _row(
+        "ademamix",
+        AdEMAMix,
+        dict(lr=0.05, beta3=0.98, slow_weight=3.0, slow_warmup=12, **_MOMENTS),
+        oracles.ademamix,
+        slow_weight="alpha",
+        slow_warmup="warmup",
+    ),
+    _row("adopt", ADOPT, dict(lr=0.05, **_MOMENTS), oracles.adopt),
+    _row(
+        "cautious_adamw",
+        AdamW,
+        dict(lr=0.05, cautious=True, cautious_decay=True, **_MOMENTS),
+        oracles.cautious_adamw,
+    ),
+    _row("cautious_lamb", LAMB, dict(lr=0.05, eps=1e-6, cautious=True, **_MOMENTS), oracles.cautious_adamw),
 )
 
 # The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
@@ -143,6 +167,16 @@ EDGES = (
     ),
     _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
     _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
+    _row("lion_defaults", Lion, dict(lr=0.02, weight_decay=0.0), oracles.lion),
+    _row("ademamix_defaults", AdEMAMix, _DEFAULT, oracles.ademamix),
+    _row("adopt_defaults", ADOPT, _DEFAULT, oracles.adopt),
+    _row(
+        "cautious_decay_lamb",
+        LAMB,
+        dict(lr=0.05, eps=1e-6, cautious_decay=True, weight_decay=0.1),
+        oracles.cautious_adamw,
+    ),
+    _row("adopt_without_clipping", ADOPT, dict(clip_exponent=None, **_DEFAULT), oracles.adopt),
 )
 
 
@@ -151,10 +185,12 @@ def compiled_rules() -> dict[str, Rule]:
     optimizers = [row.make([torch.zeros(1)]) for row in ROWS + EDGES]
     optimizers += [RMSprop([torch.zeros(1)], centered=c, momentum=m) for c in (False, True) for m in (0.0, 0.9)]
     found = [optimizer.rule(optimizer.param_groups[0]) for optimizer in optimizers]
-    return {rule.kernel: rule for rule in found}
+    return {rule.kernel: rule for rule in found if rule.kernel}
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+COMPILED = [row for row in ROWS if row.compiled]
+every_compiled_row = pytest.mark.parametrize("row", COMPILED, ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 
 

@@ -316,6 +316,135 @@ def lars(
     return _run(params, grad, steps, update)
 
 
+def lion(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.99),
+    weight_decay: Each = 0.0,
+) -> list[Params]:
+    """Lion: c = beta1 m + (1 - beta1) g; x <- x - lr (sign(c) + weight_decay x); m <- beta2 m + (1 - beta2) g.
+
+    X. Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, algorithm 2, https://arxiv.org/abs/2302.06675
+    """
+    m = defaultdict(float)
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        c = betas[0] * m[i] + (1 - betas[0]) * g
+        m[i] = betas[1] * m[i] + (1 - betas[1]) * g
+        return x - _of(lr, i) * (c.sign() + _of(weight_decay, i) * x)
+
+    return _run(params, grad, steps, update)
+
+
+def ademamix(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    beta3: float = 0.9999,
+    alpha: float = 2.0,
+    warmup: int | None = None,
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+) -> list[Params]:
+    """AdEMAMix: x <- x - lr ((m1_hat + alpha_t m2) / (sqrt(v_hat) + eps) + weight_decay x).
+
+    m2 is an average with beta3_t, without a correction. M. Pagliardini, P. Ablin, D. Grangier, "The AdEMAMix Optimizer:
+    Better, Faster, Older", 2024, algorithm 1 with the schedules of section 3, https://arxiv.org/abs/2409.03137:
+
+        alpha_t = alpha min(t / T, 1)
+        beta3_t = min(exp(ln b1 ln b3 / ((1 - t / T) ln b3 + t / T ln b1)), b3)
+    """
+    moments, m2 = _Moments(betas), defaultdict(float)
+    ln1, ln3 = math.log(betas[0]), math.log(beta3)
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        alpha_t, beta3_t = alpha, beta3
+        if warmup is not None and t < warmup:
+            alpha_t = alpha * t / warmup
+            beta3_t = min(math.exp(ln1 * ln3 / ((1 - t / warmup) * ln3 + t / warmup * ln1)), beta3)
+        m_hat, v_hat = moments(t, i, g)
+        m2[i] = beta3_t * m2[i] + (1 - beta3_t) * g
+        return x - _of(lr, i) * ((m_hat + alpha_t * m2[i]) / (v_hat.sqrt() + eps) + _of(weight_decay, i) * x)
+
+    return _run(params, grad, steps, update)
+
+
+def adopt(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.9999),
+    eps: float = 1e-6,
+    clip_exponent: float | None = 0.25,
+    weight_decay: Each = 0.0,
+) -> list[Params]:
+    """ADOPT: m <- beta1 m + (1 - beta1) clip(g_t / max(sqrt(v_{t-1}), eps), c_t); x <- x - lr (m + weight_decay x).
+
+    v_0 = g_0^2, for which the first of `steps` is spent: it is t = 0. S. Taniguchi et al., "ADOPT: Modified Adam Can
+    Converge with Any beta2 with the Optimal Rate", 2024, algorithm 2 (algorithm 1 without a clip_exponent),
+    https://arxiv.org/abs/2411.02853; the decoupled weight decay is that of the authors' code, decouple=True.
+    """
+    m, v = defaultdict(float), {}
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        if t == 1:
+            v[i] = g**2
+            return x
+        scaled = g / torch.maximum(v[i].sqrt(), torch.full_like(g, eps))
+        if clip_exponent is not None:
+            c = (t - 1) ** clip_exponent
+            scaled = torch.minimum(torch.maximum(scaled, torch.full_like(g, -c)), torch.full_like(g, c))
+        m[i] = betas[0] * m[i] + (1 - betas[0]) * scaled
+        v[i] = betas[1] * v[i] + (1 - betas[1]) * g**2
+        return x - _of(lr, i) * (m[i] + _of(weight_decay, i) * x)
+
+    return _run(params, grad, steps, update)
+
+
+def cautious_adamw(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.01,
+    trust_ratio: Each = False,
+    cautious: bool = False,
+    cautious_decay: bool = False,
+) -> list[Params]:
+    """AdamW with a mask phi = [u g > 0] on u = m_hat / (sqrt(v_hat) + eps), and one on the decay, [u x >= 0].
+
+    u <- u phi / max(mean(phi), 1e-3), then decay, then LAMB's ratio. K. Liang et al., "Cautious Optimizers: Improving
+    Training with One Line of Code", 2024, algorithm 2, https://arxiv.org/abs/2411.16085, with the mean as in the
+    authors' c_adamw.py (the paper divides by (|phi|_0 + 1) / d). L. Chen et al., "Cautious Weight Decay", 2025,
+    https://arxiv.org/abs/2510.12402.
+    """
+    moments = _Moments(betas)
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        m_hat, v_hat = moments(t, i, g)
+        u = m_hat / (v_hat.sqrt() + eps)
+        if cautious and x.numel():
+            kept = (u * g > 0).double()
+            u = u * kept / max(kept.mean().item(), 1e-3)
+        decayed = torch.where(u * x >= 0, x, 0.0) if cautious_decay else x
+        u = u + _of(weight_decay, i) * decayed
+        ratio = _norm(x) / _norm(u) if _of(trust_ratio, i) and _norm(x) > 0 and _norm(u) > 0 else 1.0
+        return x - _of(lr, i) * ratio * u
+
+    return _run(params, grad, steps, update)
+
+
 class _Moments:
     """Adam's m_hat and v_hat of tensor number i after its t-th gradient."""
 
