@@ -134,7 +134,7 @@ LEVELS = (
     {"proof"},
     {"optim"},
     {"sam"},
-    {"checkpoint", "data"},
+    {"checkpoint", "data", "health"},
     {"models"},
     {"engine"},
     {"job"},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distopt.bounds import switch
 from distopt.optim.clip import clip_, measure
+from distopt.optim.observer import vetoed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,15 +151,15 @@ class Engine:
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
         """Clips the gradients and steps.
 
-        If the norm is inf or nan, which is the same on all ranks, weights and state stay as they are, and so do the
-        gradients, in which the layer can be found.
+        If the norm is inf or nan, or a monitor of the run's health skips the step, which is the same on all ranks,
+        weights and state stay as they are, and so do the gradients, in which the layer can be found.
 
         Returns:
             The global gradient norm before clipping, and whether the step was applied.
         """
         grads, total = measure(optimizer)
         norm = float(total)
-        applied = math.isfinite(norm)
+        applied = math.isfinite(norm) and not vetoed(optimizer)
         if applied:
             if norm > max_grad_norm:
                 clip_(grads, total, max_grad_norm)
