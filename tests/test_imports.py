@@ -139,7 +139,7 @@ LEVELS = (
     {"engine"},
     {"job"},
     {"integrations", "plan", "report"},
-    {"train", "export"},
+    {"train", "export", "jacobian"},
     {"distopt"},  # its __init__.py, which has the public names
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

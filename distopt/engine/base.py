@@ -97,6 +97,9 @@ class Engine:
     def check_sam(self, sam: SAM) -> None:
         """Raises ValueError for a SAM that this engine cannot run."""
 
+    def check_health(self) -> None:
+        """Raises ValueError if this engine does not show the norms of layers to a `distopt.health.Monitor`."""
+
     def build(
         self,
         model: nn.Module,
