@@ -89,7 +89,7 @@ REFUSED = {
     "or health=off",
     "health=on health.action=stop": "health.action must be one of warn, clip, skip, rollback, reload, got 'stop'",
     "health=on health.threshold=0": "health.threshold must be a number > 0, got 0",
-    "health=on health.copies=3": "nothing reads health.copies: did you mean copy_every",
+    "health=on health.copies=3": "there is no health.copies: did you mean copy_every",
     "health=on +optimizer.capturable=true": "health: capturable=True: a CUDA graph cannot report norms",
 }
 

@@ -106,11 +106,14 @@ class Job:
             before = after = self.evaluate()
             stop = StopSignal()
             while self.step < steps:
+                began = self.step
                 done, stopping = self.train_step(stop)
+                if self.step <= began and not stopping:  # rolled back
+                    continue
                 if (self.step % self.cfg.evaluation.every == 0 and not stopping) or self.step == steps:
                     self._write_layers(done)
                     after = self.evaluate()
-                if (self.step and self.step % self.cfg.checkpoint.every == 0) or self.step == steps or stopping:
+                if self.step % self.cfg.checkpoint.every == 0 or self.step == steps or stopping:
                     self.save()
                 if stopping:
                     self._stop()
