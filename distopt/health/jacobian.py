@@ -86,7 +86,12 @@ def _ends(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> list[tuple
             tensor = _first(args, kwargs.values())
             if i in inputs or tensor is None:
                 raise ValueError(f"layer {i} is called twice, or without a floating-point tensor: give others")
-            inputs[i] = tensor if tensor.requires_grad else tensor.requires_grad_()
+            inputs[i] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+            def given(value: Any) -> Any:
+                return inputs[i] if value is tensor else value
+
+            return tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
 
         return hook
 
