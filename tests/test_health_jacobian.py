@@ -36,11 +36,11 @@ def test_a_rotation_times_a_number_has_that_gain_for_every_probe() -> None:
 
 
 def test_the_gain_is_the_frobenius_norm_over_the_root_of_the_outputs() -> None:
-    """4,000 probes of 5 outputs: the error of the mean square is about sqrt(2 / 20,000) = 1 %."""
+    """2,000 probes of 5 outputs: the error of the mean square is about sqrt(2 / 10,000) = 1.4 %."""
     torch.manual_seed(1)
     model = linear([torch.randn(5, 9, dtype=torch.float64)])
-    found = jacobian_gains(list(model), lambda: model(torch.ones(1, 9, dtype=torch.float64)), probes=4000)
-    assert found.layers[0] == pytest.approx(float(model[0].weight.norm()) / math.sqrt(5), rel=0.03)
+    found = jacobian_gains(list(model), lambda: model(torch.ones(1, 9, dtype=torch.float64)), probes=2000)
+    assert found.layers[0] == pytest.approx(float(model[0].weight.detach().norm()) / math.sqrt(5), rel=0.03)
 
 
 def test_blocks_that_return_tuples_and_take_keywords_are_probed() -> None:

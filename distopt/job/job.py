@@ -137,7 +137,8 @@ class Job:
             self.step += 1
         means = self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean")
         loss, asked = means.tolist()
-        self.monitor.end_step(loss=loss, lr=lr, grad_norm=done.grad_norm, applied=done.applied)
+        norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
+        self.monitor.end_step(loss=loss, lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
         if to is not None:
             self.passed_over += self.step + 1 - to
             self.step = to

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -71,7 +70,7 @@ class Monitor:
         """Starts the clock of a step."""
         self._started = time.perf_counter()
 
-    def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool) -> None:
+    def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool, finite: bool = False) -> None:
         """Records a step.
 
         Args:
@@ -79,13 +78,13 @@ class Monitor:
             lr: The learning rate of the first param group; every group follows the same curve from its own peak.
             grad_norm: The global gradient norm before clipping.
             applied: False if the step was skipped: the gradient was not finite, or the run's health asked for it.
+            finite: Whether the gradient of a step that was not applied was finite.
         """
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.done += 1
         self.skipped += not applied
-        # A step with a finite gradient that was not applied was skipped for the health of the run.
-        self.skipped_in_a_row = 0 if applied or math.isfinite(grad_norm) else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
         if not self.main:
             return
         rate = self.tokens_per_step / seconds
