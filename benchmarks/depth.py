@@ -55,10 +55,11 @@ def run(options: argparse.Namespace) -> None:
 def first_step(init: Callable[[Tensor], Any], layers: int, width: int) -> tuple[distopt.health.Monitor, Any]:
     """Take one step of a network; return the monitor, and the gains of the layers before the step."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(layers)))
-    for layer in model:
-        init(layer[0].weight)
-        nn.init.zeros_(layer[0].bias)
+    linears = [nn.Linear(width, width) for _ in range(layers)]
+    for linear in linears:
+        init(linear.weight)
+        nn.init.zeros_(linear.bias)
+    model = nn.Sequential(*(nn.Sequential(linear, nn.Tanh()) for linear in linears))
     x = torch.randn(64, width)
     gains = distopt.health.jacobian_gains(list(model), lambda: model(x), probes=4)
     optimizer = distopt.SGD(model.parameters(), lr=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def run(options: argparse.Namespace) -> None:
     print("| optimizer | step, ms | watched / not | update alone, ms | watched / not |\n|---|---|---|---|---|")
     for name in options.optimizers:
         empty = source.empty(config)
-        model = engine.build(
-            empty, blocks(empty), lambda unit, where, of=empty: source.fill(of, unit, where), torch.device("cpu")
-        )
+        model = engine.build(empty, blocks(empty), partial(source.fill, empty), torch.device("cpu"))
         optimizer = getattr(distopt, name)(distopt.param_groups(engine.unwrap(model), weight_decay=0.01), lr=1e-4)
         steps, updates = measure(engine, model, optimizer, options)
         print(
