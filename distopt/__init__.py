@@ -1,6 +1,6 @@
 """Optimizers whose update is exactly the unsharded one, however parameters, gradients and state are sharded."""
 
-from distopt import layout
+from distopt import health, layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.engine.mezo import MeZO
 from distopt.integrations.accelerate.attach import attach
@@ -48,6 +48,7 @@ __all__ = [
     "clip_grad_norm_",
     "fingerprint",
     "grad_norms",
+    "health",
     "layout",
     "load_checkpoint",
     "lr_range_test",

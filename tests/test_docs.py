@@ -131,7 +131,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
         assert (tmp_path / page.relative_to(jobs.ROOT / "docs").with_suffix(".html")).is_file()
     pages_of_reference = (jobs.ROOT / "docs" / "reference").glob("*.md")
     listed = re.findall(r"^::: (?:\w+\.)+(\w+)$", "".join(map(Path.read_text, pages_of_reference)), re.MULTILINE)
-    modules = {"layout", *(name for name in distopt.__all__ if hasattr(schedules, name))}  # listed whole
+    modules = {"layout", "health", *(name for name in distopt.__all__ if hasattr(schedules, name))}  # listed whole
     assert {*distopt.__all__} - modules <= {*listed}
     html = (tmp_path / "reference" / "optimizers.html").read_text()
     assert "ratio = |p| / |direction|" in html

@@ -134,12 +134,12 @@ LEVELS = (
     {"proof"},
     {"optim"},
     {"sam"},
-    {"checkpoint", "data"},
+    {"checkpoint", "data", "health"},
     {"models"},
     {"engine"},
     {"job"},
     {"integrations", "plan", "report"},
-    {"train", "export"},
+    {"train", "export", "jacobian"},
     {"distopt"},  # its __init__.py, which has the public names
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distopt.bounds import switch
 from distopt.optim.clip import clip_, measure
+from distopt.optim.observer import vetoed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -96,6 +97,9 @@ class Engine:
     def check_sam(self, sam: SAM) -> None:
         """Raises ValueError for a SAM that this engine cannot run."""
 
+    def check_health(self) -> None:
+        """Raises ValueError if this engine does not show the norms of layers to a `distopt.health.Monitor`."""
+
     def build(
         self,
         model: nn.Module,
@@ -150,15 +154,15 @@ class Engine:
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
         """Clips the gradients and steps.
 
-        If the norm is inf or nan, which is the same on all ranks, weights and state stay as they are, and so do the
-        gradients, in which the layer can be found.
+        If the norm is inf or nan, or a monitor of the run's health skips the step, which is the same on all ranks,
+        weights and state stay as they are, and so do the gradients, in which the layer can be found.
 
         Returns:
             The global gradient norm before clipping, and whether the step was applied.
         """
         grads, total = measure(optimizer)
         norm = float(total)
-        applied = math.isfinite(norm)
+        applied = math.isfinite(norm) and not vetoed(optimizer)
         if applied:
             if norm > max_grad_norm:
                 clip_(grads, total, max_grad_norm)

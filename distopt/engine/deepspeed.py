@@ -68,6 +68,12 @@ class DeepSpeed(Engine):
                 "DeepSpeed has of all gradients: use engine=zero1 or fsdp2"
             )
 
+    def check_health(self) -> None:
+        raise ValueError(
+            "a run under DeepSpeed, which hides gradients and reduces their norm on its own, cannot be watched: use "
+            "engine=zero1 or fsdp2, or health=off"
+        )
+
     def build(
         self,
         model: nn.Module,

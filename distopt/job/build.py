@@ -23,6 +23,7 @@ from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
 from distopt.job.config import micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
+from distopt.job.health import Health
 from distopt.job.job import Job, max_grad_norm
 from distopt.job.metrics import Monitor
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
@@ -82,12 +83,11 @@ def build(cfg: DictConfig) -> Job:
     if start:
         start.check(identity | start.architecture(config), options.steps)  # before the model is built
     trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
-    if start:
-        _load(start, parts.engine, trainee)
+    saved = _load(start, parts.engine, trainee) if start else {}
     moved = _open_folder(cfg, folder, start, accelerator)
     step, tokens = start.step if start else 0, options.batch_size * options.sequence_length
     resumed = [f"resuming after step {step} from {start.path}"] if start else []
-    return Job(
+    job = Job(
         cfg=cfg,
         folder=folder,
         accelerator=accelerator,
@@ -99,10 +99,14 @@ def build(cfg: DictConfig) -> Job:
         micro_batch=micro_batch,
         notes=[*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes, *resumed],
         step=step,
+        passed_over=saved.get("passed_over", 0),
         checkpoint=start.path if start else None,
         **text._asdict(),
         **trainee._asdict(),
     )
+    if parts.make_health:
+        job.health = Health(job, parts.make_health, saved.get("health"))
+    return job
 
 
 def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
@@ -145,11 +149,12 @@ def _trainee(
     return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
 
 
-def _load(start: Start, engine: Engine, trainee: Trainee) -> None:
-    """Loads the checkpoint, except the hyper-parameters, which stay those of this configuration."""
+def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
+    """Loads the checkpoint, except the hyper-parameters, which stay those of this configuration; returns its extra."""
     configured = hyperparameters(trainee.optimizer)
-    load_checkpoint(start.path, engine.unwrap(trainee.model), trainee.stepper, trainee.schedule)
+    extra = load_checkpoint(start.path, engine.unwrap(trainee.model), trainee.stepper, trainee.schedule)
     keep_configured(trainee.optimizer, trainee.schedule, configured)
+    return extra
 
 
 def _model(

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from distopt.engine import Engine
+from distopt.health import Monitor
 from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
@@ -47,6 +48,7 @@ class Components:
         make_optimizer: Param groups -> optimizer.
         make_schedule: Optimizer -> schedule.
         make_sam: Optimizer -> SAM around it; None for none.
+        make_health: Optimizer and model -> monitor of the run's health; None for none.
     """
 
     engine: Engine
@@ -57,6 +59,7 @@ class Components:
     make_optimizer: Callable[..., ShardedOptimizer]
     make_schedule: Callable[..., LambdaLR]
     make_sam: Callable[[ShardedOptimizer], SAM] | None
+    make_health: Callable[..., Monitor] | None
 
     @classmethod
     def of(cls, cfg: Config) -> Components:
@@ -70,6 +73,7 @@ class Components:
             make_schedule=instantiate(cfg, "schedule"),
             make_groups=instantiate(cfg, "param_groups"),
             make_sam=instantiate(cfg, "sam") if cfg.sam else None,
+            make_health=instantiate(cfg, "health") if cfg.get("health") else None,
         )
         parts.dry_run(cfg.train.steps)
         parts.language_model.check()
@@ -93,3 +97,7 @@ class Components:
                 sam = self.make_sam(optimizer)
                 check_kind(sam, "sam", SAM)
                 self.engine.check_sam(sam)
+        if self.make_health:
+            with named("health"):
+                self.engine.check_health()
+                check_kind(self.make_health(optimizer, nn.Module(), reload=lambda: None), "health", Monitor)

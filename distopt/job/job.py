@@ -23,6 +23,7 @@ from distopt.job import run_folder
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import sample, validation_loss
+from distopt.job.health import Health
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor, plot
 from distopt.job.stop import Stopped, StopSignal
@@ -64,7 +65,9 @@ class Job:
         micro_batch: The number of sequences in one forward pass of a process.
         notes: Lines for the user, shown before the first step.
         step: The number of steps done.
+        passed_over: The number of batches that rollbacks have passed over: step s trains on batch s + passed_over.
         checkpoint: The folder of the last checkpoint, saved or resumed from.
+        health: What watches the run's health; None for nothing.
     """
 
     cfg: DictConfig
@@ -86,7 +89,9 @@ class Job:
     micro_batch: int
     notes: list[str]
     step: int
+    passed_over: int
     checkpoint: Path | None
+    health: Health | None = None
 
     def run(self) -> float:
         """Trains from `step` to the last step and returns the final validation loss in nats per token.
@@ -104,7 +109,10 @@ class Job:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
             stop = StopSignal()
             while self.step < steps:
+                began = self.step
                 done, stopping = self.train_step(stop)
+                if self.step <= began and not stopping:  # rolled back
+                    continue
                 if (self.step % self.cfg.evaluation.every == 0 and not stopping) or self.step == steps:
                     self._write_layers(done)
                     after = self.evaluate()
@@ -123,14 +131,22 @@ class Job:
         """Takes one step; returns what it did, and whether a process was asked to stop before the last step."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         self.monitor.start_step()
-        batch = self.sequences.batch(self.step, rank, world).to(device)
+        batch = self.sequences.batch(self.step + self.passed_over, rank, world).to(device)
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
-        self.schedule.step()
-        self.step += 1
+        to = self.health.rolled_back() if self.health else None
+        if to is None:
+            self.schedule.step()
+            self.step += 1
         means = self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean")
         loss, asked = means.tolist()
-        self.monitor.end_step(loss=loss, lr=lr, grad_norm=done.grad_norm, applied=done.applied)
+        norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
+        self.monitor.end_step(loss=loss, lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
+        if to is not None:
+            self.passed_over += self.step + 1 - to
+            self.step = to
+            self.monitor.go_back(to)
+            self.monitor.say(f"health: rolled back to step {to}; {self.passed_over} batches are passed over")
         if self.monitor.skipped_in_a_row >= self.cfg.train.max_skipped_steps:
             self.checkpointer.wait()
             times = self.monitor.skipped_in_a_row
@@ -148,11 +164,16 @@ class Job:
     def save(self) -> None:
         """Saves a checkpoint of the current step, or starts to in the background."""
         extra = {"step": self.step, **self.identity}
+        if self.health:
+            extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
         model = self.engine.unwrap(self.model)
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
 
     def _write_layers(self, done: Update) -> None:
-        """Writes each parameter's gradient norm before clipping, and its trust ratio."""
+        """Writes each parameter's gradient norm before clipping and its trust ratio, or what the health watches."""
+        if self.health:
+            self.health.write()
+            return
         bound = max_grad_norm(self.cfg)
         clipped = min(1.0, bound / done.grad_norm) if done.applied and done.grad_norm else 1.0
         self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, clipped))

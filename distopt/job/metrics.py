@@ -11,6 +11,7 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
+ALARMS = "alarms.jsonl"  # of the run's health
 RUN = "run.json"  # the command of the run, and the choices of its groups
 
 
@@ -49,11 +50,12 @@ class Monitor:
             return
         from tqdm import tqdm
 
-        self.layers = folder / LAYERS
+        self.layers, self.alarms, self.metrics = (folder / name for name in (LAYERS, ALARMS, METRICS))
         _forget_after(self.layers, first_step)
-        kept = _forget_after(folder / METRICS, first_step)
+        _forget_after(self.alarms, first_step)
+        kept = _forget_after(self.metrics, first_step)
         self.skipped = next((row["skipped"] for row in reversed(kept) if "skipped" in row), 0)
-        self.file = (folder / METRICS).open("a")
+        self.file = self.metrics.open("a")
         self.bar = tqdm(
             initial=first_step,
             total=steps,
@@ -68,20 +70,21 @@ class Monitor:
         """Starts the clock of a step."""
         self._started = time.perf_counter()
 
-    def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool) -> None:
+    def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool, finite: bool = False) -> None:
         """Records a step.
 
         Args:
             loss: The mean loss of the step in nats per token.
             lr: The learning rate of the first param group; every group follows the same curve from its own peak.
             grad_norm: The global gradient norm before clipping.
-            applied: False if the step was skipped because the gradient was not finite.
+            applied: False if the step was skipped: the gradient was not finite, or the run's health asked for it.
+            finite: Whether the gradient of a step that was not applied was finite.
         """
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.done += 1
         self.skipped += not applied
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
         if not self.main:
             return
         rate = self.tokens_per_step / seconds
@@ -110,11 +113,26 @@ class Monitor:
             self.file.flush()
             self.track(metrics, self.done)
 
-    def write_layers(self, values: Mapping[str, Mapping[str, float]]) -> None:
-        """Writes a line of layers.jsonl: for each quantity, its values by parameter name."""
+    def write_layers(self, values: Mapping[str, Mapping[str, float]], step: int | None = None) -> None:
+        """Writes a line of layers.jsonl: for each quantity its values by parameter name, of a step or the last one."""
         if self.main and values:
-            with self.layers.open("a") as file:
-                file.write(json.dumps({"step": self.done, **values}) + "\n")
+            _append(self.layers, {"step": self.done if step is None else step, **values})
+
+    def write_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Writes a line of alarms.jsonl, and counts it for the trackers."""
+        if self.main:
+            _append(self.alarms, alarm)
+            self.track({"health/alarm": 1.0}, alarm["step"])
+
+    def go_back(self, step: int) -> None:
+        """Forgets the rows after a step, which a run that was rolled back to it writes again; but not its alarms."""
+        self.done = step
+        if self.main:
+            self.file.close()
+            _forget_after(self.layers, step)
+            _forget_after(self.metrics, step)
+            self.file = self.metrics.open("a")
+            self.bar.n = step
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
@@ -126,6 +144,11 @@ class Monitor:
         if self.main:
             self.bar.close()
             self.file.close()
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from distopt.bounds import Bound, choice, integer, mapping, number, or_null, switch, text, texts
+from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.optim.validate import BOUNDS
 
 
@@ -43,6 +44,7 @@ SECTIONS = {
     "optimizer": "the update rule",
     "param_groups": "which parameters get which options",
     "sam": "sharpness-aware minimization; `sam=off` for none",
+    "health": "the norms of layers in every step, with alarms; `health=off` for none",
     "schedule": "the learning rate over the steps, as a factor of `optimizer.lr`",
     "engine": "how model, gradients and state are distributed",
     "model": "the language model",
@@ -50,7 +52,7 @@ SECTIONS = {
     "data": "the text",
     "cluster": "the hardware of a plan",
 }
-OPTIONAL = ("sam", "adapter")
+OPTIONAL = ("sam", "adapter", "health")
 
 SCHEMA: dict[str, Key] = {
     "name": Key(
@@ -151,6 +153,14 @@ SCHEMA: dict[str, Key] = {
     "sam.alpha": Key(number(0), "weight of the gap's gradient (GSAM), or of the remembered gradient (LookSAM)"),
     "sam.precondition": Key(switch(), "perturb along the gradient as Adam scales it"),
     "sam.eps": Key(POSITIVE, "added to the denominator of Adam's scale"),
+    "health.action": Key(HEALTH["action"], "what to do about a spike: reload loads the last checkpoint"),
+    "health.threshold": Key(HEALTH["threshold"], "deviations above the running mean of a layer that are a spike"),
+    "health.decay": Key(HEALTH["decay"], "decay rate of the running statistics"),
+    "health.warmup": Key(HEALTH["warmup"], "steps before a layer can have a spike"),
+    "health.depth_factor": Key(HEALTH["depth_factor"], "factor over the whole depth that is vanishing or exploding"),
+    "health.dead_steps": Key(HEALTH["dead_steps"], "steps in a row without gradient after which a layer is dead"),
+    "health.copy_every": Key(HEALTH["copy_every"], "steps between copies in host memory, for action=rollback"),
+    "health.max_rollbacks": Key(HEALTH["max_rollbacks"], "rollbacks and reloads after which the run ends"),
     "schedule.warmup_steps": Key(integer(0), "steps of linear warmup"),
     "schedule.decay_steps": Key(integer(1), "last steps, in which the factor falls"),
     "schedule.final_lr_ratio": Key(number(0, 1), "factor at the last step"),

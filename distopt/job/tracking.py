@@ -40,3 +40,28 @@ def start_trackers(accelerator: Accelerator, folder: str, run: str, values: dict
     flat = {name: value if isinstance(value, scalars) else str(value) for name, value in flatten_dict(values).items()}
     accelerator.project_configuration.set_directories(folder)
     accelerator.init_trackers("distopt", flat, init_kwargs={"wandb": {"name": run}})
+
+
+def log_histograms(accelerator: Accelerator, values: dict[str, list[float]], step: int) -> None:
+    """Gives the trackers that have histograms the distribution of some quantities over layers, as log10.
+
+    Args:
+        accelerator: With the trackers; only the main process calls this.
+        values: The values of all layers by quantity; 0 and what is not finite is left out.
+        step: The number of the step.
+    """
+    from math import isfinite, log10
+
+    for tracker in accelerator.trackers:
+        for name, found in values.items():
+            logarithms = [log10(value) for value in found if isfinite(value) and value > 0.0]
+            if not logarithms:
+                continue
+            if tracker.name == "tensorboard":
+                import numpy
+
+                tracker.writer.add_histogram(f"health/log10_{name}", numpy.array(logarithms), step)
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.tracker.log({f"health/log10_{name}": wandb.Histogram(logarithms)}, step=step)

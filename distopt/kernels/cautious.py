@@ -65,13 +65,14 @@ class CautiousUpdate(ForeachUpdate):
         weights, masked, inner, decays = sums[:4]
         return weights.sqrt(), (self._factors**2 * masked + 2.0 * self._factors * inner + decays).clamp(min=0.0).sqrt()
 
-    def apply(self, ratios: Tensor) -> None:
+    def apply(self, ratios: Tensor | None) -> None:
         for part, masked in self._measured:
             decays = decay(part, masked)
             torch._foreach_mul_(masked, ratio_of_each(self._factors, part))
             if decays:
                 torch._foreach_add_(masked, decays)
-            torch._foreach_addcmul_(part.params, masked, ratio_of_each(ratios, part), value=-self.group["lr"])
+            factors = ratio_of_each(torch.ones_like(self._factors) if ratios is None else ratios, part)
+            torch._foreach_addcmul_(part.params, masked, factors, value=-self.group["lr"])
 
     def _measure(self, part: Shards, masked: list[Tensor]) -> list[Tensor]:
         kept = exact.digits(torch.stack([m.count_nonzero() for m in masked]).double())

@@ -49,8 +49,8 @@ class CompiledUpdate:
         self._call(_MEASURE, [0.0] * len(self.layers), sums.data_ptr())
         return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
-    def apply(self, ratios: Tensor) -> None:
-        self._call(_APPLY, ratios[self.layers].tolist())
+    def apply(self, ratios: Tensor | None) -> None:
+        self._call(_APPLY, [1.0] * len(self.layers) if ratios is None else ratios[self.layers].tolist())
 
     def _call(self, mode: int, ratios: list[float], sums: int = 0) -> None:
         lr = self.group["lr"]

@@ -81,9 +81,10 @@ class TritonUpdate:
         digits = exact.carried(digits)
         return digits[:, 0], digits[:, 1]
 
-    def apply(self, ratios: Tensor) -> None:
+    def apply(self, ratios: Tensor | None) -> None:
         scales = self._scales.clone()
-        scales[:, 2] *= ratios[_lists.get(tuple(self.layers), self._device)]
+        if ratios is not None:
+            scales[:, 2] *= ratios[_lists.get(tuple(self.layers), self._device)]
         self._launch(kernels().APPLY, scales)
 
     def _launch(self, mode: int, scales: Tensor, pieces: Tensor | None = None) -> None:

@@ -40,11 +40,12 @@ class Update(Protocol):
             exact.DIGITS], in the digits of `distopt.kernels.exact`.
         """
 
-    def apply(self, ratios: Tensor) -> None:
+    def apply(self, ratios: Tensor | None) -> None:
         """Updates what is left: p <- p - lr * ratio * direction.
 
         Args:
-            ratios: The trust ratios by layer, a float64 tensor of shape [layers of the model] on the device.
+            ratios: The trust ratios by layer, a float64 tensor of shape [layers of the model] on the device. None: all
+                are 1, and the weights become bit for bit those of `step` on the CPU.
         """
 
 
@@ -76,10 +77,13 @@ class ForeachUpdate:
         rows = [row for part, _ in self._measured for row in part.rows]
         return squared_norms(params, rows), squared_norms(directions, rows)
 
-    def apply(self, ratios: Tensor) -> None:
+    def apply(self, ratios: Tensor | None) -> None:
         for part, directions in self._measured:
-            factors = ratio_of_each(ratios, part)
-            torch._foreach_addcmul_(part.params, directions, factors, value=-self.group["lr"])
+            if ratios is None:
+                torch._foreach_add_(part.params, directions, alpha=-self.group["lr"])
+            else:
+                factors = ratio_of_each(ratios, part)
+                torch._foreach_addcmul_(part.params, directions, factors, value=-self.group["lr"])
 
 
 class GradientRatioUpdate:
@@ -104,9 +108,14 @@ class GradientRatioUpdate:
     def squared_norms(self) -> SquaredNorms:
         return self._measure(self._shards)
 
-    def apply(self, ratios: Tensor) -> None:
-        for update in self._make(replace(self._shards, ratios=ratio_of_each(ratios, self._shards))):
+    def apply(self, ratios: Tensor | None) -> None:
+        for update in self.scaled(ratios):
             update.step()
+
+    def scaled(self, ratios: Tensor | None) -> Sequence[Update]:
+        """Returns the updates with the gradients that the ratios have multiplied, which can be measured in turn."""
+        each = None if ratios is None else ratio_of_each(ratios, self._shards)
+        return self._make(replace(self._shards, ratios=each))
 
 
 def ratio_of_each(ratios: Tensor, shards: Shards) -> list[Tensor]:

@@ -84,6 +84,15 @@ class LayerNorms:
         Returns:
             float64 tensor of shape [len(columns), num_layers] on `device`.
         """
+        return self.reduced(self.local_sums(layers, *columns))
+
+    @torch.no_grad()
+    def local_sums(self, layers: Sequence[int], *columns: Tensor) -> Tensor:
+        """Adds up values of shards layer by layer on this rank alone: the first half of `total`, without a collective.
+
+        Returns:
+            float64 tensor of shape [len(columns), num_layers, exact.DIGITS] on `device`.
+        """
         sums = torch.zeros(len(columns), self.num_layers, exact.DIGITS, dtype=torch.float64, device=self.device)
         if layers:
             stacked = torch.stack(columns).to(self.device)
@@ -91,6 +100,17 @@ class LayerNorms:
                 keep = tuple(i for i, layer in enumerate(layers) if self.counted[layer])
                 layers, stacked = [layers[i] for i in keep], stacked[:, self._indices.get(keep, self.device)]
             sums.index_add_(1, self._indices.get(tuple(layers), self.device), stacked)
+        return sums
+
+    @torch.no_grad()
+    def reduced(self, sums: Tensor) -> Tensor:
+        """Adds `local_sums` over all ranks: the second half of `total`, one all-reduce per mesh axis that shards.
+
+        Sums of several kinds may be concatenated for one call.
+
+        Returns:
+            float64 tensor of shape [columns, num_layers] on `device`.
+        """
         sums = sums.to(self.wire or self.device)
         for group in self.groups:
             dist.all_reduce(sums, group=group)

@@ -18,6 +18,7 @@ from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.eager import eager_island
+from distopt.optim.observer import observer_of
 from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
 from distopt.optim.state import LocalState, refuse_host_counts_in_graph
 from distopt.optim.state_dict import read_state_dict
@@ -68,6 +69,7 @@ class ShardedOptimizer(LayoutOptimizer):
     ratio_of: Literal["update", "gradient"] = "update"
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
+    _reduced: Tensor | None = None  # the norms of the last trust ratios: |p| and the other one
     _ratios: list[tuple[list[int], Tensor]]  # of the last step: layers, and the ratios of all layers
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
@@ -130,6 +132,8 @@ class ShardedOptimizer(LayoutOptimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        if (observer := observer_of(self)) is not None and observer.vetoes(self):
+            return loss
         layout = self._checked_layout()
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
 
@@ -139,11 +143,14 @@ class ShardedOptimizer(LayoutOptimizer):
         measured = [update for update in updates if dispatch.is_measured(update)]
         ratios = self._trust_ratios(layout, measured)
 
-        for update in updates:
-            if not dispatch.is_measured(update):
-                update.step()
-        for update, ratio in zip(measured, ratios):
-            update.apply(ratio)
+        if observer is not None:
+            observer.apply(self, layout, updates, [*zip(measured, ratios)], self._reduced)
+        else:
+            for update in updates:
+                if not dispatch.is_measured(update):
+                    update.step()
+            for update, ratio in zip(measured, ratios):
+                update.apply(ratio)
         updated = [p for group in params for p in group]
         self._local.round_masters(self, layout, updated)
         layout.sync.publish(updated)
@@ -164,7 +171,7 @@ class ShardedOptimizer(LayoutOptimizer):
             return []
         squares = dispatch.concatenated([update.squared_norms() for update in updates])
         sums = layout.total([layer for update in updates for layer in update.layers], *squares)
-        found = []
+        self._reduced, found = sums[:2].sqrt(), []
         for update, (weight, other) in zip(updates, dispatch.norms(updates, sums)):
             ratios = torch.ones_like(weight)
             if update.group["trust_ratio"]:

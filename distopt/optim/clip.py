@@ -12,6 +12,7 @@ from distopt import layout as layouts
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of
 from distopt.optim.eager import eager_island
+from distopt.optim.observer import observer_of
 
 
 @eager_island
@@ -48,7 +49,12 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
 @torch.no_grad()
 def measure(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], Tensor]:
     """Returns the local gradient shards and their global norm: the first half of `clip_grad_norm_`, at its cost."""
-    grads, norms = _grad_norms(optimizer, layout_of(optimizer))
+    layout, observer = layout_of(optimizer), observer_of(optimizer)
+    if observer is None:
+        grads, norms = _grad_norms(optimizer, layout)
+    else:
+        params, grads = _gradients(optimizer, layout)
+        norms = observer.measure(layout, layout.layers(params), grads)
     return grads, exact.norm(norms)  # exact, so the order of the layers does not matter
 
 
@@ -85,9 +91,14 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
 
 def _grad_norms(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], Tensor]:
     """Returns the local gradient shards and the norm of each layer over all ranks."""
+    params, grads = _gradients(optimizer, layout)
+    (norms,) = layout.norms(layout.layers(params), grads)
+    return grads, norms
+
+
+def _gradients(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the parameters with a gradient, and the local gradient shards."""
     if layout.gradients_hidden:
         raise ValueError(layout.gradients_hidden)
     params = layouts.with_gradient(p for group in optimizer.param_groups for p in group["params"])
-    grads = layout.grads(params)
-    (norms,) = layout.norms(layout.layers(params), grads)
-    return grads, norms
+    return params, layout.grads(params)

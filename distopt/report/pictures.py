@@ -37,6 +37,9 @@ def draw(folder: Path, groups: Sequence[Group]) -> dict[str, Path]:
     for key, title in (
         ("grad_norm", "Gradient norm of each parameter"),
         ("trust_ratio", "Trust ratio of each parameter"),
+        ("weight_norm", "Norm of each parameter"),
+        ("update_norm", "Norm of the update of each parameter"),
+        ("update_to_weight", "Norm of the update of each parameter, as a share of its weights'"),
     ):
         for run in best(groups, key):
             file = folder / f"layers_{key}_{re.sub('[^a-z0-9]+', '_', run.optimizer.lower())}.png"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distopt.job.metrics import LAYERS, METRICS, RUN, read_lines, read_metrics
+from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN, read_lines, read_metrics
 
 # Differences of these keys do not make two configurations different.
 _NOT_COMPARED = ("name", "seed", "model.seed", "trackers", "train.resume")
@@ -29,6 +29,7 @@ class Run:
         choices: The group choices of the configuration.
         rows: The rows of metrics.jsonl.
         layers: The rows of layers.jsonl.
+        alarms: The rows of alarms.jsonl.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     choices: dict[str, str]
     rows: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+    alarms: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, root: Path) -> Run:
@@ -53,6 +55,7 @@ class Run:
             choices=recorded.get("choices", {}),
             rows=read_metrics(folder),
             layers=read_lines(folder / LAYERS),
+            alarms=read_lines(folder / ALARMS),
         )
 
     @cached_property

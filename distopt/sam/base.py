@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.optim.eager import eager_island
+from distopt.optim.observer import vetoed
 from distopt.sam.checks import check_inner
 from distopt.sam.closure import run_closure
 from distopt.sam.perturbing import PerturbingOptimizer, Scope
@@ -113,7 +114,7 @@ class SAM(PerturbingOptimizer):
                 "step() was called between perturb() and restore(): the weights are perturbed, restore()"
             )
         loss = None if closure is None else self._both_passes(closure)
-        stepped = self._with_gradients()
+        stepped = [] if vetoed(self.optimizer) else self._with_gradients()
         self._warn_of_no_ascent(stepped)
         result = self.optimizer.step()
         self._state_buffers.commit(stepped)

@@ -21,8 +21,8 @@ class LookSAM(SAM):
         the others:       step with g + alpha * (|g| / |v|) * v
 
     Inner products and norms are over all parameters and ranks. v is 0 where the angle between g and g' is below the
-    relative precision of the gradients, as in a model with a single weight. v is stored in the optimizer's state as `sam_look`,
-    laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
+    relative precision of the gradients, as in a model with a single weight. v is stored in the optimizer's state as
+    `sam_look`, laid out like the gradients. A step that ascends takes SAM's two passes, the others take one.
 
     Args:
         optimizer: As for `SAM`.
