@@ -3,7 +3,7 @@
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.integrations.accelerate.attach import attach
-from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
+from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdamWScheduleFree, RMSprop, SGDScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.clip import clip_grad_norm_, grad_norms
 from distopt.optim.param_groups import param_groups
@@ -28,6 +28,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
     "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
@@ -35,6 +36,7 @@ __all__ = [
     "MomentumSAM",
     "PreconditionedSAM",
     "RMSprop",
+    "SGDScheduleFree",
     "ShardedOptimizer",
     "async_save_checkpoint",
     "attach",

@@ -13,7 +13,7 @@ from torch import Tensor
 import distopt
 from distopt.kernels import build, dispatch
 from distopt.kernels.shards import Shards
-from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, pull
+from tests.harness.optimizers import ROWS, Row, distance, every_compiled, every_row, initial, pull
 
 # Longer than a piece of the kernels and no multiple of it, shorter, of one element, empty.
 SHAPES = ((97, 89), (20011,), (3, 5), (1,), (0, 4))
@@ -53,7 +53,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@every_row
+@every_compiled
 def test_a_kernel_computes_its_rule(row: Row, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ours = train(row)
     assert calls

@@ -105,7 +105,12 @@ def others_beside(row: Row) -> list[Tensor]:
 
 
 CASES: dict[str, Callable[[], list[Tensor]]] = {
-    **{f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row) for row in ROWS for case in (plain,)},
+    **{
+        f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row)
+        for row in ROWS
+        if row.compiled
+        for case in (plain,)
+    },
     **{
         f"{name}-{case.__name__}": lambda name=name, case=case: case(named(name))
         for case in (short_gradients, capturable, unaligned, different_counts, others_beside)

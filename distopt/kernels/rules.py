@@ -27,6 +27,8 @@ class Rule:
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.
         divisors: As `scales`. Kernels multiply by the reciprocal, which they call `inverse_<name>`.
+        sums: Running sums over the steps of a tensor, which are state: functions of the number of steps that return the
+            addend of a step. The rule gets the sum with this step's addend.
     """
 
     kernel: str = ""
@@ -34,6 +36,7 @@ class Rule:
     scalars: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, OfStep] = field(default_factory=dict)
     divisors: Mapping[str, OfStep] = field(default_factory=dict)
+    sums: Mapping[str, OfStep] = field(default_factory=dict)
 
     @property
     def factors(self) -> dict[str, OfStep]:

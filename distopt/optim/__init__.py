@@ -8,6 +8,20 @@ from distopt.optim.base import ShardedOptimizer
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.rmsprop import RMSprop
+from distopt.optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 from distopt.optim.sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "RMSprop", "Rule", "ShardedOptimizer", "Shards"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "AdamWScheduleFree",
+    "RMSprop",
+    "Rule",
+    "SGDScheduleFree",
+    "ShardedOptimizer",
+    "Shards",
+]

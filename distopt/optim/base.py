@@ -59,11 +59,13 @@ class ShardedOptimizer(LayoutOptimizer):
     Attributes:
         torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
             such an option itself leaves it out.
+        group_state: The entries of a param group that are state and no options: they are saved and loaded with it.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
             multiplies, or that of the "gradient", which it multiplies before the state changes (LARS).
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+    group_state: tuple[str, ...] = ()
     ratio_of: Literal["update", "gradient"] = "update"
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
@@ -102,7 +104,8 @@ class ShardedOptimizer(LayoutOptimizer):
 
     def required(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names that a loaded state must have, for parameters of the group that have state."""
-        return (*self.rule(group).buffers, "step")
+        rule = self.rule(group)
+        return (*rule.buffers, *rule.sums, "step")
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
         """Returns the initial value of a state buffer of a parameter, laid out as its state."""

@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop, ShardedOptimizer
+from distopt import (
+    LAMB,
+    LARS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    RMSprop,
+    SGDScheduleFree,
+    ShardedOptimizer,
+)
 from distopt.kernels.rules import Rule
+from distopt.optim.averaging import ScheduleFree
 from tests.harness import oracles
 
 
@@ -24,6 +36,7 @@ class Row:
     it on)
         for each tensor, so that they are not among its arguments here.
     peer: None where torch has no such optimizer.
+    may_trust: whether the rule may have a trust ratio.
     """
 
     name: str
@@ -31,6 +44,7 @@ class Row:
     kwargs: dict[str, Any]
     oracle: Callable[..., list[list[Tensor]]]
     peer: type[torch.optim.Optimizer] | None = None
+    may_trust: bool = True
 
     def make(self, params: Any, **kwargs: Any) -> ShardedOptimizer:
         return self.cls(params, **self.kwargs | kwargs)
@@ -38,6 +52,18 @@ class Row:
     def make_peer(self, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
         assert self.peer is not None
         return self.peer(params, **self.kwargs | kwargs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the rule has kernels."""
+        optimizer = self.make([torch.zeros(1)])
+        return bool(optimizer.rule(optimizer.param_groups[0]).kernel)
+
+    @property
+    def counts(self) -> list[str]:
+        """The names of the state that is a number, and on the host: step, and running sums."""
+        optimizer = self.make([torch.zeros(1)])
+        return ["step", *optimizer.rule(optimizer.param_groups[0]).sums]
 
     @property
     def trusts(self) -> bool:
@@ -74,7 +100,7 @@ def _row(
 ) -> Row:
     """A row whose oracle takes the optimizer's own arguments, but for those that it has by another name."""
     shared = {renamed.get(k, k): v for k, v in kwargs.items() if k not in ("lr", "weight_decay", "trust_ratio")}
-    return Row(name, cls, kwargs, partial(oracle, **shared), peer)
+    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, ScheduleFree))
 
 
 _MOMENTS = {"betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -125,6 +151,19 @@ ROWS = (
         dict(lr=0.1, momentum=0.9, trust_coefficient=0.5, trust_clip=(0.05, 0.25), weight_decay=0.1),
         oracles.lars,
     ),
+    _row(
+        "sgd_schedule_free",
+        SGDScheduleFree,
+        dict(lr=0.2, momentum=0.8, r=0.5, weight_decay=0.1),
+        oracles.sgd_schedule_free,
+        momentum="beta",
+    ),
+    _row(
+        "adamw_schedule_free",
+        AdamWScheduleFree,
+        dict(lr=0.1, **_MOMENTS),
+        oracles.adamw_schedule_free,
+    ),
 )
 
 # The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
@@ -143,6 +182,10 @@ EDGES = (
     ),
     _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
     _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
+    _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),
+    _row(
+        "adamw_schedule_free_defaults", AdamWScheduleFree, dict(lr=0.05, weight_decay=0.0), oracles.adamw_schedule_free
+    ),
 )
 
 
@@ -151,10 +194,11 @@ def compiled_rules() -> dict[str, Rule]:
     optimizers = [row.make([torch.zeros(1)]) for row in ROWS + EDGES]
     optimizers += [RMSprop([torch.zeros(1)], centered=c, momentum=m) for c in (False, True) for m in (0.0, 0.9)]
     found = [optimizer.rule(optimizer.param_groups[0]) for optimizer in optimizers]
-    return {rule.kernel: rule for rule in found}
+    return {rule.kernel: rule for rule in found if rule.kernel}
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_compiled = pytest.mark.parametrize("row", [row for row in ROWS if row.compiled], ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 
 

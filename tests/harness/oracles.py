@@ -316,6 +316,77 @@ def lars(
     return _run(params, grad, steps, update)
 
 
+def sgd_schedule_free(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    beta: float = 0.9,
+    weight_decay: Each = 0.0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    evaluated: bool = False,
+) -> list[Params]:
+    """Schedule-free SGD: y = (1 - beta) z + beta x; z <- z - lr g(y); x <- (1 - c) x + c z. Returns the y of each step,
+    or the x where `evaluated`.
+
+    c is the weight t^r lr^power of a step, over the sum of all so far. A. Defazio et al., "The Road Less Scheduled",
+    2024, equations 1 to 3, https://arxiv.org/abs/2405.15682; r is that of the authors' code, 0 in the paper.
+    """
+    average = _Average(params, beta, lr, r, weight_lr_power, evaluated)
+    return [average.step(l2(grad, weight_decay)(average.y(), step)) for step in range(steps)]
+
+
+def adamw_schedule_free(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    evaluated: bool = False,
+) -> list[Params]:
+    """Schedule-free AdamW: as `sgd_schedule_free`, by g / (sqrt(v_hat) + eps) + weight_decay y in place of g.
+
+    The paper's Algorithm 1 has the bias correction of v in lr; this is that of the authors' code of 2024-10 and later.
+    """
+    average, moments = _Average(params, betas[0], lr, r, weight_lr_power, evaluated), _Moments((0.0, betas[1]))
+    trajectory = []
+    for step in range(steps):
+        y = average.y()
+        v_hat = [moments(step + 1, i, g) for i, g in enumerate(grad(y, step))]
+        u = [g / (v.sqrt() + eps) + _of(weight_decay, i) * p for i, (p, (g, v)) in enumerate(zip(y, v_hat))]
+        trajectory.append(average.step(u))
+    return trajectory
+
+
+class _Average:
+    """The iterates z and their average x, of schedule-free optimizers."""
+
+    def __init__(self, params: Params, beta: float, lr: Each, r: float, power: float, evaluated: bool) -> None:
+        self.evaluated = evaluated
+        self.x = [p.detach().double() for p in params]
+        self.z = [p.clone() for p in self.x]
+        self.beta, self.lr, self.r, self.power = beta, lr, r, power
+        self.weights: list[list[float]] = []
+
+    def y(self) -> Params:
+        return [(1 - self.beta) * z + self.beta * x for z, x in zip(self.z, self.x)]
+
+    def step(self, updates: Params) -> Params:
+        t = len(self.weights) + 1
+        self.weights.append([t**self.r * _of(self.lr, i) ** self.power for i in range(len(updates))])
+        self.z = [z - _of(self.lr, i) * u for i, (z, u) in enumerate(zip(self.z, updates))]
+        shares = [own[-1] / sum(own) for own in zip(*self.weights)]
+        self.x = [(1 - c) * x + c * z for c, x, z in zip(shares, self.x, self.z)]
+        return self.x if self.evaluated else self.y()
+
+
 class _Moments:
     """Adam's m_hat and v_hat of tensor number i after its t-th gradient."""
 
