@@ -3,7 +3,19 @@
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.integrations.accelerate.attach import attach
-from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdamWScheduleFree, RMSprop, SGDScheduleFree
+from distopt.optim import (
+    LAMB,
+    LARS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    DAdaptAdam,
+    Prodigy,
+    RMSprop,
+    SGDScheduleFree,
+)
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.clip import clip_grad_norm_, grad_norms
 from distopt.optim.param_groups import param_groups
@@ -29,12 +41,14 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdamWScheduleFree",
+    "DAdaptAdam",
     "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
     "LookSAM",
     "MomentumSAM",
     "PreconditionedSAM",
+    "Prodigy",
     "RMSprop",
     "SGDScheduleFree",
     "ShardedOptimizer",

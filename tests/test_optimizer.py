@@ -181,7 +181,7 @@ def test_state_can_be_made_before_the_first_step(row: Row) -> None:
     assert all(torch.equal(before[name], value) for name, value in opt.state[params[0]].items())
     assert before["step"].item() == 0.0
     first = 0.1 if row.cls is Adagrad else 0.0
-    start = {"z": params[0].detach()}  # what is averaged starts at the weights
+    start = dict.fromkeys(("z", "p0"), params[0].detach())  # these start at the weights
     assert all((value == start.get(name, first)).all() for name, value in before.items() if name != "step")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distopt import LAMB, LARS, SGD, AdamW, RMSprop, ShardedOptimizer
 from distopt.kernels import shards
 from tests.harness import oracles
-from tests.harness.optimizers import ROWS, Row, distance, every_peer, every_row, initial, named, pull
+from tests.harness.optimizers import ROWS, Row, distance, every_peer, every_row, every_separate, initial, named, pull
 
 STEPS = 20
 # float64: 20 steps of about ten roundings of 1e-16 each; float32 the same with 6e-8, and a square root in between.
@@ -63,7 +63,7 @@ def test_slices_change_nothing(row: Row) -> None:
     assert error < TOLERANCE[torch.float64]
 
 
-@every_row
+@every_separate
 def test_layers_do_not_affect_each_other(row: Row) -> None:
     """Bit for bit as if each had an optimizer of its own; they have taken different numbers of steps and are in several
     slices."""
@@ -99,7 +99,7 @@ def test_a_zero_gradient_decays_and_makes_no_nan(row: Row) -> None:
     assert distance([p.detach() for p in params], expected[-1]) < TOLERANCE[torch.float64]
 
 
-@every_row
+@every_separate
 def test_a_parameter_without_gradient_does_not_change(row: Row) -> None:
     """One that has a gradient every other step is, after 20 steps, where ten steps of its own lead: neither its step
     count nor its moments change in between. Gradients here depend on nothing else."""
@@ -340,7 +340,7 @@ def test_closure_and_hooks_run_as_in_torch(row: Row) -> None:
     assert p.grad is None
 
 
-@every_row
+@every_separate
 def test_a_group_added_later_starts_at_its_first_step(row: Row) -> None:
     def grad(params: list[Tensor], step: int) -> list[Tensor]:
         return [p - 2.0 for p in params]

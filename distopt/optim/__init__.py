@@ -5,8 +5,10 @@ from distopt.kernels.shards import Shards
 from distopt.optim.adagrad import Adagrad
 from distopt.optim.adam import Adam, AdamW
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.dadaptation import DAdaptAdam
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
+from distopt.optim.prodigy import Prodigy
 from distopt.optim.rmsprop import RMSprop
 from distopt.optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 from distopt.optim.sgd import SGD
@@ -19,6 +21,8 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdamWScheduleFree",
+    "DAdaptAdam",
+    "Prodigy",
     "RMSprop",
     "Rule",
     "SGDScheduleFree",

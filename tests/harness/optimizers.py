@@ -19,11 +19,14 @@ from distopt import (
     Adam,
     AdamW,
     AdamWScheduleFree,
+    DAdaptAdam,
+    Prodigy,
     RMSprop,
     SGDScheduleFree,
     ShardedOptimizer,
 )
 from distopt.kernels.rules import Rule
+from distopt.optim.adaptation import DistanceAdapted
 from distopt.optim.averaging import ScheduleFree
 from tests.harness import oracles
 
@@ -66,12 +69,22 @@ class Row:
         return ["step", *optimizer.rule(optimizer.param_groups[0]).sums]
 
     @property
+    def coupled(self) -> bool:
+        """Whether all layers have a number in common, so that no layer steps by itself, and lr is the same for all."""
+        return issubclass(self.cls, DistanceAdapted)
+
+    @property
     def trusts(self) -> bool:
         return self.make([torch.zeros(1)]).defaults["trust_ratio"]
 
+    @property
+    def slower(self) -> float:
+        """The factor of the rate of the second group."""
+        return 1.0 if self.coupled else 0.5
+
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
-        others = {"weight_decay": 0.0, "trust_ratio": False, "lr": 0.5 * self.kwargs["lr"]}
+        others = {"weight_decay": 0.0, "trust_ratio": False, "lr": self.slower * self.kwargs["lr"]}
         shapes = {p: getattr(p, "ds_shape", p.shape) for p in params}  # DeepSpeed's zero.Init leaves them empty
         return [
             {"params": [p for p in params if len(shapes[p]) > 1]},
@@ -82,7 +95,7 @@ class Row:
         """The parameters after each step, by the oracle, in `groups`."""
         matrix = [p.ndim > 1 for p in params]
         options: dict[str, Any] = {
-            "lr": [self.kwargs["lr"] * (1.0 if m else 0.5) for m in matrix],
+            "lr": [self.kwargs["lr"] * (1.0 if m else self.slower) for m in matrix],
             "weight_decay": [self.kwargs["weight_decay"] if m else 0.0 for m in matrix],
         }
         if self.trusts:
@@ -100,7 +113,7 @@ def _row(
 ) -> Row:
     """A row whose oracle takes the optimizer's own arguments, but for those that it has by another name."""
     shared = {renamed.get(k, k): v for k, v in kwargs.items() if k not in ("lr", "weight_decay", "trust_ratio")}
-    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, ScheduleFree))
+    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, (ScheduleFree, DistanceAdapted)))
 
 
 _MOMENTS = {"betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -164,6 +177,8 @@ ROWS = (
         dict(lr=0.1, **_MOMENTS),
         oracles.adamw_schedule_free,
     ),
+    _row("dadapt_adam", DAdaptAdam, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.dadapt_adam),
+    _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
 # The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
@@ -182,6 +197,8 @@ EDGES = (
     ),
     _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
     _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
+    _row("dadapt_adam_defaults", DAdaptAdam, dict(lr=1.0, weight_decay=0.0), oracles.dadapt_adam),
+    _row("prodigy_defaults", Prodigy, dict(lr=1.0, weight_decay=0.0), oracles.prodigy),
     _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),
     _row(
         "adamw_schedule_free_defaults", AdamWScheduleFree, dict(lr=0.05, weight_decay=0.0), oracles.adamw_schedule_free
@@ -198,6 +215,7 @@ def compiled_rules() -> dict[str, Rule]:
 
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_separate = pytest.mark.parametrize("row", [row for row in ROWS if not row.coupled], ids=lambda row: row.name)
 every_compiled = pytest.mark.parametrize("row", [row for row in ROWS if row.compiled], ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 

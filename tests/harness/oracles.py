@@ -365,6 +365,83 @@ def adamw_schedule_free(
     return trajectory
 
 
+def prodigy(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """Prodigy: Adam on d g, with steps of lr d; d = max(d, r / |s|_1), r and |s|_1 over all tensors.
+
+    K. Mishchenko, A. Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", 2024, algorithm 4,
+    https://arxiv.org/abs/2306.06101, with AdamW's decay, x <- x - lr d weight_decay x. lr is the same for all tensors.
+    """
+    (beta1, beta2), rate = betas, _of(lr, 0)
+    root = math.sqrt(beta2)
+    start = [p.detach().double() for p in params]
+    x, d, r = list(start), d0, 0.0
+    m, v, s = ([torch.zeros_like(p) for p in start] for _ in range(3))
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        m = [beta1 * a + (1 - beta1) * d * g for a, g in zip(m, grads)]
+        v = [beta2 * a + (1 - beta2) * (d * g) ** 2 for a, g in zip(v, grads)]
+        inner = sum(float((g * (x0 - p)).sum()) for g, x0, p in zip(grads, start, x))
+        r = root * r + (1 - root) * rate * d**2 * inner
+        s = [root * a + (1 - root) * rate * d**2 * g for a, g in zip(s, grads)]
+        x = [
+            p - rate * d * (a / (b.sqrt() + d * eps) + _of(weight_decay, i) * p)
+            for i, (p, a, b) in enumerate(zip(x, m, v))
+        ]
+        norm = sum(float(a.abs().sum()) for a in s)
+        d = max(d, d_coef * r / norm) if norm else d
+        trajectory.append(x)
+    return trajectory
+
+
+def dadapt_adam(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """D-Adaptation for Adam: x <- x - A^-1 m, m of lr d g, A = diag(sqrt(v) + eps); r and |s|_1 over all tensors.
+
+    A. Defazio, K. Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", 2023, the variant for Adam,
+    https://arxiv.org/abs/2301.07733, with AdamW's decay, x <- x - lr d weight_decay x. lr is the same for all tensors.
+    """
+    (beta1, beta2), rate = betas, _of(lr, 0)
+    root = math.sqrt(beta2)
+    x, d, r = [p.detach().double() for p in params], d0, 0.0
+    m, v, s = ([torch.zeros_like(p) for p in x] for _ in range(3))
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        m = [beta1 * a + (1 - beta1) * rate * d * g for a, g in zip(m, grads)]
+        v = [beta2 * a + (1 - beta2) * g**2 for a, g in zip(v, grads)]
+        diagonal = [a.sqrt() + eps for a in v]
+        x = [p - a / b - rate * d * _of(weight_decay, i) * p for i, (p, a, b) in enumerate(zip(x, m, diagonal))]
+        inner = sum(float((g * a / b).sum()) for g, a, b in zip(grads, s, diagonal))
+        r = root * r + (1 - root) * rate * d * inner
+        s = [root * a + (1 - root) * rate * d * g for a, g in zip(s, grads)]
+        norm = sum(float(a.abs().sum()) for a in s)
+        d = max(d, d_coef * r / ((1 - root) * norm)) if norm else d
+        trajectory.append(x)
+    return trajectory
+
+
 class _Average:
     """The iterates z and their average x, of schedule-free optimizers."""
 
