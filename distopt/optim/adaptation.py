@@ -117,3 +117,10 @@ class DistanceAdapted(ShardedOptimizer):
                     f"param groups have {name} {values[0]} and {others[0]}, and {type(self).__name__} has one step "
                     "size for all: give them the same, and let groups differ in weight_decay"
                 )
+
+
+def each(value: Tensor | float, tensors: list[Tensor]) -> list[Tensor]:
+    """Returns a number as a 0-D tensor for each tensor, in its dtype: float64 would promote 0-D parameters."""
+    kinds = {(t.dtype, t.device) for t in tensors}
+    found = {kind: torch.as_tensor(value, dtype=kind[0], device=kind[1]) for kind in kinds}
+    return [found[t.dtype, t.device] for t in tensors]

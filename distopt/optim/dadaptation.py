@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
-from distopt.optim.adaptation import DistanceAdapted
+from distopt.optim.adaptation import DistanceAdapted, each
 from distopt.optim.options import TORCH_OPTIONS, options
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DAdaptAdam(DistanceAdapted):
-    r"""D-Adaptation for Adam: steps are multiplied by d, a lower bound of the distance from the start to a solution.
+    r"""D-Adaptation for Adam: steps are multiplied by d, an estimate of the distance from the start to a solution.
 
         m <- beta1 * m + (1 - beta1) * d * g
         v <- beta2 * v + (1 - beta2) * g^2                            a = sqrt(v) + eps
@@ -31,8 +31,8 @@ class DAdaptAdam(DistanceAdapted):
         d <- max(d, d_coef * r / ((1 - beta3) * |s|_1))               for the next step
 
     As the paper's variant for Adam, with decoupled weight decay, and with lr outside of m, which is the same while lr
-    is constant. The authors' code divides by the a of the step before. The two sums over all layers are one all-reduce
-    per sharded mesh axis. `Prodigy` is its successor, and grows d faster.
+    is constant. The bound is proved for gradient descent and AdaGrad only: for Adam, d may exceed the distance. The two
+    sums over all layers are one all-reduce per sharded mesh axis. `Prodigy` is its successor.
 
     State: `exp_avg`, `exp_avg_sq` and `s`, 12 bytes per parameter. `param_groups[0]["d"]` is d.
 
@@ -86,15 +86,17 @@ class DAdaptAdam(DistanceAdapted):
         torch._foreach_addcmul_(b["exp_avg_sq"], shards.grads, shards.grads, 1.0 - c["beta2"])
         before = torch._foreach_div(s, self._scale(shards))
         torch._foreach_mul_(s, beta3)
-        steps = torch._foreach_mul(shards.grads, (1.0 - beta3) * shards.group["lr"] * self.d(shards.group))
+        steps = torch._foreach_mul(shards.grads, each((1.0 - beta3) * shards.group["lr"] * self.d(shards.group), s))
         torch._foreach_add_(s, steps)
         return [(shards.grads, list(before)), (s, list(torch._foreach_sign(s)))]
 
     def directions(self, shards: Shards) -> list[Tensor]:
-        b, c, d = shards.buffers, shards.rule.scalars, self.d(shards.group)
+        b, c = shards.buffers, shards.rule.scalars
+        d = each(self.d(shards.group), shards.params)
         torch._foreach_lerp_(b["exp_avg"], torch._foreach_mul(shards.grads, d), 1.0 - c["beta1"])
         directions = torch._foreach_div(b["exp_avg"], self._scale(shards))
-        torch._foreach_add_(directions, torch._foreach_mul(shards.params, c["weight_decay"] * d))
+        decay = torch._foreach_mul(shards.params, d)
+        torch._foreach_add_(directions, decay, alpha=c["weight_decay"])
         return list(directions)
 
     def estimate(self, group: dict[str, Any], numerator: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
-from distopt.optim.adaptation import DistanceAdapted
+from distopt.optim.adaptation import DistanceAdapted, each
 from distopt.optim.options import TORCH_OPTIONS, options
 
 if TYPE_CHECKING:
@@ -89,19 +89,20 @@ class Prodigy(DistanceAdapted):
     def factors(self, shards: Shards) -> list[tuple[list[Tensor], list[Tensor]]]:
         s, d, beta3 = shards.buffers["s"], self.d(shards.group), self._beta3(shards.group)
         torch._foreach_mul_(s, beta3)
-        steps = torch._foreach_mul(shards.grads, (1.0 - beta3) * shards.group["lr"] * d * d)
+        steps = torch._foreach_mul(shards.grads, each((1.0 - beta3) * shards.group["lr"] * d * d, s))
         torch._foreach_add_(s, steps)
         travelled = torch._foreach_sub(shards.buffers["p0"], shards.params)
         return [(shards.grads, list(travelled)), (s, list(torch._foreach_sign(s)))]
 
     def directions(self, shards: Shards) -> list[Tensor]:
-        b, c, d = shards.buffers, shards.rule.scalars, self.d(shards.group)
+        b, c = shards.buffers, shards.rule.scalars
+        d = each(self.d(shards.group), shards.params)
         grads = torch._foreach_mul(shards.grads, d)
         torch._foreach_lerp_(b["exp_avg"], grads, 1.0 - c["beta1"])
         torch._foreach_mul_(b["exp_avg_sq"], c["beta2"])
         torch._foreach_addcmul_(b["exp_avg_sq"], grads, grads, 1.0 - c["beta2"])
         scale = torch._foreach_sqrt(b["exp_avg_sq"])
-        torch._foreach_add_(scale, c["eps"] * d)
+        torch._foreach_add_(scale, torch._foreach_mul(d, c["eps"]))
         directions = torch._foreach_div(b["exp_avg"], scale)
         torch._foreach_add_(directions, shards.params, alpha=c["weight_decay"])
         torch._foreach_mul_(directions, d)

@@ -84,7 +84,8 @@ class Row:
 
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
-        others = {"weight_decay": 0.0, "trust_ratio": False, "lr": self.slower * self.kwargs["lr"]}
+        others = {"weight_decay": 0.0, "trust_ratio": False}
+        others |= {} if self.coupled else {"lr": self.slower * self.kwargs["lr"]}
         shapes = {p: getattr(p, "ds_shape", p.shape) for p in params}  # DeepSpeed's zero.Init leaves them empty
         return [
             {"params": [p for p in params if len(shapes[p]) > 1]},
