@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 from distopt.engine.train_step import update
-from tests.harness import accelerated, matrix
+from tests.harness import accelerated, matrix, oracles
 from tests.harness.distributed import run
 from tests.harness.engines import CPU, ENGINES, full
-from tests.harness.optimizers import distance, initial, named
+from tests.harness.optimizers import distance, initial, named, pull
 from tests.harness.sharded import full as gathered
 from tests.harness.sharded import whole
+from tests.test_rules import leaves, trajectory
 
 NAMES = ("prodigy", "dadapt_adam")
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -46,6 +47,16 @@ def test_d_grows_from_a_millionth_to_the_distance(name: str) -> None:
         assert seen == sorted(seen)
         assert 0.2 < seen[-1] < 10.0
         assert (p - 2.0).abs().max() < 0.1
+
+
+@every_name
+def test_the_default_start_is_that_of_the_oracle(name: str) -> None:
+    """In float64: in float32 the differences of the first steps, of 1e-6, are a few roundings."""
+    row, params = named(name), leaves()
+    oracle = {"prodigy": oracles.prodigy, "dadapt_adam": oracles.dadapt_adam}[name]
+    expected = oracle(params, oracles.gradient_of(pull), 20, lr=1.0)
+    for ours, theirs in zip(trajectory(row.cls(params), params, 20), expected):
+        assert distance(ours, theirs) < 1e-9  # of 1e-6, too, a rounding is 1e-10
 
 
 @every_name
