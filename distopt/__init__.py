@@ -4,7 +4,22 @@ from distopt import health, layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.engine.mezo import MeZO
 from distopt.integrations.accelerate.attach import attach
-from distopt.optim import ADOPT, LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop
+from distopt.optim import (
+    ADOPT,
+    LAMB,
+    LARS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    AdEMAMix,
+    DAdaptAdam,
+    Lion,
+    Prodigy,
+    RMSprop,
+    SGDScheduleFree,
+)
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.clip import clip_grad_norm_, grad_norms
 from distopt.optim.lr_range import LRRange, lr_range_test
@@ -32,6 +47,8 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
+    "DAdaptAdam",
     "Fingerprint",
     "FriendlySAM",
     "FunctionalSAM",
@@ -41,7 +58,9 @@ __all__ = [
     "MeZO",
     "MomentumSAM",
     "PreconditionedSAM",
+    "Prodigy",
     "RMSprop",
+    "SGDScheduleFree",
     "ShardedOptimizer",
     "async_save_checkpoint",
     "attach",

@@ -73,7 +73,7 @@ def test_a_step_is_that_of_the_cpu_in_float64(
     walk(opt, ours, range(5))
     walk(reference, exact, range(5))
     assert distance(outcome(opt, ours), outcome(reference, exact)) < TOLERANCE
-    assert bool(launches) == (by == "kernels")
+    assert bool(launches) == (by == "kernels" and row.compiled)
 
 
 @every_compiled_row

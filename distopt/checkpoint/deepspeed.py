@@ -22,7 +22,7 @@ class FlatContents:
 
     A save sums the ranks' elements of one parameter at a time and keeps the local rows as a DTensor, as FSDP2 and
     ZeRO-1 do. 16-bit weights are saved from their float32 masters. DeepSpeed steps the parameters of a partition
-    together, so all of them share its `step`.
+    together, so all of them share its counts: `step`, and the running sums of a rule.
 
     Attributes:
         tensors: The tensors of the model on the meta device, by name. A checkpoint is compared with their shapes and
@@ -46,7 +46,7 @@ class FlatContents:
 
         self.tensors = {name: _meta(t) for name, t in (self.params | self.buffers).items()}
         self.state: State = {
-            name: {key: value if key == "step" else _meta(p) for key, value in self._state_of(p).items()}
+            name: {key: _meta(p) if value.ndim else value for key, value in self._state_of(p).items()}
             for name, p in self.layers.items()
         }
         members = [[first_names[p] for p in part.members] for part in layout.partitions]
@@ -69,7 +69,7 @@ class FlatContents:
         state: State = {}
         for name, p in self.layers.items():
             state[name] = {key: self._rows(self.layout.gather(p, self._values(key))) for key in self._names(p)}
-            state[name]["step"] = self._state_of(p)["step"].clone()
+            state[name] |= {key: value.clone() for key, value in self._counts(p).items()}
         return {"model": model, "optimizer": {"state": state}}
 
     def to_fill(self, like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,8 +79,8 @@ class FlatContents:
             ours = manifest.described(buffers)
             if like.get(name) != ours:
                 raise ValueError(f"the state of {name} is {like.get(name)} in the checkpoint, {ours} here")
-            state[name] = {key: self._rows(t) for key, t in buffers.items() if key != "step"}
-            state[name]["step"] = torch.zeros((), dtype=torch.float32)
+            counts = self._counts(self.layers[name])
+            state[name] = {key: torch.zeros_like(t) if key in counts else self._rows(t) for key, t in buffers.items()}
         return {"model": {name: self._rows(t) for name, t in self.tensors.items()}, "optimizer": {"state": state}}
 
     @torch.no_grad()
@@ -92,13 +92,16 @@ class FlatContents:
         """
         state = read["optimizer"]["state"]
         for part in self.layout.partitions:
-            steps = {float(state[name]["step"]) for name, p in self.layers.items() if self.flats[p] is part.flat}
-            if len(steps) > 1:
-                raise ValueError(
-                    f"parameters of one group have taken {sorted(steps)} steps: DeepSpeed steps them together, so "
-                    "give those that had no gradient at some steps a param group of their own, or use another engine"
-                )
-            self.optimizer.state[part.flat]["step"] = torch.tensor(steps.pop(), dtype=torch.float32)
+            for key, count in self._counts(part.members[0]).items():
+                found = {float(state[name][key]) for name, p in self.layers.items() if self.flats[p] is part.flat}
+                if len(found) > 1:
+                    what = f"{sorted(found)} steps" if key == "step" else f"steps whose {key} is {sorted(found)}"
+                    raise ValueError(
+                        f"parameters of one group have taken {what}: DeepSpeed steps them together, so "
+                        "give those that had no gradient at some steps a param group of their own, or use another "
+                        "engine"
+                    )
+                self.optimizer.state[part.flat][key] = torch.tensor(found.pop(), dtype=count.dtype)
         for name, value in read["model"].items():
             full = self._gathered(value).view(-1)
             if name in self.buffers:
@@ -119,7 +122,11 @@ class FlatContents:
         return self.optimizer.state[self.flats[param]]
 
     def _names(self, param: Tensor) -> list[str]:
-        return [key for key in self._state_of(param) if key != "step"]
+        return [key for key, value in self._state_of(param).items() if value.ndim]
+
+    def _counts(self, param: Tensor) -> dict[str, Tensor]:
+        """What a parameter shares with its partition, by name: 0-D tensors on the host."""
+        return {key: value for key, value in self._state_of(param).items() if not value.ndim}
 
     def _values(self, key: str) -> dict[Tensor, Tensor]:
         """One state buffer, by its flat tensor."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.data.batch import Batch, PassLoss, next_token_loss
+from distopt.optim.averaging import train_mode
 from distopt.rng import random_state
 from distopt.sam import SAM
 from distopt.sam.two_passes import Pass, two_passes
@@ -40,8 +41,9 @@ def update(
 
     With `SAM` both passes run over the same micro-batches with the same random numbers, and the gradient of the second
     is the one that is clipped. A gradient norm that is inf or nan, which all ranks see alike, leaves weights and state
-    as they are.
+    as they are. An optimizer with modes (schedule-free) is in train mode from here on.
     """
+    train_mode(optimizer)
     engine.zero_grad(model, optimizer)
     if isinstance(optimizer, SAM):
         mean = sharpness_aware(engine, model, optimizer, batches, loss)

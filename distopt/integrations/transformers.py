@@ -14,6 +14,7 @@ from distopt.engine.fsdp2 import leave_pass, reshard
 from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
 from distopt.integrations.accelerate.sam import attach_sam, sam_of
 from distopt.layout import unwrap_optimizer
+from distopt.optim.averaging import eval_mode
 from distopt.rng import RandomState, random_state
 from distopt.sam import SAM
 from distopt.sam.two_passes import Pass, two_passes
@@ -54,6 +55,22 @@ class ShardedTrainerMixin:
             if hasattr(inner, "init_state"):
                 inner.init_state()
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Overrides the Trainer's: saves the weights that a schedule-free optimizer evaluates."""
+        eval_mode(self.optimizer)  # type: ignore[attr-defined]  # and the next training_step calls train()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer's own (transformers 5): weights and state are saved in the same mode.
+        eval_mode(self.optimizer)  # type: ignore[attr-defined]
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Overrides the Trainer's: frees what FSDP2 has gathered, before a schedule-free optimizer moves weights."""
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        reshard(self.model)  # type: ignore[attr-defined]
+        return output
 
 
 class SAMTrainerMixin(ShardedTrainerMixin):

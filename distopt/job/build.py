@@ -30,6 +30,7 @@ from distopt.job.resume import Start, find_start, hyperparameters, keep_configur
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.models import pretrained
 from distopt.models.language_model import blocks, check_length
+from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.proof import prove_every
 from distopt.sam import SAM
@@ -97,7 +98,10 @@ def build(cfg: DictConfig) -> Job:
         checkpointer=Checkpointer(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
         identity=identity,
         micro_batch=micro_batch,
-        notes=[*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes, *resumed],
+        notes=[
+            *(*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes),
+            *(*_decay_unneeded(trainee, options.steps), *resumed),
+        ],
         step=step,
         passed_over=saved.get("passed_over", 0),
         checkpoint=start.path if start else None,
@@ -147,6 +151,13 @@ def _trainee(
     if getattr(parts.data, "packing", False):
         check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size)
     return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
+
+
+def _decay_unneeded(trainee: Trainee, steps: int) -> list[str]:
+    """A line if the schedule decays for an optimizer that replaces the decay by an average."""
+    if not isinstance(trainee.optimizer, ScheduleFree) or trainee.schedule.lr_lambdas[0](steps) >= 1.0:
+        return []
+    return [f"{type(trainee.optimizer).__name__} needs no decay of the learning rate: schedule=warmup_constant"]
 
 
 def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor, plot
 from distopt.job.stop import Stopped, StopSignal
 from distopt.models.language_model import positions
+from distopt.optim.averaging import eval_mode
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -155,6 +156,7 @@ class Job:
 
     def evaluate(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
+        eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         own = validation_loss(self.engine, self.model, self.validation.batches(rank, world), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
@@ -163,6 +165,8 @@ class Job:
 
     def save(self) -> None:
         """Saves a checkpoint of the current step, or starts to in the background."""
+        # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
+        eval_mode(self.stepper)
         extra = {"step": self.step, **self.identity}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}

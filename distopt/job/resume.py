@@ -97,8 +97,9 @@ def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """A copy of every param group without its parameters."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """A copy of every param group without its parameters and what is state in it."""
+    state = ("params", *getattr(optimizer, "group_state", ()))
+    return [{name: value for name, value in group.items() if name not in state} for group in optimizer.param_groups]
 
 
 def keep_configured(optimizer: Optimizer, schedule: LambdaLR, configured: list[dict[str, Any]]) -> None:

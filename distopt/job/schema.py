@@ -129,6 +129,10 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["trust_clip"],
         "bounds of the trust ratio; [0.01, 10.0] is DeepSpeed's",
     ),
+    "optimizer.d0": Key(BOUNDS["d0"], "first estimate of the step size d"),
+    "optimizer.d_coef": Key(BOUNDS["d_coef"], "factor of the estimate of d"),
+    "optimizer.r": Key(BOUNDS["r"], "power of the step in the weights of schedule-free averages"),
+    "optimizer.weight_lr_power": Key(BOUNDS["weight_lr_power"], "power of lr in the weights of schedule-free averages"),
     "optimizer.capturable": Key(BOUNDS["capturable"], "for CUDA graphs, which distopt.train does not capture"),
     "optimizer.cautious": Key(
         BOUNDS["cautious"], "drop the elements of the update whose sign is not the gradient's, and scale up the others"

@@ -29,6 +29,8 @@ class Rule:
         divisors: As `scales`. Kernels multiply by the reciprocal, which they call `inverse_<name>`.
         decay: The name of the scalar that is multiplied by the weights and added to the direction; "" if there is none.
         penalty: As `decay`, where it is added to the gradient. Cautious updates need to know.
+        sums: Running sums over the steps of a tensor, which are state: functions of the number of steps that return the
+            addend of a step. The rule gets the sum with this step's addend.
     """
 
     kernel: str = ""
@@ -38,6 +40,7 @@ class Rule:
     divisors: Mapping[str, OfStep] = field(default_factory=dict)
     decay: str = ""
     penalty: str = ""
+    sums: Mapping[str, OfStep] = field(default_factory=dict)
 
     @property
     def factors(self) -> dict[str, OfStep]:

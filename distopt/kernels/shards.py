@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Shards:
         buffers: The state by name, of the shape of the params.
         steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
             device.
+        sums: The running sums of the rule by name, floats in the order of the tensors.
         rows: The elements of a row (one index of dimension 0) of each tensor's layer, with which a sum over a layer is
             the same bits however it is sharded between rows. By default those of the tensors themselves.
         ratios: Trust ratios, 0-D tensors, that multiply each gradient before the state changes (LARS).
@@ -46,6 +47,7 @@ class Shards:
     steps: list[Any]
     rows: list[int] = None  # type: ignore[assignment]
     ratios: list[Tensor] | None = None
+    sums: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -53,13 +55,14 @@ class Shards:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The buffers, scalars, scales and divisors of the rule by name, for a call of its function.
+        """The buffers, scalars, scales, divisors and sums of the rule by name, for a call of its function.
 
-        Scales and divisors are lists with a float for each tensor; `ratio` is `ratios`, or None.
+        Scales, divisors and sums are lists with a float for each tensor; `ratio` is `ratios`, or None.
         """
         scales = {**self.rule.scales, **self.rule.divisors}
         values = {name: [scale(step) for step in self.steps] for name, scale in scales.items() if name != "ratio"}
-        return {**self.buffers, **self.rule.scalars, **values, **({"ratio": self.ratios} if "ratio" in scales else {})}
+        ratio = {"ratio": self.ratios} if "ratio" in scales else {}
+        return {**self.buffers, **self.rule.scalars, **values, **self.sums, **ratio}
 
     def slices(self) -> Iterator[Shards]:
         """Yields the same tensors in slices that fit in the cache; on a GPU all at once."""
@@ -94,6 +97,7 @@ class Shards:
             steps=some(self.steps),
             rows=some(self.rows),
             ratios=None if self.ratios is None else some(self.ratios),
+            sums={name: some(column) for name, column in self.sums.items()},
         )
 
     @property

@@ -199,6 +199,10 @@ class ShardLayout(LayerNorms):
         """Returns a float32 copy of a 16-bit parameter, updated in its place and sharded as its state."""
         return param.detach().to(wide(param.dtype), copy=True)
 
+    def publish(self, params: Sequence[Tensor]) -> None:
+        """Brings parameters that this rank has changed to the model, on all ranks. Collective."""
+        self.sync.publish(params)
+
     def copied(self, copy: Callable[[Tensor], Tensor]) -> Self:
         """Returns the same layout for copies of its parameters, which `copy` gives."""
         self.check_copyable()

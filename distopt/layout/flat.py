@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -102,6 +102,9 @@ class FlatLayout(ShardLayout):
         """Copies the weights of the partitions to the model, as DeepSpeed's own step does."""
         for param in self.params:
             self.update_param(param, self.gather(param, {flat: flat for flat in self.segments}))
+
+    def publish(self, params: Sequence[Tensor]) -> None:
+        self.update_model()
 
     def update_param(self, param: Tensor, full: Tensor) -> None:
         """Copies full weights to one parameter of the model, frozen or not."""

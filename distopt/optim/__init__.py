@@ -7,10 +7,13 @@ from distopt.optim.adam import Adam, AdamW
 from distopt.optim.ademamix import AdEMAMix
 from distopt.optim.adopt import ADOPT
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.dadaptation import DAdaptAdam
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.lion import Lion
+from distopt.optim.prodigy import Prodigy
 from distopt.optim.rmsprop import RMSprop
+from distopt.optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
 from distopt.optim.sgd import SGD
 
 __all__ = [
@@ -22,9 +25,13 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamWScheduleFree",
+    "DAdaptAdam",
     "Lion",
+    "Prodigy",
     "RMSprop",
     "Rule",
+    "SGDScheduleFree",
     "ShardedOptimizer",
     "Shards",
 ]

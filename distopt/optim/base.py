@@ -61,11 +61,13 @@ class ShardedOptimizer(LayoutOptimizer):
     Attributes:
         torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
             such an option itself leaves it out.
+        group_state: The entries of a param group that are state and no options.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
             multiplies, or that of the "gradient", which it multiplies before the state changes (LARS).
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+    group_state: tuple[str, ...] = ()
     ratio_of: Literal["update", "gradient"] = "update"
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
@@ -106,7 +108,7 @@ class ShardedOptimizer(LayoutOptimizer):
 
     def required(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Returns the names that a loaded state must have, for parameters of the group that have state."""
-        return (*self.rule(group).buffers, "step")
+        return (*(rule := self.rule(group)).buffers, *rule.sums, "step")
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
         """Returns the initial value of a state buffer of a parameter, laid out as its state."""
@@ -138,6 +140,7 @@ class ShardedOptimizer(LayoutOptimizer):
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
 
         shards = self._collect(layout, params)
+        adapt = self._measure(layout, shards)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
         measured = [update for update in updates if dispatch.is_measured(update)]
@@ -154,6 +157,7 @@ class ShardedOptimizer(LayoutOptimizer):
         updated = [p for group in params for p in group]
         self._local.round_masters(self, layout, updated)
         layout.sync.publish(updated)
+        adapt()
         return loss
 
     def _collect(self, layout: ShardLayout, params: list[list[Tensor]]) -> list[Shards]:
@@ -164,6 +168,10 @@ class ShardedOptimizer(LayoutOptimizer):
         found = [self._local.shards(self, layout, i, params[i]) for i in indices]
         self._forget_ratios(layout, [p for group in params for p in group])
         return [self._local.counted(self, layout, i, params[i], shards) for i, shards in zip(indices, found)]
+
+    def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
+        """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
+        return lambda: None
 
     def _trust_ratios(self, layout: ShardLayout, updates: list[Update]) -> list[Tensor]:
         """Phase 2: exchanges the sums of the layers of these updates, and returns the trust ratios for each, or 1."""

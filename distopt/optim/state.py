@@ -40,7 +40,8 @@ class LocalState:
             ValueError: For a state buffer of another shape than its parameter.
         """
         group = optimizer.param_groups[index]
-        names = optimizer.rule(group).buffers
+        rule = optimizer.rule(group)
+        names = rule.buffers
         states = [optimizer.state[p] for p in params]
         before, tensors = self._seen.get(index, (None, []))
         now = [*params, *_tensors(states, names)]
@@ -49,6 +50,8 @@ class LocalState:
         for i, (p, state) in enumerate(zip(params, states)):
             if "step" not in state:
                 state["step"] = step_count(p, group)
+            for name in rule.sums:
+                state.setdefault(name, running_sum(0.0))
             for name in names:
                 value, label = state.get(name), f"{name} of parameter {i} of {len(params)}"
                 new = value is None
@@ -71,7 +74,7 @@ class LocalState:
         if group["maximize"] and grads:
             grads = list(torch._foreach_neg(grads))
         rule, states = optimizer.rule(group), [optimizer.state[p] for p in params]
-        weights = layout.shards(params, [self._updated(layout, p, state, group) for p, state in zip(params, states)])
+        weights = layout.shards(params, self.updated(layout, params, states, group))
         buffers = {name: layout.shards(params, [state[name] for state in states]) for name in rule.buffers}
         layers = layout.layers(params)
         shards = Shards(group, rule, layers, weights, grads, buffers, [0.0] * len(weights), layout.rows(layers))
@@ -83,11 +86,23 @@ class LocalState:
         self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor], shards: Shards
     ) -> Shards:
         """Counts a step of these parameters, and returns their shards that are not empty, with the counts."""
-        counts = self._count(index, [optimizer.state[p] for p in params], optimizer.param_groups[index]["capturable"])
+        states = [optimizer.state[p] for p in params]
+        counts = self._count(index, states, optimizer.param_groups[index]["capturable"])
         steps = [count for p, count in zip(params, counts) for _ in layout.segments[p]]
+        sums = {}
+        for name, addend in shards.rule.sums.items():
+            for state, count in zip(states, counts):
+                state[name] = state[name] + addend(count)  # a new tensor, as for the counts
+            sums[name] = [float(state[name]) for p, state in zip(params, states) for _ in layout.segments[p]]
         filled = [i for i, p in enumerate(shards.params) if p.numel()]
-        shards = replace(shards, steps=steps)
+        shards = replace(shards, steps=steps, sums=sums)
         return shards if len(filled) == len(shards.params) else shards.part(filled)
+
+    def updated(
+        self, layout: ShardLayout, params: Iterable[Tensor], states: Iterable[Any], group: Group
+    ) -> list[Tensor]:
+        """Returns the tensors that a step updates, in the layout of their parameters: these, or their masters."""
+        return [self._updated(layout, p, state, group) for p, state in zip(params, states)]
 
     def round_masters(self, optimizer: ShardedOptimizer, layout: ShardLayout, params: Iterable[Tensor]) -> None:
         """Rounds the masters, if there are any, to their parameters."""
@@ -158,6 +173,11 @@ def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
     """
     device = param.device if group["capturable"] else torch.device("cpu")
     return torch.as_tensor(steps).detach().to(device, torch.float32, copy=True).reshape(())
+
+
+def running_sum(value: Any) -> Tensor:
+    """Returns a running sum of a rule: a new 0-D float64 tensor on the host."""
+    return torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True).reshape(())
 
 
 def refuse_host_counts_in_graph(optimizer: ShardedOptimizer) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt.layout import check_shape, wide
 from distopt.optim.options import check_torch_options, drop_torch_options
-from distopt.optim.state import Group, step_count
+from distopt.optim.state import Group, running_sum, step_count
 from distopt.optim.validate import check_values
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def _read(
     optimizer: ShardedOptimizer, group: Group, param: Tensor, label: str, values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the state of one parameter: complete, or empty."""
-    buffers = optimizer.rule(group).buffers
-    read = {name: _cast(param, name, value) for name, value in values.items()}
+    rule = optimizer.rule(group)
+    buffers = rule.buffers
+    read = {name: value if name in rule.sums else _cast(param, name, value) for name, value in values.items()}
     if param.dtype == wide(param.dtype):
         read.pop("master", None)  # of a run with 16-bit weights: here the weights themselves are updated
     for name in buffers if read else ():
@@ -112,6 +113,8 @@ def _read(
         for name in (*buffers, "master"):
             if name in read:
                 check_shape(param, read[name], f"{name} of {label}")
+        for name in rule.sums:
+            read[name] = running_sum(read[name])
         # torch.optim.SGD counts no steps; all of its state is of the steps after the first.
         read["step"] = step_count(param, group, read.get("step", 1.0 if buffers and buffers[0] in read else 0.0))
     return read

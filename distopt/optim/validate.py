@@ -29,10 +29,17 @@ BOUNDS: dict[str, Bound] = {
     "lr_decay": number(0.0),
     "initial_accumulator_value": number(0.0),
     "trust_coefficient": number(0.0),
+    "d0": number(0.0, above=True),
+    "d_coef": number(0.0, above=True),
+    "r": number(0.0),
+    "weight_lr_power": number(0.0),
     "trust_clip": or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0.0 <= low <= high, infinite=True)),
     **{
         name: switch()
-        for name in ("nesterov", "centered", "maximize", "trust_ratio", "capturable", "cautious", "cautious_decay")
+        for name in (
+            *("nesterov", "centered", "maximize", "trust_ratio", "capturable", "cautious", "cautious_decay"),
+            "train_mode",
+        )
     },
 }
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.

@@ -31,7 +31,8 @@ DTYPES = {"fp32": torch.float32, "float64": torch.float64, "bf16": torch.float32
 # root of a small square stretches it. bf16: the same, until a weight is rounded the other way (by 4e-3) for a step.
 TOLERANCE = {"fp32": 1e-5, "float64": 1e-10, "bf16": 1e-4}
 SOME = ("adamw", "lamb", "lars", "sam_lamb")
-REFUSED: frozenset[tuple[str, str]] = frozenset()  # engine and optimizer that may be; every other is a promise
+# Engine and optimizer that may be; every other is a promise. One step size for all layers, and several calls of step().
+REFUSED = frozenset((engine, name) for engine in DEEPSPEED for name in ("prodigy", "dadapt_adam"))
 PARTS = {"some": SOME, "others": tuple(name for name in NAMES if name not in SOME)}
 
 

@@ -11,8 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from distopt import ADOPT, LAMB, LARS, SGD, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop, ShardedOptimizer
+from distopt import (
+    ADOPT,
+    LAMB,
+    LARS,
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    AdamWScheduleFree,
+    AdEMAMix,
+    DAdaptAdam,
+    Lion,
+    Prodigy,
+    RMSprop,
+    SGDScheduleFree,
+    ShardedOptimizer,
+)
 from distopt.kernels.rules import Rule
+from distopt.optim.adaptation import DistanceAdapted
+from distopt.optim.averaging import ScheduleFree
 from tests.harness import oracles
 
 
@@ -24,6 +42,7 @@ class Row:
     it on)
         for each tensor, so that they are not among its arguments here.
     peer: None where torch has no such optimizer.
+    may_trust: whether the rule may have a trust ratio.
     """
 
     name: str
@@ -31,6 +50,7 @@ class Row:
     kwargs: dict[str, Any]
     oracle: Callable[..., list[list[Tensor]]]
     peer: type[torch.optim.Optimizer] | None = None
+    may_trust: bool = True
 
     def make(self, params: Any, **kwargs: Any) -> ShardedOptimizer:
         return self.cls(params, **self.kwargs | kwargs)
@@ -40,19 +60,36 @@ class Row:
         return self.peer(params, **self.kwargs | kwargs)
 
     @property
-    def trusts(self) -> bool:
-        return self.make([torch.zeros(1)]).defaults["trust_ratio"]
-
-    @property
     def compiled(self) -> bool:
-        """Whether there are kernels for it."""
+        """Whether the rule has kernels."""
         optimizer = self.make([torch.zeros(1)])
         (group,) = optimizer.param_groups
         return bool(optimizer.rule(group).kernel) and not (group["cautious"] or group["cautious_decay"])
 
+    @property
+    def counts(self) -> list[str]:
+        """The names of the state that is a number, and on the host: step, and running sums."""
+        optimizer = self.make([torch.zeros(1)])
+        return ["step", *optimizer.rule(optimizer.param_groups[0]).sums]
+
+    @property
+    def coupled(self) -> bool:
+        """Whether all layers have a number in common, so that no layer steps by itself, and lr is the same for all."""
+        return issubclass(self.cls, DistanceAdapted)
+
+    @property
+    def trusts(self) -> bool:
+        return self.make([torch.zeros(1)]).defaults["trust_ratio"]
+
+    @property
+    def slower(self) -> float:
+        """The factor of the rate of the second group."""
+        return 1.0 if self.coupled else 0.5
+
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
-        others = {"weight_decay": 0.0, "trust_ratio": False, "lr": 0.5 * self.kwargs["lr"]}
+        others = {"weight_decay": 0.0, "trust_ratio": False}
+        others |= {} if self.coupled else {"lr": self.slower * self.kwargs["lr"]}
         shapes = {p: getattr(p, "ds_shape", p.shape) for p in params}  # DeepSpeed's zero.Init leaves them empty
         return [
             {"params": [p for p in params if len(shapes[p]) > 1]},
@@ -63,7 +100,7 @@ class Row:
         """The parameters after each step, by the oracle, in `groups`."""
         matrix = [p.ndim > 1 for p in params]
         options: dict[str, Any] = {
-            "lr": [self.kwargs["lr"] * (1.0 if m else 0.5) for m in matrix],
+            "lr": [self.kwargs["lr"] * (1.0 if m else self.slower) for m in matrix],
             "weight_decay": [self.kwargs["weight_decay"] if m else 0.0 for m in matrix],
         }
         if self.trusts:
@@ -81,7 +118,7 @@ def _row(
 ) -> Row:
     """A row whose oracle takes the optimizer's own arguments, but for those that it has by another name."""
     shared = {renamed.get(k, k): v for k, v in kwargs.items() if k not in ("lr", "weight_decay", "trust_ratio")}
-    return Row(name, cls, kwargs, partial(oracle, **shared), peer)
+    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, (ScheduleFree, DistanceAdapted)))
 
 
 _MOMENTS = {"betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -149,6 +186,21 @@ ROWS = (
         oracles.cautious_adamw,
     ),
     _row("cautious_lamb", LAMB, dict(lr=0.05, eps=1e-6, cautious=True, **_MOMENTS), oracles.cautious_adamw),
+    _row(
+        "sgd_schedule_free",
+        SGDScheduleFree,
+        dict(lr=0.2, momentum=0.8, r=0.5, weight_decay=0.1),
+        oracles.sgd_schedule_free,
+        momentum="beta",
+    ),
+    _row(
+        "adamw_schedule_free",
+        AdamWScheduleFree,
+        dict(lr=0.1, **_MOMENTS),
+        oracles.adamw_schedule_free,
+    ),
+    _row("dadapt_adam", DAdaptAdam, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.dadapt_adam),
+    _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
 # The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
@@ -177,6 +229,13 @@ EDGES = (
         oracles.cautious_adamw,
     ),
     _row("adopt_without_clipping", ADOPT, dict(clip_exponent=None, **_DEFAULT), oracles.adopt),
+    _row("dadapt_adam_defaults", DAdaptAdam, dict(lr=1.0, weight_decay=0.0), oracles.dadapt_adam),
+    # From d0 = 1e-6 the first p0 - p is a few roundings of float32; in float64 that is in `tests.test_adaptation`.
+    _row("prodigy_defaults", Prodigy, dict(lr=1.0, d0=1e-3, weight_decay=0.0), oracles.prodigy),
+    _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),
+    _row(
+        "adamw_schedule_free_defaults", AdamWScheduleFree, dict(lr=0.05, weight_decay=0.0), oracles.adamw_schedule_free
+    ),
 )
 
 
@@ -191,6 +250,7 @@ def compiled_rules() -> dict[str, Rule]:
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 COMPILED = [row for row in ROWS if row.compiled]
 every_compiled_row = pytest.mark.parametrize("row", COMPILED, ids=lambda row: row.name)
+every_separate = pytest.mark.parametrize("row", [row for row in ROWS if not row.coupled], ids=lambda row: row.name)
 every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], ids=lambda row: row.name)
 
 

@@ -445,6 +445,154 @@ def cautious_adamw(
     return _run(params, grad, steps, update)
 
 
+def sgd_schedule_free(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    beta: float = 0.9,
+    weight_decay: Each = 0.0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    evaluated: bool = False,
+) -> list[Params]:
+    """Schedule-free SGD: y = (1 - beta) z + beta x; z <- z - lr g(y); x <- (1 - c) x + c z. Returns the y of each step,
+    or the x where `evaluated`.
+
+    c is the weight t^r lr^power of a step, over the sum of all so far. A. Defazio et al., "The Road Less Scheduled",
+    2024, equations 1 to 3, https://arxiv.org/abs/2405.15682; r is that of the authors' code, 0 in the paper.
+    """
+    average = _Average(params, beta, lr, r, weight_lr_power, evaluated)
+    return [average.step(l2(grad, weight_decay)(average.y(), step)) for step in range(steps)]
+
+
+def adamw_schedule_free(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    r: float = 0.0,
+    weight_lr_power: float = 2.0,
+    evaluated: bool = False,
+) -> list[Params]:
+    """Schedule-free AdamW: as `sgd_schedule_free`, by g / (sqrt(v_hat) + eps) + weight_decay y in place of g.
+
+    The paper's Algorithm 1 has the bias correction of v in lr; this is that of the authors' code of 2024-10 and later.
+    """
+    average, moments = _Average(params, betas[0], lr, r, weight_lr_power, evaluated), _Moments((0.0, betas[1]))
+    trajectory = []
+    for step in range(steps):
+        y = average.y()
+        v_hat = [moments(step + 1, i, g) for i, g in enumerate(grad(y, step))]
+        u = [g / (v.sqrt() + eps) + _of(weight_decay, i) * p for i, (p, (g, v)) in enumerate(zip(y, v_hat))]
+        trajectory.append(average.step(u))
+    return trajectory
+
+
+def prodigy(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """Prodigy: Adam on d g, with steps of lr d; d = max(d, r / |s|_1), r and |s|_1 over all tensors.
+
+    K. Mishchenko, A. Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", 2024, algorithm 4,
+    https://arxiv.org/abs/2306.06101, with AdamW's decay, x <- x - lr d weight_decay x. lr is the same for all tensors.
+    """
+    (beta1, beta2), rate = betas, _of(lr, 0)
+    root = math.sqrt(beta2)
+    start = [p.detach().double() for p in params]
+    x, d, r = list(start), d0, 0.0
+    m, v, s = ([torch.zeros_like(p) for p in start] for _ in range(3))
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        m = [beta1 * a + (1 - beta1) * d * g for a, g in zip(m, grads)]
+        v = [beta2 * a + (1 - beta2) * (d * g) ** 2 for a, g in zip(v, grads)]
+        inner = sum(float((g * (x0 - p)).sum()) for g, x0, p in zip(grads, start, x))
+        r = root * r + (1 - root) * rate * d**2 * inner
+        s = [root * a + (1 - root) * rate * d**2 * g for a, g in zip(s, grads)]
+        x = [
+            p - rate * d * (a / (b.sqrt() + d * eps) + _of(weight_decay, i) * p)
+            for i, (p, a, b) in enumerate(zip(x, m, v))
+        ]
+        norm = sum(float(a.abs().sum()) for a in s)
+        d = max(d, d_coef * r / norm) if norm else d
+        trajectory.append(x)
+    return trajectory
+
+
+def dadapt_adam(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    betas: Betas = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """D-Adaptation for Adam: x <- x - A^-1 m, m of lr d g, A = diag(sqrt(v) + eps); r and |s|_1 over all tensors.
+
+    A. Defazio, K. Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", 2023, the variant for Adam,
+    https://arxiv.org/abs/2301.07733, with AdamW's decay, x <- x - lr d weight_decay x. lr is the same for all tensors.
+    """
+    (beta1, beta2), rate = betas, _of(lr, 0)
+    root = math.sqrt(beta2)
+    x, d, r = [p.detach().double() for p in params], d0, 0.0
+    m, v, s = ([torch.zeros_like(p) for p in x] for _ in range(3))
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        m = [beta1 * a + (1 - beta1) * rate * d * g for a, g in zip(m, grads)]
+        v = [beta2 * a + (1 - beta2) * g**2 for a, g in zip(v, grads)]
+        diagonal = [a.sqrt() + eps for a in v]
+        x = [p - a / b - rate * d * _of(weight_decay, i) * p for i, (p, a, b) in enumerate(zip(x, m, diagonal))]
+        inner = sum(float((g * a / b).sum()) for g, a, b in zip(grads, s, diagonal))
+        r = root * r + (1 - root) * rate * d * inner
+        s = [root * a + (1 - root) * rate * d * g for a, g in zip(s, grads)]
+        norm = sum(float(a.abs().sum()) for a in s)
+        d = max(d, d_coef * r / ((1 - root) * norm)) if norm else d
+        trajectory.append(x)
+    return trajectory
+
+
+class _Average:
+    """The iterates z and their average x, of schedule-free optimizers."""
+
+    def __init__(self, params: Params, beta: float, lr: Each, r: float, power: float, evaluated: bool) -> None:
+        self.evaluated = evaluated
+        self.x = [p.detach().double() for p in params]
+        self.z = [p.clone() for p in self.x]
+        self.beta, self.lr, self.r, self.power = beta, lr, r, power
+        self.weights: list[list[float]] = []
+
+    def y(self) -> Params:
+        return [(1 - self.beta) * z + self.beta * x for z, x in zip(self.z, self.x)]
+
+    def step(self, updates: Params) -> Params:
+        t = len(self.weights) + 1
+        self.weights.append([t**self.r * _of(self.lr, i) ** self.power for i in range(len(updates))])
+        self.z = [z - _of(self.lr, i) * u for i, (z, u) in enumerate(zip(self.z, updates))]
+        shares = [own[-1] / sum(own) for own in zip(*self.weights)]
+        self.x = [(1 - c) * x + c * z for c, x, z in zip(shares, self.x, self.z)]
+        return self.x if self.evaluated else self.y()
+
+
 class _Moments:
     """Adam's m_hat and v_hat of tensor number i after its t-th gradient."""
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +17,7 @@ from distopt.integrations.accelerate.private import prepared_models, prepared_op
 from distopt.integrations.accelerate.sam import attach_sam
 from distopt.integrations.accelerate.save_state import check_single, keep_in_folder, refuse_files
 from distopt.integrations.accelerate.zero1 import forget, zero1_layout
+from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -120,6 +122,11 @@ def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             "zero_stage=2)"
         )
     _check_parameters(model, optimizer)
+    if isinstance(layout.unwrap_optimizer(optimizer), ScheduleFree):
+        from distopt.engine.fsdp2 import reshard  # here, lest `import distopt` load the engines
+
+        # Where FSDP2 keeps full weights after a forward pass without a backward pass, the next would use stale ones.
+        model.register_forward_hook(lambda module, *_: None if torch.is_grad_enabled() else reshard(module))
 
 
 def attach_deepspeed(engine: Any, zero_stage: int | None) -> None:
