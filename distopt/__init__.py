@@ -2,6 +2,7 @@
 
 from distopt import layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
+from distopt.init import base_shapes, initialize
 from distopt.integrations.accelerate.attach import attach
 from distopt.optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
 from distopt.optim.base import ShardedOptimizer
@@ -38,9 +39,11 @@ __all__ = [
     "ShardedOptimizer",
     "async_save_checkpoint",
     "attach",
+    "base_shapes",
     "clip_grad_norm_",
     "fingerprint",
     "grad_norms",
+    "initialize",
     "layout",
     "load_checkpoint",
     "param_groups",
