@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-_NAMES = ("growth", "loop", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
+_NAMES = ("growth", "loop", "mup", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
 
 
 def main() -> None:
