@@ -63,15 +63,11 @@ def made(kind: str, width: int, lr: float, options: argparse.Namespace) -> tuple
     source = LanguageModel("gpt2", sizes | off)
     config = source.describe(256)
     model: nn.Module = source.empty(config).to_empty(device="cpu")
-    shapes = base_shapes(config, options.base_width) if kind == "mup" else None
-    distopt.initialize(model, "mup" if shapes else "gpt2", seed=options.seed, mup=shapes, **_plain(kind))
+    # A model that is its own base has factors of 1: the standard parametrization.
+    shapes = base_shapes(config, options.base_width if kind == "mup" else width)
+    distopt.initialize(model, "mup", seed=options.seed, mup=shapes)
     groups = distopt.param_groups(model, 0.0, lr=lr, mup=shapes)
     return model, distopt.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-
-
-def _plain(kind: str) -> dict[str, Any]:
-    """Return the option by which GPT-2's scheme scales nothing, so that width is the only difference."""
-    return {} if kind == "mup" else {"stds": {"weight$": 0.02}}
 
 
 def _train(
