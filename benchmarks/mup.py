@@ -32,7 +32,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of mup.json and the two pictures")
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder of mup.json and the two pictures")
     parser.set_defaults(run=run)
 
 
