@@ -6,7 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 
-_NAMES = ("depth", "growth", "health", "loop", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
+_NAMES = ("depth", "growth", "health", "loop", "mup", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
 
 
 def main() -> None:

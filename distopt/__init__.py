@@ -3,6 +3,7 @@
 from distopt import health, layout
 from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
 from distopt.engine.mezo import MeZO
+from distopt.init import base_shapes, initialize
 from distopt.integrations.accelerate.attach import attach
 from distopt.optim import (
     ADOPT,
@@ -64,10 +65,12 @@ __all__ = [
     "ShardedOptimizer",
     "async_save_checkpoint",
     "attach",
+    "base_shapes",
     "clip_grad_norm_",
     "fingerprint",
     "grad_norms",
     "health",
+    "initialize",
     "layout",
     "load_checkpoint",
     "lr_range_test",

@@ -132,6 +132,7 @@ LEVELS = (
     {"kernels"},
     {"layout"},
     {"proof"},
+    {"init"},
     {"optim"},
     {"sam"},
     {"checkpoint", "data", "health"},

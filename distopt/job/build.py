@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
+from distopt.init import widths
 from distopt.job import run_folder
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
@@ -30,6 +32,7 @@ from distopt.job.resume import Start, find_start, hyperparameters, keep_configur
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.models import pretrained
 from distopt.models.language_model import blocks, check_length
+from distopt.models.meta import base_shapes
 from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.proof import prove_every
@@ -141,8 +144,9 @@ def _trainee(
     engine, max_norm = parts.engine, max_grad_norm(cfg)
     files = pretrained.description(config, corpus.pretrained_tokenizer(), parts.language_model.path)
     torch.manual_seed(cfg.seed + accelerator.process_index)
-    model, groups, adapter_files = _model(parts, config, accelerator.device)
-    optimizer = parts.make_optimizer(groups, lr=cfg.optimizer.lr * cfg.lr_scale)
+    lr, independent_decay = cfg.optimizer.lr * cfg.lr_scale, bool(cfg.param_groups.get("independent_decay"))
+    model, groups, adapter_files = _model(parts, config, accelerator.device, lr, independent_decay)
+    optimizer = parts.make_optimizer(groups, lr=lr)
     schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
@@ -169,15 +173,21 @@ def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
 
 
 def _model(
-    parts: Components, config: PretrainedConfig, device: torch.device
+    parts: Components, config: PretrainedConfig, device: torch.device, lr: float, independent_decay: bool
 ) -> tuple[nn.Module, list[dict[str, Any]], dict[str, bytes]]:
     """Builds and wraps the model; returns it with its param groups and the files that describe its adapter."""
     source, engine = parts.language_model, parts.engine
     empty = source.empty(config)
     files = parts.adapter.add(empty, source.path) if parts.adapter else {}
     names = {p: name for name, p in empty.named_parameters()}
-    groups = parts.make_groups(empty)  # now: wrapping loses the attributes by which parameters ask for no decay
-    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where), device)
+    init, shapes = parts.init, None
+    if init is not None and init.base_width is not None:
+        shapes = base_shapes(config, init.base_width)
+    width = None if shapes is None else widths(empty, shapes)
+    fill = None if init is None else functools.partial(init.fill, mup=width)
+    # Now: wrapping loses the attributes by which parameters ask for no decay.
+    groups = parts.groups(empty, lr, independent_decay, shapes)
+    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill), device)
     params = dict(engine.unwrap(model).named_parameters())
     for group in groups:
         group["params"] = [params[names[p]] for p in group["params"]]

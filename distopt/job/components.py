@@ -13,10 +13,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from distopt.engine import Engine
 from distopt.health import Monitor
+from distopt.init import Initialization, widths
+from distopt.init.width import Shapes
 from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
+from distopt.models.meta import base_shapes
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.mup import check_decoupled, rule_of
 from distopt.sam import SAM
 
 
@@ -43,6 +47,7 @@ class Components:
         engine: Runs the model on several processes.
         language_model: Builds the model.
         data: Finds, tokenizes and orders the text.
+        init: The first values of the weights; None for those of the family.
         adapter: Adds LoRA's parameters to the model; None for full training.
         make_groups: Model -> param groups.
         make_optimizer: Param groups -> optimizer.
@@ -54,6 +59,7 @@ class Components:
     engine: Engine
     language_model: LanguageModel
     data: Data
+    init: Initialization | None
     adapter: LoRA | None
     make_groups: Callable[[nn.Module], list[dict[str, Any]]]
     make_optimizer: Callable[..., ShardedOptimizer]
@@ -68,6 +74,7 @@ class Components:
             engine=instantiate(cfg, "engine", Engine),
             language_model=instantiate(cfg, "model", LanguageModel),
             data=instantiate(cfg, "data", Data),
+            init=instantiate(cfg, "init", Initialization) if cfg.init else None,
             adapter=instantiate(cfg, "adapter", object) if cfg.adapter else None,
             make_optimizer=instantiate(cfg, "optimizer"),
             make_schedule=instantiate(cfg, "schedule"),
@@ -76,10 +83,51 @@ class Components:
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
         )
         parts.dry_run(cfg.train.steps)
+        parts.check_init(bool(cfg.param_groups.get("independent_decay")))
         parts.language_model.check()
         parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
+
+    def check_init(self, independent_decay: bool) -> None:
+        """Refuses first values that would not be used, and scalings that the optimizer does not have.
+
+        Raises:
+            ValueError: With the section of the configuration at fault.
+        """
+        optimizer = self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
+        if independent_decay:
+            with named("param_groups"):
+                check_decoupled(optimizer)
+        if self.init is None:
+            return
+        if self.language_model.path is not None or self.adapter:
+            raise ValueError(f"init={self.init.name}: a pretrained model has its weights already; give init=family")
+        with named("init"):
+            self.init.check_mup(self.init.base_width is not None)
+            if self.init.base_width is not None:
+                rule_of(optimizer)
+                config = self.language_model.describe(1)
+                widths(self.language_model.empty(config), base_shapes(config, self.init.base_width))
+
+    def groups(
+        self, model: nn.Module, lr: float, independent_decay: bool, shapes: Shapes | None
+    ) -> list[dict[str, Any]]:
+        """Sorts the parameters of a model into param groups.
+
+        Args:
+            model: The model.
+            lr: The peak of the learning rate.
+            independent_decay: Whether weight decay is not to be multiplied by it.
+            shapes: Those of muP's base model; None without muP.
+        """
+        options: dict[str, Any] = {}
+        if shapes is not None:
+            rule = rule_of(self.make_optimizer([torch.zeros(2, 2, requires_grad=True)]))
+            options = {"mup": shapes, "rule": rule}
+        if shapes is not None or independent_decay:
+            options["lr"] = lr
+        return self.make_groups(model, **options)
 
     def dry_run(self, steps: int) -> None:
         """Makes optimizer, schedule and SAM for one small tensor: what they refuse, they refuse now.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from distopt.bounds import Bound, choice, integer, mapping, number, or_null, switch, text, texts
 from distopt.health.monitor import BOUNDS as HEALTH
+from distopt.init.scheme import BOUNDS as INIT
 from distopt.optim.validate import BOUNDS
 
 
@@ -48,11 +49,12 @@ SECTIONS = {
     "schedule": "the learning rate over the steps, as a factor of `optimizer.lr`",
     "engine": "how model, gradients and state are distributed",
     "model": "the language model",
+    "init": "the first values of the weights; `init=family` for those of transformers",
     "adapter": "parameter-efficient fine-tuning; `adapter=none` for none",
     "data": "the text",
     "cluster": "the hardware of a plan",
 }
-OPTIONAL = ("sam", "adapter", "health")
+OPTIONAL = ("sam", "adapter", "health", "init")
 
 SCHEMA: dict[str, Key] = {
     "name": Key(
@@ -148,6 +150,9 @@ SCHEMA: dict[str, Key] = {
         or_null(mapping("options by pattern, such as {wte: {lr: 1e-4}},", of=dict)),
         "options of the parameters whose name a regular expression is found in, as {wte: {lr: 1e-4}}",
     ),
+    "param_groups.independent_decay": Key(
+        switch(), "decay by `weight_decay` times the schedule's factor, whatever the learning rate; AdamW only"
+    ),
     "sam.rho": Key(POSITIVE, "radius of the neighbourhood", "leave SAM out for rho = 0"),
     "sam.interval": Key(integer(1), "perturb at every so many steps"),
     "sam.scope": Key(choice("global", "local"), "perturb by the global gradient or each process by its own"),
@@ -189,6 +194,15 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
     "model.seed": Key(integer(0), "seed of the first values"),
+    "init.scheme": Key(INIT["scheme"], "the initialisation"),
+    "init.seed": Key(INIT["seed"], "seed of the first values"),
+    "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),
+    "init.gain": Key(INIT["gain"], "the standard deviation is gain / sqrt(fan)"),
+    "init.std": Key(INIT["std"], "the standard deviation; under muP that in the base model"),
+    "init.embedding_std": Key(INIT["embedding_std"], "standard deviation of embeddings"),
+    "init.residual": Key(INIT["residual"], "names of projections into the residual stream; null: the usual ones"),
+    "init.stds": Key(INIT["stds"], "standard deviations by regular expressions for names, before all other rules"),
+    "init.base_width": Key(INIT["base_width"], "muP: hidden size of the base model, whose learning rate is known"),
     "adapter.r": Key(integer(1), "rank of the change"),
     "adapter.alpha": Key(integer(1), "the scale of the change is alpha / r"),
     "adapter.dropout": Key(DECAY, "dropout on the input of the change"),

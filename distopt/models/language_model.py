@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distopt.data import tokenizers
 from distopt.models import lora
 from distopt.models.configuration import new_config, pretrained_config
+from distopt.models.meta import on_meta
 from distopt.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -131,10 +132,10 @@ class LanguageModel:
         Raises:
             ValueError: The configuration is invalid, or the weights of the pretrained folder do not match it.
         """
-        model = _on_meta(config)
+        model = on_meta(config)
         if self._weights is not None:
             try:
-                self._weights.compare(_on_meta(config), self._quantization)
+                self._weights.compare(on_meta(config), self._quantization)
             except ValueError as error:
                 if not self.config:
                     raise
@@ -146,13 +147,20 @@ class LanguageModel:
         return model
 
     @torch.no_grad()
-    def fill(self, model: PreTrainedModel, unit: nn.Module, device: torch.device) -> None:
+    def fill(
+        self,
+        model: PreTrainedModel,
+        unit: nn.Module,
+        device: torch.device,
+        init: Callable[[nn.Module, list[Tensor]], None] | None = None,
+    ) -> None:
         """Materialize the meta tensors of a unit, by the family's initialization or from the pretrained files.
 
         Args:
             model: The model, as `empty` returned it.
             unit: One of `blocks(model)`, or the model itself for everything outside of the blocks.
             device: The device of the new tensors.
+            init: Gives these parameters of the model other first values than those of the family.
 
         Raises:
             ValueError: The family leaves a parameter uninitialized, or the files contain different values for tied
@@ -174,6 +182,9 @@ class LanguageModel:
                 lora.reset(module)
         tied = {id(p) for block in blocks(model) if block is not unit for p in block.parameters()}  # to other units
         if self._weights is None:
+            if init is not None:
+                own = (p for module in modules.values() for p in module.parameters(recurse=False))
+                init(model, [p for p in own if id(p) not in tied])
             _check_initialized(model, modules, tied)
         else:
             self._read(self._weights, modules, tied)
@@ -206,18 +217,6 @@ def _check_initialized(model: PreTrainedModel, modules: Mapping[str, nn.Module],
                     f"{type(model).__name__} does not initialize {path}.{name}: start from a pretrained folder "
                     "(model.path), or use another family"
                 )
-
-
-def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model of a configuration on the meta device, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # families raise errors of any class for options that they do not support
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"model.config: {type(config).__name__} builds no model ({reason})") from error
 
 
 def positions(config: PretrainedConfig) -> int:

@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.init import Width, widths
+from distopt.init.width import Shapes
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
+from distopt.optim.mup import check_scaling, scale
 
 # Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
 # gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
@@ -29,7 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 0.01, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    model: nn.Module,
+    weight_decay: float = 0.01,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    lr: float | None = None,
+    mup: nn.Module | Shapes | None = None,
+    rule: str = "adam",
+    independent_decay: bool = False,
 ) -> list[dict[str, Any]]:
     """Sorts a model's trainable parameters into param groups for any torch optimizer, each into exactly one.
 
@@ -56,6 +66,16 @@ def param_groups(
         overrides: Options for the parameters in whose names a regular expression is found (`re.search`), for example
             `{"wte": {"lr": 1e-4}, r"layers\\.0\\.": {"lr": 3e-4}}`. The first expression that is found wins; its
             options are merged over those of the rules above: a bias keeps `weight_decay=0.0` unless they say otherwise.
+        lr: The peak of the learning rate, of the base model under muP; needed by `mup` and `independent_decay`, whose
+            groups have an lr of their own. An override's lr takes its place.
+        mup: The base model, or its shapes (`distopt.base_shapes`): each group's lr is multiplied by muP's factor for
+            its width (`distopt.init.width`), and its weight decay divided by it, so that lr * weight_decay remains.
+        rule: The row of muP's table: `adam` (Adam, AdamW, RMSprop, Adagrad) or `sgd`.
+        independent_decay: Divide the weight decay by the group's peak lr, so that AdamW computes
+
+                p <- p - lr_t * direction - s_t * weight_decay * p        s_t = lr_t / peak, the schedule's factor
+
+            as in the paper of AdamW: another lr decays as much, and the decay follows the schedule. For AdamW only.
 
     Returns:
         The param groups that are not empty. Groups that are added to the optimizer later need `param_names` too, which
@@ -63,33 +83,41 @@ def param_groups(
 
     Raises:
         ValueError: For a negative weight decay, a model with nothing to train, an expression that is malformed or that
-            matches no trainable parameter, and an option that no optimizer of torch or distopt has. The optimizer
-            checks the values of options.
+            matches no trainable parameter, and an option that no optimizer of torch or distopt has; for a
+            learning rate that is missing; and as `distopt.init.widths`. The optimizer checks the values of options.
     """
     patterns = _patterns(weight_decay, overrides := overrides or {})
+    check_scaling(lr, rule, independent_decay, mup is not None)
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
 
+    sizes = {} if mup is None else widths(model, mup)
+    kinds = list(dict.fromkeys([Width(), *sizes.values()]))
     default = {True: {"weight_decay": weight_decay}, False: {"weight_decay": 0.0, "trust_ratio": False}}
-    groups: dict[tuple[str | None, bool], dict[str, Any]] = {
-        (pattern, decays): {**default[decays], **options, "params": [], "param_names": []}
+    groups: dict[tuple[str | None, bool, Width], dict[str, Any]] = {
+        (pattern, decays, width): {**default[decays], **options, "params": [], "param_names": []}
         for pattern, options in [(None, {}), *overrides.items()]
         for decays in (True, False)
+        for width in kinds
     }
     marked = _marked_as_not_decaying(model, trainable)
     for name, param in trainable.items():
         first = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
-        group = groups[first, len(full_shape(param)) > 1 and name not in marked]
+        decays = len(full_shape(param)) > 1 and name not in marked
+        group = groups[first, decays, sizes.get(name, Width())]
         group["params"].append(param)
         group["param_names"].append(name)
     for pattern in overrides:
-        if not groups[pattern, True]["params"] and not groups[pattern, False]["params"]:
+        if not any(group["params"] for (of, _, _), group in groups.items() if of == pattern):
             raise ValueError(
                 f"no trainable parameter matches the override {pattern!r}: it is found in none of the "
                 f"{len(trainable)} names, or an earlier override takes them all; the first names are "
                 f"{', '.join([*trainable][:5])}"
             )
+    if lr is not None:
+        for (_, _, width), group in groups.items():
+            scale(group, width, lr, rule, independent_decay)
     made = [group for group in groups.values() if group["params"]]
     log.info(_summary(made, trainable, marked))
     return made

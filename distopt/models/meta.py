@@ -1,0 +1,64 @@
+"""Models on the meta device: the one to train, and muP's base model, of which only the shapes are needed."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from distopt import init
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Options that grow with the width of a model, by the names that transformers maps to those of each family.
+_WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "n_inner")
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model of a configuration on the meta device, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # families raise errors of any class for options that they do not support
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ValueError(f"model.config: {type(config).__name__} builds no model ({reason})") from error
+
+
+def base_shapes(config: PretrainedConfig, base_width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of muP's base model by name; the arguments and the error are those of `base_config`."""
+    return init.base_shapes(on_meta(base_config(config, base_width)))
+
+
+def base_config(config: PretrainedConfig, base_width: int) -> PretrainedConfig:
+    """Return the configuration of muP's base model: narrower, with fewer heads of the same size.
+
+    The scale of attention, 1 / sqrt(head size), is then the same in both, as muP's 1 / (head size) would be.
+
+    Args:
+        config: The configuration of the model.
+        base_width: The hidden size of the base model.
+
+    Raises:
+        ValueError: If the hidden size, a number of heads or another width is no multiple of that of a base model.
+    """
+    width = config.hidden_size
+    if base_width > width or width % base_width:
+        raise ValueError(
+            f"init.base_width={base_width} must divide the model's width of {width}: choose a divisor of {width}"
+        )
+    narrow = copy.deepcopy(config)
+    for name in _WIDTHS:
+        size = getattr(config, name, None)
+        if isinstance(size, int):
+            if size * base_width % width:
+                raise ValueError(
+                    f"init.base_width={base_width} is {width // base_width} times narrower than the model, and "
+                    f"{name}={size} is no multiple of that: choose another base_width, or another {name} (heads have "
+                    "the same size in both models)"
+                )
+            setattr(narrow, name, size * base_width // width)
+    return narrow
