@@ -138,7 +138,7 @@ LEVELS = (
     {"models"},
     {"engine"},
     {"job"},
-    {"integrations", "plan", "report"},
+    {"integrations", "plan", "report", "robustness", "sharpness"},
     {"train", "export"},
     {"distopt"},  # its __init__.py, which has the public names
 )
