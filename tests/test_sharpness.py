@@ -63,6 +63,11 @@ def test_eigenvalues_of_a_quadratic() -> None:
     assert np.linalg.norm(h @ v - 9.0 * v) < 1e-6 and np.linalg.norm(v) == pytest.approx(1.0)
 
 
+def test_the_largest_eigenvalue_is_not_that_of_the_largest_magnitude() -> None:
+    _, _, objective = quadratic(np.linspace(-9.0, 7.0, 19))
+    assert sharpness.eigenvalues(objective, iterations=19, tolerance=0.0).values == pytest.approx([7.0])
+
+
 def test_the_eigenvalues_of_a_multiple_of_the_identity() -> None:
     """The first product leaves nothing, so that each next vector is a random one."""
     _, _, objective = quadratic(np.full(19, 3.0))
