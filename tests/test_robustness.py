@@ -129,7 +129,10 @@ def test_on_a_sharded_model() -> None:
 
 
 def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Few steps of one seed: an attack does not help (0.5: a larger loss may be a right answer), and training on its examples does."""
+    """Few steps of one seed: an attack does not help, and training on its examples does.
+
+    0.5: an input of a larger loss may still be classified rightly.
+    """
     monkeypatch.setattr(sys, "argv", ["robustness.py", "--seeds", "1", "--steps", "60"])
     example = Path(ROOT / "examples" / "robustness.py")
     runpy.run_path(str(example), run_name="__main__")

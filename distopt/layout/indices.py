@@ -27,7 +27,8 @@ def global_indices(param: Tensor) -> Tensor:
         raise ValueError(f"a parameter with placements {param.placements} is sharded within rows: use DDP or FSDP2")
     rows = torch.arange(param.shape[0], device=param.device) if param.ndim else torch.zeros((), dtype=torch.int64)
     # src_data_rank=None: every rank takes its part of its own tensor.
-    own = distribute_tensor(rows, param.device_mesh, param.placements, src_data_rank=None).to_local()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    own = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local()
     width = param.numel() // max(1, param.shape[0]) if param.ndim else 1
     within = torch.arange(width, device=param.device).view(param.shape[1:])
     return own.view(-1, *[1] * (param.ndim - 1)) * width + within
