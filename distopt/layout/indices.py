@@ -17,7 +17,7 @@ def global_indices(param: Tensor) -> Tensor:
     Raises:
         ValueError: If dimensions other than the first are sharded: tensor parallelism.
     """
-    if not hasattr(param, "placements"):
+    if param.ndim == 0 or not hasattr(param, "placements"):
         return torch.arange(param.numel(), device=param.device).view(param.shape)
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -25,10 +25,10 @@ def global_indices(param: Tensor) -> Tensor:
         placement.is_shard() and placement.dim != 0 for placement in param.placements
     ):
         raise ValueError(f"a parameter with placements {param.placements} is sharded within rows: use DDP or FSDP2")
-    rows = torch.arange(param.shape[0], device=param.device) if param.ndim else torch.zeros((), dtype=torch.int64)
+    rows = torch.arange(param.shape[0], device=param.device)
     # src_data_rank=None: every rank takes its part of its own tensor.
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     own = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local()
-    width = param.numel() // max(1, param.shape[0]) if param.ndim else 1
+    width = param.numel() // max(1, param.shape[0])
     within = torch.arange(width, device=param.device).view(param.shape[1:])
     return own.view(-1, *[1] * (param.ndim - 1)) * width + within

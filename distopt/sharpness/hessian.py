@@ -81,7 +81,7 @@ def eigenvalues(
         tuple(values[-k:].flip(0).tolist()),
         tuple(errors[-k:].flip(0).tolist()),
         top,
-        len(basis),  # type: ignore[arg-type]
+        len(basis),
     )
 
 

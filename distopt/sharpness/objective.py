@@ -56,8 +56,8 @@ class Objective:
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batches: Sequence[Any]) -> None:
         _refuse_deepspeed(model)
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        self.model: nn.Module = model.module if wrapped else model  # whose backward pass sends nothing
+        inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model: nn.Module = inner  # DDP's backward pass would send
         self.loss, self.batches = loss, list(batches)
         self.progress: Callable[[], None] = lambda: None
         reshard(self.model)
