@@ -29,6 +29,7 @@ SIDES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.Optimizer]] = {
     "SAM, interval=5": lambda optimizer: distopt.SAM(optimizer, interval=5),
     "LookSAM, k=5": distopt.LookSAM,
     "ASAM": distopt.ASAM,
+    "AWP": distopt.AWP,
     "GSAM": distopt.GSAM,
     "FriendlySAM": distopt.FriendlySAM,
     "MomentumSAM": distopt.MomentumSAM,

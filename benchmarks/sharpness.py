@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import distopt
 from benchmarks import sharpness_tasks
-from benchmarks.curvature import noisy_loss, top_eigenvalue
 from benchmarks.sharpness_tasks import Examples, Task, cross_entropy
 from distopt.job.errors import one_line_errors
+from distopt.sharpness import Objective, eigenvalues, noisy_loss
 
 _TASKS = {"digits": sharpness_tasks.digits, "language": sharpness_tasks.language}
 _LR, _WEIGHT_DECAY, _TUNING_SEED = 1e-3, 0.01, 1000
@@ -175,18 +175,15 @@ def _measured(task: Task, name: str, value: float, steps: int, seed: int, bar: t
     model = _trained(task, name, value, steps, seed, bar)
     seconds = time.process_time() - started
     (x, y), _ = task.draw(seed)
-    few, params = task.curvature_examples, list(model.parameters())
 
-    def loss() -> Tensor:
-        return cross_entropy(task.logits(model, x), y)
+    def loss(model: nn.Module, examples: Examples) -> Tensor:
+        return cross_entropy(task.logits(model, examples[0]), examples[1])
 
-    def loss_of_few() -> Tensor:
-        return cross_entropy(task.logits(model, x[:few]), y[:few])
-
-    eigenvalue = top_eigenvalue(loss_of_few, params, iterations=12)
-    return Result(
-        _score(task, model, task.test), loss().item(), eigenvalue, noisy_loss(loss, params, task.noise, 5), seconds
-    )
+    few = task.curvature_examples
+    every, some = Objective(model, loss, [(x, y)]), Objective(model, loss, [(x[:few], y[:few])])
+    top = eigenvalues(some, iterations=12, tolerance=0.0).values[0]
+    noisy = noisy_loss(every, task.noise, 5).value
+    return Result(_score(task, model, task.test), every.value(), top, noisy, seconds)
 
 
 @torch.no_grad()

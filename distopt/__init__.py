@@ -33,12 +33,13 @@ from distopt.optim.schedules import (
     warmup_stable_decay,
 )
 from distopt.proof import Fingerprint, fingerprint, prove, prove_every
-from distopt.sam import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
+from distopt.sam import ASAM, AWP, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 from distopt.version import __version__ as __version__
 
 __all__ = [
     "ADOPT",
     "ASAM",
+    "AWP",
     "GSAM",
     "LAMB",
     "LARS",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -26,6 +27,16 @@ def world() -> int:
 def rank() -> int:
     """Returns this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def mean(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the means of tensors over all ranks, which have the same shapes; one all-reduce each."""
+    means = [tensor.clone() for tensor in tensors]
+    if world() > 1:
+        for each in means:
+            dist.all_reduce(each)
+            each /= world()
+    return means
 
 
 def on_all(task: Callable[[], T]) -> list[T]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 import distopt
 from benchmarks.__main__ import main
-from benchmarks.curvature import noisy_loss, top_eigenvalue
 from benchmarks.team import Team, TeamError
 from benchmarks.train import SIDES, state_bytes
 from distopt.engine.train_step import update
@@ -234,27 +233,6 @@ def test_the_state_is_that_of_zeros_formula(kind: str, world: int) -> None:
     """Two float32 values per parameter, divided by the ranks, within 1 %: rows and partitions are padded."""
     for state, parameters in run(world, bytes_of_state, kind):
         assert state == pytest.approx(8 * parameters / world, rel=0.01)
-
-
-def test_top_eigenvalue_of_a_quadratic() -> None:
-    """0.5 w^T A w has the Hessian A. Its largest eigenvalue by magnitude, -9, is not its largest."""
-    rotation, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))
-    matrix = rotation @ torch.diag(torch.tensor([-9.0, 0.0, 1.0, 2.0, 3.0, 7.0])) @ rotation.T
-    weights = [torch.ones(4, requires_grad=True), torch.ones(2, requires_grad=True)]
-
-    def loss() -> torch.Tensor:
-        flat = torch.cat(weights)
-        return 0.5 * flat @ matrix @ flat
-
-    assert top_eigenvalue(loss, weights, iterations=12) == pytest.approx(7.0, rel=1e-4)
-
-
-def test_noise_has_the_given_norm_and_the_weights_are_restored() -> None:
-    weights = [torch.tensor([3.0, 4.0], requires_grad=True)]
-    start = weights[0].detach().clone()
-    lost = noisy_loss(lambda: (weights[0] - start).square().sum(), weights, relative=0.1, draws=3)
-    assert lost == pytest.approx((0.1 * 5.0) ** 2, rel=1e-5)
-    assert torch.equal(weights[0], start)
 
 
 def test_the_step_of_every_optimizer_is_measured(tmp_path: Path) -> None:

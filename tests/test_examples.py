@@ -22,8 +22,9 @@ from tests.harness.distributed import run
 from tests.harness.jobs import BIN, ENVIRONMENT, ROOT, fork, launch
 
 SCRIPT = ROOT / "examples" / "accelerate_script.py"
-FINETUNE, CONVEX = SCRIPT.with_name("finetune.py"), SCRIPT.with_name("convex.py")  # CONVEX: tests/test_convex.py
-EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path not in (SCRIPT, FINETUNE, CONVEX)]
+FINETUNE = SCRIPT.with_name("finetune.py")
+OWN_TESTS = ("accelerate_script", "convex", "finetune", "robustness")
+EXAMPLES = [path for path in sorted(SCRIPT.parent.glob("*.py")) if path.stem not in OWN_TESTS]
 
 
 def norms(out: str) -> list[float]:

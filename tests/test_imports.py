@@ -139,7 +139,7 @@ LEVELS = (
     {"models"},
     {"engine"},
     {"job"},
-    {"integrations", "plan", "report"},
+    {"integrations", "plan", "report", "robustness", "sharpness"},
     {"train", "export", "jacobian"},
     {"distopt"},  # its __init__.py, which has the public names
 )

@@ -57,6 +57,7 @@ FIRST, SECOND = routed_grad(0), routed_grad(1)
 MEMBERS: dict[str, tuple[Callable[..., SAM], Callable[[], Grad]]] = {
     "SAM": (SAM, lambda: oracles_sam.sam(FIRST, RHO, SECOND)),
     "ASAM": (partial(distopt.ASAM, eta=0.02), lambda: oracles_sam.asam(FIRST, RHO, 0.02, SECOND)),
+    "AWP": (distopt.AWP, lambda: oracles_sam.awp(FIRST, RHO, SECOND)),
     "GSAM": (partial(distopt.GSAM, alpha=0.6), lambda: oracles_sam.gsam(FIRST, RHO, 0.6, SECOND)),
     "FriendlySAM": (
         partial(distopt.FriendlySAM, sigma=0.8, decay=0.7),

@@ -1,7 +1,7 @@
 """Checkpoints that load at any number of processes and on any engine."""
 
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint, prune_checkpoints
-from distopt.checkpoint.load import load_checkpoint, load_weights
+from distopt.checkpoint.load import load_checkpoint, load_model, load_weights
 from distopt.checkpoint.save import Saving, async_save_checkpoint, save_checkpoint
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "checkpoint_path",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_model",
     "load_weights",
     "prune_checkpoints",
     "save_checkpoint",

@@ -66,6 +66,27 @@ def load_checkpoint(
     return content["extra"]
 
 
+def load_model(path: Path, model: nn.Module) -> None:
+    """Loads the weights of a checkpoint into a model, wrapped or sharded. Every rank must call it.
+
+    Raises:
+        ValueError: On every rank and before anything is changed, for an incomplete checkpoint, and for one of another
+            model (naming the first parameter that differs).
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    tensors = get_model_state_dict(model)
+    folder, content = collective.on_first(lambda: checkpoint_folder.open_checkpoint(path))
+    try:
+        manifest.check_model(content["parameters"], manifest.described(tensors))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    read = {"model": tensors}
+    with torch_dcp(folder) as dcp:
+        dcp.load(read, checkpoint_id=folder)
+    set_model_state_dict(model, read["model"])
+
+
 def load_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fills tensors, in place and in their own dtypes, with the model's tensors of these names in a complete
     checkpoint.

@@ -38,6 +38,7 @@ SAMS: dict[str, Callable[..., distopt.SAM]] = {
     "SAM": partial(distopt.SAM, rho=0.1),
     "SAM every 2": partial(of_two_radii, interval=2),
     "ASAM": partial(distopt.ASAM, rho=1.0),
+    "AWP": partial(distopt.AWP, rho=0.05),
     "GSAM": partial(distopt.GSAM, rho=0.1),
     "FriendlySAM": partial(distopt.FriendlySAM, rho=0.1, sigma=0.5),
     "LookSAM": partial(distopt.LookSAM, rho=0.1, interval=2),

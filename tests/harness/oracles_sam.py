@@ -61,6 +61,23 @@ def asam(grad: Grad, rho: Each, eta: float, second: Grad | None = None) -> Grad:
     return sharp_grad
 
 
+def awp(grad: Grad, rho: Each, second: Grad | None = None) -> Grad:
+    """The gradient at w_l + rho |w_l| g_l / |g_l| for every layer l.
+
+    D. Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", 2020, equations 10 and 12, with one
+    step of the ascent.
+    """
+
+    def sharp_grad(params: Params, step: int) -> Params:
+        moved = []
+        for i, (w, g) in enumerate(zip(params, grad(params, step))):
+            still = g is None or _norm(g) == 0
+            moved.append(w if still else w + _of(rho, i) * _norm(w) * g / _norm(g))
+        return (second or grad)(moved, step)
+
+    return sharp_grad
+
+
 def gsam(grad: Grad, rho: Each, alpha: float, second: Grad | None = None) -> Grad:
     """g_p - alpha g_perp: g_p the gradient at the perturbed point, g_perp what of g is perpendicular to it.
 

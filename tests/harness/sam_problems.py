@@ -48,6 +48,7 @@ class Regression:
 FAMILY = (
     SAM,
     distopt.ASAM,
+    distopt.AWP,
     distopt.GSAM,
     distopt.LookSAM,
     distopt.FriendlySAM,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distopt import ASAM, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
+from distopt import ASAM, AWP, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 from tests.harness import oracles, oracles_sam
 from tests.harness.optimizers import Row, named
 from tests.harness.oracles import Each, Grad
@@ -84,6 +84,7 @@ MEMBERS = (
         reduces=(1, 0, 0),
     ),
     Member("ASAM", ASAM, {"eta": 0.02}, lambda task, rho, *_: oracles_sam.asam(task.grad, rho, 0.02)),
+    Member("AWP", AWP, {}, lambda task, rho, *_: oracles_sam.awp(task.grad, rho), reduces=(2,)),
     Member("GSAM", GSAM, {"alpha": 0.6}, lambda task, rho, *_: oracles_sam.gsam(task.grad, rho, 0.6), reduces=(2,)),
     Member(
         "FriendlySAM",

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 SAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "SAM": dict(rho=0.05),
     "ASAM": dict(rho=0.5, eta=0.01),
+    "AWP": dict(rho=0.005),
     "GSAM": dict(rho=0.05, alpha=0.4),
     "FriendlySAM": dict(rho=0.05, sigma=1.0, decay=0.6),
     "LookSAM": dict(rho=0.05, interval=5, alpha=0.7),
@@ -134,6 +135,9 @@ class Reference:
             scale = {i: _adapted(self.weights[i], sam["eta"]) for i in first}
             measured = {i: scale[i] * g for i, g in first.items()}
             direction = {i: scale[i] ** 2 * g for i, g in first.items()}
+        elif kind == "AWP":
+            lengths = {i: _over(_length(self.weights[i]), _length(g)) for i, g in first.items()}
+            direction, measured = {i: lengths[i] * g for i, g in first.items()}, None
         elif kind == "FriendlySAM":
             radius = self._radius()
             new = {i: g for i, g in first.items() if radius[i]}
@@ -164,9 +168,9 @@ class Reference:
         factor = _over(self.sam["alpha"] * _norm(first), _norm(look))
         return {i: g + factor * look[i] for i, g in first.items()}
 
-    def _perturbed(self, direction: Grads, measured: Grads) -> list[Tensor]:
+    def _perturbed(self, direction: Grads, measured: Grads | None) -> list[Tensor]:
         radius = self._radius()
-        norm = _norm({i: m for i, m in measured.items() if radius[i]})
+        norm = 1.0 if measured is None else _norm({i: m for i, m in measured.items() if radius[i]})
         at = list(self.weights)
         for i, d in direction.items():
             at[i] = at[i] + _over(radius[i], norm) * d

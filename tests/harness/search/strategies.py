@@ -73,6 +73,7 @@ _INTERVAL = st.integers(1, 3)
 MEMBERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "SAM": {"interval": _INTERVAL},
     "ASAM": {"interval": _INTERVAL, "eta": st.sampled_from([0.01, 0.1])},
+    "AWP": {"interval": _INTERVAL},
     "GSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.4])},
     "FriendlySAM": {"interval": _INTERVAL, "sigma": st.sampled_from([0.8, 1.0]), "decay": st.sampled_from([0.6, 0.9])},
     "LookSAM": {"interval": _INTERVAL, "alpha": st.sampled_from([0.0, 0.7])},
