@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import sys
@@ -18,9 +19,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from .options import CoordinateSweeperConf
 from .descent import Trial, kept, tune
 from .errors import ComparisonError
+from .options import CoordinateSweeperConf
+from .record import Record
 from .rows import Row, rows
 from .table import Result, printed, write
 
@@ -28,8 +30,9 @@ from .table import Result, printed, write
 class CoordinateSweeper(Sweeper):
     """A sweeper that tunes every row by coordinate descent with the same number of runs, and compares them.
 
-    A run is numbered by its place in the search, which depends on the losses alone: with `hydra/launcher=accelerate`
-    the same command resumes an interrupted comparison, and finished runs return their losses without being run.
+    The same command resumes an interrupted comparison: the losses of finished rounds are in `losses.jsonl`. The search
+    depends on the losses alone, so it takes the same way again, and a run has its old number: with
+    `hydra/launcher=accelerate` the finished runs of the interrupted round are not run again either.
 
     Args:
         options: The fields of `CoordinateSweeperConf`.
@@ -78,16 +81,22 @@ class CoordinateSweeper(Sweeper):
         losses: list[dict[Trial, float]] = [{} for _ in every]
         last: list[list[Trial]] = [[] for _ in every]
         progress = Progress(len(every), options)
+        record = Record(Path(str(self.config.hydra.sweep.dir)) / "losses.jsonl", self._identity)  # type: ignore[union-attr]
         while asked:
             batch = [(i, trial) for i, trials in asked.items() for trial in trials]
             words = [[*arguments, *every[i].overrides(trial, options)] for i, trial in batch]
-            self.validate_batch_is_legal(words)
-            began = time.time()
-            returned = self.launcher.launch(words, initial_job_idx=started)  # type: ignore[union-attr]
-            for (i, trial), result in zip(batch, returned):
-                losses[i][trial] = self._loss(result)
+            began = time.monotonic()
+            known = [record.find(run) for run in words]
+            if None in known:
+                found = self._launched(words, started)
+                for run, loss in zip(words, found):
+                    record.add(run, loss)
+            else:
+                found = [loss for loss in known if loss is not None]
+            for (i, trial), loss in zip(batch, found):
+                losses[i][trial] = loss
             started += len(batch)
-            progress.add([trial for _, trial in batch], returned, began)
+            progress.add([trial for _, trial in batch], time.monotonic() - began, fresh=None in known)
             for i, trials in list(asked.items()):
                 last[i] = trials
                 try:
@@ -103,6 +112,17 @@ class CoordinateSweeper(Sweeper):
             )
             for row, trials, found, descent in zip(every, last, losses, descents)
         ]
+
+    def _launched(self, words: list[list[str]], started: int) -> list[float]:
+        self.validate_batch_is_legal(words)
+        returned = self.launcher.launch(words, initial_job_idx=started)  # type: ignore[union-attr]
+        return [self._loss(result) for result in returned]
+
+    def _identity(self, words: list[str]) -> str:
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, words)  # type: ignore[union-attr]
+        task = {key: value for key, value in cfg.items_ex(resolve=False) if key != "hydra"}
+        text = OmegaConf.to_yaml(OmegaConf.create(task), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _loss(self, result: JobReturn) -> float:
         value = result._return_value
@@ -138,18 +158,11 @@ class Progress:
         self.left = count * (sum(s * runs for s, runs in plan) + options.rungs[-1] * len(options.seeds))
         self.done, self.steps, self.seconds = 0, 0, 0.0
 
-    def add(self, trials: Sequence[Trial], returned: Sequence[JobReturn], began: float) -> None:
-        """Add a round, and say how far the comparison is; runs that were done before take no time."""
-        self.done += len(trials)
-        self.left -= sum(trial.steps for trial in trials)
-        fresh = [t.steps for t, r in zip(trials, returned) if _changed(r, began)]
+    def add(self, trials: Sequence[Trial], seconds: float, fresh: bool) -> None:
+        """Add a round, and say how far the comparison is; rounds that were done before do not count for the time."""
+        self.done, steps = self.done + len(trials), sum(trial.steps for trial in trials)
+        self.left -= steps
         if fresh:
-            self.steps, self.seconds = self.steps + sum(fresh), self.seconds + time.time() - began
+            self.steps, self.seconds = self.steps + steps, self.seconds + seconds
         left = f", about {self.left * self.seconds / self.steps / 60:.0f} min left" if self.steps and self.left else ""
         print(f"comparison: {self.done} of {self.runs} runs{left}", file=sys.stderr, flush=True)
-
-
-def _changed(result: JobReturn, since: float) -> bool:
-    """Return whether a run has written into its folder since a time."""
-    folder = Path(str(result.working_dir))
-    return folder.is_dir() and folder.stat().st_mtime >= since - 1

@@ -37,10 +37,13 @@ class Descent:
         return min(self.losses, key=lambda point: self.losses[point])
 
     def ask(self) -> list[Point]:
-        """Return the points to measure next: the start, or both neighbours of the best one along a coordinate."""
+        """Return the points to measure next: the start, or both neighbours of the best one along a coordinate.
+
+        None if nothing is left: steps of the learning rate below 2 % do not differ by more than noise.
+        """
         if not self.losses:
             return [self.start]
-        while True:
+        while self.factor > 1.02:
             points = [point for point in self._neighbours(self._along) if point not in self.losses]
             if points:
                 self._idle = 0
@@ -48,6 +51,7 @@ class Descent:
             self._along, self._idle = (self._along + 1) % (1 + len(self.ladders)), self._idle + 1
             if self._idle > len(self.ladders):
                 self.factor, self._along, self._idle = math.sqrt(self.factor), 0, 0
+        return []
 
     def _neighbours(self, along: int) -> list[Point]:
         best = self.best
@@ -90,6 +94,8 @@ def tune(descent: Descent, trials: int, rungs: Sequence[int], seeds: Sequence[in
     """
     while len(descent.losses) < trials:
         asked = [Trial(point, rungs[0]) for point in descent.ask()[: trials - len(descent.losses)]]
+        if not asked:
+            break
         losses = yield asked
         descent.losses.update({trial.point: losses[trial] for trial in asked})
     ranking = descent.losses

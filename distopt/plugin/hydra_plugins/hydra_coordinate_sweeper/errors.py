@@ -6,4 +6,4 @@ from hydra.errors import CompactHydraException
 
 
 class ComparisonError(CompactHydraException):
-    """A comparison that cannot run as it is configured, or one of whose runs failed for another reason than its loss."""
+    """A comparison that cannot run as it is configured, or a run that failed for another reason than its loss."""

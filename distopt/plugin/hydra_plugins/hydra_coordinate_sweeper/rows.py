@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .options import CoordinateSweeperConf
 from .descent import Descent, Trial
 from .errors import ComparisonError
+from .options import CoordinateSweeperConf
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ def _ladder(key: str, values: list[Any]) -> tuple[Any, ...]:
     try:
         return tuple(sorted({_hashed(value) for value in values}))
     except TypeError:
-        raise ComparisonError(f"hydra.sweeper: {key} has no order, got {values}; give numbers, or lists of them") from None
+        raise ComparisonError(
+            f"hydra.sweeper: {key} has no order, got {values}; give numbers, or lists of them"
+        ) from None
 
 
 def _hashed(value: Any) -> Any:

@@ -57,8 +57,7 @@ def verdict(results: Sequence[Result]) -> str:
     near = [
         other.name
         for other in others
-        if other.mean - best.mean
-        <= 2 * math.sqrt((best.deviation**2 + other.deviation**2) / max(1, len(best.losses)))
+        if other.mean - best.mean <= 2 * math.sqrt((best.deviation**2 + other.deviation**2) / max(1, len(best.losses)))
     ]
     if len(best.losses) < 2:
         return "One seed has no deviation: differences may be noise."
