@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -331,37 +330,12 @@ def test_every_adapter(choice: str) -> None:
 @choices("experiment")
 def test_every_experiment_is_a_run_of_its_own_name(choice: str) -> None:
     cfg = composed(f"experiment={choice}")
-    assert cfg.name == {"compare_sam": "compare/sam"}.get(choice, choice)  # below the runs that it is shown with
+    assert cfg.name == choice
     optimizer = instantiate(cfg.optimizer)([nn.Parameter(torch.ones(2, 2))])
     instantiate(cfg.schedule)(optimizer, total_steps=cfg.train.steps)
     config = instantiate(cfg.model).describe(256)
     assert cfg.train.sequence_length <= config.max_position_embeddings
     assert composed(f"experiment={choice}", "train.steps=7", "name=mine").train.steps == 7  # the command line wins
-
-
-def test_the_compared_are_those_of_the_seed_table_at_the_same_number_of_gradients() -> None:
-    """SAM takes two a step, and everything else, but for AdamW alone and the place of the runs, is alike."""
-    every, sam = composed("experiment=compare"), composed("experiment=compare_sam")
-    swept = [swept_by(f"experiment={name}") for name in ("compare", "compare_sam")]
-    assert swept[0] == ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lamb", "lars"]
-    assert swept[1] == ["adamw"] and not every.sam and sam.sam._target_ == "distopt.SAM"
-    halved = ["train.steps", "evaluation.every", "schedule.warmup_steps"]
-    plain, half = ([OmegaConf.select(cfg, name) for name in halved] for cfg in (every, sam))
-    assert [math.ceil(value / 2) for value in plain] == half and 2 * sam.train.steps == every.train.steps
-    flat = [
-        {key: value for key, value in OmegaConf.to_container(cfg, resolve=True).items() if key not in ("name", "sam")}
-        for cfg in (every, composed("experiment=compare_sam", *(f"{n}={v}" for n, v in zip(halved, plain))))
-    ]
-    assert flat[0] == flat[1]
-
-
-def swept_by(*overrides: str) -> list[str]:
-    """The optimizers of a sweep, each with the same learning rates."""
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-    params = cfg.hydra.sweeper.params
-    assert set(params) == {"optimizer", "lr_scale"} and params.lr_scale == "0.1,0.3,1,3,10"
-    return params.optimizer.split(",")
 
 
 def test_a_pattern_can_be_given_on_the_command_line() -> None:

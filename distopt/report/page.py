@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
+import statistics
 from pathlib import Path
+from typing import Any
 
 from distopt.report.pictures import draw
 from distopt.report.runs import differing, find_runs, grouped
@@ -32,12 +35,16 @@ def write_report(folder: Path, out: Path) -> Path:
     template = Environment(autoescape=True, trim_blocks=True).from_string(
         Path(__file__).with_name("page.html").read_text()
     )
+    compared = folder / "comparison.json"  # of hydra/sweeper=coordinate
+    if compared.is_file():
+        pictures = {"Comparison": folder / "comparison.png", **pictures}
     page = out / "report.html"
     page.write_text(
         template.render(
             title=f"distopt: {folder.resolve().name}",
             runs=runs,
             groups=groups,
+            compared=_compared(json.loads(compared.read_text())) if compared.is_file() else [],
             keys=differing([run.config for run in runs]),
             diverged=sum(run.diverged for run in runs),
             unfinished=sum(run.steps < run.config.get("train.steps", 0) for run in runs),
@@ -46,3 +53,18 @@ def write_report(folder: Path, out: Path) -> Path:
         )
     )
     return page
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, str]]:
+    """Return the name, mean, standard deviation (nan if there is none) and settings of each row of a comparison."""
+    return [
+        (
+            row["name"],
+            statistics.fmean(row["losses"]),
+            statistics.stdev(row["losses"])
+            if len(row["losses"]) > 1 and all(map(math.isfinite, row["losses"]))
+            else math.nan,
+            ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
+        )
+        for row in rows
+    ]
