@@ -72,13 +72,28 @@ class Components:
             make_sam=instantiate(cfg, "sam") if cfg.sam else None,
         )
         parts.dry_run(cfg.train.steps)
-        parts.language_model.check()
-        parts.data.check()
+        parts.check_model()
+        with named("data"):
+            parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
 
+    def check_model(self) -> None:
+        """Builds the model on the meta device, with adapter and param groups: their names are known before any text.
+
+        Raises:
+            ValueError: With the section of the configuration at fault.
+        """
+        with named("model"):
+            model = self.language_model.check()
+        if self.adapter:
+            with named("adapter"):
+                self.adapter.add(model, self.language_model.path)
+        with named("param_groups"):
+            self.make_groups(model)
+
     def dry_run(self, steps: int) -> None:
-        """Makes optimizer, schedule and SAM for one small tensor: what they refuse, they refuse now.
+        """Makes optimizer, schedule and SAM for one small tensor, so that they refuse their arguments before it starts.
 
         Raises:
             ValueError: With the section of the configuration at fault.

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.bounds import OVERRIDES
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
+from distopt.optim.validate import BOUNDS
 
 # Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
 # gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
@@ -66,7 +68,7 @@ def param_groups(
             matches no trainable parameter, and an option that no optimizer of torch or distopt has. The optimizer
             checks the values of options.
     """
-    patterns = _patterns(weight_decay, overrides := overrides or {})
+    patterns = _patterns(weight_decay, overrides := {} if overrides is None else overrides)
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
@@ -97,10 +99,8 @@ def param_groups(
 
 def _patterns(weight_decay: float, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, re.Pattern[str]]:
     """Checks the arguments of `param_groups`, and returns the compiled patterns of the overrides."""
-    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
-    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
-        raise ValueError(f"overrides must be options by pattern, such as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
+    BOUNDS["weight_decay"].check("weight_decay", weight_decay)
+    OVERRIDES.check("overrides", overrides)
     patterns = {pattern: _compile(pattern) for pattern in overrides}
     for pattern, options in overrides.items():
         _check_names(pattern, options)
