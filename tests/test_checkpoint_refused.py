@@ -42,9 +42,8 @@ def test_a_damaged_file_of_equal_size_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "a", *trained())
     file = path / "training.pt"
     file.write_bytes(bytes(file.stat().st_size))
-    model, optimizer = trained()
     with pytest.raises(ValueError, match=r"training.pt cannot be read \(.*: the checkpoint is damaged, take another"):
-        load_checkpoint(path, model, optimizer)
+        load_checkpoint(path, *trained())
 
 
 def test_of_another_optimizer_or_schedule(tmp_path: Path) -> None:
