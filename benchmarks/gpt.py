@@ -7,6 +7,7 @@ import argparse
 import torch
 from torch import nn
 
+from benchmarks.arguments import COUNT, WIDTH
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine import Engine
@@ -15,11 +16,20 @@ from distopt.models.language_model import LanguageModel, blocks
 
 def add_sizes(parser: argparse.ArgumentParser, layers: int, width: int, batch_size: int, sequence_length: int) -> None:
     """Add the options of model and batch, with these defaults."""
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)
-    parser.add_argument("--layers", type=int, default=layers)
-    parser.add_argument("--width", type=int, default=width, help="of the model, 32 for each head")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences a step, over all processes")
-    parser.add_argument("--sequence-length", type=int, default=sequence_length)
+    parser.add_argument("--processes", type=COUNT, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--layers", type=COUNT, default=layers)
+    parser.add_argument("--width", type=WIDTH, default=width, help="of the model, 32 for each head")
+    parser.add_argument("--batch-size", type=COUNT, default=batch_size, help="sequences a step, over all processes")
+    parser.add_argument("--sequence-length", type=COUNT, default=sequence_length)
+
+
+def check_batch(options: argparse.Namespace) -> None:
+    """Raise `SystemExit` unless every rank gets as many sequences."""
+    if options.batch_size % options.processes:
+        raise SystemExit(
+            f"--batch-size {options.batch_size} is not a multiple of --processes {options.processes}: every rank "
+            "trains on as many sequences"
+        )
 
 
 def build(engine: Engine, device: torch.device, options: argparse.Namespace) -> nn.Module:

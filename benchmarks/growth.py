@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import distopt
 from benchmarks import memory
+from benchmarks.arguments import COUNT, POSITIVE
 from benchmarks.collectives import Collectives
 from benchmarks.team import Team, TeamError
 
@@ -31,15 +32,15 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks growth`."""
     parser = benchmarks.add_parser("growth", help="time of a step by parameters, tensors and ranks, with plots")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4], metavar="N")
+    parser.add_argument("--processes", type=COUNT, nargs="+", default=[1, 2, 4], metavar="N")
     parser.add_argument(
-        "--millions", type=float, nargs="*", default=[1, 4, 16, 64, 200, 400], metavar="M", help="of parameters"
+        "--millions", type=POSITIVE, nargs="+", default=[1, 4, 16, 64, 200, 400], metavar="M", help="of parameters"
     )
-    parser.add_argument("--tensors", type=int, nargs="*", default=[100, 1000, 3000], metavar="T")
-    parser.add_argument("--fixed-tensors", type=int, default=100, help="where parameters grow")
-    parser.add_argument("--fixed-millions", type=float, default=20, help="of parameters, where tensors grow")
-    parser.add_argument("--rounds", type=int, default=7, help="number of turns of the optimizers")
-    parser.add_argument("--timeout", type=float, default=180.0, help="seconds that one measurement may take")
+    parser.add_argument("--tensors", type=COUNT, nargs="+", default=[100, 1000, 3000], metavar="T")
+    parser.add_argument("--fixed-tensors", type=COUNT, default=100, help="where parameters grow")
+    parser.add_argument("--fixed-millions", type=POSITIVE, default=20, help="of parameters, where tensors grow")
+    parser.add_argument("--rounds", type=COUNT, default=7, help="number of turns of the optimizers")
+    parser.add_argument("--timeout", type=POSITIVE, default=180.0, help="seconds that one measurement may take")
     parser.add_argument("--json", type=Path, help="also write the results to this file, after every measurement")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw growth_*.png there")
     parser.set_defaults(run=run)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import distopt
 from benchmarks import gpt
+from benchmarks.arguments import COUNT
 from benchmarks.team import spawn
 from distopt.data.text_data import TextData
 from distopt.engine import FSDP2
@@ -25,13 +26,14 @@ def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks loop`."""
     parser = benchmarks.add_parser("loop", help="tokens/s of our training step against a plain torch loop")
     gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
-    parser.add_argument("--rounds", type=int, default=15, help="number of turns of the two sides")
-    parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
+    parser.add_argument("--rounds", type=COUNT, default=15, help="number of turns of the two sides")
+    parser.add_argument("--steps", type=COUNT, default=10, help="steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the medians of both sides and their ratio."""
+    gpt.check_batch(options)
     TextData().build()
     spawn(options.processes, _measure, options)
 

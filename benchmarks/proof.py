@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import distopt
 from benchmarks import gpt
+from benchmarks.arguments import COUNT
 from distopt.engine import DDP
 
 
@@ -21,15 +22,13 @@ def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks proof`."""
     parser = benchmarks.add_parser("proof", help="time of a proof, against a step of AdamW and a training step")
     gpt.add_sizes(parser, layers=8, width=512, batch_size=2, sequence_length=256)
-    parser.add_argument("--rounds", type=int, default=9, help="number of turns")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--rounds", type=COUNT, default=9, help="number of turns")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of the CPU")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the medians of the process time."""
-    if options.rounds < 1 or options.threads < 1:
-        raise SystemExit(f"--rounds and --threads must be >= 1, got {options.rounds} and {options.threads}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads)
     if not dist.is_initialized():

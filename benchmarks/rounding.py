@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import distopt
+from benchmarks.arguments import COUNT, COUNT_OR_NONE, WIDTH
 from distopt.data.order import Sequences
 from distopt.data.text_data import TextData
 from distopt.engine.train_step import next_token_loss
@@ -20,9 +21,9 @@ _RADII = (0.0005, 0.002, 0.005, 0.02, 0.05, 0.2)
 def add_parser(benchmarks: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the options of `python -m benchmarks rounding`."""
     parser = benchmarks.add_parser("rounding", help="SAM's effective perturbation in bfloat16")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256, help="of the model, 32 for each head")
-    parser.add_argument("--steps", type=int, default=60, help="of AdamW before it is measured")
+    parser.add_argument("--layers", type=COUNT, default=4)
+    parser.add_argument("--width", type=WIDTH, default=256, help="of the model, 32 for each head")
+    parser.add_argument("--steps", type=COUNT_OR_NONE, default=60, help="of AdamW before it is measured")
     parser.set_defaults(run=run)
 
 

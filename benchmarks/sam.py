@@ -15,6 +15,7 @@ from torch import Tensor
 
 import distopt
 from benchmarks import gpt
+from benchmarks.arguments import COUNT
 from benchmarks.collectives import Collectives, nbytes
 from benchmarks.team import spawn
 from distopt.data.text_data import TextData
@@ -44,15 +45,16 @@ def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks sam`."""
     parser = benchmarks.add_parser("sam", help="time, communication and memory of a step of the SAM family")
     parser.add_argument("--engine", choices=list(ENGINES), default="ddp")
-    parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="NAME")
     gpt.add_sizes(parser, layers=4, width=128, batch_size=16, sequence_length=128)
-    parser.add_argument("--rounds", type=int, default=11, help="number of turns of the sides")
-    parser.add_argument("--intervals", type=int, default=1, help=f"intervals of {INTERVAL} steps in a turn")
+    parser.add_argument("--rounds", type=COUNT, default=11, help="number of turns of the sides")
+    parser.add_argument("--intervals", type=COUNT, default=1, help=f"intervals of {INTERVAL} steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print a Markdown table with a row for each side; `scope=local` only where every rank has full weights."""
+    gpt.check_batch(options)
     TextData().build()
     spawn(options.processes, _measure, options)
 

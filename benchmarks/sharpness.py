@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import distopt
 from benchmarks import sharpness_tasks
+from benchmarks.arguments import COUNT
 from benchmarks.sharpness_tasks import Examples, Task, cross_entropy
 from distopt.job.errors import one_line_errors
 from distopt.sharpness import Objective, eigenvalues, noisy_loss
@@ -70,11 +71,11 @@ def add_parser(benchmarks: Any) -> None:
         "sharpness",
         help="sharpness and test score with and without SAM, at equal steps and at equal gradients, over seeds",
     )
-    parser.add_argument("--tasks", nargs="*", default=list(_TASKS), choices=list(_TASKS), metavar="NAME")
-    parser.add_argument("--only", nargs="*", default=list(_METHODS), choices=list(_METHODS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tuning-seeds", type=int, default=2, help="additional seeds, for the choice of rho")
-    parser.add_argument("--steps", type=int, help="of a run; a run with SAM computes twice as many gradients")
+    parser.add_argument("--tasks", nargs="+", default=list(_TASKS), choices=list(_TASKS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(_METHODS), choices=list(_METHODS), metavar="NAME")
+    parser.add_argument("--seeds", type=COUNT, default=5)
+    parser.add_argument("--tuning-seeds", type=COUNT, default=2, help="additional seeds, for the choice of rho")
+    parser.add_argument("--steps", type=COUNT, help="of a run; a run with SAM computes twice as many gradients")
     parser.add_argument(
         "--equal-time",
         action="store_true",

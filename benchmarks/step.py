@@ -17,6 +17,7 @@ from torch import Tensor
 
 import distopt
 from benchmarks import memory
+from benchmarks.arguments import COUNT
 
 Shapes = list[tuple[int, ...]]
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -29,8 +30,8 @@ def add_parser(benchmarks: Any) -> None:
     parser = benchmarks.add_parser("step", help="time, bandwidth and memory of one optimizer step, against others")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), help="sets of tensors")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="optimizers whose name contains one of these")
-    parser.add_argument("--rounds", type=int, default=15, help="number of turns")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU; all if not given")
+    parser.add_argument("--rounds", type=COUNT, default=15, help="number of turns")
+    parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="of the CPU; all if not given")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.set_defaults(run=run)
 

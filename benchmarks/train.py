@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import distopt
 from benchmarks import gpt, peers
+from benchmarks.arguments import COUNT, POSITIVE
 from benchmarks.collectives import nbytes
 from benchmarks.memory import Peak
 from benchmarks.team import Team, TeamError
@@ -92,12 +93,12 @@ def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks train`."""
     parser = benchmarks.add_parser("train", help="tokens/s and memory of training, compared with others by ZeRO stage")
     gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
-    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3], choices=[1, 2, 3])
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="sides whose name contains one of these")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="sides whose name contains one of these")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of all sides")
-    parser.add_argument("--rounds", type=int, default=9, help="number of turns of the sides of a stage")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a side to start, and for a turn")
+    parser.add_argument("--rounds", type=COUNT, default=9, help="number of turns of the sides of a stage")
+    parser.add_argument("--steps", type=COUNT, default=2, help="steps in a turn")
+    parser.add_argument("--timeout", type=POSITIVE, default=300.0, help="seconds for a side to start, and for a turn")
     parser.add_argument("--json", type=Path, help="also write the results to this file, after every turn")
     parser.set_defaults(run=run)
 
@@ -109,11 +110,7 @@ def run(options: argparse.Namespace) -> None:
     the rank that has most. Every side has processes of its own, since DeepSpeed changes torch's functions in its
     process; those of a stage live at the same time and take turns. The first turn warms up.
     """
-    if options.batch_size % options.processes:
-        raise SystemExit(
-            f"--batch-size {options.batch_size} is not a multiple of --processes {options.processes}: every rank "
-            "trains on as many sequences"
-        )
+    gpt.check_batch(options)
     TextData().build()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
     report: dict[str, Any] = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import distopt
 from benchmarks import gpt
+from benchmarks.arguments import COUNT
 from benchmarks.collectives import Collectives, nbytes, written
 from benchmarks.team import spawn
 from distopt import layout
@@ -60,15 +61,16 @@ SIDES = {
 def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks wire`."""
     parser = benchmarks.add_parser("wire", help="bytes sent and time of a step on each engine")
-    parser.add_argument("--only", nargs="*", default=list(SIDES), choices=list(SIDES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="NAME")
     gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
-    parser.add_argument("--rounds", type=int, default=11, help="number of turns of the sides")
-    parser.add_argument("--steps", type=int, default=2, help="steps in a turn")
+    parser.add_argument("--rounds", type=COUNT, default=11, help="number of turns of the sides")
+    parser.add_argument("--steps", type=COUNT, default=2, help="steps in a turn")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print a Markdown table with a row for each side; times are relative to the first."""
+    gpt.check_batch(options)
     TextData().build()
     spawn(options.processes, _measure, options)
 

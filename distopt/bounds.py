@@ -115,18 +115,21 @@ def text(what: str = "text", empty: bool = True) -> Bound:
     return Bound(what, lambda value: isinstance(value, str) and (empty or bool(value)))
 
 
-def texts(what: str, one: bool = False) -> Bound:
+def texts(what: str, one: bool = False, none: bool = True) -> Bound:
     """A list of strings that are not empty.
 
     Args:
         what: What they are, for messages.
         one: Allow a string in place of a list of one.
+        none: Allow the empty list.
     """
 
     def holds(value: object) -> bool:
         if isinstance(value, str):
             return one and bool(value)
-        return isinstance(value, Sequence) and all(isinstance(item, str) and bool(item) for item in value)
+        if not isinstance(value, Sequence) or not (value or none):
+            return False
+        return all(isinstance(item, str) and bool(item) for item in value)
 
     return Bound(what, holds)
 
@@ -148,10 +151,33 @@ def pair(what: str, holds: Callable[[float, float], bool], infinite: bool = Fals
     return Bound(what, both)
 
 
-def mapping(what: str, of: type = object) -> Bound:
-    """Values by name, each an instance of a class."""
+def mapping(what: str, of: type | tuple[type, ...] = object) -> Bound:
+    """Values by name, each an instance of a class, or of one of some."""
 
     def holds(value: object) -> bool:
         return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
 
     return Bound(what, holds)
+
+
+# Bounds that a constructor and the schema of the configuration share.
+SEED = integer(0)
+POSITIVE = number(0, above=True)
+EFFICIENCY = number(0, 1, above=True)
+VALIDATION_FRACTION = number(0, 1, above=True, below=True)
+DROPOUT = number(0, 1, below=True)
+RATIO = number(0, 1)
+PROVE_EVERY = or_null(integer(0))
+PATH = text("a path", empty=False)
+FAMILY = text("a model type of transformers", empty=False)
+MODEL_CONFIG = mapping("options by name, such as {n_layer: 4}")
+TARGET_MODULES = or_null(texts("all-linear, or names such as [q_proj, v_proj],", one=True, none=False))
+FORMAT = choice("auto", "text", "jsonl", "datasets")
+FIELD = text("text", empty=False)
+SUFFIXES = texts("endings of names, such as [.txt, .md]", one=True)
+IGNORE = texts("names of fields, such as [id, source]")
+PRECISION = choice("auto", "fp32", "bf16")
+REDUCE_DTYPE = or_null(choice("fp32", "bf16"))
+STAGE = choice(1, 2, 3)
+SCOPE = choice("global", "local")
+OVERRIDES = or_null(mapping("options by pattern, such as {wte: {lr: 1e-4}},", of=Mapping))

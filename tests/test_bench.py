@@ -104,6 +104,34 @@ def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
     assert 1.2 * 40 < longer["steps"] < 3.5 * 40
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("wire --processes 0", "argument --processes: must be an integer >= 1, got 0"),
+        ("wire --only", "argument --only: expected at least one argument"),
+        ("rounding --steps -1", "argument --steps: must be an integer >= 0, got -1"),
+        ("rounding --width 7", "argument --width: must be a positive multiple of 32, got 7"),
+        ("rounding --layers 0", "argument --layers: must be an integer >= 1, got 0"),
+        ("growth --rounds 0", "argument --rounds: must be an integer >= 1, got 0"),
+        ("growth --processes 1 0", "argument --processes: must be an integer >= 1, got 0"),
+        ("growth --timeout nan", "argument --timeout: must be a number > 0, got nan"),
+        ("loop --steps 0", "argument --steps: must be an integer >= 1, got 0"),
+        ("loop --rounds two", "argument --rounds: must be an integer >= 1, got two"),
+        ("loop --processes 2 --batch-size 3", "--batch-size 3 is not a multiple of --processes 2"),
+        ("sharpness --seeds 0", "argument --seeds: must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_options_are_one_line(
+    words: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark of no process printed no table and ended well; others ended in tracebacks."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code not in (0, None)
+    assert expected in (capsys.readouterr().err or str(ended.value))
+
+
 SMALL = ["--layers", "2", "--width", "64", "--batch-size", "4", "--sequence-length", "16", "--rounds", "1"]
 
 

@@ -37,6 +37,15 @@ def test_of_another_model(tmp_path: Path) -> None:
     refused(lambda model: setattr(model, "more", nn.Linear(1, 1)), "more.weight is in the model, not in the checkpoint")
 
 
+def test_a_damaged_file_of_equal_size_is_named(tmp_path: Path) -> None:
+    """It was an UnpicklingError with a traceback."""
+    path = save_checkpoint(tmp_path / "a", *trained())
+    file = path / "training.pt"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match=r"training.pt cannot be read \(.*: the checkpoint is damaged, take another"):
+        load_checkpoint(path, *trained())
+
+
 def test_of_another_optimizer_or_schedule(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "a", *trained())
     momentum = save_checkpoint(tmp_path / "b", (model := Net()), distopt.SGD(model.parameters(), lr=0.1, momentum=0.9))

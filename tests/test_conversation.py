@@ -208,7 +208,7 @@ def test_arguments_are_checked(folder: Path, tmp_path: Path) -> None:
     for arguments, expected in (
         ({}, "data.path is not set"),
         ({"path": path}, "contains one example, which leaves none for validation: give data.validation_path"),
-        ({"path": path, "validation_fraction": 1.0}, r"validation_fraction must be in \(0, 1\), got 1.0"),
+        ({"path": path, "validation_fraction": 1.0}, r"validation_fraction must be a number in \(0, 1\), got 1.0"),
         ({"path": path, "packing": "yes"}, "data.packing must be true or false, got 'yes'"),
         ({"path": str(tmp_path / "empty.jsonl")}, "contains no example"),
         ({"path": str(tmp_path / "none.jsonl")}, "does not exist"),

@@ -431,6 +431,21 @@ def _folder(path: Path) -> Path:
     return path
 
 
+def _dataset_without_rows(path: Path) -> Path:
+    """What `save_to_disk` leaves of a dataset of no rows."""
+    path.mkdir()
+    (path / "state.json").write_text(json.dumps({"_data_files": [], "_fingerprint": "0"}))
+    (path / "dataset_info.json").write_text("{}")
+    return path
+
+
+def _dataset_without_state(path: Path) -> Path:
+    _dataset_without_rows(path)
+    (path / "state.json").write_text("{}")
+    (path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    return path
+
+
 BAD_INPUT = [
     ("nowhere", lambda path: path, {}, r"does not exist; give path="),
     ("empty file", _file(""), {}, r"contains no non-empty text file; give another path"),
@@ -439,13 +454,26 @@ BAD_INPUT = [
     ("not JSON", _jsonl('{"text": "a"}\n{"text": '), {}, r"source\.jsonl:2 is not UTF-8 JSON \("),
     ("no field", _jsonl('{"body": "a"}'), {}, r"source\.jsonl:1 has no text under 'text' \(found: body\); give field="),
     ("not text", _jsonl('{"text": 1}'), {}, r"source\.jsonl:1 has no text under 'text'"),
+    ("nested", _jsonl("[" * 99999), {}, r"source\.jsonl:1 is not UTF-8 JSON \(it is nested too deeply\)"),
+    ("no rows", _dataset_without_rows, {}, r"source is a dataset without rows; give another path"),
+    ("not a state", _dataset_without_state, {}, r"source is not a folder that datasets' save_to_disk wrote \(KeyError"),
     ("no object", _jsonl("[1]"), {}, r"source\.jsonl:1 has no text under 'text' \(found: list\)"),
     ("only empty text", _jsonl('{"text": ""}'), {}, r"contains no text; give another path"),
     ("no dataset", _folder, {"format": "datasets"}, r"is not a folder that datasets' save_to_disk wrote"),
     ("no tokenizer", _file("words"), {"tokenizer": "/no/such"}, r"tokenizer /no/such is not a folder with tokenizer"),
     ("other folder", _file("words"), {"tokenizer": str(CONF)}, r"data.tokenizer: .*conf/data has no tokenizer"),
-    ("fraction 0", _file("words"), {"validation_fraction": 0}, r"validation_fraction must be in \(0, 1\), got 0; "),
-    ("fraction 1", _file("words"), {"validation_fraction": 1.0}, r"validation_fraction must be in \(0, 1\), got 1.0"),
+    (
+        "fraction 0",
+        _file("words"),
+        {"validation_fraction": 0},
+        r"validation_fraction must be a number in \(0, 1\), got 0; ",
+    ),
+    (
+        "fraction 1",
+        _file("words"),
+        {"validation_fraction": 1.0},
+        r"validation_fraction must be a number in \(0, 1\), got 1.0",
+    ),
     ("format", _file("words"), {"format": "csv"}, r"format must be one of auto, text, jsonl, datasets, got 'csv'"),
     ("too short", _file("a"), {}, r"validation_fraction=0\.02 leaves no text for validation in .*; give more text"),
 ]
@@ -468,9 +496,9 @@ def test_bad_input(tmp_path: Path, make: Callable[[Path], Path], arguments: dict
             {"sequence_length": 151},
             r"train has 151 tokens, one sequence needs sequence_length \+ 1 = 152; give more text",
         ),
-        ({"sequence_length": 0}, r"must be >= 1, got 0 and 8"),
-        ({"batch_size": 0}, r"must be >= 1, got 4 and 0"),
-        ({"seed": -1}, r"seed must be >= 0, got -1"),
+        ({"sequence_length": 0}, r"sequence_length must be an integer >= 1, got 0"),
+        ({"batch_size": 0}, r"batch_size must be an integer >= 1, got 0"),
+        ({"seed": -1}, r"seed must be an integer >= 0, got -1"),
     ],
 )
 def test_bad_sequences(arguments: dict[str, int], message: str) -> None:
@@ -481,7 +509,7 @@ def test_bad_sequences(arguments: dict[str, int], message: str) -> None:
 def test_bad_validation_sequences() -> None:
     with pytest.raises(ValueError, match=r"validation has 4 tokens, one sequence needs"):
         ValidationSequences(TOKENS[:4], sequence_length=4, batch_size=1)
-    with pytest.raises(ValueError, match=r"max_sequences must be >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match=r"max_sequences must be an integer >= 1 or null, got 0"):
         ValidationSequences(TOKENS, sequence_length=4, batch_size=1, max_sequences=0)
 
 

@@ -210,6 +210,10 @@ def garbled_metadata(folder: Path) -> Path:
     return zeros(folder, ".metadata")
 
 
+def garbled_tokenizer(folder: Path) -> Path:
+    return zeros(folder, "tokenizer.json")
+
+
 def garbled_config(folder: Path) -> Path:
     return zeros(folder, "config.json")
 
@@ -243,6 +247,7 @@ REFUSED = {
     "not of the job": (not_of_the_job, "other contains no config.json: it was not written by this version of"),
     "garbage": (garbage, "step: rank 0: UnpicklingError: Weights only load failed: the checkpoint is damaged"),
     "garbled metadata": (garbled_metadata, "step: rank 0: AssertionError: metadata is None: the checkpoint is damaged"),
+    "garbled tokenizer": (garbled_tokenizer, "step: tokenizer.json cannot be read ("),
     "garbled config": (garbled_config, "step cannot be exported: It looks like the config file at"),
     "truncated": (truncated, "bytes, the manifest says "),
     "another model": (other_config, "transformer.h.2.ln_1.weight is in the model, not in the checkpoint"),

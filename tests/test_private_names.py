@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 
 import distopt
 from distopt.integrations.accelerate import private as accelerate_private
 from distopt.layout import deepspeed_private
+from distopt.models import transformers_private
+from distopt.models.language_model import LanguageModel
 
 
 @pytest.mark.parametrize("name", ["_models", "_optimizers", "_schedulers"])
@@ -56,6 +61,39 @@ def test_a_private_name_of_deepspeed_that_moves_is_named(
         read(zero)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model."""
+    config = transformers.GPT2Config(vocab_size=8, n_layer=1, n_head=1, n_embd=4, n_positions=8)
+    folder = tmp_path_factory.mktemp("saved")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in transformers_private.NAMES.items() for name in names]
+)
+def test_a_private_name_of_transformers_that_moves_is_named(
+    module: str, name: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LanguageModel(path=str(saved)).check()
+    monkeypatch.delattr(import_module(f"transformers.{module}"), name)
+    with pytest.raises(
+        ValueError, match=rf"transformers\.{module} has no '{name}' any more: .* 5\.20 to 5\.23; install"
+    ):
+        LanguageModel(path=str(saved)).check()
+
+
+@pytest.mark.parametrize("name", ["_adjust_missing_and_unexpected_keys", "all_tied_weights_keys"])
+def test_a_private_method_of_transformers_that_moves_is_named(name: str) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=1, n_embd=4, vocab_size=8))
+    transformers_private.method(model, name)
+    with pytest.raises(ValueError, match=rf"Linear has no '{name}' any more: .* 5\.20 to 5\.23; install"):
+        transformers_private.method(torch.nn.Linear(1, 1), name)
+
+
 def test_the_versions_are_those_that_are_tested() -> None:
+    first, last = (tuple(map(int, text.split("."))) for text in transformers_private.VERSIONS.split(" to "))
+    assert first <= tuple(map(int, version("transformers").split(".")[:2])) <= last
     assert version("deepspeed") == deepspeed_private.VERSION
     assert version("accelerate").startswith(f"{accelerate_private.VERSION}.")

@@ -120,7 +120,7 @@ def test_how_often(steps: int | None, at: list[int]) -> None:
 
 @pytest.mark.parametrize("steps", [-1, True, 2.5, "10"])
 def test_steps_out_of_bounds(steps: Any) -> None:
-    with pytest.raises(ValueError, match="steps must be None"):
+    with pytest.raises(ValueError, match="steps must be an integer >= 0 or null, got"):
         distopt.prove_every(lamb(net().parameters()), steps=steps)
 
 

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,37 @@ def find_error(path: Path) -> str:
     with pytest.raises(ValueError) as raised:
         find_runs(path)
     return str(raised.value)
+
+
+STEP = {"step": 1, "loss": 3.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 9, "tokens_per_second": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.yaml", "a: [1\nb: }", "config.yaml cannot be read (while parsing"),
+        ("config.yaml", "[1, 2]", "config.yaml must be values by name, got [1, 2]"),
+        ("run.json", "[1]", "run.json must be values by name, got [1]"),
+        ("run.json", "{", "run.json cannot be read (Expecting property name"),
+        ("run.json", '{"choices": "x"}', "run.json: choices must be names by group, got 'x'"),
+        (
+            "metrics.jsonl",
+            {**STEP, "tokens_per_second": None},
+            "tokens_per_second of step 1 must be a number, got N",
+        ),
+        ("metrics.jsonl", {**STEP, "lr": "0.1"}, "metrics.jsonl: lr of step 1 must be a number, got '0.1'"),
+        ("metrics.jsonl", {**STEP, "step": "1"}, "metrics.jsonl:1 is no row of a run, an object with an integer step"),
+        ("metrics.jsonl", "3", "metrics.jsonl:1 is no row of a run"),
+        ("metrics.jsonl", {"step": 1, "validation_loss": "x"}, "validation_loss of step 1 must be a number, got 'x'"),
+        ("layers.jsonl", {"step": 1, "grad_norm": "x"}, "grad_norm of step 1 must be numbers by the name of a param"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path: Path, name: str, content: Any, expected: str) -> None:
+    """Each was a traceback, or the reason without the name of the file."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP))
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    line = find_error(tmp_path)
+    assert line.startswith(str(tmp_path)) and expected in line and "\n" not in line
 
 
 def test_a_run_without_a_step_is_left_out(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+import distopt
+from distopt.data.sft import CompletionData
+from distopt.data.text_data import TextData
+from distopt.engine import Zero1
 from distopt.job.check import check
 from distopt.job.components import Components
 from distopt.job.config import CONF, instantiate, named
 from distopt.job.reference import page
 from distopt.job.schema import HYDRA, SCHEMA, SECTIONS, find
 from distopt.models.language_model import LanguageModel
+from distopt.models.lora import LoRA
+from distopt.plan.cost import Cluster
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -182,12 +190,44 @@ def test_somebodys_own_class_has_keys_of_its_own() -> None:
         ("model._target_=builtins.dict", "model._target_ makes dict, and not LanguageModel"),
         ("+engine._partial_=true", "engine._target_ makes _DeferredTarget, and not Engine"),
         ("engine._target_=distopt.nope", "engine: ImportError: Error loading 'distopt.nope'"),
+        ("param_groups.overrides={wqe:{lr:1}}", "param_groups: no trainable parameter matches the override 'wqe'"),
+        ("+model.config.activation_function=nope", "model.config: GPT2Config builds no model (KeyError: "),
         ("schedule.warmup_steps=1000", "schedule: warmup longer than the run: warmup_steps must be less than"),
     ],
 )
 def test_what_a_target_makes_is_what_the_job_needs(words: str, expected: str) -> None:
     with pytest.raises(ValueError) as error:
         Components.of(composed("train", *words.split()))
+    assert str(error.value).startswith(expected), error.value
+
+
+ADAM = distopt.Adam([torch.zeros(2, requires_grad=True)])
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(Zero1, overlap_gather="abc"), "engine.overlap_gather must be true or false, got 'abc'"),
+        (partial(Zero1, reduce_dtype=["bf16"]), "engine.reduce_dtype must be one of fp32, bf16 or null, got ['bf16']"),
+        (partial(distopt.FunctionalSAM, ADAM, precondition=1), "precondition must be true or false, got 1"),
+        (partial(LoRA, dropout=float("nan")), "adapter.dropout must be a number in [0, 1), got nan"),
+        (partial(LoRA, target_modules=[]), "adapter.target_modules must be all-linear, or names such as"),
+        (partial(LanguageModel, "gpt2", seed=-1), "model.seed must be an integer >= 0, got -1"),
+        (
+            TextData(path="a", suffixes=[1]).check,
+            "data.suffixes must be endings of names, such as [.txt, .md], got ",
+        ),
+        (TextData(path="a", tokenizer="").check, "data.tokenizer must be a path or null, got ''"),
+        (CompletionData(path="a", ignore="id").check, "data.ignore must be names of fields, such as [id, source], got"),
+        (partial(Cluster, nodes=1, gpus_per_node=True), "gpus_per_node must be an integer >= 1, got True"),
+        (partial(Cluster, nodes=1, gpus_per_node=1, tflops=math.inf), "tflops must be a number > 0, got inf"),
+        (partial(distopt.param_groups, nn.Linear(1, 1), overrides="wte"), "overrides must be options by pattern, such"),
+        (partial(distopt.param_groups, nn.Linear(1, 1), True), "weight_decay must be a number >= 0, got True"),
+    ],
+)
+def test_constructors_refuse_by_the_same_bounds_without_hydra(make: Callable[[], object], expected: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make()
     assert str(error.value).startswith(expected), error.value
 
 

@@ -379,5 +379,5 @@ def test_models_that_cannot_be_scattered_are_refused(what: Callable[[], None], m
 
 @pytest.mark.parametrize("dtype", ["fp16", "bfloat16", torch.bfloat16, 16])
 def test_unknown_reduce_dtypes_are_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=rf"engine\.reduce_dtype must be fp32, bf16 or null, got {dtype!r}"):
+    with pytest.raises(ValueError, match=rf"engine\.reduce_dtype must be one of fp32, bf16 or null, got {dtype!r}"):
         Zero1(reduce_dtype=dtype)

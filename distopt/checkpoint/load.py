@@ -44,7 +44,7 @@ def load_checkpoint(
     training: dict[str, Any] = {}
     # weights_only would refuse the state of some schedules, and add no safety: DCP's .metadata is a pickle.
     source = folder / checkpoint_folder.TRAINING
-    collective.on_all(lambda: training.update(torch.load(source, map_location="cpu", weights_only=False)))
+    collective.on_all(lambda: training.update(_unpickled(source)))
     try:
         manifest.check_model(content["parameters"], manifest.described(contents.tensors))
         manifest.check_optimizer(content, type(optimizer).__name__, contents.state)
@@ -85,6 +85,17 @@ def load_model(path: Path, model: nn.Module) -> None:
     with torch_dcp(folder) as dcp:
         dcp.load(read, checkpoint_id=folder)
     set_model_state_dict(model, read["model"])
+
+
+def _unpickled(file: Path) -> dict[str, Any]:
+    """Reads what `torch.save` wrote; raises ValueError for a damaged file."""
+    try:
+        return dict(torch.load(file, map_location="cpu", weights_only=False))
+    except OSError:
+        raise
+    except Exception as error:  # of any class, by what the bytes happen to say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{file} cannot be read ({reason}): the checkpoint is damaged, take another") from error
 
 
 def load_weights(path: Path, tensors: dict[str, Tensor]) -> None:

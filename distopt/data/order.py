@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from distopt.bounds import SEED, integer, or_null
+
 
 class Order:
     """The order in which `count` sequences are trained on: a pure function of (seed, step) at any number of ranks.
@@ -24,8 +26,7 @@ class Order:
     """
 
     def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:
-        if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}; numpy's generators accept no negative seed")
+        SEED.check("seed", seed, "numpy's generators accept no negative seed")
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -100,8 +101,7 @@ class ValidationSequences:
         self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
     ) -> None:
         count = _count(tokens, sequence_length, batch_size, "validation")
-        if max_sequences is not None and max_sequences < 1:
-            raise ValueError(f"max_sequences must be >= 1 or None, got {max_sequences}; None is all")
+        or_null(integer(1)).check("max_sequences", max_sequences, "null is all")
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
         self.notes: list[str] = []
         self.sequences = max(min(count, max_sequences or count) // batch_size, 1) * batch_size
@@ -119,8 +119,8 @@ class ValidationSequences:
 
 def _count(tokens: np.ndarray, sequence_length: int, batch_size: int, split: str) -> int:
     """Return the number of sequences in the tokens of `split` whose targets do not overlap."""
-    if sequence_length < 1 or batch_size < 1:
-        raise ValueError(f"sequence_length and batch_size must be >= 1, got {sequence_length} and {batch_size}")
+    integer(1).check("sequence_length", sequence_length)
+    integer(1).check("batch_size", batch_size)
     if len(tokens) < sequence_length + 1:
         raise ValueError(
             f"{split} has {len(tokens)} tokens, one sequence needs sequence_length + 1 = {sequence_length + 1}; "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distopt.bounds import integer
 from distopt.data.batch import IGNORED, Batch
 from distopt.data.order import Order
 
@@ -123,8 +124,8 @@ class _Bins:
     """
 
     def __init__(self, examples: Examples, length: int, batch_size: int, packing: bool, split: str) -> None:
-        if length < 1 or batch_size < 1:
-            raise ValueError(f"sequence_length and batch_size must be >= 1, got {length} and {batch_size}")
+        integer(1).check("sequence_length", length)
+        integer(1).check("batch_size", batch_size)
         self.examples, self.packing = examples, packing
         full_lengths = np.diff(examples.starts)
         self.lengths = np.minimum(full_lengths - 1, length)

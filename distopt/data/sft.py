@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from distopt.bounds import switch
+from distopt.bounds import IGNORE, PATH, VALIDATION_FRACTION, or_null, switch
 from distopt.data import tokenizers
 from distopt.data.chat import EncodedExample, Encoder
 from distopt.data.examples import parse_example
 from distopt.data.packing import Examples, PackedSequences, PackedValidationSequences
 from distopt.data.sources import Line, Source
-from distopt.data.text_data import cache_folder, check_text
+from distopt.data.text_data import cache_folder
 from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, map_file
 
 VERSION = 1  # of the cache: increment it when the same lines would give different tokens
@@ -100,16 +100,13 @@ class CompletionData:
 
     def _open(self) -> tuple[list[Source], Encoder, str]:
         """Return the checked sources, their encoder, and a hash of everything that determines the tokens."""
-        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.05 is usual")
+        VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.05 is usual")
         switch().check("data.packing", self.packing)
         if self.path is None:
             raise ValueError("data.path is not set: give data.path=<a JSONL file, or a folder of them>")
-        check_text("tokenizer", self.tokenizer, null=True)
-        check_text("cache_dir", self.cache_dir, null=True)
-        is_list = isinstance(self.ignore, Sequence) and not isinstance(self.ignore, str)
-        if not is_list or not all(isinstance(name, str) for name in self.ignore):
-            raise ValueError(f"data.ignore must be names of fields, such as [id, source], got {self.ignore!r}")
+        or_null(PATH).check("data.tokenizer", self.tokenizer)
+        or_null(PATH).check("data.cache_dir", self.cache_dir)
+        IGNORE.check("data.ignore", self.ignore)
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         digest = tokenizers.digest(tokenizer)
         encoder = Encoder(tokenizer)

@@ -11,10 +11,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
+
+from distopt.bounds import FORMAT, PATH
 
 Format = Literal["auto", "text", "jsonl", "datasets"]
-FORMATS = get_args(Format)
 PIECE = 1 << 18  # bytes read and tokenized at once: longer documents are split into pieces, at line ends if possible
 
 
@@ -76,15 +77,13 @@ class Source:
         Raises:
             ValueError: An argument is invalid, or there is nothing to read.
         """
-        if format not in FORMATS:
-            raise ValueError(f"data format must be one of {', '.join(FORMATS)}, got {format!r}")
+        FORMAT.check("data.format", format)
         if path is None:
             if format != "auto":
                 raise ValueError(f"data format {format!r} needs a path, got None; give path=<file or folder>")
             root = Path(sysconfig.get_paths()["stdlib"])
             return cls("stdlib", root, _find(root, ".py", skip=("site-packages", "dist-packages")), field)
-        if not path or not isinstance(path, str):
-            raise ValueError(f"data path must be a file or folder, got {path!r}; give path=<file or folder>")
+        PATH.check("data.path", path, "give path=<file or folder>")
         root = Path(os.path.abspath(Path(path).expanduser()))  # not resolve(): a link's own name has the suffix
         if not root.exists():
             raise ValueError(f"data path {root} does not exist; give path=<file or folder>")
@@ -157,10 +156,13 @@ class Source:
         if (self.root / "dataset_dict.json").is_file():
             splits = ", ".join(sorted(folder.name for folder in self.root.iterdir() if folder.is_dir()))
             raise ValueError(f"{self.root} holds several datasets ({splits}); give the path of one of these folders")
+        if (self.root / "state.json").is_file() and not any(self.root.glob("*.arrow")):
+            raise ValueError(f"{self.root} is a dataset without rows; give another path")
         try:
             dataset = datasets.load_from_disk(str(self.root))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.root} is not a folder that datasets' save_to_disk wrote: {error}") from None
+        except Exception as error:  # of any class, by what of the folder is damaged
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{self.root} is not a folder that datasets' save_to_disk wrote ({reason})") from None
         if self.field not in dataset.column_names:
             columns = ", ".join(dataset.column_names)
             raise ValueError(f"{self.root} has no column {self.field!r}; give field=<one of: {columns}>")
@@ -232,8 +234,9 @@ def parse_json(line: bytes, where: str) -> Any:
     """Parse a line of JSON; raise `ValueError`, with the file and line of `where`, if it is malformed."""
     try:
         return json.loads(line.decode())
-    except ValueError as error:
-        raise ValueError(f"{where} is not UTF-8 JSON ({error}); one JSON object per line is needed") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{where} is not UTF-8 JSON ({reason}); one JSON object per line is needed") from None
 
 
 def _field_of(line: bytes, field: str, where: str) -> bytes:

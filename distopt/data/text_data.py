@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null
 from distopt.data import sources, token_cache, tokenizers
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.token_cache import Corpus
 
-SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
+_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class TextData:
     path: str | None = None
     format: Literal["auto", "text", "jsonl", "datasets"] = "auto"
     field: str = "text"
-    suffixes: str | Sequence[str] = SUFFIXES
+    suffixes: str | Sequence[str] = _SUFFIXES
     tokenizer: str | None = None
     validation_fraction: float = 0.02
     cache_dir: str | None = None
@@ -77,14 +78,11 @@ class TextData:
 
     def _open(self) -> tuple[sources.Source, str | None, str]:
         """Return the checked source, the tokenizer folder, and a hash of everything that determines the tokens."""
-        if not isinstance(self.validation_fraction, float) or not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction!r}; 0.02 is usual")
-        endings = [self.suffixes] if isinstance(self.suffixes, str) else self.suffixes
-        if not isinstance(endings, Sequence) or not all(isinstance(ending, str) for ending in endings):
-            raise ValueError(f"suffixes must be endings of file names, such as [.txt, .md], got {self.suffixes!r}")
-        check_text("field", self.field)
-        check_text("tokenizer", self.tokenizer, null=True)
-        check_text("cache_dir", self.cache_dir, null=True)
+        VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.02 is usual")
+        SUFFIXES.check("data.suffixes", self.suffixes)
+        FIELD.check("data.field", self.field)
+        or_null(PATH).check("data.tokenizer", self.tokenizer)
+        or_null(PATH).check("data.cache_dir", self.cache_dir)
         tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
         tokenizer_digest = tokenizers.digest(tokenizer)
         source = sources.Source.open(self.path, self.format, self.suffixes, self.field)
@@ -94,12 +92,6 @@ class TextData:
         next(iter(first.pieces))
         key = f"{token_cache.VERSION} {source.fingerprint()} {tokenizer_digest} {self.validation_fraction!r}"
         return source, tokenizer, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
-
-
-def check_text(name: str, value: object, null: bool = False) -> None:
-    """Raise `ValueError` if the option `data.<name>` is not a string (or None, if `null`)."""
-    if not isinstance(value, str) and not (null and value is None):
-        raise ValueError(f"data.{name} must be text{', or null' * null}, got {value!r}")
 
 
 def cache_folder(folder: str | None) -> Path:

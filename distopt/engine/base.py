@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.bounds import switch
+from distopt.bounds import PRECISION, switch
 from distopt.optim.clip import clip_, measure
 from distopt.optim.observer import vetoed
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distopt.sam import SAM
-
-_PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Engine:
@@ -44,8 +42,7 @@ class Engine:
     """
 
     def __init__(self, precision: str = "auto", activation_checkpointing: bool = False) -> None:
-        if precision not in _PRECISIONS:
-            raise ValueError(f"engine.precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
+        PRECISION.check("engine.precision", precision)
         switch().check("engine.activation_checkpointing", activation_checkpointing)
         gpu = torch.cuda.is_available()
         if precision == "bf16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):

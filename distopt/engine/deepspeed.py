@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt import layout
-from distopt.bounds import switch
+from distopt.bounds import STAGE, switch
 from distopt.engine.base import Engine
 from distopt.layout import deepspeed_private as private
 from distopt.sam import SAM
@@ -48,8 +48,7 @@ class DeepSpeed(Engine):
         offload: bool = False,
     ) -> None:
         super().__init__(precision, activation_checkpointing)
-        if stage not in (1, 2, 3):
-            raise ValueError(f"engine.stage must be 1, 2 or 3, got {stage!r}; stage 0 is engine=ddp")
+        STAGE.check("engine.stage", stage, "stage 0 is engine=ddp")
         if find_spec("deepspeed") is None:
             raise ValueError("engine=deepspeed_zero*: DeepSpeed is not installed: pip install 'distopt[deepspeed]'")
         switch().check("engine.offload", offload)

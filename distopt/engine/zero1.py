@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distopt.bounds import REDUCE_DTYPE, switch
 from distopt.engine.ddp import DDP
 from distopt.layout import ShardLayout, zero1_layout
 
@@ -44,7 +45,7 @@ class Zero1(DDP):
             pass. Needs scratch memory of the model's size.
 
     Raises:
-        ValueError: Any other reduce_dtype, or as `DDP`.
+        ValueError: Any other reduce_dtype, an overlap_gather that is not a boolean, or as `DDP`.
     """
 
     _wrapper = _Zero1Model
@@ -58,8 +59,8 @@ class Zero1(DDP):
         overlap_gather: bool = False,
     ) -> None:
         super().__init__(precision, activation_checkpointing, find_unused_parameters)
-        if reduce_dtype not in _DTYPES:
-            raise ValueError(f"engine.reduce_dtype must be fp32, bf16 or null, got {reduce_dtype!r}")
+        REDUCE_DTYPE.check("engine.reduce_dtype", reduce_dtype)
+        switch().check("engine.overlap_gather", overlap_gather)
         self.reduce_dtype = reduce_dtype
         self.overlap_gather = overlap_gather
 

@@ -83,9 +83,11 @@ class Components:
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
         )
         parts.dry_run(cfg.train.steps)
-        parts.check_init(bool(cfg.param_groups.get("independent_decay")))
-        parts.language_model.check()
-        parts.data.check()
+        independent_decay = bool(cfg.param_groups.get("independent_decay"))
+        parts.check_init(independent_decay)
+        parts.check_model(independent_decay)
+        with named("data"):
+            parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
 
@@ -129,8 +131,22 @@ class Components:
             options["lr"] = lr
         return self.make_groups(model, **options)
 
+    def check_model(self, independent_decay: bool) -> None:
+        """Builds the model on the meta device, with adapter and param groups: their names are known before any text.
+
+        Raises:
+            ValueError: With the section of the configuration at fault.
+        """
+        with named("model"):
+            model = self.language_model.check()
+        if self.adapter:
+            with named("adapter"):
+                self.adapter.add(model, self.language_model.path)
+        with named("param_groups"):
+            self.groups(model, 1.0, independent_decay, None)
+
     def dry_run(self, steps: int) -> None:
-        """Makes optimizer, schedule and SAM for one small tensor: what they refuse, they refuse now.
+        """Makes optimizer, schedule and SAM for one small tensor, so that they refuse their arguments before it starts.
 
         Raises:
             ValueError: With the section of the configuration at fault.

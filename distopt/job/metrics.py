@@ -157,13 +157,21 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a JSONL file up to the first incomplete line; none if there is no file."""
+    """Reads the rows of a JSONL file up to the first incomplete line; none if there is no file.
+
+    Raises:
+        ValueError: For a line that is JSON and no row of a run, with the file and the number of the line.
+    """
     rows = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{file}:{number} is no row of a run, an object with an integer step: {line:.60}")
+        rows.append(row)
     return rows
 
 

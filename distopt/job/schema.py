@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from distopt.bounds import Bound, choice, integer, mapping, number, or_null, switch, text, texts
+from distopt import bounds
+from distopt.bounds import PATH, POSITIVE, Bound, choice, integer, number, or_null, switch, text, texts
 from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.init.scheme import BOUNDS as INIT
 from distopt.optim.validate import BOUNDS
@@ -34,10 +35,6 @@ def _is_name(value: object) -> bool:
     return bool(parts) and ".." not in parts
 
 
-PATH = text("a path", empty=False)
-POSITIVE = number(0, above=True)
-DECAY = number(0, 1, below=True)
-
 SECTIONS = {
     "train": "the steps",
     "evaluation": "the validation loss and the sample",
@@ -61,7 +58,7 @@ SCHEMA: dict[str, Key] = {
         Bound("the name of a folder below runs/", _is_name),
         "of `runs/NAME`; an older run there is moved aside",
     ),
-    "seed": Key(integer(0), "seed of the data order, of dropout and of the first values"),
+    "seed": Key(bounds.SEED, "seed of the data order, of dropout and of the first values"),
     "lr_scale": Key(POSITIVE, "factor on `optimizer.lr`, to sweep around each optimizer's own"),
     "trackers": Key(
         or_null(texts("names such as [tensorboard, wandb],", one=True)), "Accelerate's experiment trackers"
@@ -82,7 +79,7 @@ SCHEMA: dict[str, Key] = {
         or_null(POSITIVE), "bound of the global gradient norm; null: measure it without clipping"
     ),
     "train.prove_every": Key(
-        or_null(integer(0)),
+        bounds.PROVE_EVERY,
         "steps between two proofs that the processes agree; null: only before the first step, 0: never",
     ),
     "train.lr_range_test": Key(
@@ -147,7 +144,7 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"
     ),
     "param_groups.overrides": Key(
-        or_null(mapping("options by pattern, such as {wte: {lr: 1e-4}},", of=dict)),
+        bounds.OVERRIDES,
         "options of the parameters whose name a regular expression is found in, as {wte: {lr: 1e-4}}",
     ),
     "param_groups.independent_decay": Key(
@@ -155,7 +152,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "sam.rho": Key(POSITIVE, "radius of the neighbourhood", "leave SAM out for rho = 0"),
     "sam.interval": Key(integer(1), "perturb at every so many steps"),
-    "sam.scope": Key(choice("global", "local"), "perturb by the global gradient or each process by its own"),
+    "sam.scope": Key(bounds.SCOPE, "perturb by the global gradient or each process by its own"),
     "sam.eta": Key(number(0), "added to |parameter| in ASAM's scale"),
     "sam.sigma": Key(number(0, 1), "how much of the mean gradient is removed from the perturbation"),
     "sam.decay": Key(number(0, 1), "decay rate of the mean gradient"),
@@ -172,28 +169,28 @@ SCHEMA: dict[str, Key] = {
     "health.max_rollbacks": Key(HEALTH["max_rollbacks"], "rollbacks and reloads after which the run ends"),
     "schedule.warmup_steps": Key(integer(0), "steps of linear warmup"),
     "schedule.decay_steps": Key(integer(1), "last steps, in which the factor falls"),
-    "schedule.final_lr_ratio": Key(number(0, 1), "factor at the last step"),
+    "schedule.final_lr_ratio": Key(bounds.RATIO, "factor at the last step"),
     "engine.precision": Key(
-        choice("auto", "fp32", "bf16"), "of the computation; parameters and state stay in float32; auto: bf16 on GPUs"
+        bounds.PRECISION, "of the computation; parameters and state stay in float32; auto: bf16 on GPUs"
     ),
     "engine.activation_checkpointing": Key(switch(), "recompute each block's activations in the backward pass"),
     "engine.find_unused_parameters": Key(switch(), "for models that leave out parameters in some steps"),
-    "engine.reduce_dtype": Key(or_null(choice("fp32", "bf16")), "in which gradients are sent; null: their own dtype"),
+    "engine.reduce_dtype": Key(bounds.REDUCE_DTYPE, "in which gradients are sent; null: their own dtype"),
     "engine.overlap_gather": Key(
         switch(), "gather updated shards during the next forward pass, for scratch memory of the model's size"
     ),
     "engine.reshard_after_forward": Key(switch(), "free gathered parameters between forward and backward"),
     "engine.replicas": Key(integer(1), "groups of processes that each have the full model between them"),
     "engine.sync_each_batch": Key(switch(), "false: full gradients until the last micro-batch, for less communication"),
-    "engine.stage": Key(choice(1, 2, 3), "DeepSpeed's ZeRO stage"),
+    "engine.stage": Key(bounds.STAGE, "DeepSpeed's ZeRO stage"),
     "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
-    "model.family": Key(or_null(text("a model type of transformers", empty=False)), "null: that of `model.path`"),
+    "model.family": Key(or_null(bounds.FAMILY), "null: that of `model.path`"),
     "model.config": Key(
-        mapping("options by name, such as {n_layer: 4}"),
+        bounds.MODEL_CONFIG,
         "options of the family's configuration, or changes of `model.path`'s",
     ),
     "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
-    "model.seed": Key(integer(0), "seed of the first values"),
+    "model.seed": Key(bounds.SEED, "seed of the first values"),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),
@@ -205,26 +202,24 @@ SCHEMA: dict[str, Key] = {
     "init.base_width": Key(INIT["base_width"], "muP: hidden size of the base model, whose learning rate is known"),
     "adapter.r": Key(integer(1), "rank of the change"),
     "adapter.alpha": Key(integer(1), "the scale of the change is alpha / r"),
-    "adapter.dropout": Key(DECAY, "dropout on the input of the change"),
+    "adapter.dropout": Key(bounds.DROPOUT, "dropout on the input of the change"),
     "adapter.target_modules": Key(
-        or_null(texts("all-linear, or names such as [q_proj, v_proj],", one=True)),
+        bounds.TARGET_MODULES,
         "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
     ),
     "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
-    "data.format": Key(choice("auto", "text", "jsonl", "datasets"), "auto: by the file's name"),
-    "data.field": Key(text("text", empty=False), "field of the lines, or column, with the text"),
-    "data.suffixes": Key(
-        texts("endings of names, such as [.txt, .md]", one=True), "endings of the files taken from a folder"
-    ),
+    "data.format": Key(bounds.FORMAT, "auto: by the file's name"),
+    "data.field": Key(bounds.FIELD, "field of the lines, or column, with the text"),
+    "data.suffixes": Key(bounds.SUFFIXES, "endings of the files taken from a folder"),
     "data.tokenizer": Key(or_null(PATH), "a Hugging Face tokenizer folder; null: bytes, 256 tokens"),
-    "data.validation_fraction": Key(number(0, 1, above=True, below=True), "share of the text that is held out"),
+    "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
     "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
-    "data.ignore": Key(texts("names of fields, such as [id, source]"), "fields of the lines that are not read"),
+    "data.ignore": Key(bounds.IGNORE, "fields of the lines that are not read"),
     "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),
     "cluster.tflops": Key(POSITIVE, "dense TFLOP/s of a GPU in the precision of the model"),
-    "cluster.efficiency": Key(number(0, 1, above=True), "share of them that a model reaches"),
+    "cluster.efficiency": Key(bounds.EFFICIENCY, "share of them that a model reaches"),
     "cluster.memory_gbps": Key(POSITIVE, "GB/s of a GPU's memory"),
     "cluster.near_gbps": Key(POSITIVE, "GB/s that a GPU sends to another of its machine"),
     "cluster.far_gbps": Key(POSITIVE, "GB/s that a GPU sends to another machine"),

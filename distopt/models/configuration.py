@@ -66,7 +66,7 @@ def pretrained_config(path: Path, family: str | None, options: Mapping[str, Any]
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"model.path={path}: config.json cannot be used: {error}") from error
     if family not in (None, config.model_type):
         raise ValueError(

@@ -76,7 +76,10 @@ def export(
             # The remaining files are the tokenizer and, for a pretrained model, its generation_config.json.
             if name not in (TRAINING, ".metadata", pretrained.CONFIG, ADAPTER) and not name.endswith(".distcp"):
                 shutil.copyfile(folder / name, partial / name)
-        tokenizer = fitting_tokenizer(partial)
+        try:
+            tokenizer = fitting_tokenizer(partial)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -162,6 +165,9 @@ def fitting_tokenizer(folder: Path) -> str:
     """Return the name of the transformers class that loads an exported tokenizer as it was used in training.
 
     This is AutoTokenizer, except for families (Qwen2, ...) for which it replaces the rules of the file by its own.
+
+    Raises:
+        ValueError: The file of the tokenizer is damaged.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
@@ -169,6 +175,9 @@ def fitting_tokenizer(folder: Path) -> str:
     if not (folder / "tokenizer.json").is_file():
         return "AutoTokenizer"
     probe = "It's  A\u0301  \u0100 1234\r\n\t\u65e5\u672c\u8a9e \u00df\ufb01 \U0001f600 def f(x):\n    return x"
-    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(probe, add_special_tokens=False).ids
+    try:
+        expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(probe, add_special_tokens=False).ids
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise ValueError(f"tokenizer.json cannot be read ({error}): the checkpoint is damaged, take another") from error
     found = AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(probe, add_special_tokens=False)
     return "AutoTokenizer" if found == expected else "PreTrainedTokenizerFast"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distopt.bounds import FAMILY, MODEL_CONFIG, PATH, SEED, or_null
 from distopt.data import tokenizers
 from distopt.models import lora
 from distopt.models.configuration import new_config, pretrained_config
@@ -48,13 +49,10 @@ class LanguageModel:
         path: str | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"model.seed must be an integer, got {seed!r}")
-        if config is not None and not isinstance(config, Mapping):
-            raise ValueError(f"model.config must be options by name, such as {{n_layer: 4}}, got {config!r}")
-        for name, text in (("family", family), ("path", path)):
-            if text is not None and (not isinstance(text, str) or not text):
-                raise ValueError(f"model.{name} must be text, or null, got {text!r}")
+        SEED.check("model.seed", seed)
+        or_null(MODEL_CONFIG).check("model.config", config)
+        or_null(FAMILY).check("model.family", family)
+        or_null(PATH).check("model.path", path)
         self.family, self.config, self.seed = family, dict(config or {}), seed
         self.path = None if path is None else Path(path).expanduser()
         if self.path is not None and not (self.path / "config.json").is_file():
@@ -67,15 +65,18 @@ class LanguageModel:
         """Notes for the user about the pretrained folder, one line each; available after `empty`."""
         return self._weights.notes if self._weights else []
 
-    def check(self) -> None:
-        """Raise `ValueError` for errors that do not depend on the data, before anything slow."""
+    def check(self) -> PreTrainedModel:
+        """Return the model on the meta device, with the smallest vocabulary.
+
+        Raises:
+            ValueError: For errors that do not depend on the data.
+        """
         config = self.describe(1)
         text = config.get_text_config()
         heads, shared = (getattr(text, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:  # no family refuses it
             raise ValueError(f"model.config.num_key_value_heads={shared} does not divide the {heads} attention heads")
-        if self.path is not None:
-            self.empty(config)
+        return self.empty(config)
 
     def check_tokenizer(self, tokenizer: str | None) -> None:
         """Check that a tokenizer has the same ids as the pretrained model's own; it may have additional tokens.

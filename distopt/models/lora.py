@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distopt.bounds import integer
+from distopt.bounds import DROPOUT, TARGET_MODULES, integer
+from distopt.models import transformers_private
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,8 +49,7 @@ class LoRA:
     ) -> None:
         integer(1).check("adapter.r", r, "16 is usual")
         integer(1).check("adapter.alpha", alpha, "twice r is usual")
-        if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise ValueError(f"adapter.dropout must be a number in [0, 1), got {dropout!r}")
+        DROPOUT.check("adapter.dropout", dropout)
         if importlib.util.find_spec("peft") is None:
             raise ValueError("adapter=lora: peft is not installed: pip install 'distopt[finetune]'")
         _check_targets(target_modules)
@@ -97,8 +97,13 @@ class LoRA:
         try:
             inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
         except ValueError as error:
-            raise ValueError(f"adapter.target_modules={self.target_modules}: {error}") from error
-        for name in {path for pair in model.all_tied_weights_keys.items() for path in pair}:
+            # peft prints the module with all that it contains.
+            kind = re.match(r"Target module (\w+)\(.*is not supported", str(error), re.DOTALL)
+            reason = f"peft does not adapt modules of the class {kind[1]}" if kind else error
+            raise ValueError(f"adapter.target_modules={self.target_modules}: {reason}") from error
+        for name in {
+            path for pair in transformers_private.method(model, "all_tied_weights_keys").items() for path in pair
+        }:
             module = name.rpartition(".")[0].removesuffix(".base_layer")
             if hasattr(model.get_submodule(module), "base_layer"):
                 raise ValueError(
@@ -122,11 +127,7 @@ def pretrained_name(name: str) -> str | None:
 
 def _check_targets(targets: object) -> None:
     """Raise `ValueError` unless `targets` is a regular expression, a list of suffixes, or None."""
-    is_names = isinstance(targets, Sequence) and all(isinstance(target, str) and target for target in targets)
-    if targets is not None and not (is_names and targets):
-        raise ValueError(
-            f"adapter.target_modules must be all-linear, null, or names such as [q_proj, v_proj], got {targets!r}"
-        )
+    TARGET_MODULES.check("adapter.target_modules", targets)
     if isinstance(targets, str):
         try:
             re.compile(targets)

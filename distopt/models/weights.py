@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distopt.models import transformers_private
 from distopt.models.conversion import Conversion, dequantizer
 
 if TYPE_CHECKING:
@@ -80,9 +81,7 @@ class Weights:
 
     def _meta_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the files on the meta device, by name."""
-        from transformers.modeling_utils import str_to_torch_dtype
-
-        dtypes = {**str_to_torch_dtype, "F8_E8M0": torch.float8_e8m0fnu}
+        dtypes = {**transformers_private.read("modeling_utils", "str_to_torch_dtype"), "F8_E8M0": torch.float8_e8m0fnu}
         tensors = {}
         for path in dict.fromkeys(self._files.values()):
             with _open(path) as file:
@@ -102,15 +101,18 @@ class Weights:
         """Return the conversions to the model's tensors; add targets that the model lacks to `unexpected`."""
         # Follows convert_and_load_state_dict_in_model of transformers 5.23 (core_model_loading.py), which loads a full
         # model at once.
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+        converter_class, renaming_class, key, rename_source_key = (
+            transformers_private.read("core_model_loading", name)
+            for name in ("WeightConverter", "WeightRenaming", "dot_natural_key", "rename_source_key")
+        )
+        get_mapping = transformers_private.read("conversion_mapping", "get_model_conversion_mapping")
 
-        mapping = get_model_conversion_mapping(self._model, hf_quantizer=quantizer)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        mapping = get_mapping(self._model, hf_quantizer=quantizer)
+        renamings = [entry for entry in mapping if isinstance(entry, renaming_class)]
+        converters = [entry for entry in mapping if isinstance(entry, converter_class)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, conversions = self._model.base_model_prefix, dict[str, Conversion]()
-        for name in sorted(self._files, key=dot_natural_key):
+        for name in sorted(self._files, key=key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if target not in expected and name in expected:
                 target, pattern = rename_source_key(name, [], [], prefix, expected)
@@ -118,7 +120,7 @@ class Weights:
                 unexpected.add(target)
                 continue
             if target not in conversions:
-                transform = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
+                transform = renaming_class(name, target) if pattern is None else by_pattern[pattern]
                 conversions[target] = Conversion(transform, target, [])
             conversions[target].sources.append((pattern or name, name))
         return list(conversions.values())
@@ -139,11 +141,12 @@ class Weights:
     def _compare(self, expected: Mapping[str, Tensor], unexpected: set[str]) -> None:
         """Raise `ValueError` for missing and unexpected tensors, unless they are harmless: those become notes."""
         missing = set(expected) - set(self._conversions)
-        for one, other in self._model.all_tied_weights_keys.items():
+        for one, other in transformers_private.method(self._model, "all_tied_weights_keys").items():
             if one in self._conversions or other in self._conversions:
                 missing -= {one, other}
         keys: Any = SimpleNamespace(missing_keys=missing, unexpected_keys=unexpected)
-        self._model._adjust_missing_and_unexpected_keys(keys)  # removes those that transformers declares harmless
+        # Removes those that transformers declares harmless.
+        transformers_private.method(self._model, "_adjust_missing_and_unexpected_keys")(keys)
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         for name in (name for name in expected if name in keys.missing_keys):
             if name in parameters:

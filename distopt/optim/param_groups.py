@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.bounds import OVERRIDES
 from distopt.init import Width, widths
 from distopt.init.width import Shapes
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
 from distopt.optim.mup import check_scaling, scale
+from distopt.optim.validate import BOUNDS
 
 # Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
 # gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
@@ -86,7 +88,7 @@ def param_groups(
             matches no trainable parameter, and an option that no optimizer of torch or distopt has; for a
             learning rate that is missing; and as `distopt.init.widths`. The optimizer checks the values of options.
     """
-    patterns = _patterns(weight_decay, overrides := overrides or {})
+    patterns = _patterns(weight_decay, overrides := {} if overrides is None else overrides)
     check_scaling(lr, rule, independent_decay, mup is not None)
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
@@ -125,10 +127,8 @@ def param_groups(
 
 def _patterns(weight_decay: float, overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, re.Pattern[str]]:
     """Checks the arguments of `param_groups`, and returns the compiled patterns of the overrides."""
-    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
-        raise ValueError(f"weight_decay must be a number >= 0, got {weight_decay!r}")
-    if not isinstance(overrides, Mapping) or not all(isinstance(options, Mapping) for options in overrides.values()):
-        raise ValueError(f"overrides must be options by pattern, such as {{wte: {{lr: 1e-4}}}}, got {overrides!r}")
+    BOUNDS["weight_decay"].check("weight_decay", weight_decay)
+    OVERRIDES.check("overrides", overrides)
     patterns = {pattern: _compile(pattern) for pattern in overrides}
     for pattern, options in overrides.items():
         _check_names(pattern, options)

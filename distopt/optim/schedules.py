@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.bounds import integer
+from distopt.bounds import RATIO, integer
 
 _COUNTS = "it counts optimizer steps"
 
@@ -197,7 +197,4 @@ def _check(warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0
                 f"warmup longer than the run: warmup_steps must be less than total_steps = {total_steps}, "
                 f"got {warmup_steps}; shorten the warmup or train for longer"
             )
-    if not 0.0 <= final_lr_ratio <= 1.0:
-        raise ValueError(
-            f"final_lr_ratio must be in [0, 1], got {final_lr_ratio}; it is a fraction of the peak, not a learning rate"
-        )
+    RATIO.check("final_lr_ratio", final_lr_ratio, "it is a fraction of the peak, not a learning rate")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distopt.bounds import EFFICIENCY, POSITIVE, integer
 from distopt.plan.footprint import Collective
 
 GIB = 2**30
@@ -27,7 +28,8 @@ class Cluster:
         latency_us: The latency of one hop of a collective, in microseconds.
 
     Raises:
-        ValueError: If an argument is not a number > 0, or `efficiency` is above 1.
+        ValueError: If an argument is not a finite number > 0, a number of machines or GPUs is not an integer, or
+            `efficiency` is above 1.
     """
 
     nodes: int
@@ -42,12 +44,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            integer = name in ("nodes", "gpus_per_node")
-            if not number or not value > 0 or (integer and not isinstance(value, int)):
-                raise ValueError(f"{name} must be {'an integer' if integer else 'a number'} > 0, got {value!r}")
-        if self.efficiency > 1:
-            raise ValueError(f"efficiency must be in (0, 1], got {self.efficiency!r}: it is a share")
+            counts = {"nodes": integer(1), "gpus_per_node": integer(1), "efficiency": EFFICIENCY}
+            counts.get(name, POSITIVE).check(name, value)
 
     @property
     def gpus(self) -> int:

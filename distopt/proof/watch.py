@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distopt.bounds import PROVE_EVERY
 from distopt.layout import unwrap_optimizer
 from distopt.proof.messages import NoGradients, prove
 
@@ -82,8 +83,7 @@ def prove_every(
     Raises:
         ValueError: If `steps` is neither None nor an integer >= 0.
     """
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
-        raise ValueError(f"steps must be None (only the next), 0 (never) or an integer >= 1, got {steps!r}")
+    PROVE_EVERY.check("steps", steps, "null is only the next step, 0 is never")
     optimizer = unwrap_optimizer(optimizer)
     told = optimizer.__dict__.get("_watch")
     optimizer.__dict__["_watch"] = Watch(model, steps, state, gradients, group)

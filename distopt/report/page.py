@@ -47,7 +47,7 @@ def write_report(folder: Path, out: Path) -> Path:
             compared=_compared(json.loads(compared.read_text())) if compared.is_file() else [],
             keys=differing([run.config for run in runs]),
             diverged=sum(run.diverged for run in runs),
-            unfinished=sum(run.steps < run.config.get("train.steps", 0) for run in runs),
+            unfinished=sum(run.unfinished for run in runs),
             pictures={name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
             number=lambda value: "" if math.isnan(value) else f"{value:.4f}",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN, read_lines, read_metrics
+from distopt.report.checked import checked_choices, checked_layers, checked_rows, read_mapping
 
 # Differences of these keys do not make two configurations different.
 _NOT_COMPARED = ("name", "seed", "model.seed", "trackers", "train.resume")
@@ -42,19 +43,22 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, root: Path) -> Run:
-        """Read a folder that has a metrics.jsonl; other missing files are left empty."""
+        """Read a folder that has a metrics.jsonl; other missing files are left empty.
+
+        Raises:
+            ValueError: For a file that a run has not written, with its name and what is wrong in it.
+        """
         import yaml
 
-        config, about = folder / "config.yaml", folder / RUN
-        recorded = json.loads(about.read_text()) if about.is_file() else {}
+        recorded = read_mapping(folder / RUN, json.loads)
         name = str(folder.relative_to(root)) if folder != root else folder.name
         return cls(
             name=name,
-            config=dict(_flat(yaml.safe_load(config.read_text()) or {})) if config.is_file() else {},
-            command=recorded.get("command", ""),
-            choices=recorded.get("choices", {}),
-            rows=read_metrics(folder),
-            layers=read_lines(folder / LAYERS),
+            config=dict(_flat(read_mapping(folder / "config.yaml", yaml.safe_load))),
+            command=str(recorded.get("command", "")),
+            choices=checked_choices(recorded.get("choices", {}), folder / RUN),
+            rows=checked_rows(read_metrics(folder), folder / METRICS),
+            layers=checked_layers(read_lines(folder / LAYERS), folder / LAYERS),
             alarms=read_lines(folder / ALARMS),
         )
 
@@ -100,6 +104,12 @@ class Run:
     def steps(self) -> int:
         """The number of steps."""
         return int(self.train[-1]["step"])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the configuration asks for more steps."""
+        steps = self.config.get("train.steps", 0)
+        return isinstance(steps, int) and self.steps < steps
 
     @property
     def tokens_per_second(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.bounds import switch
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
 from distopt.sam.perturbation import Perturbation
@@ -38,6 +39,7 @@ class FunctionalSAM(PreconditionedSAM):
         precondition: Whether the perturbation is preconditioned, which needs an optimizer with second moments.
 
     Raises:
+        ValueError: As for `PreconditionedSAM`, and for a `precondition` that is not a boolean.
         RuntimeError: If a pass does not call `loss`, or if the second has more or fewer outputs than the first.
 
     Reference: Singh, Mobahi, Agarwala, Dauphin, Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM,
@@ -54,6 +56,7 @@ class FunctionalSAM(PreconditionedSAM):
         interval: int = 1,
         model: nn.Module | None = None,
     ) -> None:
+        switch().check("precondition", precondition)
         self.precondition = self.reads_optimizer_state = precondition
         super().__init__(optimizer, rho, eps=eps, interval=interval, model=model)
         self._slopes: list[Tensor] = []

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distopt.bounds import integer
+from distopt.bounds import SCOPE, integer
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
@@ -52,8 +52,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         for group in optimizer.param_groups:
             self.radius(group)
         integer(1).check("interval", interval, "1 perturbs at every step")
-        if scope not in ("global", "local"):
-            raise ValueError(f"scope must be global or local, got {scope!r}")
+        SCOPE.check("scope", scope)
         self.interval = interval
         self.scope = scope
         self.model = model
