@@ -79,7 +79,7 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     text = _text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
-    model, _, _ = _model(parts, config, device)
+    model, _, _ = _model(parts, config, device, lr=1.0, independent_decay=False)  # for no optimizer
     load_model(checkpoint, parts.engine.unwrap(model))
     own = [text.sequences.batch(step, rank, world).to(device) for step in range(batches)]
     return Reopened(

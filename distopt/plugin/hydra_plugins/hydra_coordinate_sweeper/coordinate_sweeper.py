@@ -61,9 +61,9 @@ class CoordinateSweeper(Sweeper):
                 and has not diverged.
         """
         assert self.config is not None and self.hydra_context is not None
-        loader = self.hydra_context.config_loader
+        config, loader = self.config, self.hydra_context.config_loader
         known = loader.get_group_options(self.options.group, ObjectType.CONFIG)
-        every = rows(self.options, known, lambda words: loader.load_sweep_config(self.config, [*arguments, *words]))
+        every = rows(self.options, known, lambda words: loader.load_sweep_config(config, [*arguments, *words]))
         self._check_arguments(arguments, every)
         folder = Path(str(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,8 @@ class CoordinateSweeper(Sweeper):
         return [self._loss(result) for result in returned]
 
     def _identity(self, words: list[str]) -> str:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, words)  # type: ignore[union-attr]
+        assert self.config is not None and self.hydra_context is not None
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, words)
         task = {key: value for key, value in cfg.items_ex(resolve=False) if key != "hydra"}
         text = OmegaConf.to_yaml(OmegaConf.create(task), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
