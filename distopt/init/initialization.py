@@ -196,8 +196,8 @@ def initialize(
     row. Tied weights are filled once, as an embedding. Frozen parameters are filled too, buffers are not: a model that
     comes from the meta device needs its own (BatchNorm's statistics, rotary tables) from elsewhere.
 
-    Values are computed in float64 and rounded to float32, then to 16 bits if the parameter has 16. They are the same on
-    CPUs of every kind; a GPU may round a value in a billion otherwise. A matrix of `orthogonal` is decomposed in full
+    Values are computed in float64 and rounded to float32, then to 16 bits if the parameter has 16. Another
+    kind of device may round a few of them otherwise. A matrix of `orthogonal` is decomposed in full
     by every rank, one at a time, which takes some 40 bytes for each of its elements.
 
     Call it before the optimizer is made (its float32 masters would keep the old values) and before

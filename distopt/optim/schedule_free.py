@@ -113,9 +113,8 @@ class AdamWScheduleFree(ScheduleFree):
         x <- (1 - c) * x + c * z             c = w / (sum of w so far),  w = step^r * lr^weight_lr_power
         y <- (1 - beta1) * z + beta1 * x
 
-    As the authors' code since its version 1.3, whose bias correction is Adam's. Algorithm 1 of the paper corrects lr
-    instead, lr * sqrt(1 - beta2^step), also in the weights w, and eps is then added to the root of v itself; the
-    authors have found that unstable. For the rest, see `SGDScheduleFree`.
+    The bias correction is Adam's. Algorithm 1 of the paper corrects lr instead, lr * sqrt(1 - beta2^step), also in the
+    weights w and in the decay, and eps is then added to the root of v itself. For the rest, see `SGDScheduleFree`.
 
     Args:
         params: As for `SGDScheduleFree`, like all but those below.

@@ -482,7 +482,7 @@ def adamw_schedule_free(
 ) -> list[Params]:
     """Schedule-free AdamW: as `sgd_schedule_free`, by g / (sqrt(v_hat) + eps) + weight_decay y in place of g.
 
-    The paper's Algorithm 1 has the bias correction of v in lr; this is that of the authors' code of 2024-10 and later.
+    The paper's Algorithm 1 has the bias correction of v in lr; this is Adam's, of v itself.
     """
     average, moments = _Average(params, betas[0], lr, r, weight_lr_power, evaluated), _Moments((0.0, betas[1]))
     trajectory = []
