@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distopt
+from distopt.counter import key, uniforms
 from distopt.init import Initialization
-from distopt.init.counter import key, uniforms
 from distopt.models.language_model import LanguageModel, blocks
 from tests.harness.distributed import run
 from tests.harness.engines import CONFIGS, CPU, DEEPSPEED, ENGINES, VOCABULARY, full
@@ -80,8 +80,8 @@ def test_moments_and_tails_are_those_of_a_normal() -> None:
 
 def test_the_hash_is_that_of_splitmix64() -> None:
     """In Python's integers, which do not wrap around."""
-    state, mask = key(7, "h.0.weight") % 2**64, 2**64 - 1
-    got = uniforms(key(7, "h.0.weight"), torch.arange(100)).tolist()
+    state, mask = key("7/h.0.weight") % 2**64, 2**64 - 1
+    got = uniforms(key("7/h.0.weight"), torch.arange(100)).tolist()
     for i in range(100):
         x = (state + (i + 1) * 0x9E3779B97F4A7C15) & mask
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import distopt
-from distopt.hash_noise import noise
+from distopt import counter
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance
 from tests.harness.sharded import mesh
@@ -30,6 +30,10 @@ def written_out(seed: int, name: str, i: int) -> float:
     x ^= x >> 31
     u, v = (((x >> 32) + 0.5) * 2.0**-32, ((x & 0xFFFFFFFF) + 0.5) * 2.0**-32)
     return math.sqrt(-2.0 * math.log(u)) * math.cos(2.0 * math.pi * v)
+
+
+def noise(seed: int, name: str, start: int, numel: int) -> Tensor:
+    return counter.normals(counter.key(f"{seed}:{name}"), torch.arange(start, start + numel)).float()
 
 
 def test_noise_is_as_defined() -> None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distopt import collective
+from distopt import collective, counter
 from distopt.bounds import integer, number
 from distopt.engine.fsdp2 import reshard
-from distopt.hash_noise import noise
 from distopt.layout import local
 from distopt.layout.row_sharding import span
 from distopt.rng import random_state, same_random_numbers
@@ -130,7 +129,9 @@ class MeZO(torch.optim.Optimizer):
             for name, p in zip(names, group["params"]):
                 if p.requires_grad:
                     for part, start in _parts(p):
-                        z = noise(group["seed"], f"{group['steps']}:{name}", start, part.numel(), part.device)
+                        key = counter.key(f"{group['seed']}:{group['steps']}:{name}")
+                        index = torch.arange(start, start + part.numel(), device=part.device)
+                        z = counter.normals(key, index).float()
                         part.add_(z.view(part.shape).to(part.dtype), alpha=factor(group))
         if self._model is not None:
             reshard(self._model)

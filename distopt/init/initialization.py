@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt import counter
 from distopt.bounds import number
-from distopt.init import counter
-from distopt.init.places import part_of
+from distopt.init.places import indices, part_of
+from distopt.init.quantiles import standardized
 from distopt.init.roles import Named, residual_factors, roles
 from distopt.init.scheme import BOUNDS, RESIDUAL, SCHEMES, Scheme
 from distopt.init.width import Shapes, Width, widths
@@ -131,15 +132,15 @@ class Initialization:
             return
         if not part.numel():
             return
-        start = counter.key(self.seed, named.name)
+        start = counter.key(f"{self.seed}/{named.name}")
         target = part.view(-1) if part.is_contiguous() else torch.empty(part.numel(), dtype=part.dtype).to(part.device)
         matrix = _orthogonal(start, shape, self.scheme.gain or 1.0) if std is None else None
-        for first, index in counter.indices(place, shape, part.device):
+        for first, index in indices(place, shape, part.device):
             if matrix is not None:
                 values = matrix[index.cpu()].to(part.device)
             else:
                 name = self.scheme.distribution if self.scheme.distribution != "orthogonal" else "normal"
-                values = counter.standardized(name, counter.uniforms(start, index)).mul_((std or 0.0) * factor)
+                values = standardized(name, counter.uniforms(start, index)).mul_((std or 0.0) * factor)
                 if named.role.padding is not None:
                     values[index // shape[1] == named.role.padding] = 0.0
             target[first : first + len(index)] = values.float() if part.element_size() < 8 else values
@@ -155,7 +156,7 @@ def _orthogonal(start: int, shape: tuple[int, ...], gain: float) -> Tensor:
     """
     rows, numel = shape[0], math.prod(shape)
     index, threads = torch.arange(numel), torch.get_num_threads()
-    normal = counter.standardized("normal", counter.uniforms(start, index)).view(rows, -1)
+    normal = standardized("normal", counter.uniforms(start, index)).view(rows, -1)
     wide = normal.shape[0] < normal.shape[1]
     try:
         torch.set_num_threads(1)
@@ -189,7 +190,7 @@ def initialize(
         w(i) = std * q(u(seed, name, i))           q: the quantile function of the scheme's distribution
         std = gain / sqrt(fan), or a number        fan: fan_in, fan_out or their mean
 
-    `u` counts instead of drawing (`distopt.init.counter`), so that the same seed gives the same weights bit for bit at
+    `u` counts instead of drawing (`distopt.counter`), so that the same seed gives the same weights bit for bit at
     every number of ranks and on every kind of sharding; each rank computes its own shard and communicates nothing. The
     schemes are in `distopt.init.scheme`, what counts as a fan in `distopt.init.roles`. Gains of norms become 1 (0 where
     the norm multiplies by 1 + weight), biases 0, embeddings normal with `embedding_std` and with zeros in their padding

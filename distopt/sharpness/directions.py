@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from distopt import counter
 from distopt.layout import global_indices, local
 from distopt.sharpness.objective import Objective, Vector
-
-_WEYL, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def gaussian(objective: Objective, seed: int) -> Vector:
     """Returns a direction of independent standard normal values.
 
     Each is a hash of seed, parameter and the element's index in the full parameter, so that it does not depend on the
-    sharding: splitmix64 (Steele, Lea, Flood, OOPSLA 2014) in counter mode, then Box and Muller's transformation.
+    sharding (`distopt.counter`).
     """
-    return [_normal(bits).to(p.dtype) for p, bits in zip(objective.params, _bits(objective, seed))]
+    sequences = zip(objective.params, _sequences(objective, seed))
+    return [counter.normals(key, index).to(p.dtype) for p, (key, index) in sequences]
 
 
 def rademacher(objective: Objective, seed: int) -> Vector:
     """Returns a direction of independent signs, +1 or -1, by the same hash."""
-    return [1.0 - 2.0 * (bits & 1).to(p.dtype) for p, bits in zip(objective.params, _bits(objective, seed))]
+    sequences = zip(objective.params, _sequences(objective, seed))
+    return [1.0 - 2.0 * (counter.bits(key, index) & 1).to(p.dtype) for p, (key, index) in sequences]
 
 
 def filter_normalised(objective: Objective, direction: Vector) -> Vector:
@@ -51,38 +52,7 @@ def _rows_as(weight: Tensor, direction: Tensor) -> Tensor:
     return direction * torch.where(lengths > 0, wanted / lengths, 0.0)
 
 
-def _bits(objective: Objective, seed: int) -> list[Tensor]:
-    """64 random bits for each local element, as int64."""
-    keys = [_mixed(torch.tensor([_mixed_once(seed) + i])) for i in range(len(objective.params))]
-    return [
-        _mixed(global_indices(p).to(local(p.detach()).device) ^ key.to(local(p.detach()).device))
-        for p, key in zip(objective.params, keys)
-    ]
-
-
-def _mixed_once(seed: int) -> int:
-    return int(_mixed(torch.tensor([seed]))[0]) >> 1  # room for the number of the parameter
-
-
-def _mixed(counter: Tensor) -> Tensor:
-    """splitmix64's output for its state `counter`; int64 products wrap around."""
-    z = (counter + 1) * _signed(_WEYL)
-    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
-    return z ^ _shifted(z, 31)
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    """The logical shift to the right; torch's is arithmetic."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64)
-
-
-def _normal(bits: Tensor) -> Tensor:
-    """Standard normal values in float64, of 32 bits each for radius and angle."""
-    radius = (_shifted(bits, 32).double() + 0.5) / 2**32
-    angle = (bits & 0xFFFFFFFF).double() / 2**32
-    return (-2.0 * radius.log()).sqrt_() * (2.0 * math.pi * angle).cos_()
+def _sequences(objective: Objective, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields the key of each parameter, and the indices of its local elements."""
+    for i, p in enumerate(objective.params):
+        yield counter.key(f"{seed}/{i}"), global_indices(p).to(local(p.detach()).device)
