@@ -65,6 +65,15 @@ def is_measured(update: Update) -> bool:
     return bool(update.group["trust_ratio"] or update.group["cautious"])
 
 
+def apply(updates: Sequence[Update], measured: Sequence[Update], ratios: Sequence[Tensor]) -> None:
+    """Applies updates: those that were measured by their ratios."""
+    for update in updates:
+        if not is_measured(update):
+            update.step()
+    for update, ratio in zip(measured, ratios):
+        update.apply(ratio)
+
+
 def concatenated(pairs: list[SquaredNorms]) -> SquaredNorms:
     """Concatenates the squared norms of several updates, with zeros in the columns that an update does not have."""
     width = max(map(len, pairs))

@@ -20,6 +20,7 @@ from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.eager import eager_island
 from distopt.optim.observer import observer_of
 from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
+from distopt.optim.ratios import Ratios
 from distopt.optim.state import LocalState, refuse_host_counts_in_graph
 from distopt.optim.state_dict import read_state_dict
 from distopt.optim.validate import check_group, check_values
@@ -72,7 +73,7 @@ class ShardedOptimizer(LayoutOptimizer):
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
     _reduced: Tensor | None = None  # the norms of the last trust ratios: |p| and the other one
-    _ratios: list[tuple[list[int], Tensor]]  # of the last step: layers, and the ratios of all layers
+    _ratios: Ratios
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
         own = {name: torch_options.pop(name) for name in CAUTIOUS if name in torch_options}
@@ -149,11 +150,7 @@ class ShardedOptimizer(LayoutOptimizer):
         if observer is not None:
             observer.apply(self, layout, updates, [*zip(measured, ratios)], self._reduced)
         else:
-            for update in updates:
-                if not dispatch.is_measured(update):
-                    update.step()
-            for update, ratio in zip(measured, ratios):
-                update.apply(ratio)
+            dispatch.apply(updates, measured, ratios)
         updated = [p for group in params for p in group]
         self._local.round_masters(self, layout, updated)
         layout.sync.publish(updated)
@@ -166,7 +163,7 @@ class ShardedOptimizer(LayoutOptimizer):
         indices = [i for i, group in enumerate(self.param_groups) if group["params"]]
         # All of them before a step is counted, so that a step that is refused changes nothing.
         found = [self._local.shards(self, layout, i, params[i]) for i in indices]
-        self._forget_ratios(layout, [p for group in params for p in group])
+        self._ratios.forget(layout, [p for group in params for p in group])
         return [self._local.counted(self, layout, i, params[i], shards) for i, shards in zip(indices, found)]
 
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
@@ -185,7 +182,7 @@ class ShardedOptimizer(LayoutOptimizer):
             if update.group["trust_ratio"]:
                 ratios = torch.where((weight > 0) & (other > 0), self.trust_ratio(update.group, weight, other), ratios)
                 ratios = ratios if (bounds := update.group["trust_clip"]) is None else ratios.clamp(*bounds)
-                self._ratios.append((update.layers, ratios))
+                self._ratios.add(update.layers, ratios)
             found.append(ratios)
         return found
 
@@ -195,8 +192,7 @@ class ShardedOptimizer(LayoutOptimizer):
         Float64 0-D tensors on the device of the layout. Where an engine calls `step` several times per training step,
         once for each partition, those of all calls.
         """
-        params = self.layout.params
-        return {params[layer]: ratios[layer] for layers, ratios in self._ratios for layer in layers}
+        return self._ratios.by_param(self.layout)
 
     def init_state(self) -> None:
         """Makes the state of every trainable parameter that has none: zeros, as before the first step.
@@ -254,12 +250,6 @@ class ShardedOptimizer(LayoutOptimizer):
             self._checked = layout
         return layout
 
-    def _forget_ratios(self, layout: ShardLayout, params: list[Tensor]) -> None:
-        """Drops the ratios of the last step; where a step has several calls, those of the layers of this call."""
-        layers = set(layout.layers(params))
-        kept = [] if layout.gradients_visible else self._ratios
-        self._ratios = [(of, ratios) for of, ratios in kept if layers.isdisjoint(of)]
-
     def _forget_layout(self) -> None:
         self._local = LocalState()
-        self.__dict__.setdefault("_ratios", [])
+        self.__dict__.setdefault("_ratios", Ratios())
