@@ -89,8 +89,9 @@ def test_names_every_argument(group: str, choice: str) -> None:
     arguments = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     given = set(cfg) - {"_target_", "_partial_", "_convert_"}
     from_the_program = {"params", "optimizer", "total_steps", "model"} if cfg.get("_partial_") else set()
-    # Of one kind of source only; and the job captures no CUDA graph.
-    optional = {"data": {"field", "suffixes"}, "optimizer": {"capturable"}}.get(group, set())
+    # Of one kind of source only; the job captures no CUDA graph; and what it connects a monitor with.
+    connected = {"model", "others", "reload", "on_alarm", "on_step"}
+    optional = {"data": {"field", "suffixes"}, "optimizer": {"capturable"}, "health": connected}.get(group, set())
     assert given <= arguments
     assert arguments - given <= from_the_program | optional
 
@@ -121,7 +122,7 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
     """With the learning rate of its YAML, by ten steps on one batch; every parameter moves at the first (by ADOPT at
     the second: its first sets its state).
 
-    Those that estimate their rate start from a millionth of it.
+    Those that estimate their rate start from a millionth of it, and take 100 steps, which SAM need not repeat.
     """
     model, x, y = tiny()
     before = [p.detach().clone() for p in model.parameters()]
@@ -148,6 +149,8 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
 
     losses = [optimizer.step(closure).item() for _ in range(2 if choice == "adopt" else 1)]
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+    if "d0" in cfg.optimizer and sam != "off":
+        return
     losses += [optimizer.step(closure).item() for _ in range(100 if "d0" in cfg.optimizer else 10)]
     assert losses[-1] < losses[0] - 0.01
 

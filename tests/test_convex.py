@@ -21,6 +21,7 @@ def convex() -> Any:
     return module
 
 
+@pytest.mark.matrix
 def test_the_exponents_are_those_of_theory(convex: Any) -> None:
     """Fits over one to one and a half decades: terms of lower order shift an exponent by up to a tenth, 0.06 here. For
     the hinge theory has an upper bound only, and 1.29 was measured."""

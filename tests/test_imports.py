@@ -44,16 +44,16 @@ OTHERS = (
 PROBE = """
 import json, sys, time, torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import distopt
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
 
 
 @pytest.fixture(scope="module")
 def probes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, list[str]]]:
-    """The seconds that `import distopt` adds to `import torch`, and the modules, in each of three processes."""
+    """The CPU seconds that `import distopt` adds to `import torch`, and the modules, in each of three processes."""
     folder = tmp_path_factory.mktemp("probe")
     command, env = [sys.executable, "-W", "error", "-c", PROBE], {**os.environ, **ENVIRONMENT}
     return [

@@ -62,8 +62,15 @@ def trained(kind: str, world: int) -> list[dict[str, dict[torch.dtype, list[Tens
     return run(world, train, kind, world) if world else [train(kind, world)]
 
 
+# Where more ranks, or the same ranks with shards, test the same and more.
+REPEATED = {("replicated", 2), ("replicated", 4), ("zero1", 1), ("fsdp2", 1), ("fsdp2", 2)}
+
+
 @every_row
-@pytest.mark.parametrize(("kind", "world"), EVERYWHERE)
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [pytest.param(*each, marks=[pytest.mark.matrix] if each in REPEATED else []) for each in EVERYWHERE],
+)
 def test_the_update_is_that_of_the_unsharded_model(row: Row, kind: str, world: int) -> None:
     """With clipping, two param groups, tied weights, frozen parameters, an all-zero one, one that is used on some steps
     only, and shards that are uneven or empty."""
@@ -466,13 +473,13 @@ def train_masters(row: Row, kind: str) -> tuple[bool, set[torch.dtype], float]:
         same = same and all(close)
         if step == 5:
             opt.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
-    kept = [local(t) for values in opt.state.values() for key, t in values.items() if key != "step"]
+    kept = [local(t) for values in opt.state.values() for key, t in values.items() if key not in row.counts]
     difference = max(distance([p.float()], [m]) for p, m in zip(now, masters))
     return bool(same), {t.dtype for t in kept}, float(difference)
 
 
 @every_row
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_16_bit_parameters_have_masters_on_every_layout(row: Row, world: int) -> None:
     """Without masters, steps below half a unit in the last place of bfloat16 are lost, and weights stop changing."""
     for kind in ("replicated", "zero1", "fsdp2"):

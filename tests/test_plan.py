@@ -291,4 +291,4 @@ def test_the_command_prints_a_plan_and_fails_where_none_fits(tmp_path: Path) -> 
         assert f"\n{row} " in done.stdout
     command = [*small, "cluster.memory_gib=1e-3"]
     (failed,) = one_after_another(tmp_path, [command], "distopt.plan.plan.planned")
-    assert failed.code == 1 and failed.stderr.startswith("distopt: error: it does not fit: each GPU lacks 0.")
+    assert failed.code == 1 and failed.err.startswith("distopt: error: it does not fit: each GPU lacks 0.")

@@ -218,7 +218,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(member: Member, which: int, val
         (lambda sgd: distopt.LookSAM(sgd, interval=0), "interval must be an integer >= 1, got 0; 1 perturbs at every"),
         (lambda sgd: SAM(sgd, interval=1.5), "interval must be an integer >= 1, got 1.5"),
         (lambda sgd: SAM(sgd, interval=True), "interval must be an integer >= 1, got True"),
-        (lambda sgd: SAM(sgd, scope="rank"), "scope must be global or local, got 'rank'"),
+        (lambda sgd: SAM(sgd, scope="rank"), "scope must be one of global, local, got 'rank'"),
         (lambda sgd: distopt.MomentumSAM(sgd), "SGD has no momentum to perturb along: give it some, or use SAM"),
         (lambda sgd: distopt.PreconditionedSAM(sgd), "SGD has no second moments: use Adam, AdamW, LAMB or RMSprop"),
         (lambda sgd: distopt.FunctionalSAM(sgd), "SGD has no second moments"),

@@ -105,7 +105,12 @@ def results(kind: str, world: int) -> list[dict[str, list[Tensor]]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world"), [(kind, world) for kind, world in EVERYWHERE if world > 2 and kind != "replicated"]
+    ("kind", "world"),
+    [
+        pytest.param(kind, world, marks=[pytest.mark.matrix] if kind in ("mixed", "hsdp") else [])
+        for kind, world in EVERYWHERE
+        if world > 2 and kind != "replicated"
+    ],
 )
 def test_the_update_is_that_of_the_whole_model(kind: str, world: int) -> None:
     """Odd shapes, empty shards, tied and frozen weights, one that is seldom used; gradients are clipped."""
@@ -191,7 +196,13 @@ def communicated(kind: str) -> dict[str, list[tuple[int, int]]]:
 
 @pytest.mark.parametrize(
     ("kind", "world", "axes"),
-    [("replicated", 2, 0), ("fsdp2", 2, 1), ("hsdp", 4, 1), ("tp_fsdp", 4, 2), ("zero1", 2, 1)],
+    [
+        pytest.param("replicated", 2, 0, marks=pytest.mark.matrix),
+        ("fsdp2", 2, 1),
+        pytest.param("hsdp", 4, 1, marks=pytest.mark.matrix),
+        ("tp_fsdp", 4, 2),
+        ("zero1", 2, 1),
+    ],
 )
 def test_each_step_communicates_as_often_as_its_docstring_says(kind: str, world: int, axes: int) -> None:
     """Whatever the number of layers. Under ZeRO-1 weights are whole: it takes a norm of state to have to ask, and then
@@ -230,7 +241,11 @@ def second_part(folder: Path, kind: str, names: list[str], world: int) -> dict[s
     return ends
 
 
-RESUMED = ["LookSAM-lamb", "FriendlySAM-adamw", "SAM every 3-adamw", "MomentumSAM every 2-adamw"]
+RESUMED = [
+    name
+    for name in SHARDED
+    if name.partition("-")[0] in ("LookSAM", "FriendlySAM", "SAM every 3", "MomentumSAM every 2")
+]
 
 
 @pytest.mark.parametrize(

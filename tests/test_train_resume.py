@@ -91,7 +91,9 @@ def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> 
     assert checkpoints(done) == ["step_00000008", "step_00000010"]
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "hsdp", "deepspeed_zero2"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(kind, marks=pytest.mark.matrix) for kind in ("hsdp", "deepspeed_zero2"))]
+)
 def test_another_number_of_processes_and_engine_goes_on(finished: Path, cwd: Path, engine: str) -> None:
     done = copied(finished, cwd)
     train(cwd, train__resume="auto", **LONGER)

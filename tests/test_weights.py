@@ -262,7 +262,7 @@ def test_any_causal_family_is_made_from_sizes(family: str) -> None:
         ("llama", {"to_dict": 1}, "model.config.to_dict: LlamaConfig has no such option"),
         ("gpt2", "abc", "model.config must be options by name"),
         (None, {}, "there is no model: give model.family"),
-        (3, {}, "model.family must be text"),
+        (3, {}, "model.family must be a model type"),
     ],
 )
 def test_what_is_no_model_is_refused(family: Any, config: Any, message: str) -> None:

@@ -185,7 +185,8 @@ def plot(folder: Path) -> Path:
     rows = read_metrics(folder)
     train = [row for row in rows if "loss" in row]
     validation = [row for row in rows if "validation_loss" in row]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 1, 1), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 1, 1))
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.06, top=0.94, hspace=0.08)
     loss, lr, norm = axes
     loss.plot(*_columns(train, "loss"), color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
     loss.plot(*_smooth(*_columns(train, "loss")), color="tab:blue", label="train, smoothed")

@@ -59,6 +59,7 @@ class ScheduleFree(ShardedOptimizer):
     """
 
     group_state = ("train_mode",)
+    unobservable = "the weights y also move towards z, by more than the direction that is measured"
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
         super().__init__(params, defaults | {"train_mode": True}, **torch_options)

@@ -63,12 +63,14 @@ class ShardedOptimizer(LayoutOptimizer):
         torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
             such an option itself leaves it out.
         group_state: The entries of a param group that are state and no options.
+        unobservable: Why the norms of its steps are not those of its directions; "" if they are.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
             multiplies, or that of the "gradient", which it multiplies before the state changes (LARS).
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
     group_state: tuple[str, ...] = ()
+    unobservable: str = ""
     ratio_of: Literal["update", "gradient"] = "update"
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState

@@ -238,6 +238,8 @@ def refuse_unobservable(optimizer: ShardedOptimizer) -> None:
             "ZeRO-1 with gradients='all_reduce' has full gradients and so reduces no norms, in whose all-reduce those "
             "of updates could travel: bind distopt.layout.zero1_layout(model, gradients='reduce_scatter')"
         )
+    if optimizer.unobservable:
+        raise ValueError(f"{type(optimizer).__name__}: {optimizer.unobservable}: watch no health (health=off)")
     if any(group["cautious"] for group in optimizer.param_groups):
         raise ValueError(
             "cautious=True: a masked direction is scaled by a mean over its layer that is known after its norm was "

@@ -169,7 +169,7 @@ ROWS = (
         dict(lr=0.1, momentum=0.9, trust_coefficient=0.5, trust_clip=(0.05, 0.25), weight_decay=0.1),
         oracles.lars,
     ),
-    _row("lion", Lion, dict(lr=0.02, **_MOMENTS), oracles.lion),
+    _row("lion", Lion, dict(lr=0.3, **_MOMENTS), oracles.lion),
     _row(
         "ademamix",
         AdEMAMix,
@@ -182,10 +182,10 @@ ROWS = (
     _row(
         "cautious_adamw",
         AdamW,
-        dict(lr=0.05, cautious=True, cautious_decay=True, **_MOMENTS),
+        dict(lr=0.4, cautious=True, cautious_decay=True, **_MOMENTS),
         oracles.cautious_adamw,
     ),
-    _row("cautious_lamb", LAMB, dict(lr=0.05, eps=1e-6, cautious=True, **_MOMENTS), oracles.cautious_adamw),
+    _row("cautious_lamb", LAMB, dict(lr=0.4, eps=1e-6, cautious=True, **_MOMENTS), oracles.cautious_adamw),
     _row(
         "sgd_schedule_free",
         SGDScheduleFree,
@@ -219,7 +219,7 @@ EDGES = (
     ),
     _row("lamb_defaults", LAMB, dict(lr=0.05, weight_decay=0.01), oracles.lamb),
     _row("lars_defaults", LARS, dict(lr=0.1, weight_decay=0.0), oracles.lars),
-    _row("lion_defaults", Lion, dict(lr=0.02, weight_decay=0.0), oracles.lion),
+    _row("lion_defaults", Lion, dict(lr=0.3, weight_decay=0.0), oracles.lion),
     _row("ademamix_defaults", AdEMAMix, _DEFAULT, oracles.ademamix),
     _row("adopt_defaults", ADOPT, _DEFAULT, oracles.adopt),
     _row(
@@ -231,7 +231,7 @@ EDGES = (
     _row("adopt_without_clipping", ADOPT, dict(clip_exponent=None, **_DEFAULT), oracles.adopt),
     _row("dadapt_adam_defaults", DAdaptAdam, dict(lr=1.0, weight_decay=0.0), oracles.dadapt_adam),
     # From d0 = 1e-6 the first p0 - p is a few roundings of float32; in float64 that is in `tests.test_adaptation`.
-    _row("prodigy_defaults", Prodigy, dict(lr=1.0, d0=1e-3, weight_decay=0.0), oracles.prodigy),
+    _row("prodigy_defaults", Prodigy, dict(lr=1.0, d0=1e-2, weight_decay=0.0), oracles.prodigy),
     _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),
     _row(
         "adamw_schedule_free_defaults", AdamWScheduleFree, dict(lr=0.05, weight_decay=0.0), oracles.adamw_schedule_free
