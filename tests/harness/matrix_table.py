@@ -23,7 +23,7 @@ micro-batch in bfloat16, as the engine does, so that what is left to differ is t
 TESTS = """\
 The rows are those of `tests/harness/optimizers.py`. The cells are the tests
 `tests/test_matrix.py::test_the_update_is_the_unsharded_one[<engine>-<processes>-<dtype>-<micro-batches>-<part>]`, where
-`<part>` is `some` for {some} and `others` for the rest.
+`<part>` is `some` for {some} and `others_0` to `others_2` for the rest.
 A cell is wrong, and its test fails, above {bounds}. Under DeepSpeed a parameter
 that a step does not use has a gradient of zeros, where the other engines have none, so that its state decays, and
 bfloat16 gradients are summed in bfloat16: the unsharded run beside it does the same. The order of a sum of more than
