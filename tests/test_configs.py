@@ -18,6 +18,7 @@ from torch import nn
 
 from distopt import SAM, param_groups
 from distopt.engine import Engine
+from distopt.job.components import Components
 from distopt.models.language_model import LanguageModel, blocks
 from tests.harness.jobs import write_text
 from tests.harness.pretrained import chats, write_lines, write_tokenizer
@@ -346,3 +347,9 @@ def test_a_pattern_can_be_given_on_the_command_line() -> None:
     cfg = composed("param_groups.overrides={weight: {lr: 0.5}}")
     groups = instantiate(cfg.param_groups)(tiny()[0])
     assert [group.get("lr") for group in groups] == [None, 0.5, 0.5]
+
+
+def test_the_configuration_of_an_older_run_is_read() -> None:
+    """`distopt.sharpness` ended in a traceback for a run of before the groups `init` and `health`."""
+    cfg: Any = OmegaConf.create({key: value for key, value in composed().items() if key not in ("init", "health")})
+    assert Components.of(cfg).init is None

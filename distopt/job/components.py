@@ -74,7 +74,7 @@ class Components:
             engine=instantiate(cfg, "engine", Engine),
             language_model=instantiate(cfg, "model", LanguageModel),
             data=instantiate(cfg, "data", Data),
-            init=instantiate(cfg, "init", Initialization) if cfg.init else None,
+            init=instantiate(cfg, "init", Initialization) if cfg.get("init") else None,
             adapter=instantiate(cfg, "adapter", object) if cfg.adapter else None,
             make_optimizer=instantiate(cfg, "optimizer"),
             make_schedule=instantiate(cfg, "schedule"),
