@@ -45,6 +45,15 @@ FOUND = (
         sam="LookSAM",
         closure=True,
     ),
+    # A gradient in the second pass alone is not parallel to one of zeros.
+    Case(
+        params=(Param(()),),
+        groups=(Group((0,)),),
+        optimizer="Adagrad",
+        options={},
+        legs=(Leg("hsdp", 4, (Step(unused=(0,), unused_in_second=()), Step())),),
+        sam="LookSAM",
+    ),
 )
 
 

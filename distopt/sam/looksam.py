@@ -61,9 +61,9 @@ class LookSAM(SAM):
             dot, square, square_after = map(exact.total, layout.dots(layout.layers(params), *pairs))
             along = torch.where(square > 0, dot / square, 0.0)
             # v of parallel gradients would be their rounding, which the steps in between would scale up to |g|.
-            apart = dot * dot < (1.0 - _resolution(before) ** 2) * square * square_after
+            parallel = (square > 0) & (dot * dot >= (1.0 - _resolution(before) ** 2) * square * square_after)
             for g, second in zip(before, after, strict=True):
-                g.mul_(-along.to(g.dtype)).add_(second).mul_(apart)
+                g.mul_(-along.to(g.dtype)).add_(second).mul_(~parallel)
             self._state_buffers.stage(layout, params, "sam_look", before)
         else:
             grads, look = layout.grads(params), self._state_buffers.shards(layout, params, "sam_look")
