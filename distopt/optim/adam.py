@@ -11,7 +11,7 @@ from distopt.kernels.dispatch import compiled
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.options import TORCH_OPTIONS, options
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -159,9 +159,7 @@ class AdamW(Adam):
     Reference: Loshchilov, Hutter, Decoupled Weight Decay Regularization, ICLR 2019, arXiv 1711.05101.
     """
 
-    torch_options = TORCH_OPTIONS | {
-        "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
-    }
+    torch_options = DECOUPLED
 
     def __init__(
         self,

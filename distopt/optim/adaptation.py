@@ -13,9 +13,13 @@ from distopt.kernels.norms import products
 from distopt.kernels.shards import Shards
 from distopt.layout import FlatLayout, ShardLayout
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Unpack
+
+    from distopt.optim.options import TorchOptions
 
 _SHARED = ("lr", "betas", "d0", "d_coef")  # enter d, of which there is one
 
@@ -33,10 +37,26 @@ class DistanceAdapted(ShardedOptimizer):
     All param groups have the same lr, betas, d0 and d_coef, and no trust ratio, which would cancel d.
     """
 
+    torch_options = DECOUPLED
     group_state = ("d", "d_numerator")
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
-        super().__init__(params, defaults | {"d": None, "d_numerator": None}, **torch_options)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+        *,
+        maximize: bool = False,
+        trust_ratio: bool = False,
+        trust_clip: tuple[float, float] | None = None,
+        capturable: bool = False,
+        **torch_options: Unpack[TorchOptions],
+    ) -> None:
+        super().__init__(params, options(locals()) | {"d": None, "d_numerator": None}, **torch_options)
 
     def factors(self, shards: Shards) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Returns the factors of the two inner products, and updates the state that they need, before `directions`."""
@@ -75,6 +95,10 @@ class DistanceAdapted(ShardedOptimizer):
                 f"trust_ratio=True: the ratio would cancel the step size d of {type(self).__name__}: give False, or "
                 "use distopt.LAMB"
             )
+
+    def beta3(self, group: dict[str, Any]) -> float:
+        """Returns the decay of the sums that estimate d."""
+        return float(group["betas"][1] ** 0.5)
 
     def d(self, group: dict[str, Any]) -> Tensor | float:
         """Returns d, as it is in this step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +10,6 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.adaptation import DistanceAdapted, each
-from distopt.optim.options import TORCH_OPTIONS, options
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
-
-    from distopt.optim.options import TorchOptions
 
 
 class DAdaptAdam(DistanceAdapted):
@@ -53,35 +46,13 @@ class DAdaptAdam(DistanceAdapted):
     Reference: Defazio, Mishchenko, Learning-Rate-Free Learning by D-Adaptation, ICML 2023, arXiv 2301.07733.
     """
 
-    torch_options = TORCH_OPTIONS | {
-        "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
-    }
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-        *,
-        maximize: bool = False,
-        trust_ratio: bool = False,
-        trust_clip: tuple[float, float] | None = None,
-        capturable: bool = False,
-        **torch_options: Unpack[TorchOptions],
-    ) -> None:
-        super().__init__(params, options(locals()), **torch_options)
-
     def rule(self, group: dict[str, Any]) -> Rule:
         beta1, beta2 = group["betas"]
         scalars = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
         return Rule(buffers=("exp_avg", "exp_avg_sq", "s"), scalars=scalars)
 
     def factors(self, shards: Shards) -> list[tuple[list[Tensor], list[Tensor]]]:
-        b, c, s, beta3 = shards.buffers, shards.rule.scalars, shards.buffers["s"], self._beta3(shards.group)
+        b, c, s, beta3 = shards.buffers, shards.rule.scalars, shards.buffers["s"], self.beta3(shards.group)
         torch._foreach_mul_(b["exp_avg_sq"], c["beta2"])
         torch._foreach_addcmul_(b["exp_avg_sq"], shards.grads, shards.grads, 1.0 - c["beta2"])
         before = torch._foreach_div(s, self._scale(shards))
@@ -101,7 +72,7 @@ class DAdaptAdam(DistanceAdapted):
 
     def estimate(self, group: dict[str, Any], numerator: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
         inner, norm = totals
-        beta3 = self._beta3(group)
+        beta3 = self.beta3(group)
         numerator = beta3 * numerator + (1.0 - beta3) * float(group["lr"]) * self.d(group) * inner
         return numerator, group["d_coef"] * numerator / ((1.0 - beta3) * norm)
 
@@ -110,6 +81,3 @@ class DAdaptAdam(DistanceAdapted):
         scale = torch._foreach_sqrt(shards.buffers["exp_avg_sq"])
         torch._foreach_add_(scale, shards.rule.scalars["eps"])
         return list(scale)
-
-    def _beta3(self, group: dict[str, Any]) -> float:
-        return float(group["betas"][1] ** 0.5)

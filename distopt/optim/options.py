@@ -48,6 +48,9 @@ TORCH_OPTIONS: dict[str, Accepted] = {
     ),
     "decoupled_weight_decay": ((None, False), "weight decay is a part of the gradient here: use distopt.AdamW"),
 }
+DECOUPLED: dict[str, Accepted] = TORCH_OPTIONS | {
+    "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
+}
 
 
 def options(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,6 @@ from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
 from distopt.optim.adaptation import DistanceAdapted, each
-from distopt.optim.options import TORCH_OPTIONS, options
-
-if TYPE_CHECKING:
-    from torch.optim.optimizer import ParamsT
-    from typing_extensions import Unpack
-
-    from distopt.optim.options import TorchOptions
 
 
 class Prodigy(DistanceAdapted):
@@ -56,28 +49,6 @@ class Prodigy(DistanceAdapted):
     arXiv 2306.06101.
     """
 
-    torch_options = TORCH_OPTIONS | {
-        "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
-    }
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-        *,
-        maximize: bool = False,
-        trust_ratio: bool = False,
-        trust_clip: tuple[float, float] | None = None,
-        capturable: bool = False,
-        **torch_options: Unpack[TorchOptions],
-    ) -> None:
-        super().__init__(params, options(locals()), **torch_options)
-
     def rule(self, group: dict[str, Any]) -> Rule:
         beta1, beta2 = group["betas"]
         scalars = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
@@ -87,7 +58,7 @@ class Prodigy(DistanceAdapted):
         return layout.master(param) if name == "p0" else super().init_slot(layout, group, name, param)
 
     def factors(self, shards: Shards) -> list[tuple[list[Tensor], list[Tensor]]]:
-        s, d, beta3 = shards.buffers["s"], self.d(shards.group), self._beta3(shards.group)
+        s, d, beta3 = shards.buffers["s"], self.d(shards.group), self.beta3(shards.group)
         torch._foreach_mul_(s, beta3)
         steps = torch._foreach_mul(shards.grads, each((1.0 - beta3) * shards.group["lr"] * d * d, s))
         torch._foreach_add_(s, steps)
@@ -110,9 +81,6 @@ class Prodigy(DistanceAdapted):
 
     def estimate(self, group: dict[str, Any], numerator: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
         travelled, norm = totals
-        beta3, d = self._beta3(group), self.d(group)
+        beta3, d = self.beta3(group), self.d(group)
         numerator = beta3 * numerator + (1.0 - beta3) * float(group["lr"]) * d * d * travelled
         return numerator, group["d_coef"] * numerator / norm
-
-    def _beta3(self, group: dict[str, Any]) -> float:
-        return float(group["betas"][1] ** 0.5)

@@ -10,7 +10,7 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.averaging import ScheduleFree, averaged
-from distopt.optim.options import TORCH_OPTIONS, options
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -126,9 +126,7 @@ class AdamWScheduleFree(ScheduleFree):
     Reference: Defazio et al., The Road Less Scheduled, NeurIPS 2024, arXiv 2405.15682.
     """
 
-    torch_options = TORCH_OPTIONS | {
-        "decoupled_weight_decay": ((None, True), "weight decay is always decoupled here: use distopt.Adam")
-    }
+    torch_options = DECOUPLED
 
     def __init__(
         self,
