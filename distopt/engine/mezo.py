@@ -128,8 +128,8 @@ class MeZO(torch.optim.Optimizer):
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
             for name, p in zip(names, group["params"]):
                 if p.requires_grad:
+                    key = counter.key(f"{group['seed']}:{group['steps']}:{name}")
                     for part, start in _parts(p):
-                        key = counter.key(f"{group['seed']}:{group['steps']}:{name}")
                         index = torch.arange(start, start + part.numel(), device=part.device)
                         z = counter.normals(key, index).float()
                         part.add_(z.view(part.shape).to(part.dtype), alpha=factor(group))
