@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from benchmarks.team import Team, TeamError
 from benchmarks.train import SIDES, state_bytes
 from distopt.engine.train_step import update
 from distopt.models.language_model import LanguageModel
+from tests.harness.cells import some
 from tests.harness.distributed import RankError, run
 from tests.harness.engines import CONFIGS, ENGINES, VOCABULARY, batch, made
 from tests.harness.jobs import ENVIRONMENT, ROOT
@@ -91,6 +93,7 @@ def test_sharpness_writes_every_run(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.matrix
 @pytest.mark.matrix
 def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
     """AdamW computes one pass where SAM computes two, in addition to the same step."""
@@ -255,8 +258,10 @@ def bytes_of_state(kind: str) -> tuple[int, int]:
     return state_bytes(optimizer), sum(p.numel() for p in full.parameters())
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("kind", SHARDED)
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    some([("zero1", 4), ("fsdp2", 2), ("deepspeed_zero2", 2)], itertools.product(SHARDED, [2, 4])),
+)
 def test_the_state_is_that_of_zeros_formula(kind: str, world: int) -> None:
     """Two float32 values per parameter, divided by the ranks, within 1 %: rows and partitions are padded."""
     for state, parameters in run(world, bytes_of_state, kind):

@@ -26,6 +26,7 @@ from distopt.job.metrics import read_metrics
 from distopt.job.stop import SIGNALS
 from tests.harness import jobs
 from tests.harness.jobs import metrics, overrides
+from tests.harness.runs import last_step, until
 
 LONG = {"train__steps": "80", "evaluation__every": "80", "checkpoint__every": "10"}
 
@@ -206,16 +207,29 @@ def test_killed_workers_and_killed_launches(tmp_path: Path) -> None:
     assert killed_run == undisturbed and len(killed_run) == 80
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(None, id="two"),
-        pytest.param([sys.executable, "-m", "distopt.train"], id="one", marks=pytest.mark.matrix),
-    ],
-)
+INTERRUPTED = "distopt: interrupted; train.resume=auto resumes from the last checkpoint\n"
+
+
+def test_ctrl_c_to_every_rank_is_said_once(tmp_path: Path) -> None:
+    """A rank that waited for the other showed a traceback, of a connection that was reset."""
+    jobs.write_text(tmp_path)
+    job = jobs.start(tmp_path, overrides(name="stopped", **{**LONG, "train__steps": "100000"}), 2)
+    try:
+        until(lambda: last_step(tmp_path / "runs" / "stopped") > 2, job.processes[1].is_alive)
+        for process in job.processes:
+            os.kill(process.pid or 0, signal.SIGINT)
+        ended = job.wait(45)
+    finally:
+        job.kill()
+    assert [rank.code for rank in ended] == [130, 130]
+    assert "".join(rank.err for rank in ended).count(INTERRUPTED) == 1
+    assert not any("Traceback" in rank.err for rank in ended)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("launcher", [None, [sys.executable, "-m", "distopt.train"]], ids=["two", "one"])
 def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[str] | None) -> None:
-    """The launcher passes SIGINT on, and shows a traceback of its own. A rank that waited for the other showed one too,
-    of a connection that was reset."""
+    """The launcher passes SIGINT on, and shows a traceback of its own."""
     jobs.write_text(tmp_path)
     run = tmp_path / "runs" / "stopped"
     words = overrides(name="stopped", **{**LONG, "train__steps": "100000"})
@@ -226,7 +240,7 @@ def test_ctrl_c_ends_every_process_with_one_line(tmp_path: Path, launcher: list[
         assert process.wait(45) == (1 if launcher is None else 130)
         assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         text = err.read_text()
-    assert text.count("distopt: interrupted; train.resume=auto resumes from the last checkpoint\n") == 1
+    assert text.count(INTERRUPTED) == 1
     assert "distopt/train.py" not in text  # no traceback of ours
 
 
@@ -238,10 +252,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [pytest.param(*row, id=row[0], marks=[pytest.mark.matrix] * (i > 0)) for i, row in enumerate(REFUSED.items())],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize(("word", "expected"), REFUSED.items(), ids=REFUSED)
 def test_a_launch_with_bad_input_ends(tmp_path: Path, word: str, expected: str) -> None:
     """Each rank ends with 1 and one line, which torchrun repeats at the end of its report.
 

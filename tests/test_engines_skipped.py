@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -20,6 +21,7 @@ from distopt.job.evaluate import validation_loss
 from distopt.layout import local
 from distopt.models.language_model import LanguageModel
 from distopt.optim import SGD
+from tests.harness.cells import some
 from tests.harness.distributed import run
 from tests.harness.engines import (
     CONFIGS,
@@ -55,9 +57,12 @@ def overflowing(kind: str, sam: bool) -> tuple[bool, float, bool, int]:
     return done.applied, done.grad_norm, same, sum(steps)
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
-@pytest.mark.parametrize("sam", [False, True], ids=["", "SAM"])
-def test_a_gradient_that_is_not_finite_leaves_every_rank_as_it_was(kind: str, world: int, sam: bool) -> None:
+OVERFLOWING = list(itertools.product([("ddp", 2), ("fsdp2", 2), ("hsdp", 4)], [False, True]))
+
+
+@pytest.mark.parametrize(("where", "sam"), some([(("fsdp2", 2), True), (("hsdp", 4), False)], OVERFLOWING))
+def test_a_gradient_that_is_not_finite_leaves_every_rank_as_it_was(where: tuple[str, int], sam: bool) -> None:
+    kind, world = where
     for applied, norm, same, steps in run(world, overflowing, kind, sam):
         assert not applied
         assert math.isnan(norm)
@@ -65,7 +70,8 @@ def test_a_gradient_that_is_not_finite_leaves_every_rank_as_it_was(kind: str, wo
         assert steps == 0
 
 
-FAILING = list(ENGINES)
+# The others reshard, or share their state, as one of these does.
+QUICK = ["zero1", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 
 
 def with_sam(kind: str, precision: str) -> tuple[Engine, nn.Module, Any]:
@@ -113,11 +119,10 @@ def around_a_bad_step(kind: str, precision: str, which: int) -> tuple[list[bool]
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [
-        *[(kind, "fp32") for kind in FAILING],
-        *[pytest.param(kind, "bf16", marks=pytest.mark.matrix) for kind in DEEPSPEED[:2]],
-        (DEEPSPEED[2], "bf16"),
-    ],
+    some(
+        [*[(kind, "fp32") for kind in QUICK if kind != "deepspeed_zero3"], ("deepspeed_zero3", "bf16")],
+        [*[(kind, "fp32") for kind in ENGINES], *[(kind, "bf16") for kind in DEEPSPEED]],
+    ),
 )
 def test_nan_in_either_pass_of_sam_leaves_every_rank_as_it_was(kind: str, precision: str) -> None:
     """Weights, masters and state, and the next step is as if there had been none in between."""
@@ -172,7 +177,7 @@ def around_an_exception(kind: str, raises: str) -> tuple[bool, list[Tensor]]:
     return same, held(engine, model, sam)
 
 
-@pytest.mark.parametrize("kind", FAILING)
+@pytest.mark.parametrize("kind", some(QUICK[:3], ENGINES))
 def test_an_exception_in_sams_second_pass_leaves_the_weights(kind: str) -> None:
     """FSDP2 still held the perturbed weights, and the next pass used them."""
     calm = [end for _, end in run(2, around_an_exception, kind, "")]
@@ -181,7 +186,7 @@ def test_an_exception_in_sams_second_pass_leaves_the_weights(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(end, calm[rank], strict=True))
 
 
-@pytest.mark.parametrize("kind", DEEPSPEED)
+@pytest.mark.parametrize("kind", some(["deepspeed_zero1", "deepspeed_zero3"], DEEPSPEED))
 def test_an_exception_in_sams_ascent_leaves_the_weights(kind: str) -> None:
     """It is a step of DeepSpeed's, which left one param group of two moved, and the optimizer without the other."""
     calm = [end for _, end in run(2, around_an_exception, kind, "")]
@@ -196,7 +201,7 @@ def losses_in_bf16(kind: str, sam: str) -> list[float]:
     return [mean(update(engine, model, stepper, [batch(step)], 1.0).loss) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("kind", DEEPSPEED)
+@pytest.mark.parametrize("kind", some(["deepspeed_zero1", "deepspeed_zero3"], DEEPSPEED))
 def test_sam_in_bf16_under_deepspeed_is_near_float32s(kind: str) -> None:
     """8 bits; SAM's own effect on the loss is larger than that tolerance."""
     exact, plain = (by_one_process("gpt2", sam, "SGD", False).losses for sam in ("SAM", ""))
@@ -217,7 +222,7 @@ def warnings_of(kind: str, rho: float) -> list[str]:
     return [str(warning.message) for warning in told if "SAM's perturbation is lost" in str(warning.message)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", *DEEPSPEED])
+@pytest.mark.parametrize("kind", some(["deepspeed_zero1", "deepspeed_zero3"], ["ddp", *DEEPSPEED]))
 def test_a_perturbation_that_bf16_rounds_away_is_warned_of_once(kind: str) -> None:
     """DeepSpeed's ascent measured nothing. The numbers are DDP's, of other weights, but noise of the same size."""
     (expected, *_), *_ = run(2, warnings_of, "ddp", 1e-5)

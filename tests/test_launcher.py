@@ -241,6 +241,7 @@ def test_a_refusal_is_one_line(tmp_path: Path, script: list[str]) -> None:
     for words, message in {
         ("x=1,2", "hydra.sweep.subdir=same"): f"jobs #0 and #1 have the same folder {tmp_path}/out/same",
         ("x=1", "hydra.launcher.jobs=0"): "hydra.launcher.jobs must be >= 1, got 0",
+        ("x=range(0)",): "the sweep x=range(0) has no jobs, because a range or a choice in it is empty",
         ("x=1", "hydra.launcher.job=2"): "Key 'job' not in 'AccelerateLauncherConf'",
     }.items():
         ended = sweep(tmp_path, script, *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import distopt
 from distopt import layout
 from distopt.layout import Segment, ShardLayout
+from tests.harness.cells import some
 from tests.harness.distributed import RankError, run
 from tests.harness.sharded import EVERYWHERE, mesh, sharded, whole
 
@@ -331,10 +333,13 @@ def collectives(kind: str, layers: int, groups: int) -> dict[str, list[int]]:
     return counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("layers", "groups"), [(3, 1), (3, 3), (15, 3)])
-def test_collectives_do_not_grow_with_the_model(kind: str, layers: int, groups: int) -> None:
-    for counts in run(KINDS[kind][0], collectives, kind, layers, groups):
+MODELS = [(3, 1), (3, 3), (15, 3)]  # layers and param groups
+QUICK = [("fsdp2", (3, 1)), ("fsdp2", (3, 3)), *((kind, (15, 3)) for kind in KINDS)]
+
+
+@pytest.mark.parametrize(("kind", "model"), some(QUICK, itertools.product(KINDS, MODELS)))
+def test_collectives_do_not_grow_with_the_model(kind: str, model: tuple[int, int]) -> None:
+    for counts in run(KINDS[kind][0], collectives, kind, *model):
         assert counts == {action: [per_axis * AXES[kind]] * 2 for action, per_axis in ACTIONS.items()}
 
 

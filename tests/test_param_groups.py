@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distopt
 from distopt.optim.param_groups import param_groups
+from tests.harness.jobs import python
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {"weight_decay": 0.0, "trust_ratio": False}
@@ -266,9 +264,8 @@ with end_of_process():
 def test_deepspeed_zero_init_hides_the_shapes() -> None:
     """DeepSpeed 0.19.8: every parameter looks 1-D, so asking p.ndim nothing would decay and no error would say so."""
     # Its own process: DeepSpeed keeps the process group for ever.
-    env = {**os.environ, "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
-    job = subprocess.run([sys.executable, "-c", ZERO_INIT], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert job.returncode == 0, job.stderr
+    job = python("-c", ZERO_INIT, LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+    assert job.code == 0, job.err
 
 
 @pytest.mark.parametrize(

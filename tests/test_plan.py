@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +27,10 @@ from distopt.plan.footprint import Collective
 from distopt.plan.memory import footprint
 from distopt.plan.plan import Plan, make_plan, smaller, smallest, verdict
 from distopt.plan.rehearsal import Rehearsal, rehearse
+from tests.harness.cells import some
 from tests.harness.distributed import run
 from tests.harness.engines import CPU, DEEPSPEED, ENGINES
-from tests.harness.jobs import ENVIRONMENT, ROOT, fork, one_after_another
+from tests.harness.jobs import fork, one_after_another, python
 
 NATIVE = [kind for kind in ENGINES if kind not in DEEPSPEED]
 # Rows that do not divide, tied and untied heads; wide enough that single scalars do not matter.
@@ -49,7 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
     ),
 }
-MATRIX = pytest.mark.matrix
+# Each engine with one family, in turn, at 2 or 4 ranks.
+PLANNED = list(zip(NATIVE, itertools.cycle(MODELS), (2, 4, 2, 4, 4)))
 VOCABULARY, SEQUENCES, LENGTH = 1001, 4, 64
 
 
@@ -101,9 +101,7 @@ def planned(kind: str, family: str, world: int, precision: str = "fp32", accumul
     return {**vars(held), "peak": held.parameters + held.state + beside + rehearsal.peak(held, early)}
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=MATRIX), 2, 4])
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("kind", NATIVE)
+@pytest.mark.parametrize(("kind", "family", "world"), some(PLANNED, itertools.product(NATIVE, MODELS, (1, 2, 4))))
 def test_the_memory_of_ranks_is_the_planned_one(kind: str, family: str, world: int) -> None:
     if kind == "hsdp" and world == 1:
         return
@@ -114,9 +112,12 @@ def test_the_memory_of_ranks_is_the_planned_one(kind: str, family: str, world: i
     assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)  # the plan leaves out norms
 
 
-@pytest.mark.parametrize(("precision", "accumulation"), [("fp32", 2), ("bf16", 1), ("bf16", 2)])
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("zero1", "fsdp2") else pytest.param(kind, marks=MATRIX) for kind in ENGINES]
+    ("kind", "precision", "accumulation"),
+    some(
+        [("zero1", "fp32", 2), ("zero1", "bf16", 2), ("fsdp2", "bf16", 2)],
+        [(kind, *step) for kind in ENGINES for step in (("fp32", 2), ("bf16", 1), ("bf16", 2))],
+    ),
 )
 def test_steps_of_bfloat16_and_of_several_passes(kind: str, precision: str, accumulation: int) -> None:
     """To the byte, but for DeepSpeed's padding and, in the peak, the norms."""
@@ -129,8 +130,8 @@ def test_steps_of_bfloat16_and_of_several_passes(kind: str, precision: str, accu
         assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=MATRIX), 2, pytest.param(4, marks=MATRIX)])
-@pytest.mark.parametrize("kind", DEEPSPEED)
+@pytest.mark.parametrize("world", some([2], [1, 2, 4]))
+@pytest.mark.parametrize("kind", some(["deepspeed_zero1", "deepspeed_zero3"], DEEPSPEED))
 def test_the_memory_of_deepspeed_is_the_planned_one(kind: str, world: int) -> None:
     plan = planned(kind, "gpt2", world)
     found = max(run(world, measured, kind, "gpt2"), key=lambda held: held["parameters"])
@@ -138,13 +139,9 @@ def test_the_memory_of_deepspeed_is_the_planned_one(kind: str, world: int) -> No
         assert plan[name] == pytest.approx(found[name], rel=0.03), name
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **ENVIRONMENT}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize(("world", "kind"), [(64, "zero2"), (512, "hsdp"), (4096, "fsdp2")])
+@pytest.mark.parametrize(
+    ("world", "kind"), some([(512, "hsdp"), (4096, "fsdp2")], [(64, "zero2"), (512, "hsdp"), (4096, "fsdp2")])
+)
 def test_the_memory_of_thousands_of_ranks_is_the_planned_one(tmp_path: Path, world: int, kind: str) -> None:
     """With torch's fake process group: the bytes of FSDP2's first rank."""
     from tests.harness.fake_ranks import measure  # imports this module
@@ -283,12 +280,12 @@ def test_bad_input(override: str, message: str) -> None:
 
 def test_the_command_prints_a_plan_and_fails_where_none_fits(tmp_path: Path) -> None:
     small = ["model=gpt2_tiny", "sequence_length=64", "vocabulary=256"]
-    done = python("distopt.plan", *small, "engine=zero1", "nodes=2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("957,184 parameters in 52 tensors on 16 GPUs (2 x 8)")
-    assert done.stdout.endswith("it fits; the smallest that fits has 1 GPU (1 x 1)\n")
+    done = python("-m", "distopt.plan", *small, "engine=zero1", "nodes=2")
+    assert done.code == 0, done.err
+    assert done.out.startswith("957,184 parameters in 52 tensors on 16 GPUs (2 x 8)")
+    assert done.out.endswith("it fits; the smallest that fits has 1 GPU (1 x 1)\n")
     for row in ("parameters", "optimizer state", "peak", "reduce_scatter (backward)", "all_gather (step)", "tokens/s"):
-        assert f"\n{row} " in done.stdout
+        assert f"\n{row} " in done.out
     command = [*small, "cluster.memory_gib=1e-3"]
     (failed,) = one_after_another(tmp_path, [command], "distopt.plan.plan.planned")
     assert failed.code == 1 and failed.err.startswith("distopt: error: it does not fit: each GPU lacks 0.")

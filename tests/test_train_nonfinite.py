@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import jobs
+from tests.harness.cells import some
 from tests.harness.faults import count_passes, full_disk, poison, spoil_one_layer
 from tests.harness.jobs import metrics, overrides, train
 from tests.harness.runs import checkpoints, rows
@@ -21,11 +22,10 @@ POISONED: dict[str, tuple[dict[str, str], int]] = {  # and the forward passes of
 }
 
 
-@pytest.mark.parametrize(("changes", "passes"), POISONED.values(), ids=POISONED)
-def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(
-    cwd: Path, changes: dict[str, str], passes: int
-) -> None:
+@pytest.mark.parametrize("case", some(["fsdp2 lamb", "ddp sam"], POISONED))
+def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(cwd: Path, case: str) -> None:
     """One rank has a loss that is not finite in steps 3 to 6: no rank moves weights or state, and training goes on."""
+    changes, passes = POISONED[case]
     # With SAM in the first pass of a step and in the second.
     first, second = (lambda step: (step - 1) * passes + 1), (lambda step: step * passes)
     factors = {first(3): math.nan, second(4): math.nan, first(5): math.inf, second(6): math.inf}
@@ -80,11 +80,12 @@ BROKEN: dict[str, tuple[dict[str, str], int]] = {  # and the number of ranks
 }
 
 
-@pytest.mark.parametrize(("changes", "world"), BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.matrix)])
-def test_the_layer_that_is_not_finite_is_named(cwd: Path, changes: dict[str, str], world: int, value: float) -> None:
+@pytest.mark.parametrize("case", some(["zero1 lamb", "ddp sam"], BROKEN))
+@pytest.mark.parametrize("value", some([math.nan], [math.nan, math.inf]))
+def test_the_layer_that_is_not_finite_is_named(cwd: Path, case: str, value: float) -> None:
     """And no other: clipping by a norm that is nan, and SAM's second pass after a first that broke, make all so."""
     name = "transformer.h.1.mlp.c_fc.weight"
+    changes, world = BROKEN[case]
     words = overrides(train__max_skipped_steps="2", **changes)
     for code, _, err in jobs.run(cwd, words, world, spoil_one_layer, name, value):
         assert code == 1
@@ -100,7 +101,7 @@ def test_the_layer_that_deepspeed_does_not_tell(cwd: Path) -> None:
         assert "2 steps in a row; DeepSpeed has freed it, so the parameter is unknown: another engine" in err
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", some([math.inf], [math.nan, math.inf]))
 def test_layers_are_written_at_a_step_that_is_skipped(cwd: Path, value: float) -> None:
     """Their norms were divided by the factor of clipping, 0 where the norm was inf: the run ended with an error."""
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -113,7 +114,7 @@ def test_layers_are_written_at_a_step_that_is_skipped(cwd: Path, value: float) -
         assert [layer for layer, norm in row.items() if not math.isfinite(norm)] == [name]
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", some(["true"], ["false", "true"]))
 def test_a_disk_that_is_full_ends_every_rank_with_one_line(cwd: Path, asynchronous: str) -> None:
     """And with the checkpoint before, from which the run goes on when there is space."""
     words = overrides(name="full", engine="fsdp2", checkpoint__asynchronous=asynchronous)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import distopt
 from distopt.kernels import dispatch, exact, triton
 from distopt.kernels.shards import Shards
+from tests.harness.cells import some
 from tests.harness.jobs import ROOT
 from tests.harness.optimizers import COMPILED, Row, compiled_rules, distance, every_compiled_row, initial, named, pull
 
@@ -122,7 +123,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def interpreted() -> None:
-    """Prints, for each case, the distance of the kernels' results from the rules', and which of them ran."""
+    """Prints, for each case among the arguments, the distance of the kernels' results from the rules', and who ran."""
     torch.set_num_threads(1)
     seen: set[str] = set()
     watch(seen, "kernel", triton.TritonUpdate, "_launch")
@@ -130,12 +131,12 @@ def interpreted() -> None:
     watch(seen, "rule", dispatch.ForeachUpdate, "squared_norms")
     dispatch.fits = lambda shards: []  # type: ignore
     found = {}
-    for name, case in CASES.items():
+    for name in sys.argv[1:]:
         results, chosen = [], []
         for devices in (("cpu",), ()):
             triton.DEVICES = devices  # type: ignore
             seen.clear()
-            results.append(case())
+            results.append(CASES[name]())
             chosen.append(sorted(seen))
         found[name] = [distance(*results), *chosen]
     triton.DEVICES = ("cpu",)  # type: ignore
@@ -172,16 +173,33 @@ def watch(seen: set[str], name: str, cls: type, method: str) -> None:
     setattr(cls, method, watched)
 
 
+# A kernel of each rule, and each way of calling one with two rules: its cells of `make test`.
+QUICK = [
+    *(f"{row.name}-plain" for row in COMPILED),
+    *(
+        f"{name}-{case}"
+        for name in ("rmsprop_centered_momentum", "lamb")
+        for case in ("capturable", "different_counts")
+    ),
+    *(f"{name}-{case}" for name in ("nesterov", "adamw") for case in ("short_gradients", "unaligned", "others_beside")),
+    *(f"{name}-{{'maximize': True}}" for name in ("momentum", "adagrad")),
+    *(f"{name}-{{'trust_ratio': True}}" for name in ("adamw", "rmsprop")),
+    "rmsprop-{'momentum': 0.5}",
+    "rmsprop-{'centered': True}",
+]
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    command = [sys.executable, "-c", "from tests.test_triton import interpreted; interpreted()"]
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    selected = {getattr(item, "callspec", None) and item.callspec.params.get("case") for item in request.session.items}
+    command = [sys.executable, "-c", "from tests.test_triton import interpreted; interpreted()", *(selected & {*CASES})]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some(QUICK, CASES))
 def test_a_kernel_computes_its_rule(case: str, found: dict[str, Any]) -> None:
     error, with_kernels, without = found[case]
     assert error < TOLERANCE
@@ -224,14 +242,15 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     return compiled
 
 
-@pytest.mark.parametrize("kernel", BYTES, ids=lambda kernel: kernel[0])
-def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], compiled: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "buffers"), some([("nesterov", 1), ("rmsprop_centered_momentum", 3), ("adam", 2)], BYTES)
+)
+def test_compiled_for_a_gpu_no_byte_is_moved_twice(name: str, buffers: int, compiled: Callable[..., str]) -> None:
     """Counted in the machine code of a whole piece: its loads and stores are those of 16 bytes."""
     from distopt.kernels import triton_kernels as rules
 
-    name, buffers = kernel
     scalars = len(compiled_rules()[name].scalars)
-    for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[kernel]):
+    for mode, expected in zip((rules.STEP, rules.MEASURE, rules.APPLY), BYTES[name, buffers]):
         constants = {"RULE": rules.RULES[name], "MODE": mode, "BUFFERS": buffers, "GRAD": rules.tl.float32}
         constants |= {"ALIGNMENT": triton._ALIGNMENT, "SIZE": rules.PIECE, "GROUP": 256}
         squares = "*fp64" if mode == rules.MEASURE else "*fp32"
@@ -241,7 +260,7 @@ def test_compiled_for_a_gpu_no_byte_is_moved_twice(kernel: tuple[str, int], comp
         assert wide * 16 * 32 * rules.WARPS / rules.PIECE == expected
 
 
-@pytest.mark.parametrize("group", triton._GROUPS)
+@pytest.mark.parametrize("group", some([max(triton._GROUPS)], triton._GROUPS))
 def test_sums_compile_for_a_gpu(group: int, compiled: Callable[..., str]) -> None:
     """In registers: spilled values would go through memory."""
     from distopt.kernels import triton_kernels as rules

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
@@ -214,6 +216,28 @@ def _rank(
 
     sys.argv = ["distopt.train", *words]
     main()
+
+
+def python(*words: object, cwd: Path = ROOT, seconds: float = 120.0, **environment: str) -> Ended:
+    """What `python -m MODULE WORDS` or `python -c PROGRAM WORDS` leaves, forked: a cold start imports for 4 s."""
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "out"), Path(folder, "err")
+        process = context.Process(target=_python, args=([*map(str, words)], cwd, environment, files))
+        process.start()
+        ended = Job([process], [files], None).wait(seconds)
+    return ended[0]
+
+
+def _python(words: Sequence[str], cwd: Path, environment: Mapping[str, str], files: tuple[Path, Path]) -> None:
+    for number, file in zip((1, 2), files):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644), number)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    how, what, *sys.argv[1:] = words
+    if how == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
 
 
 def fork(function: Callable[..., None], *args: Any) -> BaseProcess:

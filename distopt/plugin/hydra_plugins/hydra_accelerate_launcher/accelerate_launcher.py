@@ -45,7 +45,16 @@ class AccelerateLauncher(Launcher):
         check(self.options)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs, numbered from `initial_job_idx`, and return their results."""
+        """Run the jobs, numbered from `initial_job_idx`, and return their results.
+
+        Raises:
+            LauncherError: If there is no job, two jobs have the same folder, or another sweep runs in the folder.
+        """
+        if not job_overrides:
+            raise LauncherError(
+                f"the sweep {' '.join(self.config.hydra.overrides.task)} has no jobs, because a range or a choice in "
+                "it is empty: give each at least one value, as seed=range(3)"
+            )
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
