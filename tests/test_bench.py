@@ -94,7 +94,6 @@ def test_sharpness_writes_every_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.matrix
 def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
     """AdamW computes one pass where SAM computes two, in addition to the same step."""
     pytest.importorskip("sklearn")

@@ -22,7 +22,13 @@ Loss = Callable[[nn.Module, Any, PassLoss], Tensor]  # the mean over a micro-bat
 
 
 class Update(NamedTuple):
-    """What a step did: this rank's mean loss, the global gradient norm before clipping, whether weights moved."""
+    """The result of a training step.
+
+    Attributes:
+        loss: The mean loss over this rank's micro-batches, a scalar tensor.
+        grad_norm: The norm of the gradient over all parameters and ranks, before clipping.
+        applied: Whether the optimizer has updated the weights.
+    """
 
     loss: Tensor
     grad_norm: float
@@ -37,11 +43,22 @@ def update(
     max_grad_norm: float = math.inf,
     loss: Loss = next_token_loss,
 ) -> Update:
-    """One optimizer step on the mean loss of this rank's micro-batches, of as many sequences each.
+    """Takes one optimizer step on the mean loss over the micro-batches.
 
-    With `SAM` both passes run over the same micro-batches with the same random numbers, and the gradient of the second
-    is the one that is clipped. A gradient norm that is inf or nan, which all ranks see alike, leaves weights and state
-    as they are. An optimizer with modes (schedule-free) is in train mode from here on.
+    Both passes of `SAM` run over the same micro-batches with the same random numbers, and the gradient of the second
+    pass is clipped. If the gradient norm is inf or nan, which it is on every rank or on none, weights and state do not
+    change. An optimizer with modes (schedule-free) stays in train mode.
+
+    Args:
+        engine: The engine that has built the model.
+        model: The model, as the engine has wrapped it.
+        optimizer: The optimizer, or SAM around it.
+        batches: This rank's micro-batches, each with the same number of sequences.
+        max_grad_norm: The norm to which gradients are clipped, > 0.
+        loss: Computes the mean loss of a micro-batch.
+
+    Raises:
+        ValueError: If the engine cannot run this SAM.
     """
     train_mode(optimizer)
     engine.zero_grad(model, optimizer)
@@ -59,7 +76,7 @@ def sharpness_aware(
     batches: Sequence[Tensor | Batch],
     loss: Loss = next_token_loss,
 ) -> Tensor:
-    """Computes the gradients that SAM steps with. If a pass raises, the weights are restored.
+    """Computes the gradient of SAM's second pass; if a pass raises, the weights are restored.
 
     Returns:
         This rank's mean loss in the first pass.
@@ -86,10 +103,18 @@ def backward(
     pass_loss: PassLoss = None,
     exchange: bool = True,
 ) -> Tensor:
-    """Adds the gradient of the mean loss over the micro-batches; returns this rank's loss.
+    """Accumulates the gradient of the mean loss over the micro-batches.
 
-    pass_loss: how the loss of the outputs is computed where that depends on the pass (`SAM.loss`).
-    exchange: average the gradient over the ranks.
+    Args:
+        engine: The engine that has built the model.
+        model: The model, as the engine has wrapped it.
+        batches: This rank's micro-batches, each with the same number of sequences.
+        loss: Computes the mean loss of a micro-batch.
+        pass_loss: Computes the loss of the outputs where it depends on SAM's pass (`SAM.loss`).
+        exchange: Whether gradients are averaged over the ranks.
+
+    Returns:
+        The mean loss over this rank's micro-batches, a float32 scalar tensor.
     """
     total = torch.zeros((), dtype=torch.float32, device=batches[0].device)
     for i, batch in enumerate(batches):

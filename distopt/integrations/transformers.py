@@ -81,22 +81,26 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         trainer = SAMTrainer(model, args, train_dataset=data, sam=partial(distopt.SAM, rho=0.05),
                              optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
 
-    The second pass runs with the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
-    steps, so that all of these see its gradient. For one process, DDP and FSDP2; a step with loss scaling (fp16) that
-    overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first pass. A
-    pass that raises leaves the weights as they were, and between micro-batches they are unperturbed. The second pass
-    leaves no trace in the Trainer's own numbers and metrics (`self.count += 1`, TRL's `_metrics`), so that nothing is
-    counted twice. Does all that `ShardedTrainerMixin` does.
+    The second pass runs after the last micro-batch of a step, before the Trainer clips, logs the gradient norm and
+    steps: all of these use its gradient. Works on one process, under DDP and under FSDP2. A step with loss scaling
+    (fp16) that overflows in either pass is skipped, as without SAM. The statistics of batch norm are those of the first
+    pass. If a pass raises, the weights are restored; between micro-batches they are unperturbed. The second pass does
+    not change the Trainer's own counts and metrics (`self.count += 1`, TRL's `_metrics`), so that nothing is counted
+    twice. Includes everything that `ShardedTrainerMixin` does.
 
-    A subclass may have its own `compute_loss`. With its own `training_step` or `_prepare_inputs`, which may keep state
-    between calls, it is refused, unless its class attribute `same_in_both_passes` is True: called again with the same
-    micro-batch they compute the same. Those of TRL's SFT, Reward, DPO and KTO trainers do.
+    A subclass may override `compute_loss`. One that overrides `training_step` or `_prepare_inputs`, which may keep
+    state between calls, is refused, unless it sets the class attribute `same_in_both_passes = True`: these methods
+    compute the same when called again with the same micro-batch. Those of TRL's SFT, Reward, DPO and KTO trainers do.
 
-    Raises ValueError under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; where
-    scope=local meets FSDP2; and for a Trainer whose passes may differ (TRL's GRPO, RLOO and others that generate).
+    Args:
+        args: The arguments of the Trainer.
+        sam: Wraps the optimizer in SAM; None trains without SAM.
+        kwargs: The keyword arguments of the Trainer.
 
-    Args: as Trainer, and
-        sam: makes a SAM of the optimizer; None trains without.
+    Raises:
+        ValueError: Under DeepSpeed, since Accelerate steps inside its backward pass; for FriendlySAM with fp16; for
+            scope=local under FSDP2; and for a Trainer whose passes may differ (TRL's GRPO, RLOO and others that
+            generate).
     """
 
     same_in_both_passes = False

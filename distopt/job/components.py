@@ -26,7 +26,7 @@ from distopt.sam import SAM
 
 @runtime_checkable
 class Data(Protocol):
-    """The text of a run, such as `TextData`: found by `check`, tokenized by `build`, put in order by the others."""
+    """The text of a run, such as `TextData`: `check` finds it, `build` tokenizes it, the others draw from it."""
 
     def check(self) -> None: ...
 
@@ -41,19 +41,19 @@ class Data(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What a configuration names, made and checked before there is a process group, a data set or a model.
+    """The components that a configuration names, before there is a process group, a data set or a model.
 
     Attributes:
-        engine: Runs the model on several processes.
+        engine: Wraps, steps and saves the model on all ranks.
         language_model: Builds the model.
-        data: Finds, tokenizes and orders the text.
-        init: The first values of the weights; None for those of the family.
+        data: Finds and tokenizes the text, and orders the batches.
+        init: The first values of the weights; None for those of the model family.
         adapter: Adds LoRA's parameters to the model; None for full training.
-        make_groups: Model -> param groups.
-        make_optimizer: Param groups -> optimizer.
-        make_schedule: Optimizer -> schedule.
-        make_sam: Optimizer -> SAM around it; None for none.
-        make_health: Optimizer and model -> monitor of the run's health; None for none.
+        make_groups: Sorts the parameters of a model into param groups.
+        make_optimizer: Makes the optimizer of param groups.
+        make_schedule: Makes the learning-rate schedule of an optimizer.
+        make_sam: Wraps an optimizer in SAM; None without SAM.
+        make_health: Makes the health monitor of an optimizer and a model; None without one.
     """
 
     engine: Engine
@@ -69,7 +69,11 @@ class Components:
 
     @classmethod
     def of(cls, cfg: Config) -> Components:
-        """Instantiates the components; raises ValueError for what one of them refuses."""
+        """Instantiates and checks the components.
+
+        Raises:
+            ValueError: If one of them refuses its options, with the section of the configuration at fault.
+        """
         parts = cls(
             engine=instantiate(cfg, "engine", Engine),
             language_model=instantiate(cfg, "model", LanguageModel),
@@ -92,7 +96,7 @@ class Components:
         return parts
 
     def check_init(self, independent_decay: bool) -> None:
-        """Refuses first values that would not be used, and scalings that the optimizer does not have.
+        """Checks that the first values would be used, and that the optimizer has the scaling of muP.
 
         Raises:
             ValueError: With the section of the configuration at fault.
@@ -119,9 +123,9 @@ class Components:
 
         Args:
             model: The model.
-            lr: The peak of the learning rate.
-            independent_decay: Whether weight decay is not to be multiplied by it.
-            shapes: Those of muP's base model; None without muP.
+            lr: The peak learning rate.
+            independent_decay: Whether weight decay is independent of the learning rate.
+            shapes: The shapes of muP's base model; None without muP.
         """
         options: dict[str, Any] = {}
         if shapes is not None:
@@ -132,7 +136,7 @@ class Components:
         return self.make_groups(model, **options)
 
     def check_model(self, independent_decay: bool) -> None:
-        """Builds the model on the meta device, with adapter and param groups: their names are known before any text.
+        """Builds the model on the meta device, with adapter and param groups, which are thus checked before the data.
 
         Raises:
             ValueError: With the section of the configuration at fault.
@@ -146,7 +150,7 @@ class Components:
             self.groups(model, 1.0, independent_decay, None)
 
     def dry_run(self, steps: int) -> None:
-        """Makes optimizer, schedule and SAM for one small tensor, so that they refuse their arguments before it starts.
+        """Makes optimizer, schedule and SAM for one small tensor, so that bad arguments are refused before the run.
 
         Raises:
             ValueError: With the section of the configuration at fault.

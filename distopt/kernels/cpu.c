@@ -24,11 +24,11 @@
 
 enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
 enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
-enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
+enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a block sum, its chains, short rows */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
-/* An exact sum: digit i counts 2^(WIDTH i + LOWEST); `broken` is 0, or what is not finite. */
+/* An exact sum: digit i counts units of 2^(WIDTH i + LOWEST); `broken` is 0, or the inf or nan that was added. */
 typedef struct { int64_t digit[DIGITS + 2]; double broken; } Sum;
 /* A digit of the result: an integer while adding up, a float64 in the end. The last one is 0, or not finite. */
 typedef union { int64_t count; double value; } Word;
@@ -37,7 +37,7 @@ typedef struct { Word digit[DIGITS + 1]; } Total;
 typedef void Rows(int mode, const float *hyper, const float *scales, float *restrict p, const float *restrict g,
                   float *restrict a, float *restrict b, float *restrict c, int64_t n, float *restrict direction);
 
-/* a + weight (g - a), in the form that is exact at both ends; rest = 1 - weight. */
+/* Returns a + weight (g - a), exact at weight 0 and at weight 1; rest = 1 - weight. */
 static inline float lerp(float a, float g, float weight, float rest) {
     const float distance = g - a;
     return weight < 0.5f ? fmaf(weight, distance, a) : fmaf(-rest, distance, g);
@@ -167,7 +167,7 @@ static inline void add(Sum *sum, double value) {
     add_integer(sum, bits >> 63 ? -1 : 1, mantissa, place);
 }
 
-/* Adds the products of at most CHUNK elements one by one: integers, in a bin for each exponent. */
+/* Adds the products of at most CHUNK elements one by one, as integers in one bin per exponent. */
 static void add_each(Sum *sum, const float *a, const float *b, int64_t n) {
     int64_t bins[2 * 255] = {0};
     for (int64_t i = 0; i < n; i++) {
@@ -186,7 +186,7 @@ static void add_each(Sum *sum, const float *a, const float *b, int64_t n) {
         if (bins[e] != 0) add_integer(sum, bins[e] < 0 ? -1 : 1, bins[e] < 0 ? -bins[e] : bins[e], e - 300 - LOWEST);
 }
 
-/* Brings all digits but the last one between 0 and 2^WIDTH. */
+/* Carries, so that every digit but the last is in [0, 2^WIDTH). */
 static void carry(Sum *sum) {
     for (int i = 0; i + 1 < DIGITS; i++) {
         const int64_t more = sum->digit[i] >> WIDTH;
@@ -195,19 +195,19 @@ static void carry(Sum *sum) {
     }
 }
 
-/* Returns the elements of the next block, of those that are left of the row and of the shard. */
+/* Returns the length of the next block, given what is left of the row and of the shard. */
 static inline int64_t block(int64_t row, int64_t shard) {
     const int64_t count = row < BLOCK ? row : BLOCK;
     return count < shard ? count : shard;
 }
 
-/* Adds the products of n elements from `from` on, in the blocks of rows of that length. */
+/* Adds the products of n elements, the first of which is element `from` of its tensor, in blocks of rows of length `row`. */
 static void add_products(Sum *sum, const float *a, const float *b, int64_t from, int64_t n, int64_t row) {
-    if (row < TINY) { /* a block sum of so few is not worth it */
+    if (row < TINY) { /* a block sum of so few elements does not pay */
         for (int64_t i = 0; i < n; i += CHUNK) add_each(sum, a + i, b + i, n - i < CHUNK ? n - i : CHUNK);
         return;
     }
-    int64_t left = row - from % row; /* of the row */
+    int64_t left = row - from % row; /* what is left of the row */
     for (int64_t i = 0; i < n;) {
         const int64_t count = block(left, n - i);
         add(sum, dot(a + i, b + i, count));
@@ -229,7 +229,7 @@ static void merge(Total *total, Sum *sum) {
     }
 }
 
-/* To float64. */
+/* Converts the digits to float64. */
 static void finish(Total *total) {
     Sum sum = {{0}, total->digit[DIGITS].value};
     for (int i = 0; i < DIGITS; i++) sum.digit[i] = total->digit[i].count;
@@ -237,12 +237,12 @@ static void finish(Total *total) {
     for (int i = 0; i < DIGITS; i++) total->digit[i].value = sum.broken != 0.0 ? sum.broken : (double)sum.digit[i];
 }
 
-/* Returns how many of n elements from `from` on are full blocks of rows of that length; all, if they are the last. */
+/* Returns how many of n elements from `from` on fill blocks of rows of length `row`; n if no others follow. */
 static int64_t full_blocks(int64_t from, int64_t n, int64_t left, int64_t row) {
     return n == left ? n : n - (from + n) % row % BLOCK;
 }
 
-/* Finds at most WAVE of the next pieces, from `at` on, and moves `at` behind them. */
+/* Writes up to WAVE pieces, starting at `at`, advances `at` past them, and returns their number. */
 static int64_t next_pieces(const int64_t *numel, const int64_t *row, int64_t tensors, Piece *at, Piece *pieces) {
     int64_t count = 0;
     while (at->tensor < tensors && count < WAVE) {
@@ -309,7 +309,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
     for (int64_t i = 0; mode == MEASURE && i < 2 * tensors; i++) finish(totals + i);
 }
 
-/* The inner product of two tensors each, of float32, or of bfloat16 if `half`: the third and fourth of the columns. */
+/* Computes inner products of pairs of tensors, columns 3 and 4 of the table, in float32, or in bfloat16 if `half`. */
 void products(const int64_t *table, Total *totals, int64_t tensors, int half, int threads) {
     Piece pieces[WAVE];
     Piece at = {0, 0, 0};
@@ -334,7 +334,7 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
     for (int64_t i = 0; i < tensors; i++) finish(totals + i);
 }
 
-/* `buffers` is how many state buffers the rule has. */
+/* `buffers` is the number of state buffers of the rule. */
 #define RULE(name, buffers)                                                                                            \
     static void name##_rows(int mode, const float *hyper, const float *scales, float *restrict p,                      \
                             const float *restrict g, float *restrict a, float *restrict b, float *restrict c,          \

@@ -24,6 +24,8 @@ from torch.distributed import TCPStore
 from tests.harness.forkserver import ENVIRONMENT, ROOT, context
 
 BIN = Path(sys.executable).parent
+# How many times longer than on a quiet machine a program may take, as for the ranks of `tests.harness.distributed`.
+PATIENCE = float(os.environ.get("DISTOPT_TEST_SECONDS", "120")) / 120
 WORDS = (
     "the",
     "cat",
@@ -100,7 +102,7 @@ class Job:
 
     def wait(self, seconds: float = 60.0) -> list[Ended]:
         """Every rank's end; AssertionError, and no process left over, if one does not end in time."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         late = [rank for rank, process in enumerate(self.processes) if process.exitcode is None]
@@ -147,7 +149,7 @@ def one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str
     file = cwd / "logs" / f"{time.monotonic_ns()}.json"
     file.parent.mkdir(exist_ok=True)
     process = fork(_one_after_another, cwd, commands, program, file)
-    process.join(280.0)
+    process.join(280.0 * PATIENCE)
     if process.is_alive():
         process.kill()
     process.join()
@@ -271,7 +273,7 @@ def launched(
 def launch(cwd: Path, words: Sequence[str], launcher: Sequence[str] | None = None, seconds: float = 100.0) -> Ended:
     """The real command, to its end."""
     with launched(cwd, words, launcher) as (process, out, err):
-        code = process.wait(seconds)
+        code = process.wait(seconds * PATIENCE)
     return Ended(code, out.read_text(), err.read_text())
 
 

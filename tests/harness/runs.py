@@ -38,7 +38,7 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 
 
 def until(happened: Callable[[], bool], alive: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * jobs.PATIENCE
     while not happened():
         assert alive(), "the run ended by itself"
         assert time.monotonic() < deadline, f"nothing within {seconds} s"
