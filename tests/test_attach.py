@@ -150,7 +150,7 @@ def exchanged(how: str) -> tuple[bool, list[float], str, list[Tensor]]:
 
 @pytest.mark.parametrize("how", ["rows", "hook", "scaler", "sync_each_batch"])
 def test_gradients_are_of_rows_where_all_who_read_them_can_be_told(how: str) -> None:
-    """A script's own hook of DDP and a loss scaler need whole ones; a sum of exchanged gradients does not.
+    """A script's own hook of DDP and a loss scaler need full ones; a sum of exchanged gradients does not.
     `accelerator.clip_grad_norm_` is right in all cases, for some of the parameters too."""
     model = whole("replicated")
     optimizer = lamb(model)

@@ -131,7 +131,7 @@ def load_deepspeed(stage: int, folder: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_deepspeed_saved_goes_on_bit_for_bit_or_is_refused(stage: int, tmp_path: Path) -> None:
+def test_what_deepspeed_saved_resumes_bit_for_bit_or_is_refused(stage: int, tmp_path: Path) -> None:
     """At another number of processes DeepSpeed itself raises; `distopt.save_checkpoint` is for that."""
     unbroken = run(2, save_deepspeed, stage, tmp_path)
     for params, expected in zip(run(2, load_deepspeed, stage, tmp_path), unbroken):

@@ -32,7 +32,7 @@ def save(folder: Path, zero: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("saved", [0, 1])
-def test_a_saved_run_goes_on_at_another_world_size_and_stage(tmp_path: Path, saved: int) -> None:
+def test_a_saved_run_resumes_at_another_world_size_and_stage(tmp_path: Path, saved: int) -> None:
     """Accelerate keeps rank 0's shards: a run under ZeRO-1 went on from zeros for all other rows, off by 6e-2."""
     folder = tmp_path / "state"
     for params in run(2, save, folder, saved):

@@ -101,7 +101,7 @@ def second_half(path: Path, engine: str, name: str) -> dict[str, np.ndarray]:
         ("none", 1, "fsdp2", 2),
     ],
 )
-def test_another_number_of_processes_or_engine_goes_on_as_the_unbroken_run(
+def test_another_number_of_processes_or_engine_resumes_as_the_unbroken_run(
     tmp_path: Path, engine: str, world: int, other_engine: str, other_world: int, name: str
 ) -> None:
     """float64, so that only the order of sums differs."""
@@ -143,7 +143,7 @@ def after_evaluation(path: Path) -> None:
     assert torch.equal(evaluate(), expected)
 
 
-def test_fsdp2_after_an_evaluation_that_left_whole_parameters_in_the_model(tmp_path: Path) -> None:
+def test_fsdp2_after_an_evaluation_that_left_full_parameters_in_the_model(tmp_path: Path) -> None:
     """Without a backward pass reshard_after_forward=False leaves the model with parameters the optimizer has not."""
     run(2, after_evaluation, tmp_path / "a")
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_does_not_tell_whether_sam_was_around_the_optimizer(tmp_pat
 
 
 class ShardedState(distopt.LAMB):
-    """State by rows, as DTensors of the whole parameter's shape; the parameters stay whole on every rank (ZeRO-1)."""
+    """State by rows, as DTensors of the full parameter's shape; the parameters stay full on every rank (ZeRO-1)."""
 
     def init_slot(self, layout: Any, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
         return distribute_tensor(torch.zeros_like(param), init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
@@ -249,7 +249,7 @@ def test_a_model_s_extra_state_comes_back(tmp_path: Path) -> None:
     assert models[1].count == 5 and torch.equal(models[1].weight, models[0].weight)
 
 
-def test_the_state_of_torch_s_adamw_goes_on_in_ours(tmp_path: Path) -> None:
+def test_the_state_of_torch_s_adamw_continues_in_ours(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "a", *trained("torch adamw"))
     parts = trained("adamw", steps=0, seed=1)
     load_checkpoint(path, *parts)

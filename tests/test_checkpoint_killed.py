@@ -146,7 +146,7 @@ def slow_rename(folder: Path) -> None:
         os.rename = rename
 
 
-def test_no_rank_goes_on_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
+def test_no_rank_continues_before_the_checkpoint_has_its_name(tmp_path: Path) -> None:
     run(2, slow_rename, tmp_path)
 
 

@@ -145,7 +145,7 @@ def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_the_command_to_go_on_works(trained: tuple[Path, jobs.Ended]) -> None:
+def test_the_printed_command_resumes(trained: tuple[Path, jobs.Ended]) -> None:
     """As it is printed, given to a shell in the same folder; but for the number of steps, to end sooner."""
     cwd, ended = trained
     command = said(ended.out, "resume")

@@ -145,7 +145,7 @@ def test_the_cache_follows_what_determines_the_tokens(folder: Path, tmp_path: Pa
     path = write_lines(tmp_path / "a.jsonl", pairs(10))
     first = build(folder, path=str(path)).digest
     assert build(folder, path=str(path)).digest == first
-    assert build(folder, path=str(path), packing=False).digest != first  # other batches: no run goes on with them
+    assert build(folder, path=str(path), packing=False).digest != first  # other batches: no run resumes with them
     write_lines(path, [{**line, "id": 1} for line in pairs(9)])
     assert build(folder, path=str(path), ignore=["id"]).digest != first
 

@@ -122,7 +122,7 @@ def test_few_files_are_split_by_their_tails(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["long.txt", "long.jsonl"])
 @pytest.mark.parametrize("filling", ["é", "éà\n"], ids=["one line", "many lines"])
 @pytest.mark.parametrize("end", ["\0", END], ids=["bytes", "tokenizer"])
-def test_long_documents_come_through_whole(tmp_path: Path, tokenizer: str, name: str, filling: str, end: str) -> None:
+def test_long_documents_are_complete(tmp_path: Path, tokenizer: str, name: str, filling: str, end: str) -> None:
     """Documents are read in pieces; a piece never ends inside a character, with or without line breaks."""
     content = "x" + filling * (5 * sources.PIECE // 2 // len(filling.encode()))
     file = tmp_path / name

@@ -229,7 +229,7 @@ def test_stage_0_of_16_bits_is_refused(more: dict[str, Any]) -> None:
     assert error.value.kind == "ValueError"
 
 
-def test_a_model_that_zero_init_has_cut_up() -> None:
+def test_a_model_that_zero_init_has_sharded() -> None:
     for params in run(2, train_after_init, 3):
         assert distance(params, reference("lamb")) < TOLERANCE
 
@@ -307,7 +307,7 @@ def norms_of_partitions(stage: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("stage", "world"), some([(1, 4), (2, 2), (3, 4)], itertools.product([1, 2, 3], [2, 4])))
-def test_norms_of_whole_layers(stage: int, world: int) -> None:
+def test_norms_of_full_parameters(stage: int, world: int) -> None:
     params = [p for p in whole("replicated", torch.float32).parameters() if p.requires_grad]
     expected = sorted(math.sqrt(p.detach().double().square().sum().item()) for p in params)
     for norms in run(world, norms_of_partitions, stage):

@@ -143,7 +143,7 @@ def validated_around_a_step(kind: str) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2"])
 def test_a_forward_pass_sees_the_weights_of_the_moment(kind: str) -> None:
-    """FSDP2 keeps whole copies after a forward pass that no backward pass follows: after the next step they are stale,
+    """FSDP2 keeps full copies after a forward pass that no backward pass follows: after the next step they are stale,
     and were used."""
     expected = run(1, validated_around_a_step, "ddp")[0]
     assert abs(expected[0] - expected[1]) > 1e-3

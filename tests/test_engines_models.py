@@ -109,7 +109,7 @@ def in_use() -> int:
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(("kind", "world"), [("fsdp2", 4), ("hsdp", 4)])
-def test_no_rank_ever_holds_more_than_one_whole_unit(kind: str, world: int, family: str) -> None:
+def test_no_rank_ever_has_more_than_one_full_unit(kind: str, world: int, family: str) -> None:
     """When a unit has just got its values, the blocks before it are shards already. A model as large as all ranks'
     memory would not start otherwise."""
     for used, units, shards in run(world, peaks, kind, family):

@@ -102,7 +102,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def undone() -> Iterator[None]:
-    """`main` leaves SIGTERM and logging switched off, in a process that goes on here."""
+    """`main` leaves SIGTERM and logging switched off, in a process that continues here."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)

@@ -144,7 +144,7 @@ def test_a_run_without_an_adapter_has_none_to_export(cwd: Path, lora: Path, tmp_
 
 
 @pytest.mark.matrix
-def test_a_run_goes_on_bit_for_bit_and_not_with_another_adapter(cwd: Path) -> None:
+def test_a_run_resumes_bit_for_bit_and_not_with_another_adapter(cwd: Path) -> None:
     same = {"adapter": "lora", "adapter__dropout": "0.2", "engine": "zero1", "train__micro_batch_size": "2"}
     short = {"schedule": "constant", "schedule__warmup_steps": "0", "checkpoint__every": "4"}
     finetune(cwd, 2, name="unbroken", train__steps="8", **same, **short)

@@ -318,7 +318,7 @@ def test_the_step_is_skipped() -> None:
     assert equal(model, plain([-1 if batch == SPIKED else batch for batch in batches]))
 
 
-def test_a_run_rolls_back_to_its_copy_and_goes_on_with_other_batches() -> None:
+def test_a_run_rolls_back_to_its_copy_and_continues_with_other_batches() -> None:
     """Weights, state and schedule of step 24; the batches 24 to 30 are passed over, in which the spike was."""
     model, monitor, batches, alarms = loop("rollback", SPIKED, copy_every=8)
     only(alarms, "spike of the gradient")

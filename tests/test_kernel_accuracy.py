@@ -107,7 +107,7 @@ def by_triton() -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_way_is_as_close_as_torchs(case: str, by_triton: dict[str, dict[str, list[float]]]) -> None:
+def test_every_implementation_is_as_close_as_torchs(case: str, by_triton: dict[str, dict[str, list[float]]]) -> None:
     found = measured(case) | {"triton": by_triton[case]["triton"]}
     bounds = [max(FACTOR * error, LEAST) for error in found.pop("torch")]
     for way, ours in found.items():

@@ -1,4 +1,4 @@
-"""ShardLayout: the norms of whole layers, the same on every rank and as without sharding, for one all-reduce."""
+"""ShardLayout: the norms of full parameters, the same on every rank and as without sharding, for one all-reduce."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exact(params: list[Tensor]) -> list[float]:
     return [float(p.detach().double().norm()) for p in params]
 
 
-# Norms of whole layers.
+# Norms of full parameters.
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_norms_are_those_of_full_layers(kind: str, world: int, dtype: torch.dtyp
 
 @everywhere
 def test_the_layouts_are_what_their_names_say(kind: str, world: int) -> None:
-    """Lest the tests of this file compare whole models with whole models."""
+    """Lest the tests of this file compare full models with full models."""
     wheres = [where for _, where in run(world, norms_on, kind, torch.float64)]
     placements = {placement for where in wheres for placement, _ in where}
     sizes = {numel for where in wheres for _, numel in where}
@@ -116,7 +116,7 @@ def values(count: int, dims: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("others", [[], list(PLACEMENTS)], ids=["alone", "beside all others"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_every_element_counts_once_however_it_is_repeated(name: str, others: list[str], dims: tuple[int, ...]) -> None:
-    """A layer that is equal along an axis that cuts another was counted once for each rank of that axis."""
+    """A layer that is replicated along an axis that shards another was counted once for each rank of that axis."""
     names = [name, *others]
     for norms in run(4, norms_beside, names, dims):
         assert norms == pytest.approx(exact(values(len(names), dims)), rel=1e-14)

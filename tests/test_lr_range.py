@@ -33,7 +33,7 @@ def trainer(model: nn.Module, optimizer: Any) -> Any:
 
 @pytest.mark.parametrize("before", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_run_goes_on_as_if_it_had_not_been(before: int, dtype: torch.dtype) -> None:
+def test_a_run_resumes_as_if_it_had_not_been(before: int, dtype: torch.dtype) -> None:
     """Before the first step there is no state, and afterwards there is none; 16-bit weights have masters in it."""
     runs = []
     for tested in (False, True):

@@ -120,7 +120,7 @@ def test_a_resumed_run_writes_on_after_its_checkpoint(
     assert f"{checkpoint + 1}/8" in capsys.readouterr().err
 
 
-def test_the_count_of_skipped_steps_goes_on(tmp_path: Path) -> None:
+def test_the_count_of_skipped_steps_continues(tmp_path: Path) -> None:
     """It began at 0 again in a resumed run, so that the number at the end was that of the last leg only."""
     write(tmp_path, [train_row(1), train_row(2, skipped=1), train_row(3, skipped=2), validation_row(3)])
     m = monitor(tmp_path, first_step=3)

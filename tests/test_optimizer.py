@@ -31,7 +31,7 @@ MAX_NORM = 1.0  # shorter than any of the gradients
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
-# The update of the whole model.
+# The update of the full model.
 
 
 def train(kind: str, world: int) -> dict[str, dict[torch.dtype, list[Tensor]]]:
@@ -147,8 +147,7 @@ def test_a_bound_partition_is_updated_layer_by_layer(row: Row, world: int) -> No
 
 
 def state_after(row: Row, kind: str) -> list[tuple[str, dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]]]:
-    """By parameter and key: how the state lies, its whole shape, its shape here. After a step in which some parameters
-    had no gradient."""
+    """The names of each parameter's state, after a step in which some parameters had no gradient."""
     model = sharded(kind, torch.float32)
     opt = row.make([p for p in model.parameters() if p.requires_grad])
     assert not opt.state  # engines replace parameters after construction
@@ -446,7 +445,7 @@ def test_an_error_on_ranks_reaches_the_test() -> None:
 
 def train_masters(row: Row, kind: str) -> tuple[bool, set[torch.dtype], float]:
     """bfloat16 parameters stepped by float32 masters, with the state saved and loaded on the way: whether every step
-    gave the rounded masters of the unsharded run, what the state is kept in, and its share of the whole state."""
+    gave the rounded masters of the unsharded run, what the state is kept in, and its share of the full state."""
     start = [p.to(torch.bfloat16) for p in initial((5, 3), (4,), (6, 2))]
     ranks = mesh((dist.get_world_size(),), ("shard",))
 

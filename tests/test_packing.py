@@ -82,7 +82,7 @@ def cut(given: Examples) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def test_an_epoch_holds_each_example_once_with_the_next_tokens_as_labels() -> None:
+def test_an_epoch_has_each_example_once_with_the_next_tokens_as_labels() -> None:
     sequences = packed(batch_size=1)
     seen = [piece for step in range(sequences.count) for piece in pieces(sequences.batch(step))]
     assert sorted(seen) == sorted(cut(examples()))
@@ -315,7 +315,7 @@ def resumed(kind: str, base: Path, folder: Path, lora: bool) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["zero1", "fsdp2", pytest.param("deepspeed_zero3", marks=pytest.mark.matrix)])
-def test_an_adapter_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, base: Path, kind: str) -> None:
+def test_an_adapter_resumes_from_a_checkpoint_bit_for_bit(tmp_path: Path, base: Path, kind: str) -> None:
     for whole, again in run(2, resumed, kind, base, tmp_path / kind, True):
         assert all(torch.equal(p, whole[name]) for name, p in again.items())
 

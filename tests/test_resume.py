@@ -1,4 +1,4 @@
-"""One checkpoint for all engines: a run that stops on one goes on, on any other, at another number of processes."""
+"""One checkpoint for all engines: a run that stops on one resumes on any other, at another number of processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ every_pair = pytest.mark.parametrize(("source", "target", "world"), some(SOME, P
 def train(
     kind: str, start: int, stop: int, source: Path | None = None, to: Path | None = None, late: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Steps `start` to `stop` of a run, from a checkpoint and to one; its losses and whole parameters.
+    """Steps `start` to `stop` of a run, from a checkpoint and to one; its losses and full parameters.
 
     late: save in the background, and train a step, which is none of the run's, while that is going on.
     """
@@ -94,7 +94,7 @@ def same(results: list[tuple[list[float], dict[str, Tensor]]], kind: str) -> Non
 
 
 @every_pair
-def test_a_run_goes_on_where_another_engine_stopped(folder: Path, source: str, target: str, world: int) -> None:
+def test_a_run_resumes_where_another_engine_stopped(folder: Path, source: str, target: str, world: int) -> None:
     same(run(world, train, target, STOPS, ENDS, stopped(folder, source)), source)
 
 
@@ -107,7 +107,7 @@ def test_the_steps_after_the_stop_matter() -> None:
 
 
 @pytest.mark.parametrize("kind", some(["zero1", "hsdp", "deepspeed_zero3"], ENGINES))
-def test_the_same_engine_and_world_goes_on_bit_for_bit(folder: Path, kind: str) -> None:
+def test_the_same_engine_and_world_resumes_bit_for_bit(folder: Path, kind: str) -> None:
     losses, weights = unbroken(kind)
     for rank_losses, rank_weights in run(2, train, kind, STOPS, ENDS, stopped(folder, kind)):
         assert rank_losses == losses[STOPS:]

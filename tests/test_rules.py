@@ -142,7 +142,7 @@ def test_parameters_keep_their_dtype_and_state_has_float32_or_wider(row: Row, dt
 
 @pytest.mark.parametrize("cls", [SGD, LARS], ids=["trust_ratio", "rates"])
 def test_a_bfloat16_neighbour_costs_a_float32_layer_no_accuracy(cls: type[ShardedOptimizer]) -> None:
-    """The ratios of a whole group took the dtype of its first parameter: a float32 layer behind a bfloat16 one was
+    """The ratios of a group took the dtype of its first parameter: a float32 layer behind a bfloat16 one was
     scaled by a ratio of 8 bits."""
 
     def stepped(*params: Tensor) -> Tensor:

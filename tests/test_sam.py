@@ -233,7 +233,7 @@ def test_a_closure_that_raises_leaves_the_weights_as_they_were(failing: int) -> 
         sam.step(closure)
     assert all(torch.equal(p, b) for p, b in zip(params, before))
     assert not sam.state
-    by_closure(sam, params, 0)  # and goes on
+    by_closure(sam, params, 0)  # and continues
     assert not any(torch.equal(p, b) for p, b in zip(params, before))
 
 
@@ -329,7 +329,7 @@ def test_groups_and_hooks_are_the_inners() -> None:
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda sam: pickle.loads(pickle.dumps(sam))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_is_whole(how: Callable[[SAM], SAM]) -> None:
+def test_a_copy_is_complete(how: Callable[[SAM], SAM]) -> None:
     """It had the inner optimizer's state and no inner optimizer; a schedule, which wraps `step`, was in its way."""
     params = leaves()
     sam = SAM(named("lamb").make(params), RHO)
@@ -350,7 +350,7 @@ ROWS = ("nesterov", "adamw", "lamb")
 
 
 def train(kind: str, world: int) -> dict[str, list[Tensor]]:
-    """The whole parameters after clipped SAM steps by three optimizers; for world 0 nothing is sharded."""
+    """The full parameters after clipped SAM steps by three optimizers; for world 0 nothing is sharded."""
     models = Fleet({name: whole(kind) for name in ROWS})
     if world:
         shard(kind, models)
@@ -380,7 +380,7 @@ def trained(kind: str, world: int) -> list[dict[str, list[Tensor]]]:
 
 @pytest.mark.parametrize(("kind", "world"), [(kind, world) for kind, world in EVERYWHERE if world == 2])
 @pytest.mark.parametrize("name", ROWS)
-def test_the_update_is_that_of_the_whole_model(name: str, kind: str, world: int) -> None:
+def test_the_update_is_that_of_the_full_model(name: str, kind: str, world: int) -> None:
     """The norm of the perturbation is over all ranks; `tests.test_sam_family` has more of them. The popular restore,
     `p.data = saved`, never reaches a parameter that FSDP2 has sharded: the weights stay perturbed, the loss still
     falls, and the result is that of no algorithm."""

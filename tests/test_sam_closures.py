@@ -124,7 +124,7 @@ def test_lightnings_accumulation_is_refused(kind: Any, clear: bool) -> None:
     with pytest.raises(ValueError, match=r"the closure adds to gradients that were there before it.*in Lightning"):
         fit(LightningOptimizer(task.sam), task.loss, 4, 2)
     assert distance(task.end, before) == 0.0
-    fit(LightningOptimizer(task.sam), task.loss, 3, 1)  # weights are as before, and it goes on
+    fit(LightningOptimizer(task.sam), task.loss, 3, 1)  # weights are as before, and it continues
 
 
 CLOSURES: dict[str, Callable[[Regression], Any]] = {

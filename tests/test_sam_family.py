@@ -75,7 +75,7 @@ def test_the_optimizer_may_be_torchs(member: Member, row: Row) -> None:
 
 @every_member
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_a_copy_goes_on_as_the_first(member: Member, how: Callable[[Any], Any]) -> None:
+def test_a_copy_continues_as_the_first(member: Member, how: Callable[[Any], Any]) -> None:
     """Also between two looks, with the count of steps and the state that is our own."""
     params = leaves()
     sam = started(member, named("adamw"), params)

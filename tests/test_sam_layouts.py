@@ -93,7 +93,7 @@ def train(kind: str, models: nn.Module, sams: dict[str, SAM], first: int, last: 
 
 
 def trained(kind: str, world: int) -> dict[str, list[Tensor]]:
-    """The whole parameters after some steps; for world 0 nothing is sharded."""
+    """The full parameters after some steps; for world 0 nothing is sharded."""
     models, sams = fleet(kind, world, SHARDED)
     train(kind, models, sams, 0, FEWER)
     params = iter(full(models))
@@ -112,7 +112,7 @@ def results(kind: str, world: int) -> list[dict[str, list[Tensor]]]:
         [(kind, world) for kind, world in EVERYWHERE if world > 2 and kind != "replicated"],
     ),
 )
-def test_the_update_is_that_of_the_whole_model(kind: str, world: int) -> None:
+def test_the_update_is_that_of_the_full_model(kind: str, world: int) -> None:
     """Odd shapes, empty shards, tied and frozen weights, one that is seldom used; gradients are clipped."""
     (expected,) = results("tp_fsdp" if kind == "tp_fsdp" else "replicated", 0)
     for result in results(kind, world):

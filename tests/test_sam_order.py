@@ -98,7 +98,7 @@ def test_numpys_and_pythons_random_numbers_are_the_same_in_both_passes(interval:
     assert len(set(then)) == 3
 
 
-def test_random_numbers_go_on_after_a_pass_that_raised() -> None:
+def test_random_numbers_continue_after_a_pass_that_raised() -> None:
     start = random_state()
     first = np.random.rand(), random.random()
     following = None

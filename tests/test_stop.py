@@ -1,4 +1,4 @@
-"""A run that gets a signal finishes its step, saves, says so by its exit code, and goes on as if nothing had been."""
+"""A run that gets a signal finishes its step, saves, exits with a code of its own, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(cwd: Path, number: sign
 
 
 @pytest.mark.matrix
-def test_a_launch_that_is_asked_to_stop_goes_on_bit_for_bit(cwd: Path) -> None:
+def test_a_launch_that_is_asked_to_stop_resumes_bit_for_bit(cwd: Path) -> None:
     """SIGTERM to `accelerate launch`, which hands it on: what a preempted job gets."""
     run = cwd / "runs" / "stopped"
     with jobs.launched(cwd, overrides(name="stopped", **{**LONG, "train__steps": "600"})) as (process, _, err):

@@ -32,7 +32,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 @every_taken
 @pytest.mark.parametrize(("names", "other_names"), [(False, False), (True, False), (False, True)])
 def test_a_state_dict_is_the_state(config: Config, names: bool, other_names: bool) -> None:
-    """Saved and loaded (`weights_only`), the other goes on bit for bit, and has the same state dict again."""
+    """Saved and loaded (`weights_only`), the other continues bit for bit, and has the same state dict again."""
     params, again = layer(), layer()
     opt = config.make(named(params, names))
     walk(opt, params, 3)

@@ -151,7 +151,7 @@ def test_every_optimizer_learns(sweep: Sweep, choice: str) -> None:
 
 
 def test_a_job_of_a_sweep_says_how_to_resume_it(sweep: Sweep) -> None:
-    """Without its folder in the command, every job of a sweep would have gone on in runs/train."""
+    """Without its folder in the command, every job of a sweep would have resumed in runs/train."""
     folder, choices, ended = sweep
     commands = [shlex.split(command) for command in re.findall("^resume:(.*)$", ended.out, re.MULTILINE)]
     assert len(commands) == len(choices)

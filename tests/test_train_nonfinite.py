@@ -24,7 +24,7 @@ POISONED: dict[str, tuple[dict[str, str], int]] = {  # and the forward passes of
 
 @pytest.mark.parametrize("case", some(["fsdp2 lamb", "ddp sam"], POISONED))
 def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(cwd: Path, case: str) -> None:
-    """One rank has a loss that is not finite in steps 3 to 6: no rank moves weights or state, and training goes on."""
+    """One rank has a loss that is not finite in steps 3 to 6: weights and state stay on every rank, training continues."""
     changes, passes = POISONED[case]
     # With SAM in the first pass of a step and in the second.
     first, second = (lambda step: (step - 1) * passes + 1), (lambda step: step * passes)
@@ -116,7 +116,7 @@ def test_layers_are_written_at_a_step_that_is_skipped(cwd: Path, value: float) -
 
 @pytest.mark.parametrize("asynchronous", some(["true"], ["false", "true"]))
 def test_a_disk_that_is_full_ends_every_rank_with_one_line(cwd: Path, asynchronous: str) -> None:
-    """And with the checkpoint before, from which the run goes on when there is space."""
+    """And with the checkpoint before, from which the run resumes when there is space."""
     words = overrides(name="full", engine="fsdp2", checkpoint__asynchronous=asynchronous)
     for rank, (code, _, err) in enumerate(jobs.run(cwd, words, 2, full_disk, 1, 1)):
         assert code == 1 and "Traceback" not in err, err

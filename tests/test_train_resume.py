@@ -52,9 +52,9 @@ def test_a_killed_run_resumes_bit_for_bit(cwd: Path, case: str) -> None:
 
 
 @pytest.mark.matrix
-def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_one_before(cwd: Path) -> None:
-    """kill -9 while step 8's checkpoint is being written and training goes on: that of step 4 is whole, what is half
-    written does not count. LookSAM under ZeRO-1 with dropout, so that all there is has to come back."""
+def test_killed_in_the_middle_of_a_save_in_the_background_it_resumes_from_the_one_before(cwd: Path) -> None:
+    """kill -9 while step 8's checkpoint is being written and training continues: it is incomplete and does not count,
+    that of step 4 does. LookSAM under ZeRO-1 with dropout, so that all there is has to come back."""
     same = {**DROPOUT, "engine": "zero1", "optimizer": "lamb", "sam": "looksam", "checkpoint__asynchronous": "true"}
     same |= {"sam__interval": "3", "train__steps": "9"}
     train(cwd, 2, name="unbroken", **same)
@@ -74,7 +74,7 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_goes_on_from_the_on
 
 
 def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> None:
-    """It says which, goes on from the one before, and comes to the same numbers."""
+    """It says which, resumes from the one before, and comes to the same numbers."""
     done = copied(finished, cwd)
     shard = next((done / "checkpoints" / "step_00000008").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -91,7 +91,7 @@ def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> 
 
 
 @pytest.mark.parametrize("engine", some(["fsdp2"], ["fsdp2", "hsdp", "deepspeed_zero2"]))
-def test_another_number_of_processes_and_engine_goes_on(finished: Path, cwd: Path, engine: str) -> None:
+def test_a_run_resumes_on_another_engine_and_number_of_processes(finished: Path, cwd: Path, engine: str) -> None:
     done = copied(finished, cwd)
     train(cwd, train__resume="auto", **LONGER)
     expected = [row["loss"] for row in rows(done, after=8, losses_only=True)]
@@ -102,7 +102,7 @@ def test_another_number_of_processes_and_engine_goes_on(finished: Path, cwd: Pat
 
 
 def test_the_configuration_wins_over_the_checkpoint(finished: Path, cwd: Path) -> None:
-    """A run that goes on with another learning rate, schedule or length uses it, from its first step on.
+    """A run that resumes with another learning rate, schedule or length uses it, from its first step on.
 
     The checkpoint holds the options of the param groups, and they came back in place of those on the command line: the
     remedy for a run that diverged, a lower lr, did nothing and said nothing.
@@ -165,8 +165,8 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_ended(finished: Path, cwd
     assert (done / "curves.png").is_file() and checkpoints(done) == ["step_00000004", "step_00000008"]
 
 
-def test_only_the_newest_checkpoint_of_a_run_goes_on_in_its_folder(finished: Path) -> None:
-    """Newer ones would outlive those of the run that goes on from an older one: they were pruned as soon as written."""
+def test_only_the_newest_checkpoint_of_a_run_resumes_in_its_folder(finished: Path) -> None:
+    """Newer ones would outlive those of the run that resumes from an older one: they were pruned as soon as written."""
     older = finished / "runs" / "done" / "checkpoints" / "step_00000004"
     (ended,) = jobs.run(finished, overrides(train__resume=str(older), **LONGER))
     assert ended.code == 1

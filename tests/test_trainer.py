@@ -317,7 +317,7 @@ def values(params: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("poisoned", [1, 2])
 def test_an_overflow_in_either_pass_leaves_the_step_out(tmp_path: Path, poisoned: int) -> None:
-    """On one rank only; weights come back, on all ranks the step is skipped, the scale halved, and training goes on."""
+    """On one rank only; weights are restored, all ranks skip the step and halve the scale, and training continues."""
     expected = ([True, False, True], [1024.0, 1024.0, 512.0, 512.0], [2.0])
     assert run(2, overflowing, tmp_path, poisoned) == [expected] * 2
 
@@ -396,7 +396,7 @@ def twice(folder: Path) -> int:
     return int(made.optimizer.param_groups[0]["sam_steps"])
 
 
-def test_training_again_goes_on_with_the_same_sam(tmp_path: Path) -> None:
+def test_training_again_continues_with_the_same_sam(tmp_path: Path) -> None:
     """Another SAM was put around Accelerate's wrapper of the first, and both counted the steps of the interval."""
     assert run(1, twice, tmp_path) == [2 * STEPS]
 

@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"lamb": LAMB, "adamw": ADAMW, "sam_lamb": 
 
 
 def trained(folder: Path, setup: str, options: str, resume: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters after a run, and after another one that goes on from its checkpoint of step `STOP`."""
+    """The parameters after a run, and after another one that resumes from its checkpoint of step `STOP`."""
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": STOP} if resume else {}
     made = trainer(folder, setup, STEPS, OPTIONS[options], gradient_accumulation_steps=2, **saving)
     made.train()

@@ -345,7 +345,7 @@ def test_a_tensor_on_a_device_is_a_learning_rate_only_where_it_may_be_captured()
 
 
 def test_a_state_dict_does_not_say_how_steps_are_counted() -> None:
-    """One of a captured run goes on where nothing can be captured, with the learning rate that it had."""
+    """One of a captured run resumes where nothing can be captured, with the learning rate that it had."""
     p, q = (t.to(to).requires_grad_() for t, to in zip(initial((3, 2), (3, 2), dtype=torch.float32), ("meta", "cpu")))
     captured, other = distopt.AdamW([p], lr=torch.tensor(0.25), capturable=True), distopt.AdamW([q])
     captured.init_state()

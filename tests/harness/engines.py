@@ -1,4 +1,4 @@
-"""THE TABLE of engines, and what tests of them share: small real language models, batches, whole parameters."""
+"""THE TABLE of engines, and what tests of them share: small real language models, batches, full parameters."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def mean(value: Tensor) -> float:
 
 @torch.no_grad()
 def full(model: nn.Module) -> dict[str, Tensor]:
-    """Whole copies of the parameters by name, in float32; every rank has to call it."""
+    """Full copies of the parameters by name, in float32; every rank has to call it."""
     wrapped = hasattr(model, "set_gradient_accumulation_boundary") or isinstance(model, DistributedDataParallel)
     named = (model.module if wrapped else model).named_parameters()
     return {name: _full(p).detach().clone() for name, p in named}

@@ -126,7 +126,7 @@ def quick_jobs() -> Iterator[Job]:
 
 
 def train(job: Job) -> dict[str, list[Tensor] | str]:
-    """The whole parameters after the last step, for each optimizer."""
+    """The full parameters after the last step, for each optimizer."""
     return {name: trained(job, name) for name in job.names}
 
 
@@ -169,7 +169,7 @@ def unsharded(
     max_norm: float = MAX_NORM,
     steps: int = STEPS,
 ) -> list[Tensor]:
-    """The same training of a plain model by one process without a process group: no engine, whole tensors.
+    """The same training of a plain model by one process without a process group: no engine, full tensors.
 
     deepspeed: as DeepSpeed has it, a parameter that is not used has a gradient of zeros, so that its state decays, and
     gradients of bfloat16 weights are summed in bfloat16.

@@ -1,4 +1,4 @@
-"""SAM's family once more, in float64, as the papers write it, on lists of whole tensors: what tests compare with.
+"""SAM's family once more, in float64, as the papers write it, on lists of full tensors: what tests compare with.
 
 As `clipped` and `sam` of `tests.harness.oracles`, each makes one gradient function of another, to be given to any rule
 there: `adamw(params, asam(grad, rho=0.5, eta=0.01), steps, lr=1e-3)`. Those that remember (a mean, a momentum) have to

@@ -1,4 +1,4 @@
-"""Models, and the ways of cutting them up that the tests of the core share: on each the update has to be the same."""
+"""Models, and the ways of sharding them that the tests of the core share: on each the update has to be the same."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def sharded(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def shard(kind: str, model: nn.Module, units: Iterable[nn.Module] = ()) -> nn.Module:
-    """Cuts a model up. `replicated`, `zero1`: not at all. `mixed`: FSDP2, but embedding and `seldom` are whole."""
+    """Shards a model. `replicated`, `zero1`: not at all. `mixed`: FSDP2, but embedding and `seldom` are replicated."""
     world = dist.get_world_size()
     if kind == "tp_fsdp":
         grid = mesh((2, 2), ("dp", "tp"))
@@ -167,7 +167,7 @@ def backward(model: nn.Module, kind: str, step: int) -> Tensor:
 
 @torch.no_grad()
 def full(model: nn.Module) -> list[Tensor]:
-    """Whole copies of a model's parameters; every rank has to call it."""
+    """Full copies of a model's parameters; every rank has to call it."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()

@@ -138,7 +138,7 @@ def trainer(
 
 @torch.no_grad()
 def whole(trainer: Any) -> list[Tensor]:
-    """Copies of the whole parameters, as they are trained."""
+    """Copies of the full parameters, as they are trained."""
     found = []
     for p in trainer.model_wrapped.parameters():
         if isinstance(p, DTensor):
