@@ -24,7 +24,7 @@ POISONED: dict[str, tuple[dict[str, str], int]] = {  # and the forward passes of
 
 @pytest.mark.parametrize("case", some(["fsdp2 lamb", "ddp sam"], POISONED))
 def test_a_step_without_a_finite_gradient_is_skipped_on_every_rank(cwd: Path, case: str) -> None:
-    """One rank has a loss that is not finite in steps 3 to 6: weights and state stay on every rank, training continues."""
+    """One rank has a loss that is not finite in steps 3 to 6: weights and state stay as they are everywhere."""
     changes, passes = POISONED[case]
     # With SAM in the first pass of a step and in the second.
     first, second = (lambda step: (step - 1) * passes + 1), (lambda step: step * passes)
