@@ -21,7 +21,6 @@ from omegaconf import OmegaConf
 from distopt.job.config import CONF
 from distopt.report.page import write_report
 from tests.harness import jobs
-from tests.harness.jobs import ROOT
 
 LADDERS = ((0.0, 0.01, 0.1), ((0.9, 0.9), (0.9, 0.95), (0.9, 0.99)))
 
@@ -118,11 +117,8 @@ def script(folder: Path) -> list[str]:
     return [sys.executable, str(folder / "script.py")]
 
 
-def test_a_sweep_is_resumed_and_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_resumed_and_says_what_it_found(tmp_path: Path) -> None:
     """A failure that is no divergence ends it, a divergence does not; the losses on disk are not computed again."""
-    monkeypatch.setattr(
-        jobs, "ENVIRONMENT", {**jobs.ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'distopt' / 'plugin'}"}
-    )
     command, ran = script(tmp_path), tmp_path / "ran.txt"
     (tmp_path / "broken").touch()
     failed = jobs.launch(tmp_path, [], command, 60)
@@ -204,11 +200,7 @@ def test_numbers_out_of_bounds_are_refused(name: str) -> None:
     ],
 )
 def test_what_does_not_exist_is_refused_before_anything_runs(words: str, message: str, tmp_path: Path) -> None:
-    environment = {**jobs.ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'distopt' / 'plugin'}"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "ENVIRONMENT", environment)
-        command = [sys.executable, "-m", "distopt.train"]
-        ended = jobs.launch(tmp_path, ["experiment=compare", words], command, 60)
+    ended = jobs.python("-m", "distopt.train", "experiment=compare", words, cwd=tmp_path)
     assert ended.code == 1 and "Traceback" not in ended.err
     assert message in ended.err.splitlines()[-1] and not list(tmp_path.rglob("losses.jsonl"))
 

@@ -14,7 +14,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),  # this checkout, whichever is installed
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'distopt' / 'plugin'}",  # this checkout, whichever is installed
 }
 # Python has one fork server per process, whose imports are those of whoever starts it: so there is one list for all.
 _IMPORTED_ONCE = [
