@@ -52,7 +52,7 @@ def test_what_the_runs_have_matters(names: tuple[str, ...]) -> None:
     """Lest the test above compare runs that would be alike anyway: each property shows in the unsharded one."""
     runs = [unsharded(name, **ONE) for name in names]
     for i, run in enumerate(runs):
-        assert all(distance(run, other) > 3 * TOLERANCE["fp32"] for other in runs[:i]), names[i]
+        assert all(distance(run, other) > 4 * TOLERANCE["fp32"] for other in runs[:i]), names[i]
     for name, run in zip(names, runs):
         assert distance(run, unsharded(name, **ONE, max_norm=1e9)) > 100 * TOLERANCE["fp32"]
         assert distance(run, unsharded(name, **ONE | {"deepspeed": True})) > 100 * TOLERANCE["fp32"]
