@@ -16,7 +16,8 @@ from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
 from distopt.layout.deepspeed_private import is_partitioned, partition_group
 from distopt.layout.flat import own_piece
 from distopt.layout.names import bare_parameters
-from distopt.proof.content import Run, content
+from distopt.layout.places import Run
+from distopt.proof.content import content
 from distopt.proof.faults import check_parameters
 from distopt.proof.places import counted, parts, sums
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from distopt.layout import ShardLayout, layout_of, local
 from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
-from distopt.proof.content import balanced, cover, full_place
+from distopt.layout.places import full_place
+from distopt.proof.content import balanced, cover
 from distopt.proof.faults import check_locally
 from distopt.proof.places import counted, coverage, parts, sums
 
