@@ -2,6 +2,7 @@
 
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
+from distopt.optim.adafactor import Adafactor
 from distopt.optim.adagrad import Adagrad
 from distopt.optim.adam import Adam, AdamW
 from distopt.optim.ademamix import AdEMAMix
@@ -22,6 +23,7 @@ __all__ = [
     "LARS",
     "SGD",
     "AdEMAMix",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

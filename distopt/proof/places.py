@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distopt.layout import ShardLayout, local
-from distopt.layout.places import Place
+from distopt.layout.places import Place, full_place
 from distopt.proof.content import content, cover, signed
 
 
@@ -54,6 +54,27 @@ def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
         hashes = [content(part.tensor, layout.full_shape(layout.params[part.layer]), part.place) for part in held]
         layers = torch.tensor([part.layer for part in held], device=total.device)
         total.index_add_(0, layers, torch.stack(hashes).to(total.device))
+    return total
+
+
+def replicated(optimizer: Any) -> Callable[[Tensor, str], bool]:
+    """Returns whether a buffer in the state of a tensor that an optimizer updates is complete on every rank."""
+    groups = optimizer.param_groups if hasattr(optimizer, "rule") else []
+    rules = {p: rule for group in groups if (rule := optimizer.rule(group)).slots for p in group["params"]}
+
+    def is_replicated(owner: Tensor, name: str) -> bool:
+        slot = rules[owner].slot(name, owner.shape) if owner in rules else None
+        return slot is not None and slot.replicated
+
+    return is_replicated
+
+
+def full_sums(layout: ShardLayout, buffers: Mapping[Tensor, Tensor]) -> Tensor:
+    """As `sums`, of buffers that are complete on every rank, by the tensors whose state they are."""
+    total = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device)
+    for owner, value in buffers.items():
+        (segment,) = layout.segments[owner]
+        total[segment.layer] = content(value, value.shape, full_place(value.shape))
     return total
 
 

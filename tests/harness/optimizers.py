@@ -16,6 +16,7 @@ from distopt import (
     LAMB,
     LARS,
     SGD,
+    Adafactor,
     Adagrad,
     Adam,
     AdamW,
@@ -118,7 +119,14 @@ def _row(
 ) -> Row:
     """A row whose oracle takes the optimizer's own arguments, but for those that it has by another name."""
     shared = {renamed.get(k, k): v for k, v in kwargs.items() if k not in ("lr", "weight_decay", "trust_ratio")}
-    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, (ScheduleFree, DistanceAdapted)))
+    return Row(
+        name,
+        cls,
+        kwargs,
+        partial(oracle, **shared),
+        peer,
+        not issubclass(cls, (ScheduleFree, DistanceAdapted, Adafactor)),
+    )
 
 
 _MOMENTS = {"betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -179,6 +187,14 @@ ROWS = (
         slow_warmup="warmup",
     ),
     _row("adopt", ADOPT, dict(lr=0.05, **_MOMENTS), oracles.adopt),
+    # 1 / sqrt(step) is below lr from the fifth step on; some updates are clipped.
+    _row(
+        "adafactor",
+        Adafactor,
+        dict(lr=0.5, eps=(1e-4, 1e-2), d=1.05, weight_decay=0.1),
+        oracles.adafactor,
+        torch.optim.Adafactor,
+    ),
     _row(
         "cautious_adamw",
         AdamW,
@@ -222,6 +238,8 @@ EDGES = (
     _row("lion_defaults", Lion, dict(lr=0.3, weight_decay=0.0), oracles.lion),
     _row("ademamix_defaults", AdEMAMix, _DEFAULT, oracles.ademamix),
     _row("adopt_defaults", ADOPT, _DEFAULT, oracles.adopt),
+    # torch's divides by the number of elements of an empty parameter; `tests.test_adafactor` compares with it.
+    _row("adafactor_defaults", Adafactor, dict(lr=0.05, weight_decay=0.0), oracles.adafactor),
     _row(
         "cautious_decay_lamb",
         LAMB,
