@@ -73,6 +73,16 @@ class Row:
         optimizer = self.make([torch.zeros(1)])
         return ["step", *optimizer.rule(optimizer.param_groups[0]).sums]
 
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """The names of the state of a parameter of this full shape."""
+        optimizer = self.make([torch.zeros(1)])
+        return [*self.counts, *optimizer.rule(optimizer.param_groups[0]).names(shape)]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether it needs state of each layer, so that it is refused where flat partitions cut layers anywhere."""
+        return self.cls is Adafactor
+
     @property
     def coupled(self) -> bool:
         """Whether all layers have a number in common, so that no layer steps by itself, and lr is the same for all."""
