@@ -67,7 +67,7 @@ WAYS: dict[str, tuple[int, tuple[int, ...], Any]] = {
 
 
 def sharded(way: str, dtype: torch.dtype, tile: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters and factors after steps with gradients that are the same on every layout, each of which is proved."""
+    """The parameters and factors after steps by gradients that are the same on every layout, each of them proved."""
     _, shape, how = WAYS.get(way, (1, (), None))
     where = mesh(shape, ("a", "b")[: len(shape)]) if how else None
 

@@ -44,14 +44,7 @@ BOUNDS: dict[str, Bound] = {
 }
 # Those of Adafactor, where they are others.
 FACTORED: dict[str, Bound] = {
-    "eps": Bound(
-        "two numbers >= 0, or null and a number >= 0",
-        lambda eps: (
-            isinstance(eps, Sequence)
-            and len(eps) == 2
-            and all(is_number(each) and each >= 0.0 for each in eps[eps[0] is None :])
-        ),
-    ),
+    "eps": Bound("two numbers >= 0, or null and a number >= 0", lambda eps: _are_two_epsilons(eps)),
     "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),
     "d": number(1.0),
 }
@@ -115,6 +108,12 @@ def positive(name: str, value: Any, remedy: str = "") -> float:
     """Returns a finite number > 0 as a float; raises ValueError for any other value."""
     number(0.0, above=True).check(name, value, remedy)
     return float(value)
+
+
+def _are_two_epsilons(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        return False
+    return or_null(number(0.0)).accepts(value[0]) and number(0.0).accepts(value[1])
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:
