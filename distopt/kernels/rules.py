@@ -38,9 +38,6 @@ class Rule:
     Attributes:
         kernel: The name of the function in cpu.c and in triton_rules.py; "" if the rule has no kernel.
         buffers: The names of the state buffers, in the order in which kernels take them.
-        slots: By name of a buffer that not every parameter has, or that has another shape than its parameter: a
-            function of the parameter's full shape, None where it has no such buffer. Rules with such buffers have no
-            kernel.
         scalars: The hyper-parameters and what is computed from them, in the order in which Triton's kernel takes them.
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.
@@ -49,17 +46,20 @@ class Rule:
         penalty: As `decay`, where it is added to the gradient. Cautious updates need to know.
         sums: Running sums over the steps of a tensor, which are state: functions of the number of steps that return the
             addend of a step. The rule gets the sum with this step's addend.
+        slots: By name of a buffer that not every parameter has, or that has another shape than its parameter: a
+            function of the parameter's full shape, None where it has no such buffer. Rules with such buffers have no
+            kernel.
     """
 
     kernel: str = ""
     buffers: tuple[str, ...] = ()
-    slots: Mapping[str, OfShape] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
     scales: Mapping[str, OfStep] = field(default_factory=dict)
     divisors: Mapping[str, OfStep] = field(default_factory=dict)
     decay: str = ""
     penalty: str = ""
     sums: Mapping[str, OfStep] = field(default_factory=dict)
+    slots: Mapping[str, OfShape] = field(default_factory=dict)
 
     def slot(self, name: str, shape: tuple[int, ...]) -> Slot | None:
         """Returns the slot of a buffer of a parameter of this full shape; None if it has no such buffer."""
