@@ -9,6 +9,7 @@ from distopt.optim.ademamix import AdEMAMix
 from distopt.optim.adopt import ADOPT
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.dadaptation import DAdaptAdam
+from distopt.optim.dadaptation_sgd import DAdaptSGD
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.lion import Lion
@@ -29,6 +30,7 @@ __all__ = [
     "AdamW",
     "AdamWScheduleFree",
     "DAdaptAdam",
+    "DAdaptSGD",
     "Lion",
     "Prodigy",
     "RMSprop",

@@ -23,6 +23,7 @@ from distopt import (
     AdamWScheduleFree,
     AdEMAMix,
     DAdaptAdam,
+    DAdaptSGD,
     Lion,
     Prodigy,
     RMSprop,
@@ -226,6 +227,12 @@ ROWS = (
         oracles.adamw_schedule_free,
     ),
     _row("dadapt_adam", DAdaptAdam, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.dadapt_adam),
+    _row(
+        "dadapt_sgd",
+        DAdaptSGD,
+        dict(lr=0.8, momentum=0.9, d0=0.5, d_coef=1.5, weight_decay=0.1),
+        oracles.dadapt_sgd,
+    ),
     _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
@@ -258,6 +265,7 @@ EDGES = (
     ),
     _row("adopt_without_clipping", ADOPT, dict(clip_exponent=None, **_DEFAULT), oracles.adopt),
     _row("dadapt_adam_defaults", DAdaptAdam, dict(lr=1.0, weight_decay=0.0), oracles.dadapt_adam),
+    _row("dadapt_sgd_defaults", DAdaptSGD, dict(lr=1.0, d0=0.1, weight_decay=0.0), oracles.dadapt_sgd),
     # From d0 = 1e-6 the first p0 - p is a few roundings of float32; in float64 that is in `tests.test_adaptation`.
     _row("prodigy_defaults", Prodigy, dict(lr=1.0, d0=1e-2, weight_decay=0.0), oracles.prodigy),
     _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),

@@ -616,6 +616,41 @@ def dadapt_adam(
     return trajectory
 
 
+def dadapt_sgd(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    momentum: float = 0.0,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """D-Adaptation for SGD: l = d lr / |g_0|; s <- s + l g; z <- z - l g; x <- momentum x + (1 - momentum) z;
+    d <- max(d, 2 sum of l <g, s before> / |s|); norms and inner products over all tensors.
+
+    A. Defazio, K. Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", 2023, algorithm 4,
+    https://arxiv.org/abs/2301.07733. lr is the same for all tensors.
+    """
+    grad = l2(grad, weight_decay)
+    x, d, r, first = [p.detach().double() for p in params], d0, 0.0, 0.0
+    z, s = [p.clone() for p in x], [torch.zeros_like(p) for p in x]
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        first = first or _norm(*grads)
+        if first:
+            rate = d * _of(lr, 0) / first
+            r += rate * sum(float((g * a).sum()) for g, a in zip(grads, s))
+            s = [a + rate * g for a, g in zip(s, grads)]
+            z = [a - rate * g for a, g in zip(z, grads)]
+            x = [momentum * a + (1 - momentum) * b for a, b in zip(x, z)]
+            d = max(d, d_coef * 2 * r / _norm(*s))
+        trajectory.append(x)
+    return trajectory
+
+
 class _Average:
     """The iterates z and their average x, of schedule-free optimizers."""
 
