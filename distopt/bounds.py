@@ -27,9 +27,13 @@ class Bound:
     null: bool = False
     most: int | None = None
 
+    def accepts(self, value: object) -> bool:
+        """Whether a value is within the bound."""
+        return self.null if value is None else self.holds(value)
+
     def check(self, name: str, value: object, hint: str = "") -> None:
         """Raises ValueError, with the name of the option, the bound, the value and a hint, if the value is outside."""
-        if self.null if value is None else self.holds(value):
+        if self.accepts(value):
             return
         too_large = self.most is not None and isinstance(value, int) and value > self.most
         bound = f"{self}, and less than 2^63" if too_large else self
@@ -50,6 +54,11 @@ def shown(value: object) -> str:
 def or_null(bound: Bound) -> Bound:
     """The same bound, or None."""
     return replace(bound, null=True)
+
+
+def either(one: Bound, other: Bound) -> Bound:
+    """What one bound or the other accepts."""
+    return Bound(f"{one}, or {other}", lambda value: one.accepts(value) or other.accepts(value))
 
 
 def integer(low: int) -> Bound:

@@ -23,7 +23,7 @@ from tests.harness.sharded import full as gathered
 from tests.harness.sharded import whole
 from tests.test_rules import leaves, trajectory
 
-NAMES = ("prodigy", "dadapt_adam")
+NAMES = ("prodigy", "dadapt_adam", "dadapt_sgd")
 every_name = pytest.mark.parametrize("name", NAMES)
 STEPS = 6
 
@@ -53,7 +53,7 @@ def test_d_grows_from_a_millionth_to_the_distance(name: str) -> None:
 def test_the_default_start_is_that_of_the_oracle(name: str) -> None:
     """In float64: in float32 the differences of the first steps, of 1e-6, are a few roundings."""
     row, params = named(name), leaves()
-    oracle = {"prodigy": oracles.prodigy, "dadapt_adam": oracles.dadapt_adam}[name]
+    oracle = {"prodigy": oracles.prodigy, "dadapt_adam": oracles.dadapt_adam, "dadapt_sgd": oracles.dadapt_sgd}[name]
     expected = oracle(params, oracles.gradient_of(pull), 20, lr=1.0)
     for ours, theirs in zip(trajectory(row.cls(params), params, 20), expected):
         assert distance(ours, theirs) < 1e-9  # of 1e-6, too, a rounding is 1e-10

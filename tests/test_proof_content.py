@@ -12,7 +12,8 @@ from torch import Tensor
 
 import distopt
 from benchmarks import memory
-from distopt.proof.content import Box, Place, Run, balanced, content, cover, full_place, signed
+from distopt.layout.places import Box, Place, Run, full_place
+from distopt.proof.content import balanced, content, cover, signed
 from tests.harness.distributed import run
 from tests.harness.proof_cases import fingerprints
 

@@ -258,7 +258,7 @@ def test_equals_torch(row: Row) -> None:
         buffers = {name: value for name, value in peer.state[b].items() if value is not None}
         # SGD of torch counts no steps; ours does, to know the first.
         assert opt.state[a].keys() - {"step"} == buffers.keys() - {"step"}
-        assert list(opt.state[a]) == ["step", *opt.rule(opt.param_groups[0]).buffers]
+        assert list(opt.state[a]) == ["step", *opt.rule(opt.param_groups[0]).names(a.shape)]
         for name, value in buffers.items():
             assert opt.state[a][name].shape == value.shape
             assert distance([opt.state[a][name]], [value]) < 1e-13, name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from distopt import LAMB, LARS, SGD, Adagrad, Adam, AdamW, RMSprop
+from distopt import ADOPT, LAMB, LARS, SGD, Adafactor, Adagrad, Adam, AdamW, AdEMAMix, Lion, RMSprop
 from tests.harness.torch_configs import Config, every_taken
 from tests.harness.torch_suite import layer, reloaded, walk
 
@@ -114,7 +114,7 @@ def test_a_state_dict_of_another_update_is_refused(cls: Any, peer: Any, kwargs: 
     [
         (Adam, "decoupled_weight_decay", (False, None)),
         (AdamW, "decoupled_weight_decay", (True, None)),
-        (LAMB, "decoupled_weight_decay", (True, None)),
+        *[(cls, "decoupled_weight_decay", (True, None)) for cls in (LAMB, Lion, AdEMAMix, ADOPT, Adafactor)],
         *[(cls, "amsgrad", (False, None)) for cls in (SGD, AdamW, LAMB, LARS)],
         *[(cls, "differentiable", (False, None)) for cls in (SGD, AdamW, LAMB, LARS)],
         *[(cls, name, (True, False, None)) for cls in (Adagrad, RMSprop, LAMB, LARS) for name in ("fused", "foreach")],

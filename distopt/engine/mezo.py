@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,13 +13,11 @@ from distopt import collective, counter
 from distopt.bounds import integer, number
 from distopt.engine.fsdp2 import reshard
 from distopt.layout import local
-from distopt.layout.row_sharding import span
+from distopt.layout.places import global_indices, own_place
 from distopt.rng import random_state, same_random_numbers
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-_CHUNK = 2**20  # elements of noise at once
 
 
 class MeZO(torch.optim.Optimizer):
@@ -128,11 +126,7 @@ class MeZO(torch.optim.Optimizer):
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
             for name, p in zip(names, group["params"]):
                 if p.requires_grad:
-                    key = counter.key(f"{group['seed']}:{group['steps']}:{name}")
-                    for part, start in _parts(p):
-                        index = torch.arange(start, start + part.numel(), device=part.device)
-                        z = counter.normals(key, index).float()
-                        part.add_(z.view(part.shape).to(part.dtype), alpha=factor(group))
+                    _add_noise(p, counter.key(f"{group['seed']}:{group['steps']}:{name}"), factor(group))
         if self._model is not None:
             reshard(self._model)
 
@@ -152,15 +146,11 @@ class MeZO(torch.optim.Optimizer):
                 raise ValueError("MeZO on DTensors needs model=, whose full copies FSDP2 keeps after a forward pass")
 
 
-def _parts(param: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Yields pieces of a parameter's local elements, each with the index of its first one in the full parameter."""
-    tensor, start = local(param.detach()), 0
-    for i, placement in enumerate(getattr(param, "placements", ())):
-        if placement.is_shard():
-            mesh = param.device_mesh  # type: ignore[attr-defined]
-            start, _ = span(param, mesh.size(i), mesh.get_local_rank(i))
-    if not tensor.is_contiguous():
-        yield tensor, start
-        return
-    for i, part in enumerate(tensor.view(-1).split(_CHUNK)):
-        yield part, start + i * _CHUNK
+def _add_noise(param: Tensor, key: int, factor: float) -> None:
+    """p <- p + factor * z, with the z of each element of the full parameter."""
+    part = local(param.detach())
+    flat = part.reshape(-1)
+    for start, index in global_indices(own_place(param), param.shape, part.device):
+        flat[start : start + len(index)].add_(counter.normals(key, index).float().to(part.dtype), alpha=factor)
+    if not part.is_contiguous():
+        part.copy_(flat.view(part.shape))

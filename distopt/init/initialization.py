@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from distopt import counter
 from distopt.bounds import number
-from distopt.init.places import indices, part_of
+from distopt.init.places import part_of
 from distopt.init.quantiles import standardized
 from distopt.init.roles import Named, residual_factors, roles
 from distopt.init.scheme import BOUNDS, RESIDUAL, SCHEMES, Scheme
 from distopt.init.width import Shapes, Width, widths
 from distopt.layout import full_shape
+from distopt.layout.places import global_indices
 
 _LARGEST = 2**24  # elements of an orthogonal matrix
 
@@ -135,7 +136,7 @@ class Initialization:
         start = counter.key(f"{self.seed}/{named.name}")
         target = part.view(-1) if part.is_contiguous() else torch.empty(part.numel(), dtype=part.dtype).to(part.device)
         matrix = _orthogonal(start, shape, self.scheme.gain or 1.0) if std is None else None
-        for first, index in indices(place, shape, part.device):
+        for first, index in global_indices(place, shape, part.device):
             if matrix is not None:
                 values = matrix[index.cpu()].to(part.device)
             else:

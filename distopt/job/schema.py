@@ -10,10 +10,10 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from distopt import bounds
-from distopt.bounds import PATH, POSITIVE, Bound, choice, integer, number, or_null, switch, text, texts
+from distopt.bounds import PATH, POSITIVE, Bound, choice, either, integer, number, or_null, switch, text, texts
 from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.init.scheme import BOUNDS as INIT
-from distopt.optim.validate import BOUNDS
+from distopt.optim.validate import BOUNDS, FACTORED
 
 
 class Key(NamedTuple):
@@ -103,7 +103,12 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["betas"],
         "decay rates of the averages of the gradient and of its square",
     ),
-    "optimizer.eps": Key(BOUNDS["eps"], "added to the denominator"),
+    "optimizer.eps": Key(
+        either(BOUNDS["eps"], FACTORED["eps"]),
+        "added to the denominator; Adafactor's two: the least divisor, and the least RMS of the weights in its rate",
+    ),
+    "optimizer.beta2_decay": Key(FACTORED["beta2_decay"], "1 - beta2 is the step to this power"),
+    "optimizer.d": Key(FACTORED["d"], "RMS above which Adafactor clips the update of a parameter"),
     "optimizer.weight_decay": Key(BOUNDS["weight_decay"], "weight decay of the parameters that decay"),
     "optimizer.momentum": Key(BOUNDS["momentum"], "decay rate of the momentum"),
     "optimizer.dampening": Key(BOUNDS["dampening"], "1 - the factor of the gradient in the momentum"),

@@ -8,10 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # A function of the number of steps that a tensor has taken: a float, or a float64 tensor with one for each tensor.
 OfStep = Callable[[Any], Any]
+
+
+class Slot(NamedTuple):
+    """The shape and the placement of a state buffer of a parameter.
+
+    Attributes:
+        shape: The full shape.
+        replicated: Whether every rank has all of it, in a plain tensor, and makes it equal to those of the others.
+            Otherwise it has the shape of its parameter and is laid out as it.
+    """
+
+    shape: tuple[int, ...]
+    replicated: bool = False
+
+
+OfShape = Callable[[tuple[int, ...]], "Slot | None"]
 SCALES = 2  # values per tensor that a kernel takes, besides lr * ratio, which every kernel takes
 
 
@@ -21,8 +37,7 @@ class Rule:
 
     Attributes:
         kernel: The name of the function in cpu.c and in triton_rules.py; "" if the rule has no kernel.
-        buffers: The names of the state buffers, in the order in which kernels take them. Each has the
-            shape of its parameter.
+        buffers: The names of the state buffers, in the order in which kernels take them.
         scalars: The hyper-parameters and what is computed from them, in the order in which Triton's kernel takes them.
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.
@@ -31,6 +46,9 @@ class Rule:
         penalty: As `decay`, where it is added to the gradient. Cautious updates need to know.
         sums: Running sums over the steps of a tensor, which are state: functions of the number of steps that return the
             addend of a step. The rule gets the sum with this step's addend.
+        slots: By name of a buffer that not every parameter has, or that has another shape than its parameter: a
+            function of the parameter's full shape, None where it has no such buffer. Rules with such buffers have no
+            kernel.
     """
 
     kernel: str = ""
@@ -41,6 +59,15 @@ class Rule:
     decay: str = ""
     penalty: str = ""
     sums: Mapping[str, OfStep] = field(default_factory=dict)
+    slots: Mapping[str, OfShape] = field(default_factory=dict)
+
+    def slot(self, name: str, shape: tuple[int, ...]) -> Slot | None:
+        """Returns the slot of a buffer of a parameter of this full shape; None if it has no such buffer."""
+        return self.slots[name](tuple(shape)) if name in self.slots else Slot(tuple(shape))
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """Returns the names of the buffers of a parameter of this full shape."""
+        return [name for name in self.buffers if self.slot(name, shape) is not None]
 
     @property
     def factors(self) -> dict[str, OfStep]:

@@ -6,7 +6,6 @@ from distopt.layout.deepspeed_private import full_shape
 from distopt.layout.fit import check_shape, fit
 from distopt.layout.flat import FlatLayout
 from distopt.layout.foreign import refuse_foreign, refuse_replaced
-from distopt.layout.indices import global_indices
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync
 from distopt.layout.tensors import local, trained, wide, with_gradient
@@ -22,7 +21,6 @@ __all__ = [
     "deepspeed_layout",
     "fit",
     "full_shape",
-    "global_indices",
     "infer_layout",
     "layout_of",
     "local",

@@ -15,6 +15,7 @@ from distopt.kernels.device_lists import DeviceLists
 from distopt.kernels.shards import PLAIN, row_of
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
+from distopt.layout.places import Box, Place, Run, own_indices
 from distopt.layout.tensors import local, trained, wide
 
 if TYPE_CHECKING:
@@ -158,6 +159,12 @@ class ShardLayout(LayerNorms):
             return [tensor]
         flat = tensor.view(-1)
         return [flat.narrow(0, segment.start, segment.numel) for segment in segments]
+
+    def places(self, param: Tensor) -> list[Place]:
+        """Returns which elements of its full layer each shard has that `split` gives for this tensor."""
+        if hasattr(param, "placements"):
+            return [Box(own_indices(param))]
+        return [Run(segment.offset, segment.numel) for segment in self.segments[param]]
 
     def shards(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns local views of tensors that are laid out as these parameters, one for each layer that each has."""

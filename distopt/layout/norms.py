@@ -111,10 +111,19 @@ class LayerNorms:
         Returns:
             float64 tensor of shape [columns, num_layers] on `device`.
         """
-        sums = sums.to(self.wire or self.device)
+        return exact.value(self.added(sums))
+
+    @torch.no_grad()
+    def added(self, values: Tensor) -> Tensor:
+        """Adds a tensor, of the same shape on every rank, over all ranks: one all-reduce per mesh axis that shards.
+
+        Of a layer that is not `counted` here the values have to be 0. What is added up without rounding, such as the
+        digits of `distopt.kernels.exact`, is the same bits at every number of ranks.
+        """
+        values = values.to(self.wire or self.device)
         for group in self.groups:
-            dist.all_reduce(sums, group=group)
-        return exact.value(sums.to(self.device))
+            dist.all_reduce(values, group=group)
+        return values.to(self.device)
 
     @functools.cached_property
     def _all_counted(self) -> bool:

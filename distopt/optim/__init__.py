@@ -2,12 +2,14 @@
 
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
+from distopt.optim.adafactor import Adafactor
 from distopt.optim.adagrad import Adagrad
 from distopt.optim.adam import Adam, AdamW
 from distopt.optim.ademamix import AdEMAMix
 from distopt.optim.adopt import ADOPT
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.dadaptation import DAdaptAdam
+from distopt.optim.dadaptation_sgd import DAdaptSGD
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.lion import Lion
@@ -22,11 +24,13 @@ __all__ = [
     "LARS",
     "SGD",
     "AdEMAMix",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "AdamWScheduleFree",
     "DAdaptAdam",
+    "DAdaptSGD",
     "Lion",
     "Prodigy",
     "RMSprop",

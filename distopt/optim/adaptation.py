@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from distopt.optim.options import TorchOptions
 
-_SHARED = ("lr", "betas", "d0", "d_coef")  # enter d, of which there is one
+_SHARED = ("lr", "betas", "momentum", "d0", "d_coef")  # enter d, of which there is one
 
 
 class DistanceAdapted(ShardedOptimizer):
     """An optimizer whose steps are multiplied by d, an estimate of the distance from the start to a solution.
 
-    A step has one more exchange, between those of `ShardedOptimizer`: two inner products over all layers of all param
+    A step has one more exchange, between those of `ShardedOptimizer`: inner products over all layers of all param
     groups, in one all-reduce per sharded mesh axis. d changes after the update, for the next step.
 
     d never falls. It is one number for all layers and param groups, the entry `d` of each param group beside its
@@ -35,7 +35,12 @@ class DistanceAdapted(ShardedOptimizer):
     every world size, since the inner products are sums over full layers without rounding.
 
     All param groups have the same lr, betas, d0 and d_coef, and no trust ratio, which would cancel d.
+
+    Attributes:
+        inner_products: The number of inner products of a step.
     """
+
+    inner_products = 2
 
     torch_options = DECOUPLED
     group_state = ("d", "d_numerator")
@@ -59,8 +64,11 @@ class DistanceAdapted(ShardedOptimizer):
         super().__init__(params, options(locals()) | {"d": None, "d_numerator": None}, **torch_options)
 
     def factors(self, shards: Shards) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Returns the factors of the two inner products, and updates the state that they need, before `directions`."""
+        """Returns the factors of the inner products, and updates the state that they need, before `directions`."""
         raise NotImplementedError
+
+    def prepare(self, totals: Tensor) -> None:
+        """Keeps what the update needs of the inner products, before it."""
 
     def estimate(self, group: dict[str, Any], numerator: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the new numerator and the estimate of d, possibly NaN, from the last numerator and new sums."""
@@ -106,7 +114,7 @@ class DistanceAdapted(ShardedOptimizer):
 
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         layers: list[int] = []
-        columns: list[list[Tensor]] = [[], []]
+        columns: list[list[Tensor]] = [[] for _ in range(self.inner_products)]
         for part in (part for each in shards for part in each.slices()):
             layers += part.layers
             for column, pair in zip(columns, self.factors(part)):
@@ -114,6 +122,7 @@ class DistanceAdapted(ShardedOptimizer):
         none = torch.zeros(0, exact.DIGITS, dtype=torch.float64)
         sums = layout.total(layers, *(torch.cat(column) if column else none for column in columns))
         totals = torch.stack([exact.total(of_layers) for of_layers in sums])
+        self.prepare(totals)
         return lambda: self._adapt(totals)
 
     def _adapt(self, totals: Tensor) -> None:
@@ -121,7 +130,7 @@ class DistanceAdapted(ShardedOptimizer):
         start = {"d": group["d0"], "d_numerator": 0.0}
         d, numerator = (
             torch.as_tensor(start[name] if group[name] is None else group[name], dtype=torch.float64).to(totals.device)
-            for name in self.group_state
+            for name in start
         )
         numerator, found = self.estimate(group, numerator, totals)
         d = torch.where(found > d, found, d)  # also where found is NaN, before there is a gradient

@@ -11,7 +11,7 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.options import options
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -106,6 +106,8 @@ class AdEMAMix(ShardedOptimizer):
     Reference: Pagliardini, Ablin, Grangier, The AdEMAMix Optimizer: Better, Faster, Older, ICLR 2025,
     arXiv 2409.03137.
     """
+
+    torch_options = DECOUPLED
 
     def __init__(
         self,

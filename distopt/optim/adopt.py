@@ -10,7 +10,7 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.options import options
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -95,6 +95,8 @@ class ADOPT(ShardedOptimizer):
     Reference: Taniguchi et al., ADOPT: Modified Adam Can Converge with Any beta2 with the Optimal Rate, NeurIPS 2024,
     arXiv 2411.02853.
     """
+
+    torch_options = DECOUPLED
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt import layout as layouts
+from distopt.bounds import Bound
 from distopt.kernels import dispatch
 from distopt.kernels.cautious import check_cautious
 from distopt.kernels.rules import Rule
@@ -23,7 +24,7 @@ from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, che
 from distopt.optim.ratios import Ratios
 from distopt.optim.state import LocalState, refuse_host_counts_in_graph
 from distopt.optim.state_dict import read_state_dict
-from distopt.optim.validate import check_group, check_values
+from distopt.optim.validate import BOUNDS, check_group, check_values
 from distopt.proof import before_step
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ShardedOptimizer(LayoutOptimizer):
     Attributes:
         torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
             such an option itself leaves it out.
+        bounds: The bound of every option of a param group that is checked.
         group_state: The entries of a param group that are state and no options.
         unobservable: Why the norms of its steps are not those of its directions; "" if they are.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
@@ -69,6 +71,7 @@ class ShardedOptimizer(LayoutOptimizer):
     """
 
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
+    bounds: Mapping[str, Bound] = BOUNDS
     group_state: tuple[str, ...] = ()
     unobservable: str = ""
     ratio_of: Literal["update", "gradient"] = "update"
@@ -114,7 +117,10 @@ class ShardedOptimizer(LayoutOptimizer):
         return (*(rule := self.rule(group)).buffers, *rule.sums, "step")
 
     def init_slot(self, layout: ShardLayout, group: dict[str, Any], name: str, param: Tensor) -> Tensor:
-        """Returns the initial value of a state buffer of a parameter, laid out as its state."""
+        """Returns the initial value of a state buffer of a parameter, laid out as its slot says."""
+        slot = self.rule(group).slot(name, param.shape)
+        if slot is not None and slot.replicated:
+            return torch.zeros(slot.shape, dtype=layouts.wide(param.dtype), device=param.device)
         return layout.zeros(param)
 
     def check(self, group: dict[str, Any]) -> None:
@@ -212,7 +218,7 @@ class ShardedOptimizer(LayoutOptimizer):
         try:
             check_torch_options(group, self.torch_options)
             drop_torch_options(group, self.torch_options)
-            check_group(group, self.defaults)
+            check_group(group, self.defaults, self.bounds)
             self.check(group)
             check_cautious(self, group)
         except ValueError:
@@ -243,7 +249,7 @@ class ShardedOptimizer(LayoutOptimizer):
         refuse_host_counts_in_graph(self)
         before_step(self)
         for group in self.param_groups:
-            check_values(group)
+            check_values(group, self.bounds)
             check_torch_options(group, self.torch_options)
             check_cautious(self, group)
         layout = self.layout

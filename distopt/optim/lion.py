@@ -10,7 +10,7 @@ from torch import Tensor
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.options import options
+from distopt.optim.options import DECOUPLED, options
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -71,6 +71,8 @@ class Lion(ShardedOptimizer):
 
     Reference: Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023, arXiv 2302.06675.
     """
+
+    torch_options = DECOUPLED
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import dispatch
+from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout, fit, local, trained, wide
 
@@ -52,10 +53,10 @@ class LocalState:
                 state["step"] = step_count(p, group)
             for name in rule.sums:
                 state.setdefault(name, running_sum(0.0))
-            for name in names:
+            for name in rule.names(p.shape):
                 value, label = state.get(name), f"{name} of parameter {i} of {len(params)}"
-                new = value is None
-                state[name] = optimizer.init_slot(layout, group, name, p) if new else fit(layout, p, value, label)
+                new, slot = value is None, rule.slot(name, p.shape)
+                state[name] = optimizer.init_slot(layout, group, name, p) if new else fit(layout, p, value, label, slot)
             if p.dtype == wide(p.dtype):
                 state.pop("master", None)
             elif (master := state.get("master")) is None:
@@ -75,7 +76,7 @@ class LocalState:
             grads = list(torch._foreach_neg(grads))
         rule, states = optimizer.rule(group), [optimizer.state[p] for p in params]
         weights = layout.shards(params, self.updated(layout, params, states, group))
-        buffers = {name: layout.shards(params, [state[name] for state in states]) for name in rule.buffers}
+        buffers = {name: _buffers(layout, rule, name, params, states) for name in rule.buffers}
         layers = layout.layers(params)
         shards = Shards(group, rule, layers, weights, grads, buffers, [0.0] * len(weights), layout.rows(layers))
         if group["capturable"]:
@@ -195,6 +196,20 @@ def _version(param: Tensor) -> tuple[int, int, int]:
     """Changes with every in-place operation on a parameter, or on a DTensor's local tensor, and with its memory."""
     tensor = local(param)
     return param._version, tensor._version, tensor.data_ptr()
+
+
+def _buffers(
+    layout: ShardLayout, rule: Rule, name: str, params: Sequence[Tensor], states: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Returns a buffer of each shard: its own shard, or the full tensor where it is replicated, or None without one."""
+    if name not in rule.slots:
+        return layout.shards(params, [state[name] for state in states])
+    found: list[Any] = []
+    for p, state in zip(params, states):
+        slot = rule.slot(name, p.shape)
+        like_param = slot is not None and not slot.replicated
+        found += layout.shards([p], [state[name]]) if like_param else [state.get(name)] * len(layout.segments[p])
+    return found
 
 
 def _tensors(states: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:

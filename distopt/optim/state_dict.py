@@ -88,7 +88,7 @@ def _complete(optimizer: ShardedOptimizer, group: Group, own: Group) -> None:
     group |= {name: own.get(name, value) for name, value in optimizer.defaults.items() if name not in group} | kept
     if isinstance(group["lr"], Tensor) and group["params"]:
         group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
-    check_values(group)
+    check_values(group, optimizer.bounds)
     optimizer.check(group)
 
 
@@ -97,7 +97,7 @@ def _read(
 ) -> dict[str, Any]:
     """Returns the state of one parameter: complete, or empty."""
     rule = optimizer.rule(group)
-    buffers = rule.buffers
+    buffers = rule.names(param.shape)
     read = {name: value if name in rule.sums else _cast(param, name, value) for name, value in values.items()}
     if param.dtype == wide(param.dtype):
         read.pop("master", None)  # of a run with 16-bit weights: here the weights themselves are updated
@@ -105,14 +105,15 @@ def _read(
         if read.get(name) is None:
             read.pop(name, None)
     if read:
-        if lacking := [name for name in optimizer.required(group) if name not in read]:
+        others = set(rule.buffers).difference(buffers)
+        if lacking := [name for name in optimizer.required(group) if name not in others and name not in read]:
             raise ValueError(
                 f"the state of {label} lacks {', '.join(lacking)} (it has {', '.join(sorted(read))}): load the "
                 f"state of a {type(optimizer).__name__} with these options, or none for this parameter"
             )
         for name in (*buffers, "master"):
             if name in read:
-                check_shape(param, read[name], f"{name} of {label}")
+                check_shape(param, read[name], f"{name} of {label}", rule.slot(name, param.shape))
         for name in rule.sums:
             read[name] = running_sum(read[name])
         # torch.optim.SGD counts no steps; all of its state is of the steps after the first.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -42,11 +42,19 @@ BOUNDS: dict[str, Bound] = {
         )
     },
 }
+# Those of Adafactor, where they are others.
+FACTORED: dict[str, Bound] = {
+    "eps": Bound("two numbers >= 0, or null and a number >= 0", lambda eps: _are_two_epsilons(eps)),
+    "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),
+    "d": number(1.0),
+}
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
 _CHANGED_LR = Bound("a finite number", is_number)
 
 
-def check_group(group: MutableMapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_group(
+    group: MutableMapping[str, Any], defaults: Mapping[str, Any], bounds: Mapping[str, Bound] = BOUNDS
+) -> None:
     """Checks a new param group, and converts numbers of other libraries (numpy's scalars) to Python's own.
 
     Raises:
@@ -57,21 +65,21 @@ def check_group(group: MutableMapping[str, Any], defaults: Mapping[str, Any]) ->
         if isinstance(value, Tensor) and name == "lr":
             _check_tensor_lr(value, group.get("capturable"))
             value = value.item()
-        if name in BOUNDS:
-            BOUNDS[name].check(name, value)
+        if name in bounds:
+            bounds[name].check(name, value)
         if name not in defaults and (meant := difflib.get_close_matches(name, defaults, n=1, cutoff=0.8)):
             raise ValueError(f"unknown option {name!r} in a param group: did you mean {meant[0]!r}?")
     for name, value in group.items():
         if name == "betas":
             group[name] = (list if isinstance(value, list) else tuple)(map(_plain, value))
-        elif isinstance(value, Real) and not isinstance(value, bool) and name in BOUNDS:
+        elif isinstance(value, Real) and not isinstance(value, bool) and name in bounds:
             group[name] = _plain(value)
     for param in group["params"]:
         if param.is_complex():
             raise ValueError(f"a parameter has dtype {param.dtype}: distopt's rules are for real numbers")
 
 
-def check_values(group: Mapping[str, Any]) -> None:
+def check_values(group: Mapping[str, Any], bounds: Mapping[str, Bound] = BOUNDS) -> None:
     """Checks the values that schedules and users have set in a param group, without reading from a GPU.
 
     Raises:
@@ -79,8 +87,8 @@ def check_values(group: Mapping[str, Any]) -> None:
     """
     for name, value in group.items():
         if name != "lr":
-            if name in BOUNDS:
-                BOUNDS[name].check(name, value)
+            if name in bounds:
+                bounds[name].check(name, value)
             continue
         if isinstance(value, Tensor):
             _check_tensor_lr(value, group["capturable"])
@@ -100,6 +108,12 @@ def positive(name: str, value: Any, remedy: str = "") -> float:
     """Returns a finite number > 0 as a float; raises ValueError for any other value."""
     number(0.0, above=True).check(name, value, remedy)
     return float(value)
+
+
+def _are_two_epsilons(value: object) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        return False
+    return or_null(number(0.0)).accepts(value[0]) and number(0.0).accepts(value[1])
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:

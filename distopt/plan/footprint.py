@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,12 +15,14 @@ class Param:
     Attributes:
         shape: The shape of the unsharded parameter.
         trained: Whether it requires a gradient.
-        slots: The number of state buffers that the optimizer keeps for it.
+        slots: The number of state buffers that the optimizer keeps for it, laid out as it.
+        replicated: The number of elements of its other state buffers, which every rank keeps.
     """
 
     shape: tuple[int, ...]
     trained: bool
     slots: int
+    replicated: int = 0
 
     @property
     def numel(self) -> int:
@@ -97,6 +99,11 @@ def numel(params: Iterable[Param], trained: bool = False) -> int:
 def rows(params: Iterable[Param], world: int, trained: bool = False) -> int:
     """Return the largest number of local elements of these parameters when each is sharded by rows."""
     return sum(param.rows(world) for param in params if param.trained or not trained)
+
+
+def state_bytes(params: Iterable[Param], local: Callable[[Param], int]) -> int:
+    """Return the bytes of the float32 state of parameters, given the local elements of one of them."""
+    return sum(4 * (param.slots * local(param) + param.replicated) for param in params)
 
 
 def all_params(units: Units) -> list[Param]:

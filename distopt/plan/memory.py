@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Footprint, Units, all_params, numel, rows
+from distopt.plan.footprint import Footprint, Units, all_params, numel, rows, state_bytes
 
 
 @functools.singledispatch
@@ -31,7 +31,7 @@ def _(engine: DDP, units: Units, world: int) -> Footprint:
 
 def _replicated(units: Units) -> Footprint:
     params = all_params(units)
-    state = sum(4 * param.slots * param.numel for param in params)
+    state = state_bytes(params, lambda param: param.numel)
     fresh = 4 * max(
         (param.numel for param in params if param.trained), default=0
     )  # a gradient before DDP copies it into its bucket
@@ -41,7 +41,7 @@ def _replicated(units: Units) -> Footprint:
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    state = sum(4 * param.slots * param.rows(world) for param in all_params(units))
+    state = state_bytes(all_params(units), lambda param: param.rows(world))
     return replace(_replicated(units), state=state)
 
 
@@ -57,7 +57,7 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     return Footprint(
         parameters=4 * rows(params, ranks),
         gradients=4 * rows(params, ranks, trained=True),
-        state=sum(4 * param.slots * param.rows(ranks) for param in params),
+        state=state_bytes(params, lambda param: param.rows(ranks)),
         gathered=gathered,
         outside=outside,
         early=False,
@@ -70,7 +70,7 @@ def _(engine: DeepSpeed, units: Units, world: int) -> Footprint:
     part, full = -(-numel(params, trained=True) // world), numel(params)
     low = width * (-(-full // world) if engine.stage == 3 else full)
     masters = 4 * part
-    state = sum(4 * param.slots * -(-param.numel // world) for param in params)
+    state = state_bytes(params, lambda param: -(-param.numel // world))
     gradients = width * (full if engine.stage == 1 else part) + (4 * part if engine.bf16 else 0)
     block = max((numel(unit) for unit in units), default=0)
     if engine.offload:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from distopt.engine.train_step import next_token_loss
+from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
@@ -152,10 +155,16 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
-    slots = {p: len(optimizer.rule(group).buffers) for group in optimizer.param_groups for p in group["params"]}
+    rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"]}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([Param(tuple(p.shape), p.requires_grad, slots.get(p, 0)) for p in own])
+        units.append([_param(p, rules.get(p, Rule())) for p in own])
     return units
+
+
+def _param(param: Tensor, rule: Rule) -> Param:
+    slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
+    replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
+    return Param(tuple(param.shape), param.requires_grad, len(slots) - len(replicated), sum(replicated))

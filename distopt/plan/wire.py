@@ -16,7 +16,7 @@ _REUSED = 10**9
 
 @functools.singledispatch
 def wire(engine: Engine, units: Units, world: int, passes: int) -> list[Collective]:
-    """Return the collectives of a step, except those of norms, which are small.
+    """Return the collectives of a step, except those of norms and of Adafactor's sums, which are small.
 
     Args:
         engine: The engine.

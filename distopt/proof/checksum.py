@@ -16,9 +16,10 @@ from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
 from distopt.layout.deepspeed_private import is_partitioned, partition_group
 from distopt.layout.flat import own_piece
 from distopt.layout.names import bare_parameters
-from distopt.proof.content import Run, content
+from distopt.layout.places import Run, full_place
+from distopt.proof.content import content
 from distopt.proof.faults import check_parameters
-from distopt.proof.places import counted, parts, sums
+from distopt.proof.places import counted, parts, replicated, sums
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,13 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
         raise ValueError(f"{len(foreign)} of the {len(owners)} parameters of the optimizer are not the model's")
     buffers: dict[str, dict[Tensor, Tensor]] = {}
     state: dict[str, dict[str, str]] = {}
+    is_replicated = replicated(optimizer)
     for param, owner in owners.items():
         for name, value in optimizer.state.get(owner, {}).items():
-            if isinstance(value, Tensor) and value.shape == owner.shape and name != "step":
+            if is_replicated(owner, name):
+                number = int(content(value, value.shape, full_place(value.shape)))
+                state.setdefault(names[param], {})[name] = _hexadecimal(number)
+            elif isinstance(value, Tensor) and value.shape == owner.shape and name != "step":
                 buffers.setdefault(name, {})[owner] = value
             elif value is not None:
                 said = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from distopt.layout import ShardLayout, layout_of, local
 from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
-from distopt.proof.content import balanced, cover, full_place
+from distopt.layout.places import full_place
+from distopt.proof.content import balanced, cover
 from distopt.proof.faults import check_locally
-from distopt.proof.places import counted, coverage, parts, sums
+from distopt.proof.places import counted, coverage, full_sums, parts, replicated, sums
 
 COVERAGE = "coverage"
 WHETHER = "whether there is a gradient"
@@ -148,13 +149,15 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
     """Yields a column for each state buffer; numbers are claimed by value."""
     own = hasattr(optimizer, "layout")  # another optimizer's buffers of other shapes, as Adafactor's, are its business
     held: dict[str, dict[Tensor, Tensor]] = {}
+    copies: dict[str, dict[Tensor, Tensor]] = {}
+    is_replicated = replicated(optimizer)
     for index, owner in enumerate(layout.segments):
         for name, value in sorted(optimizer.state.get(owner, {}).items()):
             if not isinstance(value, Tensor) or (value.ndim == 0 and owner.ndim > 0):
                 if name != "step":
                     found.buffers.append((index, name, float(value) if isinstance(value, Tensor) else repr(value)))
             elif value.shape == owner.shape or own:
-                held.setdefault(name, {})[owner] = value
+                (copies if is_replicated(owner, name) else held).setdefault(name, {})[owner] = value
                 found.buffers.append((index, name, str(value.dtype)))
     for name, buffers in sorted(held.items()):
         for owner, value in buffers.items():
@@ -166,6 +169,8 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
                 )
         shares = sums(layout, parts(layout, buffers.get)) * counted(layout)
         yield Column(f"the state's {name}", shares, layout.groups)
+    for name, full in sorted(copies.items()):
+        yield Column(f"the state's {name}", full_sums(layout, full), ())
 
 
 def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:

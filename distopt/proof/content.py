@@ -19,23 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
-
-
-class Run(NamedTuple):
-    """Consecutive elements of the flattened parameter: `length` elements from `start` on."""
-
-    start: int
-    length: int
-
-
-class Box(NamedTuple):
-    """The elements at these indices along each dimension of the parameter."""
-
-    indices: tuple[Index, ...]
-
-
-Place = Run | Box
+from distopt.layout.places import Box, Index, Place, size
 
 _ROWS, _COLUMNS = 0, 1  # which weights
 _BLOCK = 2**16  # weights per block: a table has those of the first block, and a factor for each further one
@@ -82,16 +66,6 @@ def cover(shape: Sequence[int], place: Place) -> int:
             columns = sum(int(rectangle.weights(start, stop, _CPU).sum()) for start, stop in _tiles(rectangle.width))
         total += _sum(rectangle.rows, _ROWS) * columns
     return signed(total)
-
-
-def full_place(shape: Sequence[int]) -> Run:
-    """Returns the place of a full parameter."""
-    return Run(0, math.prod(shape))
-
-
-def size(place: Place) -> int:
-    """Returns the number of elements of a place."""
-    return place.length if isinstance(place, Run) else math.prod(map(len, place.indices))
 
 
 def signed(number: int) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distopt.layout import ShardLayout, local
-from distopt.proof.content import Box, Index, Place, Run, content, cover, signed
+from distopt.layout.places import Place, full_place
+from distopt.proof.content import content, cover, signed
 
 
 class Part(NamedTuple):
@@ -35,18 +36,14 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
         tensor = of(owner)
         if tensor is None or tensor.is_sparse:
             continue
-        if hasattr(owner, "placements"):
-            (shard,) = layout.split(owner, tensor)
-            found.append(Part(segments[0].layer, shard, Box(own_indices(owner))))
-            continue
         wanted = layout.state_numel(owner)
-        if local(tensor).numel() not in (wanted, owner.numel()):
+        if not hasattr(owner, "placements") and local(tensor).numel() not in (wanted, owner.numel()):
             raise ValueError(
                 f"a tensor of {local(tensor).numel()} elements belongs to a parameter of shape {tuple(owner.shape)}, "
                 f"of which this rank steps {wanted}"
             )
-        for segment, shard in zip(segments, layout.split(owner, tensor)):
-            found.append(Part(segment.layer, shard, Run(segment.offset, segment.numel)))
+        for segment, shard, place in zip(segments, layout.split(owner, tensor), layout.places(owner)):
+            found.append(Part(segment.layer, shard, place))
     return found
 
 
@@ -57,6 +54,27 @@ def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
         hashes = [content(part.tensor, layout.full_shape(layout.params[part.layer]), part.place) for part in held]
         layers = torch.tensor([part.layer for part in held], device=total.device)
         total.index_add_(0, layers, torch.stack(hashes).to(total.device))
+    return total
+
+
+def replicated(optimizer: Any) -> Callable[[Tensor, str], bool]:
+    """Returns whether a buffer in the state of a tensor that an optimizer updates is complete on every rank."""
+    groups = optimizer.param_groups if hasattr(optimizer, "rule") else []
+    rules = {p: rule for group in groups if (rule := optimizer.rule(group)).slots for p in group["params"]}
+
+    def is_replicated(owner: Tensor, name: str) -> bool:
+        slot = rules[owner].slot(name, owner.shape) if owner in rules else None
+        return slot is not None and slot.replicated
+
+    return is_replicated
+
+
+def full_sums(layout: ShardLayout, buffers: Mapping[Tensor, Tensor]) -> Tensor:
+    """As `sums`, of buffers that are complete on every rank, by the tensors whose state they are."""
+    total = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device)
+    for owner, value in buffers.items():
+        (segment,) = layout.segments[owner]
+        total[segment.layer] = content(value, value.shape, full_place(value.shape))
     return total
 
 
@@ -72,39 +90,3 @@ def counted(layout: ShardLayout) -> Tensor:
     """Returns, for each parameter, 1 if this rank contributes it to a sum over all ranks, else 0."""
     once = layout.counted or (True,) * layout.num_layers
     return torch.tensor(once, dtype=torch.int64, device=layout.device)
-
-
-def own_indices(param: Any) -> tuple[Index, ...]:
-    """Returns the indices of the local elements of a DTensor, along each dimension."""
-    indices: list[Index] = [range(length) for length in param.shape]
-    coordinate = param.device_mesh.get_coordinate()
-    for axis, placement in enumerate(param.placements):
-        if placement.is_replicate():
-            continue
-        if coordinate is None:
-            return tuple(range(0) for _ in indices)
-        ranks, own = param.device_mesh.size(axis), coordinate[axis]
-        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) shards each of the existing shards.
-        pieces = _chunks(indices[placement.dim], getattr(placement, "split_factor", 1))
-        held = [_chunks(piece, ranks)[own] for piece in pieces]
-        indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([_tensor(index) for index in held])
-    return tuple(map(_consecutive, indices))
-
-
-def _chunks(index: Index, count: int) -> list[Index]:
-    """Splits indices as `torch.chunk` does, with empty chunks at the end where there are too few."""
-    step = -(-len(index) // count)
-    return [index[i * step : (i + 1) * step] for i in range(count)]
-
-
-def _tensor(index: Index) -> Tensor:
-    return torch.arange(index.start, index.stop) if isinstance(index, range) else index
-
-
-def _consecutive(index: Index) -> Index:
-    """Returns consecutive indices as a range, others as they are."""
-    if isinstance(index, range) or not len(index):
-        return index if isinstance(index, range) else range(0)
-    first = int(index[0])
-    run = range(first, first + len(index))
-    return run if torch.equal(index, _tensor(run)) else index

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from distopt import counter
-from distopt.layout import global_indices, local
+from distopt.layout import local
+from distopt.layout.places import global_indices, own_place
 from distopt.sharpness.objective import Objective, Vector
 
 
@@ -55,4 +56,6 @@ def _rows_as(weight: Tensor, direction: Tensor) -> Tensor:
 def _sequences(objective: Objective, seed: int) -> Iterator[tuple[int, Tensor]]:
     """Yields the key of each parameter, and the indices of its local elements."""
     for i, p in enumerate(objective.params):
-        yield counter.key(f"{seed}/{i}"), global_indices(p).to(local(p.detach()).device)
+        part = local(p.detach())
+        chunks = [index for _, index in global_indices(own_place(p), p.shape, part.device)]
+        yield counter.key(f"{seed}/{i}"), torch.cat(chunks or [torch.zeros(0).long()]).view(part.shape)

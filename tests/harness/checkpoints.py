@@ -20,6 +20,7 @@ HALF, STEPS, ROWS = 3, 6, 8
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": distopt.AdamW,
     "lamb": distopt.LAMB,
+    "adafactor": distopt.Adafactor,
     "torch adamw": torch.optim.AdamW,
     "torch sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, dampening=0.3),
 }
@@ -46,7 +47,7 @@ def start(engine: str, name: str, dropout: float = 0.0, dtype: torch.dtype = tor
     """A model on an engine, its optimizer and schedule, before the first step."""
     torch.manual_seed(seed)
     model: nn.Module = Net(dropout).to(dtype)
-    if engine == "ddp":
+    if engine in ("ddp", "zero1"):
         model = DistributedDataParallel(model, find_unused_parameters=True)
     elif engine in ("fsdp2", "hsdp"):
         world = dist.get_world_size()
@@ -56,6 +57,8 @@ def start(engine: str, name: str, dropout: float = 0.0, dtype: torch.dtype = tor
         fully_shard(model, mesh=mesh)
     groups = [{"params": [p for p in model.parameters() if p.ndim == dims]} for dims in (2, 1)]
     optimizer = OPTIMIZERS[name](groups, lr=0.02 * (1 + seed))
+    if engine == "zero1":
+        optimizer.bind(distopt.layout.zero1_layout(model))
     return model, optimizer, schedules.warmup_cosine(optimizer, warmup_steps=2, total_steps=STEPS)
 
 

@@ -31,8 +31,11 @@ DTYPES = {"fp32": torch.float32, "float64": torch.float64, "bf16": torch.float32
 # root of a small square stretches it. bf16: the same, until a weight is rounded the other way (by 4e-3) for a step.
 TOLERANCE = {"fp32": 1e-5, "float64": 1e-10, "bf16": 1e-4}
 SOME = ("adamw", "lamb", "lars", "sam_lamb")
-# Engine and optimizer that may be; every other is a promise. One step size for all layers, and several calls of step().
-REFUSED = frozenset((engine, name) for engine in DEEPSPEED for name in ("prodigy", "dadapt_adam"))
+# Engine and optimizer that may be; every other is a promise. One step size for all layers and several calls of step(),
+# or a state of each layer where a flat partition has one for many.
+REFUSED = frozenset(
+    (engine, name) for engine in DEEPSPEED for name in ("prodigy", "dadapt_adam", "dadapt_sgd", "adafactor")
+)
 _OTHERS = [name for name in NAMES if name not in SOME]
 # So many that a call of all ranks ends in the time that it has.
 PARTS = {"some": SOME, **{f"others_{i}": tuple(_OTHERS[i::3]) for i in range(3)}}

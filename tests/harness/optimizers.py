@@ -16,12 +16,14 @@ from distopt import (
     LAMB,
     LARS,
     SGD,
+    Adafactor,
     Adagrad,
     Adam,
     AdamW,
     AdamWScheduleFree,
     AdEMAMix,
     DAdaptAdam,
+    DAdaptSGD,
     Lion,
     Prodigy,
     RMSprop,
@@ -72,6 +74,16 @@ class Row:
         optimizer = self.make([torch.zeros(1)])
         return ["step", *optimizer.rule(optimizer.param_groups[0]).sums]
 
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """The names of the state of a parameter of this full shape."""
+        optimizer = self.make([torch.zeros(1)])
+        return [*self.counts, *optimizer.rule(optimizer.param_groups[0]).names(shape)]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether it needs state of each layer, so that it is refused where flat partitions cut layers anywhere."""
+        return self.cls is Adafactor
+
     @property
     def coupled(self) -> bool:
         """Whether all layers have a number in common, so that no layer steps by itself, and lr is the same for all."""
@@ -118,7 +130,14 @@ def _row(
 ) -> Row:
     """A row whose oracle takes the optimizer's own arguments, but for those that it has by another name."""
     shared = {renamed.get(k, k): v for k, v in kwargs.items() if k not in ("lr", "weight_decay", "trust_ratio")}
-    return Row(name, cls, kwargs, partial(oracle, **shared), peer, not issubclass(cls, (ScheduleFree, DistanceAdapted)))
+    return Row(
+        name,
+        cls,
+        kwargs,
+        partial(oracle, **shared),
+        peer,
+        not issubclass(cls, (ScheduleFree, DistanceAdapted, Adafactor)),
+    )
 
 
 _MOMENTS = {"betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -179,6 +198,14 @@ ROWS = (
         slow_warmup="warmup",
     ),
     _row("adopt", ADOPT, dict(lr=0.05, **_MOMENTS), oracles.adopt),
+    # 1 / sqrt(step) is below lr from the fifth step on; some updates are clipped.
+    _row(
+        "adafactor",
+        Adafactor,
+        dict(lr=0.5, eps=(1e-4, 1e-2), d=1.05, weight_decay=0.1),
+        oracles.adafactor,
+        torch.optim.Adafactor,
+    ),
     _row(
         "cautious_adamw",
         AdamW,
@@ -200,6 +227,12 @@ ROWS = (
         oracles.adamw_schedule_free,
     ),
     _row("dadapt_adam", DAdaptAdam, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.dadapt_adam),
+    _row(
+        "dadapt_sgd",
+        DAdaptSGD,
+        dict(lr=0.8, momentum=0.9, d0=0.5, d_coef=1.5, weight_decay=0.1),
+        oracles.dadapt_sgd,
+    ),
     _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
@@ -222,6 +255,8 @@ EDGES = (
     _row("lion_defaults", Lion, dict(lr=0.3, weight_decay=0.0), oracles.lion),
     _row("ademamix_defaults", AdEMAMix, _DEFAULT, oracles.ademamix),
     _row("adopt_defaults", ADOPT, _DEFAULT, oracles.adopt),
+    # torch's divides by the number of elements of an empty parameter; `tests.test_adafactor` compares with it.
+    _row("adafactor_defaults", Adafactor, dict(lr=0.05, weight_decay=0.0), oracles.adafactor),
     _row(
         "cautious_decay_lamb",
         LAMB,
@@ -230,6 +265,7 @@ EDGES = (
     ),
     _row("adopt_without_clipping", ADOPT, dict(clip_exponent=None, **_DEFAULT), oracles.adopt),
     _row("dadapt_adam_defaults", DAdaptAdam, dict(lr=1.0, weight_decay=0.0), oracles.dadapt_adam),
+    _row("dadapt_sgd_defaults", DAdaptSGD, dict(lr=1.0, d0=0.1, weight_decay=0.0), oracles.dadapt_sgd),
     # From d0 = 1e-6 the first p0 - p is a few roundings of float32; in float64 that is in `tests.test_adaptation`.
     _row("prodigy_defaults", Prodigy, dict(lr=1.0, d0=1e-2, weight_decay=0.0), oracles.prodigy),
     _row("sgd_schedule_free_defaults", SGDScheduleFree, dict(lr=0.2, weight_decay=0.0), oracles.sgd_schedule_free),

@@ -339,6 +339,51 @@ def lion(
     return _run(params, grad, steps, update)
 
 
+def adafactor(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    beta2_decay: float = -0.8,
+    eps: tuple[float | None, float] = (None, 1e-3),
+    d: float = 1.0,
+    weight_decay: Each = 0.0,
+    machine_epsilon: float = 2.0**-52,
+) -> list[Params]:
+    """Adafactor: V = R C / sum(R) of the running sums R and C of the rows and columns of g^2; of a vector as Adam's.
+
+    beta2 = 1 - t^beta2_decay; U = g / max(sqrt(V), eps1), U <- U / max(1, RMS(U) / d);
+    x <- x - min(lr, 1 / sqrt(t)) max(eps2, RMS(x)) U - lr weight_decay x
+
+    N. Shazeer, M. Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", 2018, algorithms 4 and 5,
+    https://arxiv.org/abs/1804.04235, with eps1 and lr where torch 2.13 has them.
+    """
+    rows, columns, v = defaultdict(float), defaultdict(float), defaultdict(float)
+    eps1 = machine_epsilon if eps[0] is None else eps[0]
+
+    def rms(x: Tensor) -> float:
+        return _norm(x) / math.sqrt(max(1, x.numel()))
+
+    def second_moment(t: int, i: int, g: Tensor) -> Tensor:
+        beta2 = 1 - t**beta2_decay
+        if g.ndim < 2:
+            v[i] = beta2 * v[i] + (1 - beta2) * g**2
+            return v[i]
+        rows[i] = beta2 * rows[i] + (1 - beta2) * (g**2).sum(-1) / max(1, g.shape[-1])
+        columns[i] = beta2 * columns[i] + (1 - beta2) * (g**2).sum(-2) / max(1, g.shape[-2])
+        mean = (rows[i].sum(-1) / g.shape[-2]).clamp(min=eps1)
+        return torch.einsum("...r,...c->...rc", rows[i], columns[i]) / mean[..., None, None]
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        u = g / second_moment(t, i, g).sqrt().clamp(min=eps1)
+        u = u / max(1.0, rms(u) / d)
+        relative = min(_of(lr, i), 1 / math.sqrt(t)) * max(eps[1], rms(x))
+        return x - relative * u - _of(lr, i) * _of(weight_decay, i) * x
+
+    return _run(params, grad, steps, update)
+
+
 def ademamix(
     params: Params,
     grad: Grad,
@@ -567,6 +612,41 @@ def dadapt_adam(
         s = [root * a + (1 - root) * rate * d * g for a, g in zip(s, grads)]
         norm = sum(float(a.abs().sum()) for a in s)
         d = max(d, d_coef * r / ((1 - root) * norm)) if norm else d
+        trajectory.append(x)
+    return trajectory
+
+
+def dadapt_sgd(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    momentum: float = 0.0,
+    weight_decay: Each = 0.0,
+    d0: float = 1e-6,
+    d_coef: float = 1.0,
+) -> list[Params]:
+    """D-Adaptation for SGD: l = d lr / |g_0|; s <- s + l g; z <- z - l g; x <- momentum x + (1 - momentum) z;
+    d <- max(d, 2 sum of l <g, s before> / |s|); norms and inner products over all tensors.
+
+    A. Defazio, K. Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", 2023, algorithm 4,
+    https://arxiv.org/abs/2301.07733. lr is the same for all tensors.
+    """
+    grad = l2(grad, weight_decay)
+    x, d, r, first = [p.detach().double() for p in params], d0, 0.0, 0.0
+    z, s = [p.clone() for p in x], [torch.zeros_like(p) for p in x]
+    trajectory = []
+    for step in range(steps):
+        grads = grad(x, step)
+        first = first or _norm(*grads)
+        if first:
+            rate = d * _of(lr, 0) / first
+            r += rate * sum(float((g * a).sum()) for g, a in zip(grads, s))
+            s = [a + rate * g for a, g in zip(s, grads)]
+            z = [a - rate * g for a, g in zip(z, grads)]
+            x = [momentum * a + (1 - momentum) * b for a, b in zip(x, z)]
+            d = max(d, d_coef * 2 * r / _norm(*s))
         trajectory.append(x)
     return trajectory
 

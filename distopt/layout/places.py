@@ -1,0 +1,144 @@
+"""The place of a shard in its full parameter: which elements a local tensor has, without an index for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
+
+_CHUNK = 2**20  # elements at once, whose indices take some 40 MB of scratch memory
+
+
+class Run(NamedTuple):
+    """Consecutive elements of the flattened parameter: `length` elements from `start` on."""
+
+    start: int
+    length: int
+
+
+class Box(NamedTuple):
+    """The elements at these indices along each dimension of the parameter."""
+
+    indices: tuple[Index, ...]
+
+
+Place = Run | Box
+
+
+def full_place(shape: Sequence[int]) -> Run:
+    """Returns the place of a full parameter."""
+    return Run(0, math.prod(shape))
+
+
+def size(place: Place) -> int:
+    """Returns the number of elements of a place."""
+    return place.length if isinstance(place, Run) else math.prod(map(len, place.indices))
+
+
+def own_indices(param: Any) -> tuple[Index, ...]:
+    """Returns the indices of the local elements of a DTensor, along each dimension."""
+    indices: list[Index] = [range(length) for length in param.shape]
+    coordinate = param.device_mesh.get_coordinate()
+    for axis, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        if coordinate is None:
+            return tuple(range(0) for _ in indices)
+        ranks, own = param.device_mesh.size(axis), coordinate[axis]
+        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) shards each of the existing shards.
+        pieces = _chunks(indices[placement.dim], getattr(placement, "split_factor", 1))
+        held = [_chunks(piece, ranks)[own] for piece in pieces]
+        indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([as_tensor(index) for index in held])
+    return tuple(map(_consecutive, indices))
+
+
+def own_place(param: Tensor) -> Place:
+    """Returns the place of the local elements of a DTensor, or of a plain tensor that is full."""
+    return Box(own_indices(param)) if hasattr(param, "placements") else full_place(param.shape)
+
+
+def global_indices(
+    place: Place, shape: Sequence[int], device: torch.device, chunk: int = _CHUNK
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the indices in the flattened parameter of the elements at a place, in chunks.
+
+    Values that are a function of them are the same on every layout. Nothing is sent.
+
+    Args:
+        place: The elements that a local tensor has.
+        shape: The full shape of the parameter.
+        device: The device of the indices.
+        chunk: The number of elements at once.
+
+    Yields:
+        The first element of the chunk in the flattened local tensor, and the indices, int64.
+    """
+    for start in range(0, total := size(place), chunk):
+        rest = torch.arange(start, min(start + chunk, total), device=device)
+        yield start, rest + place.start if isinstance(place, Run) else _of_box(place, shape, rest)
+
+
+def boxes(place: Place, shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
+    """Yields a place as boxes: a run is up to `2 * len(shape) - 1` of them.
+
+    Yields:
+        The first element of the box in the flattened local tensor, and the box. Those of a run have ranges as indices.
+    """
+    if isinstance(place, Box):
+        yield 0, place
+    elif place.length:
+        yield from _runs(place, tuple(shape))
+
+
+def as_tensor(index: Index) -> Tensor:
+    """Returns indices as an int64 tensor."""
+    return torch.arange(index.start, index.stop) if isinstance(index, range) else index
+
+
+def _runs(run: Run, shape: tuple[int, ...]) -> Iterator[tuple[int, Box]]:
+    """Divides a run into what is left of a row (one index of dimension 0), full rows, and the start of another."""
+    if len(shape) < 2:
+        yield 0, Box((range(run.start, run.start + run.length),) if shape else ())
+        return
+    row, done = math.prod(shape[1:]), 0
+    while done < run.length:
+        first, column = divmod(run.start + done, row)
+        left = run.length - done
+        if column or left < row:
+            length = min(left, row - column)
+            for start, box in _runs(Run(column, length), shape[1:]):
+                yield done + start, Box((range(first, first + 1), *box.indices))
+        else:
+            length = left // row * row
+            yield done, Box((range(first, first + left // row), *map(range, shape[1:])))
+        done += length
+
+
+def _of_box(box: Box, shape: Sequence[int], rest: Tensor) -> Tensor:
+    """Returns the indices in the full parameter of elements of a box, given by their place in the box."""
+    index, stride = torch.zeros_like(rest), 1
+    for own, full in zip(reversed(box.indices), reversed(shape)):
+        at = rest % len(own)
+        index += stride * (at + own.start if isinstance(own, range) else own.to(rest.device)[at])
+        rest, stride = rest // len(own), stride * full
+    return index
+
+
+def _chunks(index: Index, count: int) -> list[Index]:
+    """Splits indices as `torch.chunk` does, with empty chunks at the end where there are too few."""
+    step = -(-len(index) // count)
+    return [index[i * step : (i + 1) * step] for i in range(count)]
+
+
+def _consecutive(index: Index) -> Index:
+    """Returns consecutive indices as a range, others as they are."""
+    if isinstance(index, range) or not len(index):
+        return index if isinstance(index, range) else range(0)
+    first = int(index[0])
+    run = range(first, first + len(index))
+    return run if torch.equal(index, as_tensor(run)) else index
