@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,11 +22,12 @@ Loss = Callable[[nn.Module, Any, PassLoss], Tensor]  # the mean over a micro-bat
 
 
 class Update(NamedTuple):
-    """What a step did: this rank's mean loss, the global gradient norm before clipping, whether weights moved."""
+    """What a step did: this rank's mean loss, and as `distopt.engine.base.Stepped`."""
 
     loss: Tensor
     grad_norm: float
     applied: bool
+    grad_norms: Callable[[], Mapping[Tensor, Tensor]] = dict
 
 
 def update(
