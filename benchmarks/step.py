@@ -8,21 +8,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import distopt
 from benchmarks import memory
 from benchmarks.arguments import COUNT
+from benchmarks.contestants import BASE, CLIPPED_BASE, Make, clipping, contestants
 
 Shapes = list[tuple[int, ...]]
-Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-
-_BASE = "torch AdamW fused"  # the reference of all comparisons
 
 
 def add_parser(benchmarks: Any) -> None:
@@ -32,6 +27,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="optimizers whose name contains one of these")
     parser.add_argument("--rounds", type=COUNT, default=15, help="number of turns")
     parser.add_argument("--threads", type=COUNT, default=torch.get_num_threads(), help="of the CPU; all if not given")
+    parser.add_argument("--cpu-time", action="store_true", help="of all threads, on a machine that others use")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.set_defaults(run=run)
 
@@ -50,73 +46,6 @@ SHAPES: dict[str, Shapes] = {
     "one_50m": [(50_000_000,)],
 }
 
-_ADAM: dict[str, Any] = dict(lr=1e-4, weight_decay=0.01)
-_AVERAGED = dict(momentum=0.9, dampening=0.9)
-_NESTEROV = dict(momentum=0.9, nesterov=True)
-_CENTERED = dict(centered=True, momentum=0.9)
-
-# Families, whose members take turns: the name of a rule, the bytes that it has to read and write per float32 parameter,
-# its class (in torch.optim and in distopt), its arguments, and torch's implementations. The states of a family are in
-# memory at the same time; all rules at once would need 20 GB for 124M parameters.
-_FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]] = {
-    "adam": [
-        ("AdamW", 28, "AdamW", _ADAM, ("fused", "foreach")),
-        ("Adam", 28, "Adam", {"lr": 1e-4}, ("fused", "foreach")),
-    ],
-    "layerwise": [
-        ("LAMB", 40, "LAMB", _ADAM, ()),
-        ("LARS", 28, "LARS", dict(lr=1e-4, weight_decay=0.01), ()),
-    ],
-    "sgd": [
-        ("SGD", 12, "SGD", {"lr": 1e-4}, ("fused", "foreach")),
-        ("momentum", 20, "SGD", dict(lr=1e-4, momentum=0.9, weight_decay=0.01), ("fused", "foreach")),
-        ("averaged momentum", 20, "SGD", dict(lr=1e-4, **_AVERAGED), ("fused", "foreach")),
-        ("Nesterov", 20, "SGD", dict(lr=1e-4, **_NESTEROV), ("fused", "foreach")),
-    ],
-    "scaled": [
-        ("Adagrad", 20, "Adagrad", {"lr": 1e-4}, ("fused", "foreach")),
-        ("RMSprop", 20, "RMSprop", {"lr": 1e-4}, ("foreach",)),
-        ("RMSprop centered momentum", 36, "RMSprop", dict(lr=1e-4, **_CENTERED), ("foreach",)),
-    ],
-}
-
-# LAMBs of other packages: name, module, class, whether it needs a GPU.
-_LAMBS = (
-    ("timm LAMB", "timm.optim", "Lamb", False),
-    ("pytorch_optimizer LAMB", "pytorch_optimizer", "Lamb", False),
-    ("bitsandbytes LAMB", "bitsandbytes.optim", "LAMB", True),
-    ("DeepSpeed FusedLamb", "deepspeed.ops.lamb", "FusedLamb", True),
-)
-
-
-def contestants(gpu: bool) -> dict[str, dict[str, tuple[int, Make]]]:
-    """Return bytes per parameter and constructor of each optimizer, by family and name; print the missing ones."""
-    found: dict[str, dict[str, tuple[int, Make]]] = {family: {} for family in _FAMILIES}
-    for family, rules in _FAMILIES.items():
-        for name, size, cls, arguments, ways in rules:
-            for way in ways:
-                if gpu and (name, way) == ("Adagrad", "fused"):
-                    print("torch Adagrad fused does not take part: torch 2.13 has it for the CPU only")
-                    continue
-                found[family][f"torch {name} {way}"] = size, _maker(torch.optim, cls, {way: True, **arguments})
-            found[family][f"distopt {name}"] = size, _maker(distopt, cls, arguments)
-    for name, module, cls, gpu_only in _LAMBS:
-        if gpu_only and not gpu:
-            print(f"{name} does not take part: it has no CPU version")
-            continue
-        try:
-            package = import_module(module)
-            _maker(package, cls, _ADAM)([torch.zeros(1, requires_grad=True)])
-        except Exception as error:  # not installed, or incompatible with the installed versions
-            print(f"{name} does not take part: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-            continue
-        found["layerwise"][name] = 40, _maker(package, cls, _ADAM)
-    return found
-
-
-def _maker(package: Any, cls: str, arguments: dict[str, Any]) -> Make:
-    return lambda params: getattr(package, cls)(params, **arguments)
-
 
 def run(options: argparse.Namespace) -> None:
     """Print a table for each set of tensors."""
@@ -126,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}, float32; medians of {options.rounds} rounds in turns")
     families = contestants(device.type == "cuda")
-    base = families["adam"][_BASE]
+    base = families["adam"][BASE]
     if options.only:
         families = {
             family: {name: c for name, c in members.items() if any(part in name for part in options.only)}
@@ -143,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
         for family, members in families.items():
             if members:
                 print(f"{name}: {family}, {len(members)} contestants ...", file=sys.stderr, flush=True)
-                results[name][family] = measure(shapes, {_BASE: base, **members}, device, options.rounds)
+                first = {CLIPPED_BASE: clipping()[CLIPPED_BASE]} if family == "clipping" else {BASE: base}
+                clock = time.process_time if options.cpu_time else time.perf_counter
+                results[name][family] = measure(shapes, {**first, **members}, device, options.rounds, clock)
         _print_table(results[name], numel)
     if options.json:
         options.json.write_text(json.dumps({"where": where, "torch": torch.__version__, **results}, indent=1) + "\n")
@@ -160,19 +91,28 @@ def _check(options: argparse.Namespace) -> None:
 def _print_table(families: dict[str, Any], numel: int) -> None:
     print("| optimizer | ms | / fused AdamW | bytes per parameter | / copy | / in place | extra bytes per parameter |")
     print("|---|---|---|---|---|---|---|")
-    for rows in families.values():
+    for family, rows in families.items():
+        base = CLIPPED_BASE if family == "clipping" else BASE
         for name, row in rows["steps"].items():
             rate = row["bytes"] * numel / row["seconds"]
             print(
-                f"| {name} | {1e3 * row['seconds']:.2f} | {row['seconds'] / rows['steps'][_BASE]['seconds']:.2f} | "
+                f"| {name} | {1e3 * row['seconds']:.2f} | {row['seconds'] / rows['steps'][base]['seconds']:.2f} | "
                 f"{row['bytes']} | {rate / rows['copy']:.2f} | {rate / rows['in_place']:.2f} | "
                 f"{row['extra'] / numel:.2f} |"
             )
+    if "clipping" in families:
+        print(f"Those that clip are compared with {CLIPPED_BASE}.")
     bandwidths = [f"{rows['copy'] / 1e9:.1f} / {rows['in_place'] / 1e9:.1f}" for rows in families.values()]
     print(f"GB/s of a copy / of scaling in place, family by family: {', '.join(bandwidths)}", flush=True)
 
 
-def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(
+    shapes: Shapes,
+    chosen: dict[str, tuple[int, Make]],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
     """Measure the step of each optimizer, all on the same weights and gradients.
 
     Args:
@@ -180,6 +120,7 @@ def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.d
         chosen: The bytes per parameter and the constructor of each optimizer, by name.
         device: The device.
         rounds: The number of turns.
+        clock: Returns the time in seconds.
 
     Returns:
         steps: by name, the median seconds, the bytes per parameter and the extra bytes of a step. copy, in_place: the
@@ -204,10 +145,10 @@ def measure(shapes: Shapes, chosen: dict[str, tuple[int, Make]], device: torch.d
     for turn in range(rounds):
         for name in list(steps) if turn % 2 else reversed(list(steps)):
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             steps[name]()
             _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     moved = 2 * source.numel() * source.element_size()
     return {

@@ -24,7 +24,7 @@ from distopt.optim import (
     SGDScheduleFree,
 )
 from distopt.optim.base import ShardedOptimizer
-from distopt.optim.clip import clip_grad_norm_, grad_norms
+from distopt.optim.clip import Clip, clip_grad_norm_, grad_norms
 from distopt.optim.lr_range import LRRange, lr_range_test
 from distopt.optim.param_groups import param_groups
 from distopt.optim.schedules import (
@@ -53,6 +53,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdamWScheduleFree",
+    "Clip",
     "DAdaptAdam",
     "DAdaptSGD",
     "Fingerprint",

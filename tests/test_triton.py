@@ -51,6 +51,17 @@ def plain(row: Row, **options: Any) -> list[Tensor]:
     return train(row, initial(*SHAPES, dtype=torch.float32), **options)
 
 
+def clipped(row: Row) -> list[Tensor]:
+    """By a factor in the step."""
+    params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
+    opt = row.make(row.groups(params))
+    for step in range(STEPS):
+        opt.zero_grad()
+        pull(params, step).backward()
+        opt.step(clip=distopt.Clip(opt, 1.0))
+    return outcome(opt, params)
+
+
 def short_gradients(row: Row) -> list[Tensor]:
     """Gradients of 16 bits for weights of 32, as masters have them."""
     params = [p.requires_grad_() for p in initial(*SHAPES, dtype=torch.float32)]
@@ -109,7 +120,7 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     **{f"{row.name}-{case.__name__}": lambda row=row, case=case: case(row) for row in COMPILED for case in (plain,)},
     **{
         f"{name}-{case.__name__}": lambda name=name, case=case: case(named(name))
-        for case in (short_gradients, capturable, unaligned, different_counts, others_beside)
+        for case in (clipped, short_gradients, capturable, unaligned, different_counts, others_beside)
         for name in ("sgd", "nesterov", "adagrad", "rmsprop_centered_momentum", "adamw", "lamb", "lars")
     },
     **{
@@ -309,6 +320,7 @@ def test_no_step_waits_for_the_device(row: Row, by: str, monkeypatch: pytest.Mon
     with NoWaiting():
         distopt.clip_grad_norm_(opt, 1.0)
         opt.step()
+        opt.step(clip=distopt.Clip(opt, 1.0), consumes_grads=True)
         opt.zero_grad()
     with pytest.raises(RuntimeError), NoWaiting():
         params[0].sum().item()

@@ -6,21 +6,35 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.bounds import PRECISION, switch
-from distopt.optim.clip import clip_, measure
+from distopt.optim.clip import Clip, step_clipped
 from distopt.optim.observer import vetoed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distopt.sam import SAM
+
+
+class Stepped(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        norm: The global gradient norm before clipping.
+        applied: Whether weights moved.
+        norms: Returns the gradient norm of each layer before clipping, by parameter; none where an engine hides them.
+    """
+
+    norm: float
+    applied: bool
+    norms: Callable[[], Mapping[Tensor, Tensor]] = dict
 
 
 class Engine:
@@ -148,23 +162,20 @@ class Engine:
         """Adds the gradient of a micro-batch's share of the loss to the gradients."""
         loss.backward()
 
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
-        """Clips the gradients and steps.
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Stepped:
+        """Steps by the clipped gradients, which are lost.
 
         If the norm is inf or nan, or a monitor of the run's health skips the step, which is the same on all ranks,
         weights and state stay as they are, and so do the gradients, in which the layer can be found.
-
-        Returns:
-            The global gradient norm before clipping, and whether the step was applied.
         """
-        grads, total = measure(optimizer)
-        norm = float(total)
+        clip = Clip(optimizer, max_grad_norm)
+        norm = float(clip.norm)
         applied = math.isfinite(norm) and not vetoed(optimizer)
+        if norm <= max_grad_norm:
+            clip.factor = 1.0  # known on the host, so that no rule has to multiply
         if applied:
-            if norm > max_grad_norm:
-                clip_(grads, total, max_grad_norm)
-            optimizer.step()
-        return norm, applied
+            step_clipped(optimizer, clip, consumes_grads=True)
+        return Stepped(norm, applied, clip.by_param)
 
     @contextlib.contextmanager
     def perturbed(self, model: nn.Module, sam: SAM) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distopt import layout
 from distopt.bounds import STAGE, switch
-from distopt.engine.base import Engine
+from distopt.engine.base import Engine, Stepped
 from distopt.layout import deepspeed_private as private
 from distopt.sam import SAM
 from distopt.sam.backup import Backup
@@ -116,7 +116,7 @@ class DeepSpeed(Engine):
     def backward(self, model: Any, loss: Tensor) -> None:
         model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+    def step(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Stepped:
         if not isinstance(optimizer, SAM):
             model.step()
         elif model.ascent_applied:
@@ -130,7 +130,7 @@ class DeepSpeed(Engine):
                 model.step()
         applied = model.was_step_applied() and model.ascent_applied
         # DeepSpeed returns -1 for a norm that is inf or nan.
-        return (float(model.get_global_grad_norm()) if applied else math.nan), applied
+        return Stepped(float(model.get_global_grad_norm()) if applied else math.nan, applied)
 
     @contextlib.contextmanager
     def perturbed(self, model: Any, sam: SAM) -> Iterator[None]:

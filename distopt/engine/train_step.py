@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,11 +28,13 @@ class Update(NamedTuple):
         loss: The mean loss over this rank's micro-batches, a scalar tensor.
         grad_norm: The norm of the gradient over all parameters and ranks, before clipping.
         applied: Whether the optimizer has updated the weights.
+        grad_norms: As in `distopt.engine.base.Stepped`.
     """
 
     loss: Tensor
     grad_norm: float
     applied: bool
+    grad_norms: Callable[[], Mapping[Tensor, Tensor]] = dict
 
 
 def update(

@@ -18,26 +18,28 @@ _UNKNOWN = "DeepSpeed has freed it, so the parameter is unknown: another engine 
 
 
 @torch.no_grad()
-def by_layer(model: nn.Module, optimizer: Any, clipped: float = 1.0) -> dict[str, dict[str, float]]:
+def by_layer(
+    model: nn.Module, optimizer: Any, norms: Mapping[Tensor, Tensor] | None = None
+) -> dict[str, dict[str, float]]:
     """Returns the gradient norm and the trust ratio of every parameter in the last step, by parameter name.
 
-    Takes one all-reduce per mesh axis that shards, and waits for the device: not for every step. Gradients that
-    DeepSpeed has freed are left out, and so are the ratios of an optimizer without any and of parameters on other
-    ranks.
+    Waits for the device: not for every step. Gradients that DeepSpeed has freed are left out, and so are the ratios of
+    an optimizer without any and of parameters on other ranks.
 
     Args:
         model: The unwrapped model.
         optimizer: The optimizer, or SAM around it.
-        clipped: The factor by which clipping has multiplied the gradients; the norms are those before clipping.
+        norms: The gradient norms that the step has measured, by parameter. None measures those of `.grad`, by one
+            all-reduce per mesh axis that shards.
 
     Returns:
         `{"grad_norm": {name: norm}, "trust_ratio": {name: ratio}}`, without what is empty or all 0.
     """
-    norms = _norms(optimizer)
+    norms = _norms(optimizer) if norms is None else norms
     ratios = optimizer.trust_ratios() if hasattr(optimizer, "trust_ratios") else {}
     names = {p: name for name, p in bare_parameters(model).items()}
     found = {
-        "grad_norm": {names[p]: float(norm) / clipped for p, norm in norms.items() if p in names},
+        "grad_norm": {names[p]: float(norm) for p, norm in norms.items() if p in names},
         "trust_ratio": {names[p]: float(ratio) for p, ratio in ratios.items() if p in names},
     }
     return {what: values for what, values in found.items() if any(values.values())}

@@ -178,9 +178,7 @@ class Job:
         if self.health:
             self.health.write()
             return
-        bound = max_grad_norm(self.cfg)
-        clipped = min(1.0, bound / done.grad_norm) if done.applied and done.grad_norm else 1.0
-        self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, clipped))
+        self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, done.grad_norms()))
 
     def _bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) / self.corpus.bytes_per_token

@@ -52,7 +52,7 @@ class CautiousUpdate(ForeachUpdate):
 
     def squared_norms(self) -> tuple[Tensor, ...]:
         """Measures |p|^2, |m|^2, m . decay and |decay|^2 with a trust ratio, and always the elements kept, and all."""
-        self._measured = [(part, _masked(self._directions, part)) for part in self._shards.slices()]
+        self._measured = [(replace(part, grads=[]), _masked(self._directions, part)) for part in self._shards.slices()]
         parts = [self._measure(part, masked) for part, masked in self._measured]
         width = 6 if self.group["trust_ratio"] else 2
         return tuple(torch.cat(column) for column in zip(*parts)) or (torch.zeros(0, exact.DIGITS),) * width

@@ -3,12 +3,15 @@
  * A call walks over many tensors in pieces that the threads share. `table` and `scales` are stored column by column, with
  * one value for each tensor. The columns of `table`: lengths, the lengths of a row (the elements of one index along the
  * layer's dimension 0), then the addresses of weights, gradients (`half`: of bfloat16, the upper half of a float32) and
- * up to three state buffers. The columns of `scales`: values that differ between tensors, and last the factor of the
- * direction. `mode`:
- *   STEP     updates state and weights;
- *   MEASURE  updates the state, and adds up the squares of each tensor's weights and of its direction;
- *   APPLY    computes the same direction again, from the state, and updates the weights.
- * So a layer whose full direction has to be known before its first weight changes (LAMB) needs no memory for it.
+ * up to three state buffers. The columns of `scales`: values that differ between tensors, then the factor of the direction,
+ * and last that of the gradient, whose product with each element is rounded as if it had been stored. `mode`:
+ *   STEP        updates state and weights;
+ *   MEASURE     updates the state, and adds up the squares of each tensor's weights and of its direction;
+ *   APPLY       computes the same direction again, from the state, and updates the weights;
+ *   KEEP        as MEASURE, and stores the direction where the gradient was (not of bfloat16);
+ *   APPLY_KEPT  updates the weights by the direction that KEEP has stored.
+ * So a layer whose full direction has to be known before its first weight changes (LAMB) needs no memory for it. KEEP reads
+ * six values of an element instead of seven; a read costs five times as much as a write.
  *
  * A multiply-add is fused where it says fmaf, and nowhere else: an element has the same bits wherever its shard ends.
  *
@@ -22,9 +25,9 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { STEP, MEASURE, APPLY, SUM }; /* SUM: as MEASURE, of one block */
-enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 3, RATIO = 2 };
-enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a block sum, its chains, short rows */
+enum { STEP, MEASURE, APPLY, KEEP, APPLY_KEPT, SUM, SUM_KEEP }; /* SUM: as MEASURE, of one block */
+enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
+enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
@@ -34,7 +37,7 @@ typedef struct { int64_t digit[DIGITS + 2]; double broken; } Sum;
 typedef union { int64_t count; double value; } Word;
 typedef struct { Word digit[DIGITS + 1]; } Total;
 
-typedef void Rows(int mode, const float *hyper, const float *scales, float *restrict p, const float *restrict g,
+typedef void Rows(int mode, const float *hyper, const float *scales, float *restrict p, float *restrict g,
                   float *restrict a, float *restrict b, float *restrict c, int64_t n, float *restrict direction);
 
 /* Returns a + weight (g - a), exact at weight 0 and at weight 1; rest = 1 - weight. */
@@ -279,7 +282,8 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             float s[SCALES], widened[CHUNK], direction[CHUNK];
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
-            const int by_block = mode == MEASURE && row >= SHORT; /* a shorter one is not worth a call */
+            const int measures = mode == MEASURE || mode == KEEP;
+            const int by_block = measures && row >= SHORT; /* a shorter one is not worth a call */
             int64_t left = row - pieces[k].start % row; /* of the row, block by block */
             for (int64_t from = pieces[k].start, n; from < end; from += n) {
                 if (by_block) {
@@ -289,24 +293,25 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
                     n = full_blocks(from, end - from < CHUNK ? end - from : CHUNK, end - from, row);
                 }
                 if (half) widen((uint16_t *)column[1] + from, widened, n);
-                float *p = (float *)column[0] + from;
-                rows(by_block ? SUM : mode, hyper, s, p, half ? widened : (float *)column[1] + from, (float *)column[2] + from,
+                float *p = (float *)column[0] + from, *g = half ? widened : (float *)column[1] + from;
+                rows(!by_block ? mode : mode == KEEP ? SUM_KEEP : SUM, hyper, s, p, g, (float *)column[2] + from,
                      (float *)column[3] + from, (float *)column[4] + from, n, direction);
                 if (by_block) {
                     add(&weights, direction[0]);
                     add(&updates, direction[1]);
-                } else if (mode == MEASURE) {
+                } else if (measures) {
                     add_products(&weights, p, p, from, n, row);
                     add_products(&updates, direction, direction, from, n, row);
+                    if (mode == KEEP) memcpy(g, direction, n * sizeof *g);
                 }
             }
-            if (mode == MEASURE) {
+            if (measures) {
                 merge(totals + 2 * tensor, &weights);
                 merge(totals + 2 * tensor + 1, &updates);
             }
         }
     }
-    for (int64_t i = 0; mode == MEASURE && i < 2 * tensors; i++) finish(totals + i);
+    for (int64_t i = 0; (mode == MEASURE || mode == KEEP) && i < 2 * tensors; i++) finish(totals + i);
 }
 
 /* Computes inner products of pairs of tensors, columns 3 and 4 of the table, in float32, or in bfloat16 if `half`. */
@@ -334,10 +339,31 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
     for (int64_t i = 0; i < tensors; i++) finish(totals + i);
 }
 
+/* Updates the state of a block, and sums the squares of its weights and directions. A loop of its own where it stores them:
+ * a condition in it would be evaluated for every vector. */
+#define SUM_BLOCK(name, buffers, store)                                                                                \
+    {                                                                                                                  \
+        float weight = 0.0f, update = 0.0f;                                                                            \
+        _Pragma("omp simd reduction(+ : weight, update)")                                                              \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;         \
+            const float d = name##_update(h, s, p[i], s[FACTOR] * g[i], &x, &y, &z);                                   \
+            if (buffers > 0) a[i] = x;                                                                                 \
+            if (buffers > 1) b[i] = y;                                                                                 \
+            if (buffers > 2) c[i] = z;                                                                                 \
+            weight = fmaf(p[i], p[i], weight);                                                                         \
+            update = fmaf(d, d, update);                                                                               \
+            store                                                                                                      \
+        }                                                                                                              \
+        direction[0] = weight;                                                                                         \
+        direction[1] = update;                                                                                         \
+        return;                                                                                                        \
+    }
+
 /* `buffers` is the number of state buffers of the rule. */
 #define RULE(name, buffers)                                                                                            \
     static void name##_rows(int mode, const float *hyper, const float *scales, float *restrict p,                      \
-                            const float *restrict g, float *restrict a, float *restrict b, float *restrict c,          \
+                            float *restrict g, float *restrict a, float *restrict b, float *restrict c,                \
                             int64_t n, float *restrict direction) {                                                    \
         float h[HYPER], s[SCALES];                                                                                     \
         for (int i = 0; i < HYPER; i++) h[i] = hyper[i];                                                               \
@@ -345,41 +371,32 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
         if (mode == APPLY) {                                                                                           \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++)                                                                            \
-                p[i] = fmaf(-s[RATIO], name##_again(h, s, p[i], g[i], buffers > 0 ? a[i] : 0.0f,                       \
+                p[i] = fmaf(-s[RATIO], name##_again(h, s, p[i], s[FACTOR] * g[i], buffers > 0 ? a[i] : 0.0f,           \
                                        buffers > 1 ? b[i] : 0.0f, buffers > 2 ? c[i] : 0.0f), p[i]);                   \
+            return;                                                                                                    \
+        }                                                                                                              \
+        if (mode == APPLY_KEPT) {                                                                                      \
+            _Pragma("omp simd")                                                                                        \
+            for (int64_t i = 0; i < n; i++) p[i] = fmaf(-s[RATIO], g[i], p[i]);                                        \
             return;                                                                                                    \
         }                                                                                                              \
         if (mode == STEP) {                                                                                            \
             _Pragma("omp simd")                                                                                        \
             for (int64_t i = 0; i < n; i++) {                                                                          \
                 float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
-                p[i] = fmaf(-s[RATIO], name##_update(h, s, p[i], g[i], &x, &y, &z), p[i]);                             \
+                p[i] = fmaf(-s[RATIO], name##_update(h, s, p[i], s[FACTOR] * g[i], &x, &y, &z), p[i]);                 \
                 if (buffers > 0) a[i] = x;                                                                             \
                 if (buffers > 1) b[i] = y;                                                                             \
                 if (buffers > 2) c[i] = z;                                                                             \
             }                                                                                                          \
             return;                                                                                                    \
         }                                                                                                              \
-        if (mode == SUM) {                                                                                             \
-            float weight = 0.0f, update = 0.0f;                                                                        \
-            _Pragma("omp simd reduction(+ : weight, update)")                                                          \
-            for (int64_t i = 0; i < n; i++) {                                                                          \
-                float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;     \
-                const float d = name##_update(h, s, p[i], g[i], &x, &y, &z);                                           \
-                if (buffers > 0) a[i] = x;                                                                             \
-                if (buffers > 1) b[i] = y;                                                                             \
-                if (buffers > 2) c[i] = z;                                                                             \
-                weight = fmaf(p[i], p[i], weight);                                                                                 \
-                update = fmaf(d, d, update);                                                                                       \
-            }                                                                                                          \
-            direction[0] = weight;                                                                                     \
-            direction[1] = update;                                                                                     \
-            return;                                                                                                    \
-        }                                                                                                              \
+        if (mode == SUM) SUM_BLOCK(name, buffers, )                                                                    \
+        if (mode == SUM_KEEP) SUM_BLOCK(name, buffers, g[i] = d;)                                                      \
         _Pragma("omp simd")                                                                                            \
         for (int64_t i = 0; i < n; i++) {                                                                              \
             float x = buffers > 0 ? a[i] : 0.0f, y = buffers > 1 ? b[i] : 0.0f, z = buffers > 2 ? c[i] : 0.0f;         \
-            direction[i] = name##_update(h, s, p[i], g[i], &x, &y, &z);                                                \
+            direction[i] = name##_update(h, s, p[i], s[FACTOR] * g[i], &x, &y, &z);                                    \
             if (buffers > 0) a[i] = x;                                                                                 \
             if (buffers > 1) b[i] = y;                                                                                 \
             if (buffers > 2) c[i] = z;                                                                                 \

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, compress
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.build import library, names
+from distopt.kernels.columns import PLAIN, Column
 from distopt.kernels.exact import DIGITS
 from distopt.kernels.rules import SCALES, Rule
-from distopt.kernels.shards import PLAIN, Shards
+from distopt.kernels.shards import Shards
 
 SquaredNorms = tuple[Tensor, Tensor]
 
-_STEP, _MEASURE, _APPLY = range(3)
+_STEP, _MEASURE, _APPLY, _KEEP, _APPLY_KEPT = range(5)
 _ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them
+_CPU = torch.device("cpu")
+_KINDS = (_CPU, torch.float32), (_CPU, torch.bfloat16)  # of gradients
 
 
 class CompiledUpdate:
@@ -36,7 +40,10 @@ class CompiledUpdate:
         self._function: Any = getattr(library(), rule.kernel)
         self._bfloat16 = bool(shards.grads) and shards.grads[0].dtype is torch.bfloat16
         columns = [shards.params, shards.grads, *(shards.buffers[name] for name in rule.buffers)]
-        self._table = _table(shards.rows, columns, _ADDRESSES)
+        self._table = _table(shards.rows, map(Column.of, columns), _ADDRESSES)
+        self._measure, self._apply = _MEASURE, _APPLY
+        if shards.consumes_grads and not self._bfloat16:
+            self._measure, self._apply = _KEEP, _APPLY_KEPT
         scalars, scales = names(rule.kernel)
         self._hyper = array("f", [*(rule.scalars[name] for name in scalars), *[0.0] * (_HYPER - len(scalars))])
         self._scales = _scales(rule, scales, shards)
@@ -46,15 +53,15 @@ class CompiledUpdate:
 
     def squared_norms(self) -> SquaredNorms:
         sums = _sums(len(self.layers), 2)
-        self._call(_MEASURE, [0.0] * len(self.layers), sums.data_ptr())
+        self._call(self._measure, [0.0] * len(self.layers), sums.data_ptr())
         return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
     def apply(self, ratios: Tensor | None) -> None:
-        self._call(_APPLY, [1.0] * len(self.layers) if ratios is None else ratios[self.layers].tolist())
+        self._call(self._apply, [1.0] * len(self.layers) if ratios is None else ratios[self.layers].tolist())
 
     def _call(self, mode: int, ratios: list[float], sums: int = 0) -> None:
-        lr = self.group["lr"]
-        scales = array("f", chain(*self._scales, [lr * ratio for ratio in ratios]))
+        lr, factor = self.group["lr"], float(self._shards.grad_factor)
+        scales = array("f", chain(*self._scales, [lr * ratio for ratio in ratios], [factor] * len(ratios)))
         table, columns, hyper = map(_address, (self._table, scales, self._hyper))
         tensors = ctypes.c_int64(len(ratios))
         threads = torch.get_num_threads()
@@ -68,7 +75,8 @@ def compiled_update(shards: Shards) -> CompiledUpdate:
 
 def norms_update(shards: Shards) -> CompiledUpdate:
     """Returns an update whose squared norms are |p|^2 and |gradient|^2: that of SGD without weight decay."""
-    return CompiledUpdate(Rule("sgd", scalars={"weight_decay": 0.0}, scales={"ratio": lambda step: 1.0}), shards)
+    rule = Rule("sgd", scalars={"weight_decay": 0.0}, scales={"ratio": lambda step: 1.0})
+    return CompiledUpdate(rule, replace(shards, consumes_grads=False))
 
 
 def fits(shards: Shards) -> list[int]:
@@ -76,8 +84,11 @@ def fits(shards: Shards) -> list[int]:
 
     Gradients of a bfloat16 parameter with a float32 master may be bfloat16.
     """
-    if not any(p.is_cpu for p in shards.params) or library() is None:
+    if library() is None or not any(p.is_cpu for p in shards.params):
         return []
+    kinds = {Column.of(column).kind for column in (shards.params, *shards.buffers.values())}
+    if kinds == {(_CPU, torch.float32)} and Column.of(shards.grads).kind in _KINDS:
+        return list(range(len(shards.params)))
     bfloat16 = any(g.dtype is torch.bfloat16 and p.dtype is torch.float32 for p, g in zip(shards.params, shards.grads))
     grads = torch.bfloat16 if bfloat16 else torch.float32
     columns = [(shards.params, torch.float32), (shards.grads, grads)]
@@ -99,20 +110,29 @@ def products(left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[int
     """
     found = torch.zeros(len(left), DIGITS, dtype=torch.float64)
     done: list[int] = []
-    if not any(t.is_cpu for t in left) or library() is None:
+    if library() is None or not any(t.is_cpu for t in left):
         return found, done
+    a = Column.of(left)
+    b = a if right is left else Column.of(right)
+    if a.kind == b.kind and a.kind in _KINDS:
+        return _products(a, b, rows), list(range(len(a)))
     for dtype in (torch.float32, torch.bfloat16):
         fit = [i for i, (a, b) in enumerate(zip(left, right)) if _flat(a, dtype) and _flat(b, dtype)]
         if not fit:
             continue
-        table = _table([rows[i] for i in fit], [[left[i] for i in fit], [right[i] for i in fit]], 2)
-        sums = _sums(len(fit), 1)
-        tensors, threads = ctypes.c_int64(len(fit)), torch.get_num_threads()
-        function: Any = library().products  # type: ignore[union-attr]
-        function(_address(table), ctypes.c_void_p(sums.data_ptr()), tensors, dtype is torch.bfloat16, threads)
-        found[fit] = sums[:, 0, :DIGITS]
+        found[fit] = _products(Column(left[i] for i in fit), Column(right[i] for i in fit), [rows[i] for i in fit])
         done += fit
     return found, done
+
+
+def _products(left: Column, right: Column, rows: Sequence[int]) -> Tensor:
+    """Computes the digits of the inner products of tensors of one dtype."""
+    table, sums = _table(rows, [left, right], 2), _sums(len(left), 1)
+    tensors, threads = ctypes.c_int64(len(left)), torch.get_num_threads()
+    function: Any = library().products  # type: ignore[union-attr]
+    half = left[0].dtype is torch.bfloat16
+    function(_address(table), ctypes.c_void_p(sums.data_ptr()), tensors, half, threads)
+    return sums[:, 0, :DIGITS]
 
 
 def _flat(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -120,10 +140,10 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()
 
 
-def _table(rows: Sequence[int], columns: list[list[Tensor]], addresses: int) -> array[int]:
-    found = [map(Tensor.data_ptr, column) for column in columns]
-    unused = [0] * (len(rows) * (addresses - len(columns)))
-    return array("q", chain(map(Tensor.numel, columns[0]), rows, *found, unused))
+def _table(rows: Sequence[int], columns: Iterable[Column], addresses: int) -> array[int]:
+    first, *others = columns
+    unused = [0] * (len(rows) * (addresses - 1 - len(others)))
+    return array("q", chain(first.numels, rows, first.addresses, *(column.addresses for column in others), unused))
 
 
 def _sums(tensors: int, columns: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.cautious import CautiousUpdate, with_cautious_decay
+from distopt.kernels.columns import Column
 from distopt.kernels.cpu import compiled_update, fits, norms_update
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.shards import Shards
@@ -57,7 +58,7 @@ def gradient_norms(shards: Shards) -> SquaredNorms:
     """Returns |p|^2 and |gradient|^2 of each shard, in the digits of `distopt.kernels.exact`; changes no state."""
     if shards.params and len(fits(shards)) == len(shards.params):
         return norms_update(shards).squared_norms()  # both in one pass
-    return squared_norms(shards.params, shards.rows), squared_norms(shards.grads, shards.rows)
+    return squared_norms(shards.params, shards.rows), squared_norms(shards.scaled().grads, shards.rows)
 
 
 def is_measured(update: Update) -> bool:
@@ -113,7 +114,7 @@ def _updates(directions: Directions, shards: Shards) -> list[Update]:
 
 
 def _others(directions: Directions, shards: Shards) -> list[Update]:
-    dtypes = dict.fromkeys(g.dtype for g in shards.grads)
+    dtypes = dict.fromkeys(g.dtype for g in shards.grads) if Column.of(shards.grads).kind is None else ()
     if len(dtypes) > 1:  # next to masters, whose gradients have 16 bits, the others keep their kernel
         alike = [[i for i, g in enumerate(shards.grads) if g.dtype is dtype] for dtype in dtypes]
         return [update for indices in alike for update in _others(directions, shards.part(indices))]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.kernels.columns import Column
 from distopt.kernels.rules import Rule
 
-PLAIN = (Tensor, torch.nn.Parameter)  # the types whose elements are in their own memory; a subclass's may be anywhere
 # On the CPU a rule runs over slices of this many elements, so that its temporaries stay in the cache and the scratch
 # memory is a constant. A GPU takes everything in one multi-tensor call.
 _SLICE = 2**17
@@ -34,6 +34,10 @@ class Shards:
         steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
             device.
         sums: The running sums of the rule by name, floats in the order of the tensors.
+        grad_factor: What a rule multiplies each gradient by before anything else, rounded as if the product had been
+            stored: the factor of clipping, negative for `maximize`. A float, or a 0-D float64 tensor on the device,
+            which nothing waits for.
+        consumes_grads: Whether an update may use the memory of the gradients, whose values are lost then.
         rows: The elements of a row (one index of dimension 0) of each tensor's layer, with which a sum over a layer is
             the same bits however it is sharded between rows. By default those of the tensors themselves.
         ratios: Trust ratios, 0-D tensors, that multiply each gradient before the state changes (LARS).
@@ -49,10 +53,15 @@ class Shards:
     rows: list[int] = None  # type: ignore[assignment]
     ratios: list[Tensor] | None = None
     sums: dict[str, list[float]] = field(default_factory=dict)
+    grad_factor: float | Tensor = 1.0
+    consumes_grads: bool = False
 
     def __post_init__(self) -> None:
         if self.rows is None:
             object.__setattr__(self, "rows", [row_of(p.shape) for p in self.params])
+        buffers = {name: Column.of(buffers) for name, buffers in self.buffers.items()}
+        for name, value in (("params", Column.of(self.params)), ("grads", Column.of(self.grads)), ("buffers", buffers)):
+            object.__setattr__(self, name, value)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -101,6 +110,12 @@ class Shards:
             sums={name: some(column) for name, column in self.sums.items()},
         )
 
+    def scaled(self) -> Shards:
+        """Returns the same shards with `grad_factor` in the gradients, which are new tensors unless it is 1."""
+        if not isinstance(self.grad_factor, Tensor) and self.grad_factor == 1.0:
+            return self
+        return replace(self, grads=multiplied(self.grads, self.grad_factor), grad_factor=1.0)
+
     @property
     def _columns(self) -> list[list[Tensor]]:
         return [self.params, self.grads, *self.buffers.values()]
@@ -109,7 +124,20 @@ class Shards:
         params, grads, *buffers = (list(column) for column in zip(*(tensors for _, tensors in taken)))
         part = self.part([i for i, _ in taken])
         grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)]
-        return replace(part, params=params, grads=grads, buffers=dict(zip(self.buffers, buffers)))
+        return replace(part, params=params, grads=grads, buffers=dict(zip(self.buffers, buffers))).scaled()
+
+
+def multiplied(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """Returns the products of tensors and a scalar, which is rounded to the dtype of each."""
+    if not isinstance(factor, Tensor):
+        return list(torch._foreach_mul(tensors, factor)) if tensors else []
+    found = list(tensors)
+    for dtype in {t.dtype for t in tensors}:
+        alike = [i for i, t in enumerate(tensors) if t.dtype is dtype]
+        products = torch._foreach_mul([tensors[i] for i in alike], factor.to(dtype))
+        for i, product in zip(alike, products):
+            found[i] = product
+    return found
 
 
 def row_of(shape: Sequence[int]) -> int:

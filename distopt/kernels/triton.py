@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import exact
+from distopt.kernels.columns import PLAIN, Column
 from distopt.kernels.device_lists import DeviceLists, sent
 from distopt.kernels.rules import SCALES
-from distopt.kernels.shards import PLAIN, Shards
+from distopt.kernels.shards import Shards
 
 DEVICES = ("cuda",)  # torch's name for AMD's too
 _GRADS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -56,6 +57,8 @@ class TritonUpdate:
         self._scales = sent(_scales(shards), self._device)
         if shards.ratios is not None:
             self._scales[:, list(rule.factors).index("ratio")] = torch.stack(shards.ratios)
+        if isinstance(shards.grad_factor, Tensor):
+            self._scales[:, 3] = shards.grad_factor
         grad = shards.grads[0].dtype
         fewest, most = _GROUPS
         self._sum = max(fewest, math.gcd(most, *shards.rows))
@@ -132,6 +135,9 @@ def unfit(shards: Shards) -> list[int]:
 
 def _kinds(shards: Shards) -> dict[Any, list[int]]:
     """Returns the indices of the shards of each launch, by their kind; None for those that the kernels are not for."""
+    kind = Column.of(shards.params).kind
+    if kind is not None and kind[0].type not in DEVICES:
+        return {None: list(range(len(shards.params)))}
     kinds: dict[Any, list[int]] = {}
     for i, row in enumerate(zip(shards.params, shards.grads, *shards.buffers.values())):
         kinds.setdefault(_kind(*row), []).append(i)
@@ -155,7 +161,10 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _scales(shards: Shards) -> Tensor:
-    """Returns a row of the rule's factors and lr for each tensor; on the device if the group is capturable."""
+    """Returns a row for each tensor: the rule's factors, lr and the factor of the gradient.
+
+    On the device if the group is capturable. A factor of the gradient that is on the device comes later.
+    """
     if shards.group["capturable"]:
         steps = torch.stack(shards.steps).double()
     else:
@@ -163,4 +172,5 @@ def _scales(shards: Shards) -> Tensor:
     ones = torch.ones_like(steps)
     columns = [ones * scale(steps) for scale in shards.rule.factors.values()]
     columns += [ones] * (SCALES - len(columns))
-    return torch.stack([*columns, ones * shards.group["lr"]], 1).float()
+    factor = 1.0 if isinstance(shards.grad_factor, Tensor) else shards.grad_factor
+    return torch.stack([*columns, ones * shards.group["lr"], ones * factor], 1).float()

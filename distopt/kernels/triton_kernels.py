@@ -2,7 +2,7 @@
 
 A program works on one piece of one tensor. A row of `table` has the addresses of a tensor's weights, gradient and up to
 three state buffers, its length and the index of its first piece; a row of `scales` has the values that differ between
-tensors, and last the factor of the direction. `MODE`:
+tensors, the factor of the direction and that of the gradient. `MODE`:
 
     STEP     updates state and weights;
     MEASURE  updates the state, and adds up the squares of each piece's weights and of its direction, in the digits of
@@ -94,7 +94,7 @@ def _do(  # type: ignore[no-untyped-def]
     second = _at(row, 3, tl.float32, ALIGNMENT)
     third = _at(row, 4, tl.float32, ALIGNMENT)
     p = _load(weights, index, inside, FULL)
-    g = _load(_at(row, 1, GRAD, ALIGNMENT), index, inside, FULL).to(tl.float32)
+    g = _load(_at(row, 1, GRAD, ALIGNMENT), index, inside, FULL).to(tl.float32) * tl.load(scales + 3)
     a, b, c = 0.0, 0.0, 0.0
     if BUFFERS > 0:
         a = _load(first, index, inside, FULL)
@@ -152,7 +152,7 @@ def walk(  # type: ignore[no-untyped-def]
     start = (piece - tl.load(row + _FIRST)) * SIZE
     index = start + tl.arange(0, SIZE)
     inside = index < tl.load(row + _NUMEL)
-    scales += 3 * tensor
+    scales += 4 * tensor
     squares += 2 * _DIGITS * piece
     # A mask would turn loads of four elements into loads of one, so that only the last piece of a tensor has one.
     if start + SIZE <= tl.load(row + _NUMEL):

@@ -71,7 +71,8 @@ class ForeachUpdate:
             torch._foreach_add_(part.params, self._directions(part), alpha=-self.group["lr"])
 
     def squared_norms(self) -> SquaredNorms:
-        self._measured = [(part, self._directions(part)) for part in self._shards.slices()]
+        # Without the gradients: where they were multiplied, the products are new tensors.
+        self._measured = [(replace(part, grads=[]), self._directions(part)) for part in self._shards.slices()]
         params = [p for part, _ in self._measured for p in part.params]
         directions = [d for _, found in self._measured for d in found]
         rows = [row for part, _ in self._measured for row in part.rows]

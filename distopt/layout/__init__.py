@@ -8,7 +8,7 @@ from distopt.layout.flat import FlatLayout
 from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync
-from distopt.layout.tensors import local, trained, wide, with_gradient
+from distopt.layout.tensors import local, local_parts, trained, wide, with_gradient
 from distopt.layout.wrapped import unwrap_optimizer
 from distopt.layout.zero1 import zero1_layout
 
@@ -24,6 +24,7 @@ __all__ = [
     "infer_layout",
     "layout_of",
     "local",
+    "local_parts",
     "refuse_foreign",
     "refuse_replaced",
     "trained",

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.kernels.device_lists import DeviceLists
-from distopt.kernels.shards import PLAIN, row_of
+from distopt.kernels.shards import row_of
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
 from distopt.layout.places import Box, Place, Run, own_indices
-from distopt.layout.tensors import local, trained, wide
+from distopt.layout.tensors import local, local_parts, placements_of, trained, wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -168,13 +168,14 @@ class ShardLayout(LayerNorms):
 
     def shards(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns local views of tensors that are laid out as these parameters, one for each layer that each has."""
-        if self._unsharded and all(type(tensor) in PLAIN for tensor in tensors):
-            return list(tensors)
+        if self._one_each and not torch.is_grad_enabled() and _alike(params, tensors):
+            return local_parts(tensors)
         return [shard for p, tensor in zip(params, tensors) for shard in self.split(p, tensor)]
 
     def weights(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Returns local views of the parameters, one for each layer that each has."""
-        return self.shards(params, [p.detach() for p in params])
+        with torch.no_grad():
+            return [shard.detach() for shard in self.shards(params, params)]
 
     def grads(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Returns local views of the gradients of these parameters, which must have one, in the order of `weights`.
@@ -185,12 +186,15 @@ class ShardLayout(LayerNorms):
         Raises:
             ValueError: For a sparse gradient.
         """
-        if any(p.grad.layout is not torch.strided for p in params):  # type: ignore[union-attr]
+        grads: list[Any] = [p.grad for p in params]
+        if {g.layout for g in grads} - {torch.strided}:
             raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
-        for p in params:
-            if any(placement.is_partial() for placement in getattr(p.grad, "placements", ())):
-                p.grad = p.grad.redistribute(placements=p.placements)  # type: ignore[union-attr, attr-defined]
-        return self.shards(params, [p.grad for p in params])  # type: ignore[misc]
+        if self._one_each and not torch.is_grad_enabled() and _alike(params, grads):
+            return local_parts(grads)
+        for i, (p, placements) in enumerate(zip(params, placements_of(grads))):
+            if any(placement.is_partial() for placement in placements or ()):
+                p.grad = grads[i] = grads[i].redistribute(placements=p.placements)  # type: ignore[attr-defined]
+        return self.shards(params, grads)
 
     def placement(self, param: Tensor) -> Placement | None:
         """Returns the mesh and the placements of a parameter's state; None where the state is a plain tensor."""
@@ -222,11 +226,17 @@ class ShardLayout(LayerNorms):
         )
 
     @functools.cached_property
-    def _unsharded(self) -> bool:
-        """Whether every rank has every layer in full, each in a plain tensor of its own."""
-        alone = [parts[0].numel == p.numel() if len(parts) == 1 else False for p, parts in self.segments.items()]
-        return not self.groups and all(alone) and all(type(p) in PLAIN for p in self.segments)
+    def _one_each(self) -> bool:
+        """Whether every local tensor is the local part of one layer, and nothing else."""
+        if (type(self).split, type(self).split_local) != (ShardLayout.split, ShardLayout.split_local):
+            return False
+        return all(len(parts) == 1 and parts[0].numel == local(p).numel() for p, parts in self.segments.items())
 
     @functools.cached_property
     def _rows(self) -> tuple[int, ...]:
         return tuple(row_of(self.full_shape(p)) for p in self.params)
+
+
+def _alike(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are laid out as their parameters: plain, or DTensors of the same placements."""
+    return placements_of(params) == placements_of(tensors)

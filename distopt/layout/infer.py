@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from distopt.layout.base import Segment, ShardLayout
 from distopt.layout.foreign import refuse_foreign
-from distopt.layout.tensors import local, trained
+from distopt.layout.tensors import local, local_parts, same, trained
 from distopt.layout.wrapped import unwrap_optimizer
 
 
@@ -27,9 +28,9 @@ def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
     """
     params = list(params)
     refuse_foreign(params)
-    axes = [sharding_groups(p) for p in params]
+    axes = _sharding_groups_of_each(params)
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    for sharding in axes:
+    for sharding in {id(own): own for own in axes}.values():
         groups = sharding | groups
     _check_one_mesh(params, groups)
     return ShardLayout(
@@ -37,7 +38,7 @@ def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
         params=tuple(params),
         device=params[0].device if params else torch.device("cpu"),
         groups=tuple(groups.values()),
-        counted=tuple(all(dist.get_rank(g) == 0 for ranks, g in groups.items() if ranks not in own) for own in axes),
+        counted=_counted(axes, groups),
     )
 
 
@@ -57,8 +58,28 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
         )
     optimizer = unwrap_optimizer(optimizer, lambda inner: hasattr(inner, "layout"))
     if hasattr(optimizer, "layout"):
-        return optimizer.layout.gradients or optimizer.layout
-    return infer_layout(trained(p for group in optimizer.param_groups for p in group["params"]))
+        layout = optimizer.layout
+        return layout.gradients or layout
+    return _kept_layout(optimizer, trained([p for group in optimizer.param_groups for p in group["params"]]))
+
+
+# Of optimizers that are not distopt's, which have no place of their own for it.
+_layouts: weakref.WeakKeyDictionary[torch.optim.Optimizer, ShardLayout] = weakref.WeakKeyDictionary()
+
+
+def _kept_layout(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> ShardLayout:
+    """Returns the layout that was inferred for an optimizer before; a new one for other parameters or local sizes."""
+    layout = _layouts.get(optimizer)
+    if layout is None or not _is_of(layout, params):
+        layout = _layouts[optimizer] = infer_layout(params)
+    return layout
+
+
+def _is_of(layout: ShardLayout, params: list[Tensor]) -> bool:
+    if not same(params, layout.params):
+        return False
+    numels = [part.numel for p in params for part in layout.segments[p]]
+    return numels == list(map(Tensor.numel, local_parts(params)))
 
 
 def sharding_groups(param: Tensor) -> dict[tuple[int, ...], dist.ProcessGroup]:
@@ -73,6 +94,29 @@ def sharding_groups(param: Tensor) -> dict[tuple[int, ...], dist.ProcessGroup]:
     mesh: Any = getattr(param, "device_mesh", None)
     groups = [mesh.get_group(i) for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1]
     return {tuple(dist.get_process_group_ranks(group)): group for group in groups}
+
+
+def _sharding_groups_of_each(params: Sequence[Tensor]) -> list[dict[tuple[int, ...], dist.ProcessGroup]]:
+    """Returns `sharding_groups` of each parameter, made once for a mesh and placements."""
+    known: dict[Any, dict[tuple[int, ...], dist.ProcessGroup]] = {}
+    found = []
+    for p in params:
+        key = id(getattr(p, "device_mesh", None)), getattr(p, "placements", ())
+        if key not in known:
+            known[key] = sharding_groups(p)
+        found.append(known[key])
+    return found
+
+
+def _counted(
+    axes: Sequence[Mapping[tuple[int, ...], dist.ProcessGroup]], groups: Mapping[tuple[int, ...], dist.ProcessGroup]
+) -> tuple[bool, ...]:
+    """Returns for each parameter whether this rank is the first one along the axes that shard only others."""
+    found = {
+        id(own): all(dist.get_rank(g) == 0 for ranks, g in groups.items() if ranks not in own)
+        for own in {id(own): own for own in axes}.values()
+    }
+    return tuple(found[id(own)] for own in axes)
 
 
 def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> None:

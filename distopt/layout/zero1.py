@@ -47,7 +47,6 @@ class Zero1Layout(ShardLayout):
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
     exchange: GradientExchange | None = None
-    _unsharded = False  # also on one rank, whose state is a DTensor
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:

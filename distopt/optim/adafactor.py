@@ -153,6 +153,7 @@ class Adafactor(ShardedOptimizer):
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         if self._all is None or self._all.layout is not layout:
             self._all = RowsAndColumns(layout)
+        shards[:] = [each.scaled() for each in shards]
         factors = self._averaged(layout, self._all.means(shards))
         for each in shards:
             _update_variance(each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,6 +19,7 @@ from distopt.kernels.shards import Shards
 from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
+from distopt.optim.clip import Clip, refuse_closure
 from distopt.optim.eager import eager_island
 from distopt.optim.observer import observer_of
 from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
@@ -75,6 +77,7 @@ class ShardedOptimizer(LayoutOptimizer):
     group_state: tuple[str, ...] = ()
     unobservable: str = ""
     ratio_of: Literal["update", "gradient"] = "update"
+    takes_clip = True  # `step` has the arguments `clip` and `consumes_grads`
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
     _reduced: Tensor | None = None  # the norms of the last trust ratios: |p| and the other one
@@ -127,33 +130,46 @@ class ShardedOptimizer(LayoutOptimizer):
         """Raises ValueError for a combination of options that the rule does not have."""
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, clip: Clip | None = None, consumes_grads: bool = False) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @eager_island
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self, closure: Callable[[], float] | None = None, *, clip: Clip | None = None, consumes_grads: bool = False
+    ) -> float | None:
         """Performs one update.
 
         Args:
             closure: Clears the gradients, computes the loss, backpropagates and returns the loss.
+            clip: The measured gradients, which the update multiplies by `clip.factor`; `.grad` stays as it is.
+            consumes_grads: The update may use the memory of the gradients: read none of them afterwards. LAMB is faster
+                so on the CPU; weights and state have the same bits.
 
         Returns:
             The closure's result, or None.
+
+        Raises:
+            ValueError: For a closure, which computes new gradients, with a clip of those before; for a clip of another
+                optimizer or layout; and for all that a step refuses.
         """
+        if closure is not None:
+            refuse_closure(clip)
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         if (observer := observer_of(self)) is not None and observer.vetoes(self):
             return loss
         layout = self._checked_layout()
+        if clip is not None:
+            clip.check(layout)
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
 
-        shards = self._collect(layout, params)
+        shards = [replace(each, consumes_grads=consumes_grads) for each in self._collect(layout, params, clip)]
         adapt = self._measure(layout, shards)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
         measured = [update for update in updates if dispatch.is_measured(update)]
-        ratios = self._trust_ratios(layout, measured)
+        ratios = self._trust_ratios(layout, measured, clip)
 
         if observer is not None:
             observer.apply(self, layout, updates, [*zip(measured, ratios)], self._reduced)
@@ -165,12 +181,24 @@ class ShardedOptimizer(LayoutOptimizer):
         adapt()
         return loss
 
-    def _collect(self, layout: ShardLayout, params: list[list[Tensor]]) -> list[Shards]:
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether trust ratios compare the norms of the gradients with those of the parameters (not of masters)."""
+        groups = self.param_groups
+        if self.ratio_of != "gradient" or any(group["cautious"] for group in groups):
+            return False
+        masters = any(p.dtype.itemsize < 4 for group in groups for p in group["params"])
+        return any(group["trust_ratio"] for group in groups) and not masters
+
+    def _collect(self, layout: ShardLayout, params: list[list[Tensor]], clip: Clip | None) -> list[Shards]:
         """Phase 1: returns this rank's shards of the parameters with a gradient, by param group."""
+        factor = 1.0 if clip is None else clip.factor
+        if isinstance(factor, Tensor) and factor.is_cpu:
+            factor = factor.item()
         # An engine may step one group at a time and leave the others empty: these need no norms.
         indices = [i for i, group in enumerate(self.param_groups) if group["params"]]
         # All of them before a step is counted, so that a step that is refused changes nothing.
-        found = [self._local.shards(self, layout, i, params[i]) for i in indices]
+        found = [self._local.shards(self, layout, i, params[i], factor) for i in indices]
         self._ratios.forget(layout, [p for group in params for p in group])
         return [self._local.counted(self, layout, i, params[i], shards) for i, shards in zip(indices, found)]
 
@@ -178,14 +206,19 @@ class ShardedOptimizer(LayoutOptimizer):
         """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
         return lambda: None
 
-    def _trust_ratios(self, layout: ShardLayout, updates: list[Update]) -> list[Tensor]:
+    def _trust_ratios(self, layout: ShardLayout, updates: list[Update], clip: Clip | None) -> list[Tensor]:
         """Phase 2: exchanges the sums of the layers of these updates, and returns the trust ratios for each, or 1."""
         if not updates:
             return []
-        squares = dispatch.concatenated([update.squared_norms() for update in updates])
-        sums = layout.total([layer for update in updates for layer in update.layers], *squares)
-        self._reduced, found = sums[:2].sqrt(), []
-        for update, (weight, other) in zip(updates, dispatch.norms(updates, sums)):
+        if clip is not None and clip.weight_norms is not None:  # both norms are known
+            self._reduced = torch.stack([clip.weight_norms, clip.norms * clip.factor])
+            norms = [(self._reduced[0], self._reduced[1])] * len(updates)
+        else:
+            squares = dispatch.concatenated([update.squared_norms() for update in updates])
+            sums = layout.total([layer for update in updates for layer in update.layers], *squares)
+            self._reduced, norms = sums[:2].sqrt(), dispatch.norms(updates, sums)
+        found = []
+        for update, (weight, other) in zip(updates, norms):
             ratios = torch.ones_like(weight)
             if update.group["trust_ratio"]:
                 ratios = torch.where((weight > 0) & (other > 0), self.trust_ratio(update.group, weight, other), ratios)

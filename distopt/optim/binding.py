@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distopt import layout as layouts
 from distopt.layout import ShardLayout
+from distopt.layout.tensors import same
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +23,10 @@ class LayoutOptimizer(torch.optim.Optimizer):
 
     _bound: ShardLayout | None
     _inferred: ShardLayout | None
+    _known: tuple[ShardLayout | None, list[Tensor]] = (
+        None,
+        [],
+    )  # what `layout` answered last, for these
     _given: list[weakref.ref[Tensor]]  # the parameters with which it was made
 
     def bind(self, layout: ShardLayout) -> None:
@@ -49,14 +54,21 @@ class LayoutOptimizer(torch.optim.Optimizer):
             ValueError: If the parameters were replaced by plain tensors without a layout: their norms would be
                 silently wrong.
         """
-        params = layouts.trained(p for group in self.param_groups for p in group["params"])
+        params = layouts.trained([p for group in self.param_groups for p in group["params"]])
+        known, before = self._known
+        if known is None or known is not (self._bound or self._inferred) or not same(params, before):
+            known = self._layout_of(params)
+            self._known = known, params
+        known.sync.wait()
+        return known
+
+    def _layout_of(self, params: list[Tensor]) -> ShardLayout:
         if self._bound is not None:
             if foreign := [p for p in params if p not in self._bound]:
                 raise ValueError(
                     f"{len(foreign)} parameters, the first of shape {tuple(foreign[0].shape)}, are not in the layout "
                     "that was bound: make the optimizer from the same model as the layout, and bind again if it changed"
                 )
-            self._bound.sync.wait()
             return self._bound
         if self._inferred is None or not all(p in self._inferred for p in params):
             if self._given:

@@ -21,9 +21,11 @@ class Ratios:
 
     def forget(self, layout: ShardLayout, params: Iterable[Tensor]) -> None:
         """Drops the ratios of the last step; where a step has several calls, those of the layers of this call."""
+        if layout.gradients_visible:
+            self._found = []
+            return
         layers = set(layout.layers(params))
-        kept = [] if layout.gradients_visible else self._found
-        self._found = [(of, ratios) for of, ratios in kept if layers.isdisjoint(of)]
+        self._found = [(of, ratios) for of, ratios in self._found if layers.isdisjoint(of)]
 
     def by_param(self, layout: ShardLayout) -> dict[Tensor, Tensor]:
         """Returns the ratio of each layer that this rank has a part of, by parameter of the model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,6 +14,8 @@ from distopt.kernels import dispatch
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout, fit, local, trained, wide
+from distopt.layout.tensors import same
+from distopt.optim.kept import WEIGHTS, KeptShards
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
@@ -32,6 +33,8 @@ class LocalState:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[ShardLayout, list[Any]]] = {}  # by param group
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._kept: dict[int, KeptShards] = {}  # by param group
+        self._has_masters: dict[int, bool] = {}
         self._masters = Masters()
 
     def settle(self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> None:
@@ -46,7 +49,7 @@ class LocalState:
         states = [optimizer.state[p] for p in params]
         before, tensors = self._seen.get(index, (None, []))
         now = [*params, *_tensors(states, names)]
-        if layout is before and len(now) == len(tensors) and all(map(operator.is_, now, tensors)):
+        if layout is before and same(now, tensors):
             return
         for i, (p, state) in enumerate(zip(params, states)):
             if "step" not in state:
@@ -65,20 +68,27 @@ class LocalState:
                 state["master"] = fit(layout, p, master, f"master of parameter {i} of {len(params)}")
         self._seen[index] = layout, [*params, *_tensors(states, names)]
 
-    def shards(self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> Shards:
-        """Returns this rank's shards of parameters of a param group, all with a gradient, before their step counts."""
+    def shards(
+        self,
+        optimizer: ShardedOptimizer,
+        layout: ShardLayout,
+        index: int,
+        params: Sequence[Tensor],
+        factor: float | Tensor,
+    ) -> Shards:
+        """Returns this rank's shards of parameters of a param group, all with a gradient, before their step counts.
+
+        factor: What the gradients are to be multiplied by.
+        """
         group = optimizer.param_groups[index]
         if isinstance(group["lr"], Tensor) and group["lr"].is_cpu:
             group = group | {"lr": group["lr"].item()}  # on a GPU it stays where a graph reads it
-        self.settle(optimizer, layout, index, trained(group["params"]))
-        grads = layout.grads(params)
-        if group["maximize"] and grads:
-            grads = list(torch._foreach_neg(grads))
-        rule, states = optimizer.rule(group), [optimizer.state[p] for p in params]
-        weights = layout.shards(params, self.updated(layout, params, states, group))
-        buffers = {name: _buffers(layout, rule, name, params, states) for name in rule.buffers}
-        layers = layout.layers(params)
-        shards = Shards(group, rule, layers, weights, grads, buffers, [0.0] * len(weights), layout.rows(layers))
+        rule = optimizer.rule(group)
+        kept = self._keep(optimizer, layout, index, trained(group["params"]), rule)
+        if self._has_masters[index]:
+            self.updated(layout, params, [optimizer.state[p] for p in params], group)
+        factor = -factor if group["maximize"] else factor
+        shards = kept.shards(group, rule, params, layout.grads(params), factor)
         if group["capturable"]:
             dispatch.check_capturable(optimizer.directions, shards)
         return shards
@@ -86,28 +96,52 @@ class LocalState:
     def counted(
         self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor], shards: Shards
     ) -> Shards:
-        """Counts a step of these parameters, and returns their shards that are not empty, with the counts."""
-        states = [optimizer.state[p] for p in params]
+        """Counts a step of these parameters, and returns their shards with the counts."""
+        kept = self._kept[index]
+        of, states = kept.owners(params), kept.states
+        if len(params) != len(states):
+            states = [optimizer.state[p] for p in params]
         counts = self._count(index, states, optimizer.param_groups[index]["capturable"])
-        steps = [count for p, count in zip(params, counts) for _ in layout.segments[p]]
         sums = {}
         for name, addend in shards.rule.sums.items():
             for state, count in zip(states, counts):
                 state[name] = state[name] + addend(count)  # a new tensor, as for the counts
-            sums[name] = [float(state[name]) for p, state in zip(params, states) for _ in layout.segments[p]]
-        filled = [i for i, p in enumerate(shards.params) if p.numel()]
-        shards = replace(shards, steps=steps, sums=sums)
-        return shards if len(filled) == len(shards.params) else shards.part(filled)
+            sums[name] = [float(states[i][name]) for i in of]
+        return replace(shards, steps=[counts[i] for i in of], sums=sums)
+
+    def _keep(
+        self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: list[Tensor], rule: Rule
+    ) -> KeptShards:
+        """Returns the shards of weights and state of a param group's parameters, with or without a gradient."""
+
+        masters = self._has_masters[index] = any(dtype.itemsize < 4 for dtype in {p.dtype for p in params})
+        states = [optimizer.state[p] for p in params]
+
+        def sources() -> dict[str, list[Any]]:
+            found = {name: [state.get(name) for state in states] for name in rule.buffers}
+            if not masters:
+                return found | {WEIGHTS: params}
+            weights = [p if p.dtype.itemsize >= 4 else state.get("master") for p, state in zip(params, states)]
+            return found | {WEIGHTS: weights}
+
+        kept = self._kept.get(index)
+        if kept is None or not kept.hold(layout, params, sources()):
+            self.settle(optimizer, layout, index, params)
+            weights = layout.shards(params, sources()[WEIGHTS])
+            buffers = {name: _buffers(layout, rule, name, params, states) for name in rule.buffers}
+            kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers})
+        kept.states = states
+        return kept
 
     def updated(
-        self, layout: ShardLayout, params: Iterable[Tensor], states: Iterable[Any], group: Group
+        self, layout: ShardLayout, params: Sequence[Tensor], states: Iterable[Any], group: Group
     ) -> list[Tensor]:
         """Returns the tensors that a step updates, in the layout of their parameters: these, or their masters."""
         return [self._updated(layout, p, state, group) for p, state in zip(params, states)]
 
     def round_masters(self, optimizer: ShardedOptimizer, layout: ShardLayout, params: Iterable[Tensor]) -> None:
         """Rounds the masters, if there are any, to their parameters."""
-        for p in params:
+        for p in params if any(self._has_masters.values()) else ():
             if p.dtype.itemsize < 4:
                 self._masters.round(layout, p, optimizer.state[p]["master"])
 
@@ -129,7 +163,7 @@ class LocalState:
             torch._foreach_add_(steps, 1.0)  # in place: a graph counts at each replay
             return steps
         all_counts, views = self._counts.get(index, (steps[0], ()))
-        if len(steps) == len(views) and all(map(operator.is_, steps, views)):
+        if same(steps, views):
             return all_counts.add_(1.0).tolist()
         # New tensors: an engine that loads state may share one count among partitions.
         all_counts = torch.stack(steps).add_(1.0)

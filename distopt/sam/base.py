@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distopt.optim.clip import Clip, refuse_closure, step_clipped
 from distopt.optim.eager import eager_island
 from distopt.optim.observer import vetoed
 from distopt.sam.checks import check_inner
@@ -75,6 +76,8 @@ class SAM(PerturbingOptimizer):
     Generalization, ICLR 2021, arXiv 2010.01412.
     """
 
+    takes_clip = True
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -90,7 +93,9 @@ class SAM(PerturbingOptimizer):
         self._has_stepped = False  # and so the optimizer has all the state that it will have
 
     @eager_island
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, clip: Clip | None = None, consumes_grads: bool = False
+    ) -> Any:
         """Takes one step of the optimizer, after both passes if there is a closure.
 
         Skips no step: if the loss is inf or nan, so are the weights, as with torch's optimizers. `distopt.train` skips
@@ -100,23 +105,27 @@ class SAM(PerturbingOptimizer):
             closure: Runs forward and backward over all micro-batches of a step and returns the loss; called once per
                 pass. One that computes nothing, as in Lightning's manual optimization, counts as none: both passes
                 were run by hand.
+            clip: The gradients of the second pass, measured after `restore`, as for `distopt.ShardedOptimizer.step`.
+            consumes_grads: As there; without a clip it changes nothing.
 
         Returns:
             The loss of the first pass, or the result of the optimizer's step without a closure.
 
         Raises:
             ValueError: If the closure adds to existing gradients instead of clearing them: the second pass would lack
-                those.
+                those. For a closure and a clip.
             RuntimeError: Between `perturb` and `restore`.
         """
         if self._perturbation is not None:
             raise RuntimeError(
                 "step() was called between perturb() and restore(): the weights are perturbed, restore()"
             )
+        if closure is not None:
+            refuse_closure(clip)
         loss = None if closure is None else self._both_passes(closure)
         stepped = [] if vetoed(self.optimizer) else self._with_gradients()
         self._warn_of_no_ascent(stepped)
-        result = self.optimizer.step()
+        result = self.optimizer.step() if clip is None else step_clipped(self.optimizer, clip, consumes_grads)
         self._state_buffers.commit(stepped)
         self._has_stepped = self._has_stepped or bool(stepped)
         self.count_step()
