@@ -58,8 +58,9 @@ def _zero2(precision: str) -> FSDP2:
     return FSDP2(precision, reshard_after_forward=False)
 
 
-def _fsdp2(engine: Callable[[str], FSDP2], device: torch.device, options: argparse.Namespace) -> Made:
-    return peers.torch_adamw(engine(options.precision), device, options)
+def _fsdp2(reshard: bool, device: torch.device, options: argparse.Namespace) -> Made:
+    engine = peers.PlainFSDP2(options.precision, reshard_after_forward=reshard)
+    return peers.torch_adamw(engine, device, options)
 
 
 def _torch_fused(params: Any) -> torch.optim.Optimizer:
@@ -79,8 +80,8 @@ SIDES: dict[str, Side] = {
         for cls in (distopt.AdamW, distopt.LAMB)
     },
     "DDP + ZeroRedundancyOptimizer": Side(1, False, peers.zero_redundancy),
-    "FSDP2 + torch AdamW fused, no reshard": Side(2, False, partial(_fsdp2, _zero2)),
-    "FSDP2 + torch AdamW fused": Side(3, False, partial(_fsdp2, FSDP2)),
+    "FSDP2 + torch AdamW fused, no reshard": Side(2, False, partial(_fsdp2, False)),
+    "FSDP2 + torch AdamW fused": Side(3, False, partial(_fsdp2, True)),
     **{
         f"DeepSpeed {stage} + {name}": Side(stage, False, partial(peers.deepspeed_loop, stage, make))
         for stage in (1, 2, 3)

@@ -15,20 +15,23 @@ def global_indices(param: Tensor) -> Tensor:
         int64, of the local shape and on the device of the parameter.
 
     Raises:
-        ValueError: If dimensions other than the first are sharded: tensor parallelism.
+        ValueError: If a dimension is sharded in strides: FSDP2 over tensor parallelism.
     """
     if param.ndim == 0 or not hasattr(param, "placements"):
         return torch.arange(param.numel(), device=param.device).view(param.shape)
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    if any(placement.is_shard() and type(placement) is not Shard for placement in param.placements) or any(
-        placement.is_shard() and placement.dim != 0 for placement in param.placements
-    ):
-        raise ValueError(f"a parameter with placements {param.placements} is sharded within rows: use DDP or FSDP2")
-    rows = torch.arange(param.shape[0], device=param.device)
-    # src_data_rank=None: every rank takes its part of its own tensor.
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    own = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local()
-    width = param.numel() // max(1, param.shape[0])
-    within = torch.arange(width, device=param.device).view(param.shape[1:])
-    return own.view(-1, *[1] * (param.ndim - 1)) * width + within
+    if any(placement.is_shard() and type(placement) is not Shard for placement in param.placements):
+        raise ValueError(f"a parameter with placements {param.placements} is sharded in strides: use DDP or FSDP2")
+    index = torch.zeros([], dtype=torch.int64, device=param.device)
+    for dim, length in enumerate(param.shape):
+        along = [Shard(0) if p.is_shard(dim) else Replicate() for p in param.placements]
+        # src_data_rank=None: every rank takes its part of its own tensor.
+        own = distribute_tensor(
+            torch.arange(length, device=param.device),
+            param.device_mesh,  # type: ignore[attr-defined]
+            along,
+            src_data_rank=None,
+        )
+        index = index.unsqueeze(-1) * length + own.to_local()
+    return index

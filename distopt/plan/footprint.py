@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distopt.engine.units import shard_dim
+
 
 @dataclass(frozen=True)
 class Param:
@@ -16,11 +18,13 @@ class Param:
         shape: The shape of the unsharded parameter.
         trained: Whether it requires a gradient.
         slots: The number of state buffers that the optimizer keeps for it.
+        end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
     """
 
     shape: tuple[int, ...]
     trained: bool
     slots: int
+    end: str = ""
 
     @property
     def numel(self) -> int:
@@ -32,6 +36,11 @@ class Param:
         if not self.shape:
             return 1
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
+
+    def shard(self, ranks: int) -> int:
+        """Return the number of elements of the largest shard when FSDP2 shards it."""
+        dim = shard_dim(self.shape, ranks)
+        return self.numel // ranks if dim else self.rows(ranks)
 
 
 Units = Sequence[Sequence[Param]]  # the parameters of each block, and last those outside of the blocks
@@ -49,6 +58,7 @@ class Footprint:
         gathered: Temporary unsharded parameters and gradients, and communication buffers, while the backward pass is
             inside the blocks.
         outside: The same before that, while the loss and the last operations of the forward pass are differentiated.
+        ending: The same after that, when nothing is left to differentiate.
         early: Whether the gradients are allocated at the start of a pass, instead of one by one.
         accumulated: The additional memory of gradients when a step has several micro-batches.
     """
@@ -58,6 +68,7 @@ class Footprint:
     state: int
     gathered: int = 0
     outside: int = 0
+    ending: int = 0
     early: bool = True
     accumulated: int = 0
 
@@ -97,6 +108,11 @@ def numel(params: Iterable[Param], trained: bool = False) -> int:
 def rows(params: Iterable[Param], world: int, trained: bool = False) -> int:
     """Return the largest number of local elements of these parameters when each is sharded by rows."""
     return sum(param.rows(world) for param in params if param.trained or not trained)
+
+
+def shards(params: Iterable[Param], ranks: int, trained: bool = False) -> int:
+    """Return the largest number of local elements of these parameters when FSDP2 shards each."""
+    return sum(param.shard(ranks) for param in params if param.trained or not trained)
 
 
 def all_params(units: Units) -> list[Param]:
