@@ -182,6 +182,10 @@ SCHEMA: dict[str, Key] = {
     "engine.reshard_after_forward": Key(switch(), "free gathered parameters between forward and backward"),
     "engine.replicas": Key(integer(1), "groups of processes that each have the full model between them"),
     "engine.sync_each_batch": Key(switch(), "false: full gradients until the last micro-batch, for less communication"),
+    "engine.unit_mib": Key(
+        or_null(integer(0)),
+        "MiB of weights that are gathered together; 0: one block; null: 16, or 1/4 for each process if that is more",
+    ),
     "engine.stage": Key(bounds.STAGE, "DeepSpeed's ZeRO stage"),
     "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
     "model.family": Key(or_null(bounds.FAMILY), "null: that of `model.path`"),
@@ -191,6 +195,10 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
     "model.seed": Key(bounds.SEED, "seed of the first values"),
+    "model.attention": Key(or_null(bounds.ATTENTION), "implementation of attention; null: the choice of transformers"),
+    "model.chunked_loss": Key(
+        or_null(switch()), "compute the loss without the logits of all tokens; null: from 2^28 of a micro-batch on"
+    ),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),

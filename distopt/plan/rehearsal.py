@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from distopt.data.cross_entropy import trust_head
 from distopt.engine.train_step import next_token_loss
+from distopt.engine.units import ends
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
@@ -67,10 +69,13 @@ class Rehearsal:
             early: Whether the gradients are allocated at the start of the pass, instead of one by one.
         """
         return max(
-            moment.activations
-            + int(footprint.gradients * (1.0 if early else moment.share))
-            + (footprint.gathered if moment.inside else footprint.outside)
-            for moment in self.moments
+            self.moments[-1].activations + footprint.gradients + footprint.ending,
+            *(
+                moment.activations
+                + int(footprint.gradients * (1.0 if early else moment.share))
+                + (footprint.gathered if moment.inside else footprint.outside)
+                for moment in self.moments
+            ),
         )
 
 
@@ -108,6 +113,8 @@ def rehearse(
         if engine.activation_checkpointing:
             model.activation_checkpointing_enable()
         model.train()
+        model.chunked_loss = language_model.chunked_loss
+        trust_head(model)
         params = list(model.parameters())
         optimizer = make_optimizer(make_groups(model))
         units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
@@ -153,9 +160,10 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
     slots = {p: len(optimizer.rule(group).buffers) for group in optimizer.param_groups for p in group["params"]}
+    of_ends = {p: end for end, module in ends(model)._asdict().items() if module for p in module.parameters()}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([Param(tuple(p.shape), p.requires_grad, slots.get(p, 0)) for p in own])
+        units.append([Param(tuple(p.shape), p.requires_grad, slots.get(p, 0), of_ends.get(p, "")) for p in own])
     return units
