@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distopt.data.cross_entropy import IGNORED, loss_in_head, use_chunks
+from distopt.data.single_sequences import one_sequence_per_row
 
 # Computes the loss from the logits and a function of them, where the loss depends on the pass (`SAM.loss`).
 PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
@@ -73,7 +75,11 @@ class Batch:
         Returns:
             A 0-D float32 tensor on the model's device.
         """
-        options = {} if self.positions is None else {"position_ids": self.positions}
+        packed = {} if self.positions is None else {"position_ids": self.positions}
+        with contextlib.nullcontext() if packed else one_sequence_per_row():
+            return self._loss(model, pass_loss, packed)
+
+    def _loss(self, model: nn.Module, pass_loss: PassLoss, options: dict[str, Tensor]) -> Tensor:
         if use_chunks(model, self.inputs.numel(), pass_loss is not None):
             scale = 1.0 / (len(self.inputs) * self.targets)
             return loss_in_head(model, self.labels, scale, input_ids=self.inputs, **options)
@@ -103,7 +109,11 @@ def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss
     """
     if not isinstance(batch, Tensor):
         return batch.loss(model, pass_loss)
-    inputs, labels = batch[:, :-1], batch[:, 1:]
+    with one_sequence_per_row():
+        return _loss_of_tokens(model, batch[:, :-1], batch[:, 1:], pass_loss)
+
+
+def _loss_of_tokens(model: nn.Module, inputs: Tensor, labels: Tensor, pass_loss: PassLoss) -> Tensor:
     if use_chunks(model, inputs.numel(), pass_loss is not None):
         return loss_in_head(model, labels, 1.0 / labels.numel(), input_ids=inputs)
     logits = model(input_ids=inputs).logits

@@ -34,6 +34,7 @@ class FSDP2(Engine):
             full gradients until the last one, for less communication and more memory.
         unit_mib: The weights of a unit in MiB, as they are gathered: consecutive blocks share one up to that size. 0
             makes each block a unit of its own; None is 16 MiB, or 256 KiB for each rank if that is more.
+        compile: As in `Engine`.
 
     Raises:
         ValueError: `replicas` is not an integer >= 1, `unit_mib` is no integer >= 0, a switch is not a boolean, or as
@@ -48,8 +49,9 @@ class FSDP2(Engine):
         replicas: int = 1,
         sync_each_batch: bool = True,
         unit_mib: int | None = None,
+        compile: bool = False,
     ) -> None:
-        super().__init__(precision, activation_checkpointing)
+        super().__init__(precision, activation_checkpointing, compile)
         integer(1).check("engine.replicas", replicas)
         switch().check("engine.reshard_after_forward", reshard_after_forward)
         switch().check("engine.sync_each_batch", sync_each_batch)
@@ -97,6 +99,7 @@ class FSDP2(Engine):
                 embedding.set_unshard_in_backward(False)  # type: ignore[operator]
             shard([head], False)
         shard([model], False)
+        self._compile(blocks)
         return model
 
     def grouped(self, numels: Sequence[int], world: int) -> list[range]:

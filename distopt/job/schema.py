@@ -174,6 +174,7 @@ SCHEMA: dict[str, Key] = {
         bounds.PRECISION, "of the computation; parameters and state stay in float32; auto: bf16 on GPUs"
     ),
     "engine.activation_checkpointing": Key(switch(), "recompute each block's activations in the backward pass"),
+    "engine.compile": Key(switch(), "compile each block by torch.compile; not under DeepSpeed"),
     "engine.find_unused_parameters": Key(switch(), "for models that leave out parameters in some steps"),
     "engine.reduce_dtype": Key(bounds.REDUCE_DTYPE, "in which gradients are sent; null: their own dtype"),
     "engine.overlap_gather": Key(

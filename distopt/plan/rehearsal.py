@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,7 +118,7 @@ def rehearse(
         units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with _one_sequence_per_row(), engine.autocast(_CPU), Flops() as forward, allocations:
+        with engine.autocast(_CPU), Flops() as forward, allocations:
             loss = next_token_loss(model, batch)
         start = len(allocations.events)
         with Flops() as backward, allocations:
@@ -139,23 +137,6 @@ def rehearse(
         if i >= start - 1:
             moments.append(Moment(activations, allocated / gradient_bytes, inside))
     return Rehearsal(units, (forward.total, backward.total), moments, trusts)
-
-
-@contextlib.contextmanager
-def _one_sequence_per_row() -> Iterator[None]:
-    """Tell transformers that no row has packed sequences.
-
-    transformers 5.23 detects packed sequences by their positions, and assumes them for fake tensors: every block would
-    keep a mask of length times length, and no kernel with fewer key heads would be used.
-    """
-    from transformers import masking_utils
-
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
 
 
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
