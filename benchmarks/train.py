@@ -126,9 +126,8 @@ def run(options: argparse.Namespace) -> None:
     batch = f"{options.batch_size} sequences of {options.sequence_length} tokens per step"
     turns = f"medians of {options.rounds} turns of {options.steps} steps"
     print(f"torch {torch.__version__}, {where}; {options.processes} processes, {model}, {batch}; {turns}\n")
-    print(
-        "| stage | | tokens/s | / best peer | by processor time | peak, MiB per rank | state, MiB per rank | / ZeRO's formula | loss |"
-    )
+    columns = ["tokens/s", "/ best peer", "by processor time", "peak, MiB per rank", "state, MiB per rank"]
+    print("|".join(["", " stage ", " ", *(f" {name} " for name in columns), " / ZeRO's formula ", " loss ", ""]))
     print("|---|---|---|---|---|---|---|---|---|")
     for stage in options.stages:
         names = [n for n, s in SIDES.items() if s.stage == stage]

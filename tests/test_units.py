@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
+from distopt.engine import FSDP2, units
 from distopt.engine.units import grouped, shard_dim, unit_bytes
+from distopt.layout import global_indices
 from distopt.models.language_model import LanguageModel
 from distopt.plan.footprint import Param, numel, shards
 from tests.harness.distributed import run
 from tests.harness.engines import CONFIGS, ENGINES, EXPERTS, batch, full, made
 from tests.harness.language_models import Settings, train
 from tests.test_engines import communicated
+from tests.test_plan import measured, planned
 
 MIB = 2**20
 
@@ -131,3 +138,37 @@ def test_even_shards_are_initialized_proved_saved_and_loaded(tmp_path: Path) -> 
         assert sum(local for _, local in layouts) * 4 == total
     for name, p in plain[0][3].items():
         assert ((p - sharded[0][3][name]).norm() / p.norm()).item() < 2e-5, name
+
+
+def in_units(least: int, kind: str) -> dict[str, int]:
+    """As `measured`, of an engine whose units have at least so many bytes."""
+    options = {"reshard_after_forward": kind == "fsdp2"}
+    default, units._LEAST = units._LEAST, least
+    ENGINES["units"] = lambda **more: FSDP2(**options, **more)
+    try:
+        return measured("units", "llama") if dist.is_initialized() else planned("units", "llama", 2)
+    finally:
+        units._LEAST = default
+        del ENGINES["units"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [("fsdp2", 2**18), *[pytest.param("zero2", n, marks=pytest.mark.matrix) for n in (2**18, 2**24)]]
+)
+def test_the_memory_of_units_is_the_planned_one(kind: str, least: int) -> None:
+    """Three blocks in two units or in one, an embedding and a head on their own."""
+    plan, found = in_units(least, kind), run(2, in_units, least, kind)[0]
+    assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)
+    assert plan["parameters"] == pytest.approx(found["parameters"], rel=0.03)
+
+
+def indices_by_dimension(shape: tuple[int, ...]) -> bool:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    placed = [distribute_tensor(numbers, mesh, [Shard(dim)]) for dim in range(len(shape))]
+    return all(torch.equal(global_indices(p), p.to_local()) for p in placed)
+
+
+def test_the_index_of_a_local_element_is_known_along_every_dimension() -> None:
+    """Dimensions other than the first were refused."""
+    assert run(2, indices_by_dimension, (3, 5, 4)) == [True, True]
