@@ -6,15 +6,16 @@ import argparse
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import distopt
 from benchmarks import gpt
-from distopt.engine import DDP, DeepSpeed, Engine
+from distopt.engine import DDP, FSDP2, DeepSpeed, Engine
 from distopt.engine.train_step import next_token_loss
 
 Step = Callable[[Tensor], Tensor]  # a training step on the local part of a batch; returns its loss
@@ -40,6 +41,28 @@ def torch_loop(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimize
         return loss.detach()
 
     return step
+
+
+class PlainFSDP2(FSDP2):
+    """FSDP2 as torch's tutorial wraps a transformer: each block is a unit, and the rest of the model is another."""
+
+    def build(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        fill: Callable[[nn.Module, torch.device], None],
+        device: torch.device,
+    ) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.bf16 else MixedPrecisionPolicy()
+        for unit in (*blocks, model):
+            fill(unit, device)
+            reshard = self.reshard_after_forward and unit is not model
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        return model
 
 
 def torch_adamw(engine: Engine, device: torch.device, options: argparse.Namespace) -> tuple[Step, Any]:

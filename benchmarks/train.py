@@ -58,8 +58,9 @@ def _zero2(precision: str) -> FSDP2:
     return FSDP2(precision, reshard_after_forward=False)
 
 
-def _fsdp2(engine: Callable[[str], FSDP2], device: torch.device, options: argparse.Namespace) -> Made:
-    return peers.torch_adamw(engine(options.precision), device, options)
+def _fsdp2(reshard: bool, device: torch.device, options: argparse.Namespace) -> Made:
+    engine = peers.PlainFSDP2(options.precision, reshard_after_forward=reshard)
+    return peers.torch_adamw(engine, device, options)
 
 
 def _torch_fused(params: Any) -> torch.optim.Optimizer:
@@ -79,8 +80,8 @@ SIDES: dict[str, Side] = {
         for cls in (distopt.AdamW, distopt.LAMB)
     },
     "DDP + ZeroRedundancyOptimizer": Side(1, False, peers.zero_redundancy),
-    "FSDP2 + torch AdamW fused, no reshard": Side(2, False, partial(_fsdp2, _zero2)),
-    "FSDP2 + torch AdamW fused": Side(3, False, partial(_fsdp2, FSDP2)),
+    "FSDP2 + torch AdamW fused, no reshard": Side(2, False, partial(_fsdp2, False)),
+    "FSDP2 + torch AdamW fused": Side(3, False, partial(_fsdp2, True)),
     **{
         f"DeepSpeed {stage} + {name}": Side(stage, False, partial(peers.deepspeed_loop, stage, make))
         for stage in (1, 2, 3)
@@ -125,8 +126,9 @@ def run(options: argparse.Namespace) -> None:
     batch = f"{options.batch_size} sequences of {options.sequence_length} tokens per step"
     turns = f"medians of {options.rounds} turns of {options.steps} steps"
     print(f"torch {torch.__version__}, {where}; {options.processes} processes, {model}, {batch}; {turns}\n")
-    print("| stage | | tokens/s | / best peer | peak, MiB per rank | state, MiB per rank | / ZeRO's formula | loss |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["tokens/s", "/ best peer", "by processor time", "peak, MiB per rank", "state, MiB per rank"]
+    print("|".join(["", " stage ", " ", *(f" {name} " for name in columns), " / ZeRO's formula ", " loss ", ""]))
+    print("|---|---|---|---|---|---|---|---|---|")
     for stage in options.stages:
         names = [n for n, s in SIDES.items() if s.stage == stage]
         chosen = [n for n in names if not options.only or any(part in n for part in options.only)]
@@ -160,10 +162,11 @@ def _stage(names: list[str], options: argparse.Namespace, report: dict[str, Any]
                 try:
                     answers = teams[name].call("turn", turn * options.steps, options.steps)
                     side = report["sides"].setdefault(
-                        name, {"stage": SIDES[name].stage, "ours": SIDES[name].ours, "seconds": []}
+                        name, {"stage": SIDES[name].stage, "ours": SIDES[name].ours, "seconds": [], "cpu": []}
                     )
                     if turn:
                         side["seconds"].append(answers[0].pop("seconds"))
+                        side["cpu"].append(statistics.mean(a["cpu"] for a in answers))
                     side.update({key: max(a[key] for a in answers) for key in ("peak", "state", "loss")})
                 except TeamError as error:
                     fail(name, error)
@@ -179,9 +182,12 @@ def _rows(stage: int, report: Mapping[str, Any]) -> list[str]:
     options = report["options"]
     tokens = options["batch_size"] * options["sequence_length"]
     rate = {name: tokens / statistics.median(side["seconds"]) for name, side in sides.items()}
+    cpu = {name: statistics.median(side["cpu"]) for name, side in sides.items()}
     best = max((rate[name] for name, side in sides.items() if not side["ours"]), default=None)
+    least = min((cpu[name] for name, side in sides.items() if not side["ours"]), default=None)
     return [
         f"| {stage} | {name} | {rate[name]:,.0f} | {f'{rate[name] / best:.3f}' if best else 'no peer'} | "
+        f"{f'{least / cpu[name]:.3f}' if least else 'no peer'} | "
         f"{side['peak'] / 2**20:.1f} | {side['state'] / 2**20:.2f} | {side['state'] / report['formula']:.4f} | "
         f"{side['loss']:.4f} |"
         for name, side in sides.items()
@@ -215,8 +221,8 @@ class Training:
             steps: The number of steps.
 
         Returns:
-            seconds: per step. peak: bytes of memory, from the second turn on. state: bytes of the optimizer state.
-            loss: of the last step, the mean over the ranks.
+            seconds, cpu: per step, of the clock and of the processor. peak: bytes of memory, from the second turn on.
+            state: bytes of the optimizer state. loss: of the last step, the mean over the ranks.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         batches = [self.sequences.batch(first + i, rank, world).to(self.device) for i in range(steps)]
@@ -224,14 +230,15 @@ class Training:
             self.peak.reset()
             self.warm = True
         self._wait()
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             loss = self.step(batch)
         self._wait()
-        seconds = (time.perf_counter() - started) / steps
+        seconds, cpu = (time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps
         peak = self.peak.bytes()
         dist.all_reduce(loss)
-        return {"seconds": seconds, "peak": peak, "state": state_bytes(self.optimizer), "loss": loss.item() / world}
+        state, loss = state_bytes(self.optimizer), loss.item() / world
+        return {"seconds": seconds, "cpu": cpu, "peak": peak, "state": state, "loss": loss}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

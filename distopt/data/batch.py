@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distopt.data.cross_entropy import IGNORED, loss_in_head, use_chunks
+from distopt.data.single_sequences import one_sequence_per_row
+
 # Computes the loss from the logits and a function of them, where the loss depends on the pass (`SAM.loss`).
 PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
-IGNORED = -100  # the label of a position without a target, as in `torch.nn.functional.cross_entropy`
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +47,17 @@ class Batch:
         """The device of the tensors."""
         return self.inputs.device
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Return a copy of the batch on another device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.inputs.to(device), self.labels.to(device), positions, self.targets)
+        return self._with(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Return a copy of the batch in pinned memory."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        positions = None if self.positions is None else copy(self.positions)
+        return Batch(copy(self.inputs), copy(self.labels), positions, self.targets)
 
     def split(self, sequences: int) -> list[Batch]:
         """Split the batch into micro-batches of `sequences` sequences each."""
@@ -65,7 +75,14 @@ class Batch:
         Returns:
             A 0-D float32 tensor on the model's device.
         """
-        options = {} if self.positions is None else {"position_ids": self.positions}
+        packed = {} if self.positions is None else {"position_ids": self.positions}
+        with contextlib.nullcontext() if packed else one_sequence_per_row():
+            return self._loss(model, pass_loss, packed)
+
+    def _loss(self, model: nn.Module, pass_loss: PassLoss, options: dict[str, Tensor]) -> Tensor:
+        if use_chunks(model, self.inputs.numel(), pass_loss is not None):
+            scale = 1.0 / (len(self.inputs) * self.targets)
+            return loss_in_head(model, self.labels, scale, input_ids=self.inputs, **options)
         logits = model(input_ids=self.inputs, **options).logits
 
         def cross_entropy(logits: Tensor) -> Tensor:
@@ -79,6 +96,8 @@ class Batch:
 def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
     """Compute the mean cross-entropy of every token given the preceding tokens, in nats per token.
 
+    Without the logits of all tokens where the model's `chunked_loss` asks for it (`distopt.data.cross_entropy`).
+
     Args:
         model: A causal language model of transformers.
         batch: Tokens, int64, shape [sequences, length + 1]. A `Batch` computes its own loss.
@@ -90,9 +109,16 @@ def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss
     """
     if not isinstance(batch, Tensor):
         return batch.loss(model, pass_loss)
-    logits = model(input_ids=batch[:, :-1]).logits
+    with one_sequence_per_row():
+        return _loss_of_tokens(model, batch[:, :-1], batch[:, 1:], pass_loss)
+
+
+def _loss_of_tokens(model: nn.Module, inputs: Tensor, labels: Tensor, pass_loss: PassLoss) -> Tensor:
+    if use_chunks(model, inputs.numel(), pass_loss is not None):
+        return loss_in_head(model, labels, 1.0 / labels.numel(), input_ids=inputs)
+    logits = model(input_ids=inputs).logits
 
     def cross_entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)

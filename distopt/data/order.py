@@ -132,4 +132,7 @@ def _count(tokens: np.ndarray, sequence_length: int, batch_size: int, split: str
 def _windows(tokens: np.ndarray, starts: np.ndarray, sequence_length: int, rank: int, world: int) -> torch.Tensor:
     assert 0 <= rank < world and len(starts) % world == 0, (rank, world, len(starts))
     block = np.split(starts, world)[rank]
-    return torch.from_numpy(tokens[block[:, None] + np.arange(sequence_length + 1)].astype(np.int64))
+    windows = np.empty((len(block), sequence_length + 1), dtype=np.int64)
+    for window, start in zip(windows, block):  # slices, which need no index for each token
+        window[:] = tokens[start : start + sequence_length + 1]
+    return torch.from_numpy(windows)

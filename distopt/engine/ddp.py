@@ -23,6 +23,7 @@ class DDP(Engine):
         activation_checkpointing: As in `Engine`.
         find_unused_parameters: Needed where a step does not use some of the parameters; costs a traversal of every
             graph.
+        compile: As in `Engine`.
 
     Raises:
         ValueError: A switch is not a boolean, or as `Engine`.
@@ -31,9 +32,13 @@ class DDP(Engine):
     _wrapper: type[DistributedDataParallel] = DistributedDataParallel
 
     def __init__(
-        self, precision: str = "auto", activation_checkpointing: bool = False, find_unused_parameters: bool = False
+        self,
+        precision: str = "auto",
+        activation_checkpointing: bool = False,
+        find_unused_parameters: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(precision, activation_checkpointing)
+        super().__init__(precision, activation_checkpointing, compile)
         switch().check("engine.find_unused_parameters", find_unused_parameters)
         self.find_unused_parameters = find_unused_parameters
 
@@ -47,6 +52,7 @@ class DDP(Engine):
         for unit in (*blocks, model):
             fill(unit, device)
         self._checkpoint_activations(model)
+        self._compile(blocks)
         return self._wrapper(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,

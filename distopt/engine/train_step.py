@@ -87,11 +87,12 @@ def sharpness_aware(
         ValueError: If the engine cannot run this SAM.
     """
     engine.check_sam(sam)
+    pass_loss = None if type(sam).loss is SAM.loss else sam.loss
 
     def run_pass(this: Pass) -> Tensor:
         if this.second:
             engine.zero_grad(model, sam)
-        return backward(engine, model, batches, loss, sam.loss, this.exchange)
+        return backward(engine, model, batches, loss, pass_loss, this.exchange)
 
     start = random_state(batches[0].device)
     return two_passes(sam, run_pass, start, perturbed=lambda: engine.perturbed(model, sam))

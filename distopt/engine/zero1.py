@@ -43,6 +43,7 @@ class Zero1(DDP):
         overlap_gather: Gather updated rows during the next forward pass, which waits for them block by block. Until
             then the rows of other ranks are nan: weights are read through `unwrap`, a state dict or the model's forward
             pass. Needs scratch memory of the model's size.
+        compile: As in `Engine`.
 
     Raises:
         ValueError: Any other reduce_dtype, an overlap_gather that is not a boolean, or as `DDP`.
@@ -57,8 +58,9 @@ class Zero1(DDP):
         find_unused_parameters: bool = False,
         reduce_dtype: str | None = None,
         overlap_gather: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(precision, activation_checkpointing, find_unused_parameters)
+        super().__init__(precision, activation_checkpointing, find_unused_parameters, compile)
         REDUCE_DTYPE.check("engine.reduce_dtype", reduce_dtype)
         switch().check("engine.overlap_gather", overlap_gather)
         self.reduce_dtype = reduce_dtype

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from distopt.data.cross_entropy import use_chunks
 from distopt.engine import Engine
 from distopt.health import Monitor
 from distopt.init import Initialization, widths
@@ -146,8 +147,19 @@ class Components:
         if self.adapter:
             with named("adapter"):
                 self.adapter.add(model, self.language_model.path)
+        with named("model"):
+            use_chunks(model, tokens=0, needs_logits=self.needs_logits())
+            if self.language_model.attention == "flash" and not self.engine.bf16:
+                raise ValueError("attention=flash computes in 16 bits only: set engine.precision=bf16, or use sdpa")
         with named("param_groups"):
             self.groups(model, 1.0, independent_decay, None)
+
+    def needs_logits(self) -> bool:
+        """Whether SAM computes its loss from the logits."""
+        if self.make_sam is None:
+            return False
+        sam = self.make_sam(self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)]))
+        return type(sam).loss is not SAM.loss
 
     def dry_run(self, steps: int) -> None:
         """Makes optimizer, schedule and SAM for one small tensor, so that bad arguments are refused before the run.

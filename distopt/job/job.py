@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.prefetch import Prefetch
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
@@ -24,6 +25,7 @@ from distopt.job.checkpointer import Checkpointer
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import sample, validation_loss
 from distopt.job.health import Health
+from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor, plot
 from distopt.job.stop import Stopped, StopSignal
@@ -93,6 +95,8 @@ class Job:
     passed_over: int
     checkpoint: Path | None
     health: Health | None = None
+    _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
+    _asked_to_stop: bool = field(default=False, init=False)
 
     def run(self) -> float:
         """Trains from `step` to the last step and returns the final validation loss in nats per token.
@@ -101,23 +105,29 @@ class Job:
             Stopped: After a checkpoint was saved, if a process was asked to stop by a signal.
             ValueError: After `train.max_skipped_steps` steps in a row without a finite gradient.
         """
-        steps = self.cfg.train.steps
-        with contextlib.closing(self.monitor):  # an error would be printed at the end of the progress bar
+        steps, every = self.cfg.train.steps, (self.cfg.evaluation.every, self.cfg.checkpoint.every)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.monitor))  # an error would be printed at the end of the bar
             for line in self.notes:
                 self.monitor.say(line)
             before = after = self.evaluate()
             if self.cfg.train.lr_range_test is not None:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
-            stop = StopSignal()
+            stop, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
+            collect_garbage = stack.enter_context(garbage_collected_by_hand())
             while self.step < steps:
                 began = self.step
-                done, stopping = self.train_step(stop)
-                if self.step <= began and not stopping:  # rolled back
-                    continue
-                if (self.step % self.cfg.evaluation.every == 0 and not stopping) or self.step == steps:
+                done = self.train_step(batches, stop)
+                collect_garbage(self.step)
+                forward = self.step > began  # or the run was rolled back
+                evaluates, saves = (forward and (self.step % n == 0 or self.step == steps) for n in every)
+                if evaluates or saves or self._asked_to_stop:
+                    self._settle()
+                stopping = self._asked_to_stop and self.step < steps
+                if evaluates and not stopping:
                     self._write_layers(done)
                     after = self.evaluate()
-                if self.step % self.cfg.checkpoint.every == 0 or self.step == steps or stopping:
+                if saves or stopping:
                     self.save()
                 if stopping:
                     self._stop()
@@ -128,31 +138,50 @@ class Job:
         self.accelerator.end_training()
         return after
 
-    def train_step(self, stop: StopSignal) -> tuple[Update, bool]:
-        """Takes one step; returns what it did, and whether a process was asked to stop before the last step."""
-        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+    def train_step(self, batches: Prefetch[Any], stop: StopSignal) -> Update:
+        """Takes one step; returns what it did.
+
+        Its loss, and whether a process was asked to stop, are read in the next step or by `_settle`, so that the host
+        waits for the device once in a step: for the norm of the gradient, which decides whether the step is applied.
+        """
+        device = self.accelerator.device
         self.monitor.start_step()
-        batch = self.sequences.batch(self.step + self.passed_over, rank, world).to(device)
+        batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         to = self.health.rolled_back() if self.health else None
         if to is None:
             self.schedule.step()
             self.step += 1
-        means = self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean")
-        loss, asked = means.tolist()
+        self._settle()
+        self._late = Late(self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean"))
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
-        self.monitor.end_step(loss=loss, lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
+        self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
         if to is not None:
+            self._settle()
             self.passed_over += self.step + 1 - to
             self.step = to
             self.monitor.go_back(to)
             self.monitor.say(f"health: rolled back to step {to}; {self.passed_over} batches are passed over")
         if self.monitor.skipped_in_a_row >= self.cfg.train.max_skipped_steps:
+            self._settle()
             self.checkpointer.wait()
             times = self.monitor.skipped_in_a_row
             raise ValueError(nonfinite_gradient_report(self.engine.unwrap(self.model), self.stepper, self.step, times))
-        return done, asked > 0 and self.step < self.cfg.train.steps
+        return done
+
+    def _batches(self) -> Prefetch[Any]:
+        """Returns this process's training batches, by the number of a step."""
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        return Prefetch(lambda step: self.sequences.batch(step, rank, world), pin=device.type == "cuda")
+
+    def _settle(self) -> None:
+        """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
+        if self._late is None:
+            return
+        (loss, asked), self._late = self._late.read(), None
+        self._asked_to_stop = self._asked_to_stop or asked > 0
+        self.monitor.end_loss(loss)
 
     def evaluate(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""

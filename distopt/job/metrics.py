@@ -70,48 +70,56 @@ class Monitor:
         """Starts the clock of a step."""
         self._started = time.perf_counter()
 
-    def end_step(self, *, loss: float, lr: float, grad_norm: float, applied: bool, finite: bool = False) -> None:
+    def end_step(
+        self, *, lr: float, grad_norm: float, applied: bool, finite: bool = False, loss: float | None = None
+    ) -> None:
         """Records a step.
 
         Args:
-            loss: The mean loss of the step in nats per token.
             lr: The learning rate of the first param group; every group follows the same curve from its own peak.
             grad_norm: The global gradient norm before clipping.
             applied: False if the step was skipped: the gradient was not finite, or the run's health asked for it.
             finite: Whether the gradient of a step that was not applied was finite.
+            loss: The mean loss of the step in nats per token; None if `end_loss` gives it, before the next step ends.
         """
         seconds = time.perf_counter() - self._started
         self.seconds += seconds
         self.done += 1
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
-        if not self.main:
-            return
-        rate = self.tokens_per_step / seconds
-        self.write(
+        average = (self.done - self.first_step) * self.tokens_per_step / self.seconds
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        self._line = f"lr {lr:.2e}, |g| {grad_norm:.2f}, {average:,.0f} tok/s{skipped}"
+        self._row = (
+            self.done,
             {
-                "loss": loss,
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": self.done * self.tokens_per_step,
-                "tokens_per_second": round(rate, 1),
+                "tokens_per_second": round(self.tokens_per_step / seconds, 1),
                 "skipped": self.skipped,
-            }
+            },
         )
-        average = (self.done - self.first_step) * self.tokens_per_step / self.seconds
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {lr:.2e}, |g| {grad_norm:.2f}, {average:,.0f} tok/s"
-            + (f", {self.skipped} skipped" if self.skipped else ""),
-            refresh=False,
-        )
-        self.bar.update()
+        if loss is not None:
+            self.end_loss(loss)
+
+    def end_loss(self, loss: float) -> None:
+        """Writes the row of the last step, with its loss."""
+        step, row = self._row
+        if self.main:
+            self._write(step, {"loss": loss, **row})
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {self._line}", refresh=False)
+            self.bar.update()
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl for the current step, and passes the metrics to the trackers."""
         if self.main:
-            self.file.write(json.dumps({"step": self.done, **metrics}) + "\n")
-            self.file.flush()
-            self.track(metrics, self.done)
+            self._write(self.done, metrics)
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        self.track(metrics, step)
 
     def write_layers(self, values: Mapping[str, Mapping[str, float]], step: int | None = None) -> None:
         """Writes a line of layers.jsonl: for each quantity its values by parameter name, of a step or the last one."""

@@ -179,6 +179,7 @@ SCHEMA: dict[str, Key] = {
         bounds.PRECISION, "of the computation; parameters and state stay in float32; auto: bf16 on GPUs"
     ),
     "engine.activation_checkpointing": Key(switch(), "recompute each block's activations in the backward pass"),
+    "engine.compile": Key(switch(), "compile each block by torch.compile; not under DeepSpeed"),
     "engine.find_unused_parameters": Key(switch(), "for models that leave out parameters in some steps"),
     "engine.reduce_dtype": Key(bounds.REDUCE_DTYPE, "in which gradients are sent; null: their own dtype"),
     "engine.overlap_gather": Key(
@@ -187,6 +188,10 @@ SCHEMA: dict[str, Key] = {
     "engine.reshard_after_forward": Key(switch(), "free gathered parameters between forward and backward"),
     "engine.replicas": Key(integer(1), "groups of processes that each have the full model between them"),
     "engine.sync_each_batch": Key(switch(), "false: full gradients until the last micro-batch, for less communication"),
+    "engine.unit_mib": Key(
+        or_null(integer(0)),
+        "MiB of weights that are gathered together; 0: one block; null: 16, or 1/4 for each process if that is more",
+    ),
     "engine.stage": Key(bounds.STAGE, "DeepSpeed's ZeRO stage"),
     "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
     "model.family": Key(or_null(bounds.FAMILY), "null: that of `model.path`"),
@@ -196,6 +201,10 @@ SCHEMA: dict[str, Key] = {
     ),
     "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
     "model.seed": Key(bounds.SEED, "seed of the first values"),
+    "model.attention": Key(or_null(bounds.ATTENTION), "implementation of attention; null: the choice of transformers"),
+    "model.chunked_loss": Key(
+        or_null(switch()), "compute the loss without the logits of all tokens; null: from 2^28 of a micro-batch on"
+    ),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),

@@ -5,16 +5,42 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2", "eager": "eager"}  # by the names of transformers
 # Options that determine how weights are divided among heads, which does not show in their shapes.
 _HEADS = re.compile(r"(n|num)_(\w+_)?heads?|(\w+_)?head_dim")
+
+
+def attention_options(attention: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration with an implementation of attention.
+
+    Args:
+        attention: `sdpa`, `flash`, `eager`, or None for the choice of transformers.
+        options: The other options.
+
+    Raises:
+        ValueError: If the options have one too, or if flash-attn or a GPU is missing.
+    """
+    if attention is None:
+        return dict(options)
+    if "attn_implementation" in options:
+        raise ValueError("model.attention and model.config.attn_implementation are the same option: give one of them")
+    if attention == "flash":
+        missing = "the package flash-attn" if importlib.util.find_spec("flash_attn") is None else ""
+        missing = missing if torch.cuda.is_available() else "a GPU"
+        if missing:
+            raise ValueError(f"model.attention=flash needs {missing}, which is not there: use sdpa")
+    return {**options, "attn_implementation": _ATTENTIONS[attention]}
 
 
 def new_config(

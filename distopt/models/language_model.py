@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distopt.bounds import FAMILY, MODEL_CONFIG, PATH, SEED, or_null
+from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, or_null, switch
 from distopt.data import tokenizers
 from distopt.models import lora
-from distopt.models.configuration import new_config, pretrained_config
+from distopt.models.configuration import attention_options, new_config, pretrained_config
 from distopt.models.meta import on_meta
 from distopt.models.weights import Weights
 
@@ -37,9 +37,14 @@ class LanguageModel:
         path: A folder written by `save_pretrained`, with config.json and safetensors. Quantized weights that
             transformers can dequantize while loading (fp8, mxfp4) become plain ones.
         seed: The seed of the initial values.
+        attention: The implementation of attention: `sdpa` (`torch.nn.functional.scaled_dot_product_attention`), `flash`
+            (the package flash-attn, on GPUs and in 16 bits), or `eager` (matrix products and a softmax). None is the
+            choice of transformers, sdpa where the family has it.
+        chunked_loss: Whether the loss is computed in chunks of tokens, without the logits of all
+            (`distopt.data.cross_entropy`); None is where a micro-batch has 2^28 logits or more.
 
     Raises:
-        ValueError: An argument is invalid, or the files of `path` cannot be read.
+        ValueError: An argument is invalid, the attention is not available, or the files of `path` cannot be read.
     """
 
     def __init__(
@@ -48,15 +53,20 @@ class LanguageModel:
         config: Mapping[str, Any] | None = None,
         path: str | None = None,
         seed: int = 0,
+        attention: str | None = None,
+        chunked_loss: bool | None = None,
     ) -> None:
         SEED.check("model.seed", seed)
+        or_null(ATTENTION).check("model.attention", attention)
+        or_null(switch()).check("model.chunked_loss", chunked_loss)
         or_null(MODEL_CONFIG).check("model.config", config)
         or_null(FAMILY).check("model.family", family)
         or_null(PATH).check("model.path", path)
-        self.family, self.config, self.seed = family, dict(config or {}), seed
+        self.family, self.config, self.seed = family, attention_options(attention, config or {}), seed
         self.path = None if path is None else Path(path).expanduser()
         if self.path is not None and not (self.path / "config.json").is_file():
             raise ValueError(f"model.path={path}: no config.json there; give a folder written by save_pretrained")
+        self.attention, self.chunked_loss = attention, chunked_loss
         self._quantization: Any = None
         self._weights = None if self.path is None else Weights(self.path)
 
@@ -134,6 +144,7 @@ class LanguageModel:
             ValueError: The configuration is invalid, or the weights of the pretrained folder do not match it.
         """
         model = on_meta(config)
+        model.chunked_loss = self.chunked_loss  # type: ignore[assignment]
         if self._weights is not None:
             try:
                 self._weights.compare(on_meta(config), self._quantization)

@@ -26,6 +26,7 @@ class Flops(TorchDispatchMode):
         self.total = 0
         self._formulas: dict[Any, Any] = {
             **flop_registry,
+            aten.addmm_: flop_registry[aten.addmm],
             aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
             aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
                 aten._scaled_dot_product_flash_attention_backward

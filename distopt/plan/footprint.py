@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from distopt.engine.units import shard_dim
+
 
 @dataclass(frozen=True)
 class Param:
@@ -17,12 +19,14 @@ class Param:
         trained: Whether it requires a gradient.
         slots: The number of state buffers that the optimizer keeps for it, laid out as it.
         replicated: The number of elements of its other state buffers, which every rank keeps.
+        end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
     """
 
     shape: tuple[int, ...]
     trained: bool
     slots: int
     replicated: int = 0
+    end: str = ""
 
     @property
     def numel(self) -> int:
@@ -34,6 +38,11 @@ class Param:
         if not self.shape:
             return 1
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
+
+    def shard(self, ranks: int) -> int:
+        """Return the number of elements of the largest shard when FSDP2 shards it."""
+        dim = shard_dim(self.shape, ranks)
+        return self.numel // ranks if dim else self.rows(ranks)
 
 
 Units = Sequence[Sequence[Param]]  # the parameters of each block, and last those outside of the blocks
@@ -51,6 +60,7 @@ class Footprint:
         gathered: Temporary unsharded parameters and gradients, and communication buffers, while the backward pass is
             inside the blocks.
         outside: The same before that, while the loss and the last operations of the forward pass are differentiated.
+        ending: The same after that, when nothing is left to differentiate.
         early: Whether the gradients are allocated at the start of a pass, instead of one by one.
         accumulated: The additional memory of gradients when a step has several micro-batches.
     """
@@ -60,6 +70,7 @@ class Footprint:
     state: int
     gathered: int = 0
     outside: int = 0
+    ending: int = 0
     early: bool = True
     accumulated: int = 0
 
@@ -99,6 +110,11 @@ def numel(params: Iterable[Param], trained: bool = False) -> int:
 def rows(params: Iterable[Param], world: int, trained: bool = False) -> int:
     """Return the largest number of local elements of these parameters when each is sharded by rows."""
     return sum(param.rows(world) for param in params if param.trained or not trained)
+
+
+def shards(params: Iterable[Param], ranks: int, trained: bool = False) -> int:
+    """Return the largest number of local elements of these parameters when FSDP2 shards each."""
+    return sum(param.shard(ranks) for param in params if param.trained or not trained)
 
 
 def state_bytes(params: Iterable[Param], local: Callable[[Param], int]) -> int:

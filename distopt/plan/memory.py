@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Footprint, Units, all_params, numel, rows, state_bytes
+from distopt.plan.footprint import Footprint, Units, all_params, numel, rows, shards, state_bytes
 
 
 @functools.singledispatch
@@ -48,18 +48,27 @@ def _(engine: Zero1, units: Units, world: int) -> Footprint:
 @footprint.register
 def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     ranks, width = world // engine.replicas, 2 if engine.bf16 else 4
-    params, (*inner, root) = all_params(units), units
-    block = max((numel(unit) for unit in inner), default=0)
-    # Parameters outside of the blocks stay gathered. In the backward pass their gradients are unsharded as well, until
-    # it ends; one block is prefetched, and another has unsharded gradients and a reduce-scatter buffer.
-    outside = width * (numel(root) + (0 if engine.reshard_after_forward else sum(map(numel, inner))))
-    gathered = outside + width * numel(root) + (width * (1 + 2 * engine.reshard_after_forward) + 4) * block
+    params, (*blocks, outside) = all_params(units), units
+    sizes = [numel(block) for block in blocks]
+    inner = [sum(sizes[i] for i in unit) for unit in engine.grouped(sizes, world)]
+    embedding, head, rest = (numel(p for p in outside if p.end == end) for end in ("embedding", "head", ""))
+    # What stays gathered until the backward pass ends, and until it has left the head.
+    kept = rest + (0 if engine.reshard_after_forward else embedding)
+    until_head = kept + head + sum(inner if not engine.reshard_after_forward else inner[-1:])
+    # The last unit has unsharded gradients and a buffer in which they are reduced, while the one before it is
+    # prefetched; those of the rest are unsharded until the pass ends.
+    inside = [0]
+    for i, unit in enumerate(inner):
+        gathered = unit + (inner[i - 1] if i else 0) if engine.reshard_after_forward else sum(inner)
+        inside.append(width * (gathered + unit) + 4 * unit)
+    left_head = width * (until_head + head) + 4 * head
     return Footprint(
-        parameters=4 * rows(params, ranks),
-        gradients=4 * rows(params, ranks, trained=True),
-        state=state_bytes(params, lambda param: param.rows(ranks)),
-        gathered=gathered,
-        outside=outside,
+        parameters=4 * shards(params, ranks),
+        gradients=4 * shards(params, ranks, trained=True),
+        state=state_bytes(params, lambda param: param.shard(ranks)),
+        gathered=max(width * (kept + rest) + max(inside), left_head if head else 0),
+        outside=width * until_head,
+        ending=width * (kept + rest + embedding) + 4 * max(rest, embedding),
         early=False,
     )
 

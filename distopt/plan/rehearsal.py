@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distopt.data.cross_entropy import trust_head
 from distopt.engine.train_step import next_token_loss
+from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.plan.allocations import Allocations
@@ -70,10 +70,13 @@ class Rehearsal:
             early: Whether the gradients are allocated at the start of the pass, instead of one by one.
         """
         return max(
-            moment.activations
-            + int(footprint.gradients * (1.0 if early else moment.share))
-            + (footprint.gathered if moment.inside else footprint.outside)
-            for moment in self.moments
+            self.moments[-1].activations + footprint.gradients + footprint.ending,
+            *(
+                moment.activations
+                + int(footprint.gradients * (1.0 if early else moment.share))
+                + (footprint.gathered if moment.inside else footprint.outside)
+                for moment in self.moments
+            ),
         )
 
 
@@ -111,12 +114,14 @@ def rehearse(
         if engine.activation_checkpointing:
             model.activation_checkpointing_enable()
         model.train()
+        model.chunked_loss = language_model.chunked_loss
+        trust_head(model)
         params = list(model.parameters())
         optimizer = make_optimizer(make_groups(model))
         units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with _one_sequence_per_row(), engine.autocast(_CPU), Flops() as forward, allocations:
+        with engine.autocast(_CPU), Flops() as forward, allocations:
             loss = next_token_loss(model, batch)
         start = len(allocations.events)
         with Flops() as backward, allocations:
@@ -137,34 +142,18 @@ def rehearse(
     return Rehearsal(units, (forward.total, backward.total), moments, trusts)
 
 
-@contextlib.contextmanager
-def _one_sequence_per_row() -> Iterator[None]:
-    """Tell transformers that no row has packed sequences.
-
-    transformers 5.23 detects packed sequences by their positions, and assumes them for fake tensors: every block would
-    keep a mask of length times length, and no kernel with fewer key heads would be used.
-    """
-    from transformers import masking_utils
-
-    find = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = find
-
-
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
     rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"]}
+    of_ends = {p: end for end, module in ends(model)._asdict().items() if module for p in module.parameters()}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([_param(p, rules.get(p, Rule())) for p in own])
+        units.append([_param(p, rules.get(p, Rule()), of_ends.get(p, "")) for p in own])
     return units
 
 
-def _param(param: Tensor, rule: Rule) -> Param:
+def _param(param: Tensor, rule: Rule, end: str) -> Param:
     slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
     replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
-    return Param(tuple(param.shape), param.requires_grad, len(slots) - len(replicated), sum(replicated))
+    return Param(tuple(param.shape), param.requires_grad, len(slots) - len(replicated), sum(replicated), end)

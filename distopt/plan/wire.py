@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Collective, Units, all_params, numel, rows
+from distopt.plan.footprint import Collective, Units, all_params, numel, rows, shards
 
 # Defaults of DeepSpeed 0.19.8's stage 3, in elements. Parameters up to the first size stay gathered from their first
 # use until the step. Others stay gathered if they are used again within the second: from forward to backward its last
@@ -48,15 +48,17 @@ def _(engine: Zero1, units: Units, world: int, passes: int) -> list[Collective]:
 @wire.register
 def _(engine: FSDP2, units: Units, world: int, passes: int) -> list[Collective]:
     ranks, width = world // engine.replicas, 2 if engine.bf16 else 4
-    params, inner = all_params(units), [param for unit in units[:-1] for param in unit]
+    params, blocks = all_params(units), units[:-1]
     reduced = passes if engine.sync_each_batch else 1
-    trained = 4 * rows(params, ranks, trained=True)
+    trained = 4 * shards(params, ranks, trained=True)
     sent = [
-        Collective("all_gather", width * ranks * rows(params, ranks), ranks, passes, "forward"),
+        Collective("all_gather", width * ranks * shards(params, ranks), ranks, passes, "forward"),
         Collective("reduce_scatter", ranks * trained, ranks, reduced, "backward"),
     ]
     if engine.reshard_after_forward:
-        sent.append(Collective("all_gather", width * ranks * rows(inner, ranks), ranks, passes, "backward"))
+        again = engine.grouped([numel(block) for block in blocks], world)[:-1]  # the last unit is gathered still
+        resharded = sum(shards(blocks[i], ranks) for unit in again for i in unit)
+        sent.append(Collective("all_gather", width * ranks * resharded, ranks, passes, "backward"))
     if engine.replicas > 1:
         sent.append(Collective("all_reduce", trained, engine.replicas, reduced, "backward", across=True))
     return sent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
 from distopt.models.language_model import LanguageModel, blocks
 
+
+def _fsdp2(**options: Any) -> FSDP2:
+    """Every block is a unit, since all blocks of these small models would share one."""
+    return FSDP2(**{"unit_mib": 0} | options)
+
+
 ENGINES: dict[str, Callable[..., Engine]] = {
     "ddp": DDP,
     "zero1": Zero1,
-    "fsdp2": FSDP2,
-    "zero2": lambda **kwargs: FSDP2(reshard_after_forward=False, **kwargs),
-    "hsdp": lambda **kwargs: FSDP2(replicas=2, **kwargs),
+    "fsdp2": _fsdp2,
+    "zero2": partial(_fsdp2, reshard_after_forward=False),
+    "hsdp": partial(_fsdp2, replicas=2),
     "deepspeed_zero1": lambda **kwargs: DeepSpeed(1, **kwargs),
     "deepspeed_zero2": lambda **kwargs: DeepSpeed(2, **kwargs),
     "deepspeed_zero3": lambda **kwargs: DeepSpeed(3, **kwargs),
@@ -36,6 +43,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         max_position_embeddings=32,
         tie_word_embeddings=False,
     ),
+}
+# Experts are stacked: three of them, which four ranks cannot share by rows.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {**CONFIGS["llama"], "num_local_experts": 3, "num_experts_per_tok": 2},
 }
 VOCABULARY, SEQUENCES, LENGTH, STEPS = 61, 8, 16, 4  # 61 rows are not the same number for 2 or 4 ranks
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ from tests.harness.engines import (
     CONFIGS,
     CPU,
     ENGINES,
+    EXPERTS,
     STEPS,
     batch,
     full,
@@ -72,7 +73,7 @@ class Trained:
 
 def train(kind: str, family: str, settings: Settings) -> Trained:
     engine = ENGINES[kind](precision=settings.precision, **settings.engine)
-    model = made(LanguageModel(family, CONFIGS[family]), engine)
+    model = made(LanguageModel(family, (CONFIGS | EXPERTS)[family]), engine)
     if settings.optimizer == "LAMB":
         opt: distopt.ShardedOptimizer = LAMB(distopt.param_groups(model, weight_decay=0.1), lr=0.02)
     else:
