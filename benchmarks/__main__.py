@@ -7,7 +7,21 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-_NAMES = ("depth", "growth", "health", "loop", "mup", "proof", "rounding", "sam", "sharpness", "step", "train", "wire")
+_NAMES = (
+    "checkpoint",
+    "depth",
+    "growth",
+    "health",
+    "loop",
+    "mup",
+    "proof",
+    "rounding",
+    "sam",
+    "sharpness",
+    "step",
+    "train",
+    "wire",
+)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -66,6 +66,25 @@ def on_first(task: Callable[[], T]) -> T:
     return _results(only, failure)[0]
 
 
+def gather(thing: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the things of all ranks, by rank, on rank 0; elsewhere an empty list."""
+    if not dist.is_initialized():
+        return [thing]
+    every: list[Any] = [None] * world()
+    dist.gather_object(thing, every if rank() == 0 else None, group=group)
+    return every if rank() == 0 else []
+
+
+def scatter(things: list[T]) -> T:
+    """Returns this rank's element of a list of rank 0."""
+    if not dist.is_initialized():
+        return things[0]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, things if rank() == 0 else None)
+    result: T = mine[0]
+    return result
+
+
 def one_after_another(task: Callable[[], T]) -> T:
     """Runs a task on rank 0, then on the first rank of each machine, then on all ranks; returns this rank's result.
 
