@@ -19,8 +19,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from distopt.data import sources, token_cache
-from distopt.data.order import Sequences, ValidationSequences
+from distopt.data import sources, token_cache, tokenizers, tokenizing
+from distopt.data.order import Order, Sequences, ValidationSequences
+from distopt.data.permutation import Permutation
 from distopt.data.text_data import TextData
 from distopt.data.token_cache import Corpus
 
@@ -281,11 +282,54 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
 
     opened = TextData(path=str(file), cache_dir=str(cache)).build()
     assert len(opened.train) + len(opened.validation) == 600_000 * 11 + 2
-    assert aside.is_dir(), "it may be another builder's that is still at work"
+    assert not aside.exists() and len(list(cache.iterdir())) == 1
+    aside.mkdir()  # of a text that nobody asks for any more
     for old in (aside, *aside.iterdir()):
         os.utime(old, (0, 0))
     TextData(path=str(file), cache_dir=str(cache), validation_fraction=0.5).build()
     assert not aside.exists() and len(list(cache.iterdir())) == 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+from distopt.data import sources, tokenizing
+from distopt.data.text_data import TextData
+tokenizing._BATCH, tokenizing._KEPT, sources.PIECE = 1 << 12, 4, 1 << 12
+keep = tokenizing._keep
+def kept(folder, count, files):
+    keep(folder, count, files)
+    if count == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+tokenizing._keep = kept
+TextData(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer=sys.argv[3] or None).build(processes=int(sys.argv[5]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_build_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, processes: int
+) -> None:
+    """Killed twice, it ends with the tokens of one that was not, and tokenizes none of them again."""
+    file, cache = tmp_path / "text.txt", tmp_path / "c"
+    file.write_text("".join(f"the cat {i} sat on the mat\n" for i in range(6000)))
+    monkeypatch.setattr(sources, "PIECE", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_BATCH", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_KEPT", 4)
+    whole = TextData(path=str(file), cache_dir=str(tmp_path / "whole"), tokenizer=tokenizer).build()
+    root = str(Path(token_cache.__file__).parents[2])
+    for kill in ("4", "12"):
+        words = [sys.executable, "-c", INTERRUPTED, str(file), str(cache), tokenizer, kill, str(processes)]
+        killed = subprocess.run(words, cwd=root, timeout=600, check=False, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        (building,) = cache.iterdir()
+        assert json.loads((building / "progress.json").read_text())["batches"] == int(kill)
+    tokenized: list[int] = []
+    encode = tokenizers.Tokenizer.encode
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode", lambda *args: tokenized.append(1) or encode(*args))
+    opened = TextData(path=str(file), cache_dir=str(cache), tokenizer=tokenizer).build()
+    assert len(tokenized) < file.stat().st_size / sources.PIECE - 10
+    assert opened.digest == whole.digest and (opened.train == whole.train).all()
+    assert not list(cache.glob("*/progress*")) and not list(cache.glob("*/lock"))
 
 
 def test_second_of_two_builders_gives_way(tmp_path: Path) -> None:
@@ -293,10 +337,10 @@ def test_second_of_two_builders_gives_way(tmp_path: Path) -> None:
     folder_of(tmp_path / "texts", 20)
     source = sources.Source.open(str(tmp_path / "texts"), "text", ".txt", "text")
     folder = tmp_path / "c" / "corpus"
-    token_cache.write(folder, source, None, 0.25)
+    tokenizing.write(folder, source, None, 0.25)
     first = Corpus.open(folder, None)
     inode = folder.stat().st_ino
-    token_cache.write(folder, source, None, 0.25)
+    tokenizing.write(folder, source, None, 0.25)
     assert folder.stat().st_ino == inode and list(folder.parent.iterdir()) == [folder]
     assert Corpus.open(folder, None).digest == first.digest
 
@@ -378,6 +422,33 @@ def test_order_is_a_pure_function_of_seed_and_step() -> None:
     for step in (11, 0, 4, 4, 9):
         assert (order(seed=3).rows(step) == rows[step]).all() and (walked.rows(step) == rows[step]).all()
     assert (order(seed=4).rows(0) != rows[0]).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 37, 4096, 5000])
+def test_a_keyed_permutation_has_every_entry_once(count: int) -> None:
+    orders = [Permutation(count, 3, epoch)[np.arange(count)] for epoch in range(4)]
+    for each in orders:
+        assert (np.sort(each) == np.arange(count)).all()
+    if count > 30:
+        assert len({tuple(each) for each in orders}) == 4
+        # Of a random permutation: one fixed point and half of the neighbours in ascending order, on average.
+        assert sum(int((each == np.arange(count)).sum()) for each in orders) < 20
+        assert 0.3 < float(np.mean([np.mean(np.diff(each) > 0) for each in orders])) < 0.7
+
+
+def test_the_order_of_a_large_corpus_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^40 sequences, whose permutation would be 8 TB; and what it is, once and for all."""
+    large = Order(2**40, 4, seed=5)
+    assert large.identity == {"order": "keyed, above 1048576 sequences"} and order().identity == {}
+    tracemalloc.start()
+    rows = np.concatenate([large.rows(step) for step in (0, 10**9, 2**38)])
+    assert tracemalloc.get_traced_memory()[1] < 1e5
+    tracemalloc.stop()
+    assert len(set(rows.tolist())) == 12 and (rows >= 0).all() and (rows < 2**40).all()
+    assert large.rows(0).tolist() == [315228011164, 124318978421, 960567710364, 335417010178]
+    monkeypatch.setattr(Order, "LARGE", 20)
+    seen = np.concatenate([order().rows(step) for step in range(14)])[:111].reshape(3, 37)
+    assert (np.sort(seen, axis=1) == np.arange(37)).all() and len({tuple(epoch) for epoch in seen}) == 3
 
 
 def test_validation_set_is_the_same_at_any_world_size() -> None:

@@ -14,9 +14,9 @@ from distopt.data.permutation import Permutation
 class Order:
     """The order in which `count` sequences are trained on: a pure function of (seed, step) at any number of ranks.
 
-    Each epoch is a permutation drawn from (seed, epoch): of more than `LARGE` sequences a keyed one that takes no memory
-    and no time to draw, otherwise NumPy's. With batches of B sequences, step s trains on entries s B to
-    (s + 1) B of the endless concatenation of epochs, so that a batch may straddle two epochs.
+    Each epoch is a permutation drawn from (seed, epoch): NumPy's, or a keyed one without memory for more than `LARGE`
+    sequences. With batches of B sequences, step s trains on entries s B to (s + 1) B of the endless concatenation of
+    epochs, so that a batch may straddle two epochs.
 
     Args:
         count: The number of sequences.

@@ -89,6 +89,10 @@ class FSDP2(Engine):
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         return model
 
+    def share(self) -> tuple[int, int]:
+        shards = dist.get_world_size() // max(1, self.replicas)
+        return dist.get_rank() % shards, shards
+
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         model.set_requires_gradient_sync(last or self.sync_each_batch)  # type: ignore[operator]
         return contextlib.nullcontext()

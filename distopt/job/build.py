@@ -187,7 +187,8 @@ def _model(
     fill = None if init is None else functools.partial(init.fill, mup=width)
     # Now: wrapping loses the attributes by which parameters ask for no decay.
     groups = parts.groups(empty, lr, independent_decay, shapes)
-    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill), device)
+    share = engine.share()
+    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill, share), device)
     params = dict(engine.unwrap(model).named_parameters())
     for group in groups:
         group["params"] = [params[names[p]] for p in group["params"]]
