@@ -12,6 +12,7 @@ new manifest replaces its own. Nothing is renamed, since object stores cannot.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -126,8 +127,11 @@ def finish(path: PathLike, nonce: str, content: Mapping[str, Any], files: Mappin
 
 
 def abandon(path: PathLike, nonce: str) -> None:
-    """Removes what a failed save has written, since a full disk needs the space."""
+    """Removes what a failed save has written, since a full disk needs the space; nothing if it came to its manifest."""
     where = storage(path)
+    with contextlib.suppress(ValueError):
+        if manifest.read(where)["folder"] == nonce:
+            return
     remove(where, nonce)
     if where.is_folder() and not where.names():
         remove(where)

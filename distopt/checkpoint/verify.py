@@ -90,7 +90,7 @@ def fingerprint_of(content: Mapping[str, Any], sums: Mapping[str, int], scalars:
     """
     empty = f"{0:016x}"  # of a tensor without elements, which is in no file
     own = {name: f"{total % 2**64:016x}" for name, total in sums.items()}
-    params = {name: own.get(f"model.{name}", empty) for name in content["fingerprinted"]}
+    params = {name: own.get(f"model.{name}", empty) for name in content.get("fingerprinted", content["parameters"])}
     state: dict[str, dict[str, str]] = {}
     for name, buffers in content["state"].items():
         for buffer, description in buffers.items():
