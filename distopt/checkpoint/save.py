@@ -104,7 +104,10 @@ def async_save_checkpoint(
         # In a group of its own, because the ranks communicate in the background while training continues.
         outcome = saving.write(staged, group)
         _buffers.append(buffer)
-        written.set_result(None) if outcome is None else written.set_exception(outcome)
+        if outcome is None:
+            written.set_result(None)
+        else:
+            written.set_exception(outcome)
 
     group = _background_group()
     threading.Thread(target=write, name="distopt checkpoint").start()

@@ -90,16 +90,17 @@ def stage(plan: Plan, values: Mapping[Piece, Tensor], buffer: Tensor) -> dict[Pi
 
 def write(storage: Storage, name: str, plan: Plan, values: Mapping[Piece, Tensor]) -> Written:
     """Writes the file of this rank."""
-    checksum, end, sums = 0, 0, []
+    total, end, sums = 0, 0, []
     with storage.create(name) as file:
         for piece, position in plan.own:
             value = values[piece].detach().cpu().contiguous()
             sums.append(_content(piece, value))
-            for data in (bytes(position - end), _bytes(value)):
-                file.write(data)
-                checksum = zlib.crc32(data, checksum)
+            gap, data = bytes(position - end), _bytes(value)
+            file.write(gap)
+            file.write(data)
+            total = zlib.crc32(data, zlib.crc32(gap, total))
             end = position + piece.nbytes
-    return Written(end, checksum, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64))
+    return Written(end, total, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64))
 
 
 def checksum(storage: Storage, name: str) -> tuple[int, int]:

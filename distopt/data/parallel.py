@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,9 @@ Batch = Sequence[tuple[K, bytes]]
 _vocabulary: tokenizers.Bytes | tokenizers.Tokenizer  # of a worker
 
 
-def encoded(batches: Iterator[Batch[K]], tokenizer: str | None, processes: int) -> Iterator[tuple[Batch[K], list]]:
+def encoded(
+    batches: Iterator[Batch[K]], tokenizer: str | None, processes: int
+) -> Generator[tuple[Batch[K], list[np.ndarray]], None, None]:
     """Yield each batch with the tokens of its pieces.
 
     Args:
@@ -29,8 +31,8 @@ def encoded(batches: Iterator[Batch[K]], tokenizer: str | None, processes: int) 
         processes: The number of processes, each of which uses one core; 1 for this process alone, in which the
             tokenizer may use every core.
     """
-    if processes == 1 or isinstance(vocabulary := tokenizers.load(tokenizer), tokenizers.Bytes):
-        vocabulary = tokenizers.load(tokenizer)
+    vocabulary = tokenizers.load(tokenizer)
+    if processes == 1 or isinstance(vocabulary, tokenizers.Bytes):
         for batch in batches:
             yield batch, vocabulary.encode([piece for _, piece in batch])
         return
