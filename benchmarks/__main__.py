@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 _NAMES = (
-    *("depth", "growth", "health", "host", "loop", "mup", "proof"),
+    *("checkpoint", "depth", "growth", "health", "host", "loop", "mup", "proof"),
     *("rounding", "sam", "sharpness", "step", "train", "wire"),
 )
 

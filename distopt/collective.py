@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -66,16 +68,71 @@ def on_first(task: Callable[[], T]) -> T:
     return _results(only, failure)[0]
 
 
+def gather(thing: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the things of all ranks, by rank, on rank 0; elsewhere an empty list."""
+    if not dist.is_initialized():
+        return [thing]
+    every: list[Any] = [None] * world()
+    dist.gather_object(thing, every if rank() == 0 else None, group=group)
+    return every if rank() == 0 else []
+
+
+def scatter(things: list[T]) -> T:
+    """Returns this rank's element of a list of rank 0."""
+    if not dist.is_initialized():
+        return things[0]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, things if rank() == 0 else None)
+    result: T = mine[0]
+    return result
+
+
 def one_after_another(task: Callable[[], T]) -> T:
     """Runs a task on rank 0, then on the first rank of each machine, then on all ranks; returns this rank's result.
 
-    For tasks that write files which later ranks find and reuse.
+    For tasks that write files which later ranks find and reuse. They may take longer than the timeout of collectives:
+    the ranks wait outside of any.
+
+    Raises:
+        ValueError, FileError, RuntimeError: As `on_all`, on every rank.
     """
     first, local_first = rank() == 0, int(os.environ.get("LOCAL_RANK", "0")) == 0
     results: list[T] = []
     for turn in (first, local_first, True):
-        on_all(lambda turn=turn: results.append(task()) if turn else None)  # type: ignore[misc]
+        (result, wrong), failure = _attempt(task) if turn else ((None, None), None)
+        if turn:
+            results.append(result)
+        _meet()
+        every = [(None, wrong)] * world()
+        if dist.is_initialized():
+            dist.all_gather_object(every, (None, wrong))
+        _results(every, failure)
     return results[-1]
+
+
+def store() -> Any:
+    """Returns the store with which the process group was initialized."""
+    from torch.distributed.distributed_c10d import _get_default_store  # private, as of torch 2.13
+
+    return _get_default_store()
+
+
+_meetings = itertools.count()
+
+
+def _meet() -> None:
+    """Waits until every rank is here, for as long as it takes; it ends with an error if the store is gone."""
+    if world() == 1:
+        return
+    # The store of torchelastic outlives an attempt, whose keys would end the wait of the next one early.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key, pause = f"distopt/meeting/{attempt}/{next(_meetings)}", 0.01
+    meeting = store()
+    arrived = meeting.add(key, 1)
+    while arrived < world():
+        time.sleep(pause)
+        pause = min(1.5 * pause, 2.0)
+        arrived = meeting.add(key, 0)
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -32,7 +32,9 @@ def _print(folder: str, probes: int, tokens: int, seed: int) -> None:
     integer(0).check("--seed", seed)
     disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     except OSError as error:
         raise ValueError(f"{folder}: {str(error).splitlines()[0]}") from error
     check_length(model.config, tokens, "--tokens")

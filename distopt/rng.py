@@ -47,7 +47,10 @@ class RandomState:
             state: The result of `state_dict`; those of earlier versions lack Python's and NumPy's states.
         """
         gpus = {device: state["cuda"] for device in current_gpu() if state["cuda"] is not None}
-        return cls(state.get("python"), state.get("numpy"), state["cpu"], gpus)
+        numpy = state.get("numpy")
+        if numpy is not None:  # a checkpoint has tensors in place of NumPy's arrays
+            numpy = tuple(part.numpy().astype("uint32") if isinstance(part, Tensor) else part for part in numpy)
+        return cls(state.get("python"), numpy, state["cpu"], gpus)
 
 
 def current_gpu() -> tuple[torch.device, ...]:

@@ -157,8 +157,9 @@ def save_with_files(path: Path) -> None:
 def test_files_are_kept_and_a_checkpoint_is_not_complete_without_them(tmp_path: Path) -> None:
     path = checkpoint_path(tmp_path, 1)
     run(2, save_with_files, path)
-    assert (path / "config.json").read_bytes() == b"{}"
-    (path / "config.json").unlink()
+    (file,) = path.glob("*/config.json")
+    assert file.read_bytes() == b"{}"
+    file.unlink()
     assert latest_checkpoint(tmp_path) == (None, ["step_00000001: config.json is missing"])
 
 
@@ -171,7 +172,7 @@ def test_names_do_not_depend_on_the_engine(tmp_path: Path) -> None:
     assert manifests[0]["state"] == manifests[1]["state"]
     assert manifests[0]["parameters"]["first.weight"] == [[7, 5], "float64"]
     assert set(manifests[0]["state"]["idle"]) == {"exp_avg", "exp_avg_sq", "step"}
-    assert (manifests[0]["optimizer"], manifests[0]["world_size"], manifests[0]["format"]) == ("LAMB", 2, 1)
+    assert (manifests[0]["optimizer"], manifests[0]["world_size"], manifests[0]["format"]) == ("LAMB", 2, 2)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

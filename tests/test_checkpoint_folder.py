@@ -27,12 +27,12 @@ def checkpoints(tmp_path: Path) -> Path:
 
 def test_the_newest_complete_one_is_found_and_newer_broken_ones_are_told(checkpoints: Path) -> None:
     assert latest_checkpoint(checkpoints) == (checkpoints / "step_00000300", [])
-    os.truncate(checkpoints / "step_00000300" / "__0_0.distcp", 10)
-    size = json.loads((checkpoints / "step_00000300" / "manifest.json").read_text())["files"]["__0_0.distcp"]
-    truncated = f"step_00000300: __0_0.distcp is 10 bytes, the manifest says {size}"
+    os.truncate(next((checkpoints / "step_00000300").glob("*/shard-00000.bin")), 10)
+    size, _ = json.loads((checkpoints / "step_00000300" / "manifest.json").read_text())["files"]["shard-00000.bin"]
+    truncated = f"step_00000300: shard-00000.bin is 10 bytes, the manifest says {size}"
     assert latest_checkpoint(checkpoints) == (checkpoints / "step_00000200", [truncated])
-    (checkpoints / "step_00000200" / ".metadata").unlink()
-    missing = "step_00000200: .metadata is missing"
+    next((checkpoints / "step_00000200").glob("*/index.json")).unlink()
+    missing = "step_00000200: index.json is missing"
     assert latest_checkpoint(checkpoints) == (checkpoints / "step_00000100", [truncated, missing])
     (checkpoints / "step_00000100" / "manifest.json").unlink()
     path, lines = latest_checkpoint(checkpoints)
@@ -51,25 +51,26 @@ def test_a_manifest_that_cannot_be_read_is_one_line(checkpoints: Path, content: 
 
 
 def test_what_a_killed_save_has_left_is_told_unless_it_was_saved_before(checkpoints: Path) -> None:
-    for name in ("step_00000300.tmp", "step_00000350.tmp", "step_00000050.tmp"):
-        (checkpoints / name).mkdir()
-    line = "step_00000350.tmp: it was not written to its end"
+    for name in ("step_00000300/01234567", "step_00000350/01234567", "step_00000050/01234567"):
+        (checkpoints / name).mkdir(parents=True)
+    line = "step_00000350: it has no manifest.json, so it was not written to its end"
     assert latest_checkpoint(checkpoints) == (checkpoints / "step_00000300", [line])
 
 
 def test_a_broken_one_is_replaced(checkpoints: Path) -> None:
     path = checkpoints / "step_00000300"
-    os.truncate(path / "training.pt", 0)
+    os.truncate(next(path.glob("*/training.pt")), 0)
     save_checkpoint(path, *trained(steps=1))
     assert latest_checkpoint(checkpoints) == (path, [])
     assert len(os.listdir(checkpoints)) == 3
 
 
 def test_pruning_keeps_the_newest_complete_ones_and_what_is_newer(checkpoints: Path) -> None:
-    for name in ("step_00000100.old", "step_00000400.tmp", "step_00000500", "step_00000050.tmp", "step_00000090"):
+    for name in ("step_00000400", "step_00000500", "step_00000050", "step_00000090"):
         shutil.copytree(checkpoints / "step_00000100", checkpoints / name)
-    for name in ("step_00000500", "step_00000090"):
+    for name in ("step_00000400", "step_00000050"):
         (checkpoints / name / "manifest.json").unlink()
+    os.truncate(checkpoints / "step_00000500" / "manifest.json", 10)
     (checkpoints / "notes").mkdir()
     prune_checkpoints(checkpoints, keep=3)
     assert sorted(os.listdir(checkpoints)) == [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from distopt.data import sources, token_cache
+from distopt.data import sources, token_cache, tokenizers, tokenizing
 from distopt.data.text_data import TextData
 from distopt.data.token_cache import Corpus
 
@@ -276,11 +276,54 @@ def test_killed_build_leaves_no_corpus(tmp_path: Path) -> None:
 
     opened = TextData(path=str(file), cache_dir=str(cache)).build()
     assert len(opened.train) + len(opened.validation) == 600_000 * 11 + 2
-    assert aside.is_dir(), "it may be another builder's that is still at work"
+    assert not aside.exists() and len(list(cache.iterdir())) == 1
+    aside.mkdir()  # of a text that nobody asks for any more
     for old in (aside, *aside.iterdir()):
         os.utime(old, (0, 0))
     TextData(path=str(file), cache_dir=str(cache), validation_fraction=0.5).build()
     assert not aside.exists() and len(list(cache.iterdir())) == 2
+
+
+INTERRUPTED = """
+import os, signal, sys
+from distopt.data import sources, tokenizing
+from distopt.data.text_data import TextData
+tokenizing._BATCH, tokenizing._KEPT, sources.PIECE = 1 << 12, 4, 1 << 12
+keep = tokenizing._keep
+def kept(folder, count, files):
+    keep(folder, count, files)
+    if count == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+tokenizing._keep = kept
+TextData(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer=sys.argv[3] or None).build(processes=int(sys.argv[5]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_build_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, processes: int
+) -> None:
+    """Killed twice, it ends with the tokens of one that was not, and tokenizes none of them again."""
+    file, cache = tmp_path / "text.txt", tmp_path / "c"
+    file.write_text("".join(f"the cat {i} sat on the mat\n" for i in range(6000)))
+    monkeypatch.setattr(sources, "PIECE", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_BATCH", 1 << 12)
+    monkeypatch.setattr(tokenizing, "_KEPT", 4)
+    whole = TextData(path=str(file), cache_dir=str(tmp_path / "whole"), tokenizer=tokenizer).build()
+    root = str(Path(token_cache.__file__).parents[2])
+    for kill in ("4", "12"):
+        words = [sys.executable, "-c", INTERRUPTED, str(file), str(cache), tokenizer, kill, str(processes)]
+        killed = subprocess.run(words, cwd=root, timeout=600, check=False, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        (building,) = cache.iterdir()
+        assert json.loads((building / "progress.json").read_text())["batches"] == int(kill)
+    tokenized: list[int] = []
+    encode = tokenizers.Tokenizer.encode
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode", lambda *args: tokenized.append(1) or encode(*args))
+    opened = TextData(path=str(file), cache_dir=str(cache), tokenizer=tokenizer).build()
+    assert len(tokenized) < file.stat().st_size / sources.PIECE - 10
+    assert opened.digest == whole.digest and (opened.train == whole.train).all()
+    assert not list(cache.glob("*/progress*")) and not list(cache.glob("*/lock"))
 
 
 def test_second_of_two_builders_gives_way(tmp_path: Path) -> None:
@@ -288,10 +331,10 @@ def test_second_of_two_builders_gives_way(tmp_path: Path) -> None:
     folder_of(tmp_path / "texts", 20)
     source = sources.Source.open(str(tmp_path / "texts"), "text", ".txt", "text")
     folder = tmp_path / "c" / "corpus"
-    token_cache.write(folder, source, None, 0.25)
+    tokenizing.write(folder, source, None, 0.25)
     first = Corpus.open(folder, None)
     inode = folder.stat().st_ino
-    token_cache.write(folder, source, None, 0.25)
+    tokenizing.write(folder, source, None, 0.25)
     assert folder.stat().st_ino == inode and list(folder.parent.iterdir()) == [folder]
     assert Corpus.open(folder, None).digest == first.digest
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
-from distopt.data.order import Sequences, ValidationSequences
-
-# Order
+from distopt.data.order import Order, Sequences, ValidationSequences
+from distopt.data.permutation import Permutation
 
 TOKENS = np.arange(4 * 37 + 3, dtype=np.uint16)  # 37 sequences of length 4, and two tokens over
 
@@ -53,6 +54,33 @@ def test_order_is_a_pure_function_of_seed_and_step() -> None:
     for step in (11, 0, 4, 4, 9):
         assert (order(seed=3).rows(step) == rows[step]).all() and (walked.rows(step) == rows[step]).all()
     assert (order(seed=4).rows(0) != rows[0]).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 37, 4096, 5000])
+def test_a_keyed_permutation_has_every_entry_once(count: int) -> None:
+    orders = [Permutation(count, 3, epoch)[np.arange(count)] for epoch in range(4)]
+    for each in orders:
+        assert (np.sort(each) == np.arange(count)).all()
+    if count > 30:
+        assert len({tuple(each) for each in orders}) == 4
+        # Of a random permutation: one fixed point and half of the neighbours in ascending order, on average.
+        assert sum(int((each == np.arange(count)).sum()) for each in orders) < 20
+        assert 0.3 < float(np.mean([np.mean(np.diff(each) > 0) for each in orders])) < 0.7
+
+
+def test_the_order_of_a_large_corpus_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^40 sequences, whose permutation would be 8 TB; and what it is, once and for all."""
+    large = Order(2**40, 4, seed=5)
+    assert large.identity == {"order": "keyed, above 1048576 sequences"} and order().identity == {}
+    tracemalloc.start()
+    rows = np.concatenate([large.rows(step) for step in (0, 10**9, 2**38)])
+    assert tracemalloc.get_traced_memory()[1] < 1e5
+    tracemalloc.stop()
+    assert len(set(rows.tolist())) == 12 and (rows >= 0).all() and (rows < 2**40).all()
+    assert large.rows(0).tolist() == [315228011164, 124318978421, 960567710364, 335417010178]
+    monkeypatch.setattr(Order, "LARGE", 20)
+    seen = np.concatenate([order().rows(step) for step in range(14)])[:111].reshape(3, 37)
+    assert (np.sort(seen, axis=1) == np.arange(37)).all() and len({tuple(epoch) for epoch in seen}) == 3
 
 
 def test_validation_set_is_the_same_at_any_world_size() -> None:

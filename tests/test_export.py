@@ -24,6 +24,7 @@ from distopt.models import pretrained
 from distopt.models.export import DTYPES, export, fitting_tokenizer
 from tests.harness import jobs
 from tests.harness.cells import some
+from tests.harness.checkpoints import sealed
 from tests.harness.jobs import metrics, overrides
 
 PROMPT = torch.arange(60).reshape(2, 30)  # ids that every vocabulary here has
@@ -158,10 +159,10 @@ def test_a_run_starts_from_an_export_where_the_first_one_ended(trained: Path, na
 def test_the_command(trained: Path, tmp_path: Path) -> None:
     """Of a run it takes the newest checkpoint that is complete, and says so; it ends with how to load what it wrote."""
     run = shutil.copytree(trained / "runs" / "llama", tmp_path / "run")
-    (run / "checkpoints" / "step_00000012" / "__1_0.distcp").unlink()
+    next((run / "checkpoints" / "step_00000012").glob("*/shard-00001.bin")).unlink()
     ended = jobs.python("-m", "distopt.export", run, tmp_path / "new" / "out", "--dtype", "bfloat16")
     assert ended.code == 0, ended.err
-    assert "passed over step_00000012: __1_0.distcp is missing" in ended.err
+    assert "passed over step_00000012: shard-00001.bin is missing" in ended.err
     assert "Traceback" not in ended.err and "Warning" not in ended.err
     line = ended.out.strip().splitlines()[-1]
     out = tmp_path / "new" / "out"
@@ -195,12 +196,11 @@ def not_of_the_job(folder: Path) -> Path:
 
 def garbage(folder: Path) -> Path:
     """Files as long as they were, with something else in them."""
-    return zeros(folder, "__0_0.distcp")
+    return zeros(folder, "shard-00000.bin")
 
 
-def garbled_metadata(folder: Path) -> Path:
-    """torch logs two tracebacks of that."""
-    return zeros(folder, ".metadata")
+def garbled_index(folder: Path) -> Path:
+    return zeros(folder, "index.json")
 
 
 def garbled_tokenizer(folder: Path) -> Path:
@@ -212,21 +212,25 @@ def garbled_config(folder: Path) -> Path:
 
 
 def zeros(folder: Path, name: str) -> Path:
-    file = folder / "step" / name
+    (file,) = (folder / "step").glob(f"*/{name}")
     file.write_bytes(bytes(file.stat().st_size))
     return folder / "step"
 
 
 def truncated(folder: Path) -> Path:
-    file = next((folder / "step").glob("*.distcp"))
+    file = next((folder / "step").glob("*/shard-*.bin"))
     file.write_bytes(file.read_bytes()[:-1])
     return folder / "step"
 
 
 def other_config(folder: Path) -> Path:
-    """Of another model, and as long as it was."""
-    file = folder / "step" / "config.json"
-    file.write_text(file.read_text().replace('"n_layer": 2', '"n_layer": 3'))
+    """Of another model."""
+
+    def change(_: dict[str, Any], files: Path) -> None:
+        text = (files / "config.json").read_text()
+        (files / "config.json").write_text(text.replace('"n_layer": 2', '"n_layer": 3'))
+
+    sealed(folder / "step", change)
     return folder / "step"
 
 
@@ -238,10 +242,10 @@ def no_checkpoint(folder: Path) -> Path:
 REFUSED = {
     "missing": (lambda folder: folder / "nowhere", "nowhere is not a complete checkpoint: there is no such folder"),
     "not of the job": (not_of_the_job, "other contains no config.json: it was not written by this version of"),
-    "garbage": (garbage, "step: rank 0: UnpicklingError: Weights only load failed: the checkpoint is damaged"),
-    "garbled metadata": (garbled_metadata, "step: rank 0: AssertionError: metadata is None: the checkpoint is damaged"),
-    "garbled tokenizer": (garbled_tokenizer, "step: tokenizer.json cannot be read ("),
-    "garbled config": (garbled_config, "step cannot be exported: It looks like the config file at"),
+    "garbage": (garbage, "step: shard-00000.bin is not as it was written: the checkpoint is damaged"),
+    "garbled index": (garbled_index, "step: index.json is not as it was written: the checkpoint is damaged"),
+    "garbled tokenizer": (garbled_tokenizer, "step: tokenizer.json is not as it was written"),
+    "garbled config": (garbled_config, "step: config.json is not as it was written"),
     "truncated": (truncated, "bytes, the manifest says "),
     "another model": (other_config, "transformer.h.2.ln_1.weight is in the model, not in the checkpoint"),
     "a run without one": (no_checkpoint, "run/checkpoints has no complete checkpoint: it is empty"),

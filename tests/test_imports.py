@@ -140,7 +140,7 @@ LEVELS = (
     {"engine"},
     {"job"},
     {"integrations", "plan", "report", "robustness", "sharpness"},
-    {"train", "export", "jacobian"},
+    {"train", "export", "jacobian", "prepare", "verify"},
     {"distopt"},  # its __init__.py, which has the public names
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}

@@ -229,4 +229,52 @@ def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.suffix == ".so"] == [made]
     finally:
         build.library.cache_clear()
-    assert [f.name for f in (tmp_path / "distopt").iterdir()] == [file.name]  # nothing half made is left
+    assert [f.name for f in (tmp_path / "distopt" / "kernels").iterdir()] == [file.name]  # nothing half made is left
+
+
+@pytest.mark.parametrize("planted", ["folder", "library"])
+def test_a_library_that_another_user_could_have_put_there_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    try:
+        build.library()
+        (file,) = tmp_path.rglob("*.so")
+        (file if planted == "library" else file.parent).chmod(0o777)
+        loaded = []
+        monkeypatch.setattr(build.ctypes, "CDLL", lambda path: loaded.append(path))
+        build.library.cache_clear()
+        build.library()
+        assert len(loaded) == 1 and not loaded[0].startswith(("/proc/self/fd", str(tmp_path)))
+    finally:
+        monkeypatch.undo()
+        build.library.cache_clear()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF broken"])
+def test_a_broken_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """As a crash of the machine leaves it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    try:
+        with pytest.MonkeyPatch.context() as patch:  # what is loaded once stays loaded, whatever becomes of the file
+            patch.setattr(build.ctypes, "CDLL", lambda path: None)
+            build.library()
+        (file,) = tmp_path.rglob("*.so")
+        assert file.parent.stat().st_mode & 0o777 == 0o700
+        file.write_bytes(content)
+        build.library.cache_clear()
+        assert build.library() is not None and file.stat().st_size > 1000
+    finally:
+        build.library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", [" ", "'cc"])
+def test_a_compiler_that_is_no_command_is_the_fallback(monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+    monkeypatch.setenv("CC", compiler)
+    build.library.cache_clear()
+    try:
+        assert (build.library() is None) == (compiler == "'cc")
+    finally:
+        build.library.cache_clear()

@@ -82,3 +82,32 @@ def test_a_launch_that_is_asked_to_stop_resumes_bit_for_bit(cwd: Path) -> None:
     jobs.train(cwd, 2, name="unbroken", **more)
     assert losses(run)[-5:] == losses(cwd / "runs" / "unbroken")[-5:]
     assert [step for step, *_ in losses(run)] == list(range(1, stopped + 6))
+
+
+def slow_manifest(seconds: float) -> None:
+    """Makes the end of a save take so long that a signal can come in between."""
+    from distopt.checkpoint import manifest
+
+    write = manifest.write
+
+    def slowly(*args: Any) -> None:
+        time.sleep(seconds)
+        write(*args)
+
+    manifest.write = slowly
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it(cwd: Path) -> None:
+    changes = {"train__steps": "4", "evaluation__every": "4", "checkpoint__every": "4", "engine": "fsdp2"}
+    words = overrides(name="late", checkpoint__asynchronous="true", **changes)
+    job = jobs.start(cwd, words, 2, slow_manifest, 5.0)
+    checkpoint = cwd / "runs" / "late" / "checkpoints" / "step_00000004"
+    try:
+        until(lambda: bool(list(checkpoint.glob("*/training.pt"))), job.processes[1].is_alive)
+        for process in job.processes:
+            os.kill(process.pid or 0, signal.SIGTERM)
+        ended = job.wait()
+    finally:
+        job.kill()
+    assert [rank.code for rank in ended] == [0, 0], [rank.err for rank in ended]
+    assert (checkpoint / "manifest.json").is_file()

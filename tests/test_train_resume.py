@@ -59,14 +59,14 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_resumes_from_the_on
     same |= {"sam__interval": "3", "train__steps": "9"}
     train(cwd, 2, name="unbroken", **same)
     unbroken = cwd / "runs" / "unbroken"
-    for rank, file in ((1, ".distcp"), (0, "manifest.json")):
+    for rank, file in ((1, ".bin"), (0, "manifest.json.new")):
         name = f"killed-{rank}{file}"
         broken = cwd / "runs" / name
         ended = jobs.run(cwd, overrides(name=name, **same), 2, die_in_save, 8, file, rank)
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
-        assert checkpoints(broken) == ["step_00000004", "step_00000008.tmp"]
+        assert checkpoints(broken) == ["step_00000004", "step_00000008"]
         ended = train(cwd, 2, name=name, train__resume="auto", **same)
-        said = "step_00000008.tmp: it was not written to its end; resuming from step_00000004"
+        said = "step_00000008: it has no manifest.json, so it was not written to its end; resuming from step_00000004"
         assert said in ended[0].out.splitlines()
         assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
         assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
@@ -76,13 +76,16 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_resumes_from_the_on
 def test_a_half_written_checkpoint_is_passed_over(finished: Path, cwd: Path) -> None:
     """It says which, resumes from the one before, and comes to the same numbers."""
     done = copied(finished, cwd)
-    shard = next((done / "checkpoints" / "step_00000008").glob("*.distcp"))
+    shard = next((done / "checkpoints" / "step_00000008").glob("*/shard-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    (done / "checkpoints" / "step_00000010.tmp").mkdir()  # what a kill in the middle of a save leaves
+    (done / "checkpoints" / "step_00000010" / "01234567").mkdir(
+        parents=True
+    )  # what a kill in the middle of a save leaves
     before = rows(done, losses_only=True)
 
     out = train(cwd, train__resume="auto", **LONGER)[0].out
-    assert "step_00000010.tmp: it was not written to its end; resuming from step_00000004" in out
+    said = "step_00000010: it has no manifest.json, so it was not written to its end; resuming from step_00000004"
+    assert said in out
     assert re.search(rf"step_00000008: {shard.name} is \d+ bytes, the manifest says \d+; resuming from step_0+4\n", out)
     assert f"resuming after step 4 from {done / 'checkpoints' / 'step_00000004'}" in out
     after = rows(done, losses_only=True)

@@ -15,8 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
 from distopt.engine import FSDP2, units
-from distopt.engine.units import grouped, shard_dim, unit_bytes
+from distopt.engine.units import grouped, unit_bytes
 from distopt.layout import global_indices
+from distopt.layout.places import shard_dim
 from distopt.models.language_model import LanguageModel
 from distopt.plan.footprint import Param, numel, shards
 from tests.harness.distributed import run

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
+from distopt.engine import FSDP2
 from distopt.models.language_model import LanguageModel, blocks
+from tests.harness.distributed import run
 
 SIZES = {
     "vocab_size": 64,
@@ -94,6 +97,50 @@ def test_a_folder_gives_the_model_that_was_saved(tmp_path: Path, family: str) ->
         assert all(torch.equal(t, other.state_dict()[name]) for name, t in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+
+
+def filled_by_shares(folder: Path) -> tuple[float, dict[str, np.ndarray]]:
+    """The share of the bytes that this rank has read, and the weights of the model under FSDP2."""
+    language_model, engine = LanguageModel(path=str(folder)), FSDP2()
+    model = language_model.empty(language_model.describe(1))
+    cpu = torch.device("cpu")
+    engine.build(
+        model, blocks(model), lambda unit, device: language_model.fill(model, unit, device, share=engine.share()), cpu
+    )
+    size = sum(value.nbytes for value in load_file(folder / "model.safetensors").values())
+    assert language_model._weights is not None
+    full = {
+        name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in model.state_dict().items()
+    }
+    return language_model._weights.bytes_read / size, {name: value.numpy() for name, value in full.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_rank_reads_its_own_rows(tmp_path: Path, family: str) -> None:
+    made(family).save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for share, weights in run(3, filled_by_shares, tmp_path):
+        assert share <= 1.3 / 3
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            assert np.array_equal(value, expected[name].numpy()), name
+
+
+def test_rows_that_another_rank_reads_are_not_a_number(tmp_path: Path) -> None:
+    """So that an engine that shards otherwise than by rows is found by its first loss."""
+    made("mixtral").save_pretrained(tmp_path)
+    language_model = LanguageModel(path=str(tmp_path))
+    model = language_model.empty(language_model.describe(1))
+    for unit in (*blocks(model), model):
+        language_model.fill(model, unit, torch.device("cpu"), share=(1, 4))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    partial = 0
+    for name, value in model.state_dict().items():
+        own = value.chunk(4)[1]
+        assert torch.equal(own, expected[name].chunk(4)[1]), name
+        others = [each for i, each in enumerate(value.chunk(4)) if i != 1]
+        partial += all(each.isnan().all() for each in others)
+    assert partial > 10
 
 
 def quantized_fp8(folder: Path) -> None:

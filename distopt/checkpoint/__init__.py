@@ -3,15 +3,18 @@
 from distopt.checkpoint.folder import checkpoint_path, latest_checkpoint, prune_checkpoints
 from distopt.checkpoint.load import load_checkpoint, load_model, load_weights
 from distopt.checkpoint.save import Saving, async_save_checkpoint, save_checkpoint
+from distopt.checkpoint.verify import intact_checkpoint, verify
 
 __all__ = [
     "Saving",
     "async_save_checkpoint",
     "checkpoint_path",
+    "intact_checkpoint",
     "latest_checkpoint",
     "load_checkpoint",
     "load_model",
     "load_weights",
     "prune_checkpoints",
     "save_checkpoint",
+    "verify",
 ]

@@ -1,115 +1,147 @@
-"""The folders of checkpoints: their names, the newest complete one, and pruning."""
+"""The folders of checkpoints: their names, the newest complete one, and pruning.
+
+    step_00000200/manifest.json          written last, at once: without it there is no checkpoint
+    step_00000200/<nonce>/index.json     where each piece of each tensor is
+                          shard-00000.bin, shard-00001.bin, ...      one of each rank
+                          training.pt    param groups, schedule, random numbers
+                          config.json, tokenizer.json, ...           small files, for `distopt.export`
+
+A save over an earlier checkpoint writes into a folder of a new name, so that the earlier one stays complete until the
+new manifest replaces its own. Nothing is renamed, since object stores cannot.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import shutil
+import uuid
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distopt import collective
 from distopt.bounds import integer
+from distopt.checkpoint import index as indices
 from distopt.checkpoint import manifest
+from distopt.checkpoint.storage import PathLike, Storage, is_url, join, storage
 
 TRAINING = "training.pt"
-_STEP = re.compile(r"(step_(\d+))(\.tmp|\.old)?")
+_STEP = re.compile(r"(step_(\d+))(\.tmp|\.old)?")  # with what killed saves of format 1 have left
+_NONCE = re.compile(r"[0-9a-f]{8}")
 
 
-def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """Returns the path at which `latest_checkpoint` finds the checkpoint of a step: folder/step_00000200."""
-    return Path(folder) / f"step_{step:08d}"
+def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Any:
+    """Returns the path at which `latest_checkpoint` finds the checkpoint of a step: folder/step_00000200.
+
+    It is text for a URL, and a Path otherwise.
+    """
+    return join(folder, f"step_{step:08d}")
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+def latest_checkpoint(folder: str | os.PathLike[str], skip: Collection[str] = ()) -> tuple[Any, list[str]]:
     """Finds the newest complete checkpoint in a folder.
 
     The newest is that of the highest step in a name given by `checkpoint_path`. A checkpoint is complete if its
-    manifest can be read and every file has the recorded size; contents are not compared. An unfinished one (`.tmp`),
-    whose save was killed or is still running, counts as broken, unless an older version of it exists.
+    manifest can be read and every file has the recorded size; contents are not compared: `intact_checkpoint` does.
 
     Two ranks may see the file system in different states: call this on rank 0 and broadcast the result.
+
+    Args:
+        folder: A local folder, or a URL of fsspec.
+        skip: Names of checkpoints to pass over, without a line.
 
     Returns:
         The path, or None without a complete checkpoint or without the folder; and one line for each newer checkpoint
         that is broken, newest first.
     """
     broken: list[str] = []
-    for path in _newest_first(Path(folder)):
-        versions = _versions(path)
-        if not versions:
-            broken.append(f"{unfinished(path).name}: it was not written to its end")
-        for version in versions:
-            reason = _problem(version)
-            if reason is None:
-                return version, broken
-            broken.append(f"{version.name}: {reason}")
+    for name in _newest_first(folder):
+        if name in skip:
+            continue
+        reason = _problem(storage(join(folder, name)))
+        if reason is None:
+            return join(folder, name), broken
+        broken.append(f"{name}: {reason}")
     return None, broken
 
 
-def open_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of a complete checkpoint and its manifest; raises ValueError if it is not complete."""
-    folder = next(iter(_versions(path)), path)
+def open_checkpoint(path: PathLike) -> dict[str, Any]:
+    """Returns the manifest of a complete checkpoint; raises ValueError if it is not complete."""
     try:
-        return folder, manifest.read(folder)
+        return manifest.read(storage(path))
     except ValueError as error:
-        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a complete checkpoint: {error}") from error
 
 
-def unfinished(path: Path) -> Path:
-    """The folder in which a checkpoint is written; the same name on every rank, without communication."""
-    return _sibling(path, ".tmp")
+def small_files(path: PathLike) -> dict[str, bytes]:
+    """Returns the files that were given to `save_checkpoint`, by name, after a comparison with their checksums.
+
+    Raises:
+        ValueError: If the checkpoint is not complete, or one of them is damaged.
+    """
+    content = open_checkpoint(path)
+    files = manifest.files_of(storage(path), content)
+    own = (TRAINING, indices.NAME, indices.DCP_METADATA)
+    names = [name for name in content["files"] if name not in own and not name.endswith((".bin", ".distcp"))]
+    try:
+        manifest.check_files(storage(path), content, names)
+        return {name: files.read(name) for name in names}
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def begin(path: Path) -> None:
-    """Creates the empty folder in which a checkpoint is written.
+def begin(path: PathLike) -> str:
+    """Creates the folder into which the files of a checkpoint are written; returns its name.
 
     Raises:
         ValueError: If `path` exists and is not a checkpoint, since replacing it would delete it.
     """
-    if path.exists() and not _is_ours(path):
+    where, nonce = storage(path), uuid.uuid4().hex[:8]
+    if where.exists() and not _is_ours(where):
         raise ValueError(f"{path} exists and is not a checkpoint: choose another name")
-    remove(unfinished(path))
-    unfinished(path).mkdir(parents=True)
+    where.folder(nonce).make()
+    return nonce
 
 
-def finish(path: Path, training: Mapping[str, Any], content: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-    """Completes an unfinished checkpoint and renames it to `path`, then removes an earlier one of that name.
+def put(where: Storage, name: str, data: bytes) -> tuple[int, int]:
+    """Writes a small file; returns its size and its CRC-32."""
+    with where.create(name) as file:
+        file.write(data)
+    return len(data), zlib.crc32(data)
 
-    A folder cannot atomically replace another one, so for a moment the earlier one is `.old`, which readers look at
-    too.
-    """
-    half, old = unfinished(path), _sibling(path, ".old")
-    for name, data in files.items():
-        with open(half / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    with open(half / TRAINING, "wb") as file:
-        torch.save(dict(training), file)
-        file.flush()
-        os.fsync(file.fileno())
-    manifest.write(half, content)
-    _sync(half)
-    if _problem(path) is None:
-        remove(old)
-        os.rename(path, old)
-    else:
-        remove(path)  # `.old` may be the only complete version, and stays until the new one is renamed
-    os.rename(half, path)
-    _sync(path.parent)
-    remove(old)
+
+def finish(path: PathLike, nonce: str, content: Mapping[str, Any], files: Mapping[str, tuple[int, int]]) -> None:
+    """Completes a checkpoint by its manifest, then removes the files of an earlier one of this name."""
+    where = storage(path)
+    where.folder(nonce).sync()
+    where.sync()
+    manifest.write(where, nonce, content, files)
+    if not is_url(path):
+        storage(Path(path).absolute().parent).sync()
+    for name in where.names():
+        if name not in (nonce, manifest.NAME):
+            remove(where, name)
+
+
+def abandon(path: PathLike, nonce: str) -> None:
+    """Removes what a failed save has written, since a full disk needs the space; nothing if it came to its manifest."""
+    where = storage(path)
+    with contextlib.suppress(ValueError):
+        if manifest.read(where)["folder"] == nonce:
+            return
+    remove(where, nonce)
+    if where.is_folder() and not where.names():
+        remove(where)
 
 
 def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     """Removes all but the newest `keep` complete checkpoints, and the remains of killed saves. Only rank 0 removes.
 
-    Checkpoints newer than the oldest that is kept stay even if they are broken. A folder that cannot be removed causes
-    a warning.
+    Checkpoints newer than the oldest that is kept stay even if they are damaged, unless they have no manifest. A folder
+    that cannot be removed causes a warning.
 
     Raises:
         ValueError: If `keep` is not an integer >= 1.
@@ -118,65 +150,45 @@ def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     if collective.rank() != 0:
         return
     complete = 0
-    for path in _newest_first(Path(folder)):
-        remove(unfinished(path))
-        if complete == keep:
-            remove(path)
-        if complete == keep or _problem(path) is None:
-            remove(_sibling(path, ".old"))
-        complete = min(keep, complete + any(_problem(version) is None for version in _versions(path)))
+    for name in _newest_first(folder):
+        where = storage(join(folder, name))
+        if complete == keep or manifest.NAME not in where.names():
+            remove(where)
+        elif _problem(where) is None:
+            complete += 1
 
 
-def remove(path: Path) -> None:
-    """Removes the folder of a checkpoint if it exists; warns on failure, which is no reason to end a run."""
-    if not path.exists():
-        return
+def remove(where: Storage, name: str = "") -> None:
+    """Removes the folder of a checkpoint, or a name in it; warns on failure, which is no reason to end a run."""
     try:
-        if not _is_ours(path):
+        if not _is_ours(where):
             raise OSError("it is not a checkpoint")
-        shutil.rmtree(path)  # from the first removed file on, it is no longer complete
+        if not name and manifest.NAME in where.names():
+            where.remove(manifest.NAME)  # from here on it is no longer complete
+        where.remove(name)
     except OSError as error:
-        warnings.warn(f"{path} could not be removed: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{where.path} could not be removed: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _versions(path: Path) -> list[Path]:
-    """The existing versions of a checkpoint: its own folder, then the one that a killed `finish` set aside."""
-    return [version for version in (path, _sibling(path, ".old")) if version.exists()]
-
-
-def _problem(path: Path) -> str | None:
-    """The reason why a folder is not a complete checkpoint; None if it is complete."""
+def _problem(where: Storage) -> str | None:
+    """Returns the reason why a folder is not a complete checkpoint; None if it is complete."""
     try:
-        manifest.read(path)
+        manifest.read(where)
     except ValueError as error:
         return str(error)
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    """The paths of all checkpoints of which any version exists, complete or not."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = {match[1]: int(match[2]) for match in map(_STEP.fullmatch, names) if match}
-    return [folder / name for name in sorted(found, key=lambda name: (found[name], name), reverse=True)]
+def _newest_first(folder: PathLike) -> list[str]:
+    """Returns the names of all checkpoints, complete or not."""
+    found = {match[0]: int(match[2]) for match in map(_STEP.fullmatch, storage(folder).names()) if match}
+    return sorted(found, key=lambda name: (found[name], name), reverse=True)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a path is a checkpoint, complete or not, or an empty folder."""
-    if not path.is_dir():
+def _is_ours(where: Storage) -> bool:
+    """Returns whether this is the folder of a checkpoint, complete or not, or an empty folder."""
+    if not where.is_folder():
         return False
-    names = os.listdir(path)
-    own = {manifest.NAME, TRAINING, ".metadata"}
-    return not names or any(name in own or name.endswith(".distcp") for name in names)
-
-
-def _sibling(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the entries of a folder durable, as fsync does for the contents of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    names = where.names()
+    own = {manifest.NAME, TRAINING, indices.DCP_METADATA}
+    return not names or any(name in own or _NONCE.fullmatch(name) or name.endswith(".distcp") for name in names)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distopt import collective
-from distopt.checkpoint import folder as checkpoint_folder
-from distopt.checkpoint import manifest
+from distopt.checkpoint import flat, manifest, shards
+from distopt.checkpoint import index as indices
+from distopt.checkpoint.folder import TRAINING, open_checkpoint
+from distopt.checkpoint.plain import loads
 from distopt.checkpoint.save import contents_of, schedule_kind
-from distopt.checkpoint.torch_dcp import torch_dcp
+from distopt.checkpoint.storage import storage
+from distopt.checkpoint.verify import damage
 from distopt.rng import RandomState, set_random_state
+
+_TRAINING = ("param_groups", "schedule", "random")
 
 
 def load_checkpoint(
@@ -27,24 +30,25 @@ def load_checkpoint(
     The number of processes and the engine may differ from those of the save. As with `load_state_dict`, the param
     groups take the saved hyper-parameters (lr, and the schedule's `initial_lr`): set those that are to differ after
     loading. Gradients stay as they are. The random number generators are restored if the number of processes is that of
-    the save, and left alone otherwise. Load only checkpoints that you trust: parts of them are pickled.
+    the save, and left alone otherwise.
+
+    All files are compared with their checksums first, each rank reading its share of them. Nothing in a checkpoint runs
+    code when it is loaded.
 
     Returns:
         The `extra` of the save.
 
     Raises:
-        ValueError: On every rank and before anything is changed, for an incomplete checkpoint, and for one of another
-            model (naming the first parameter that differs), of another optimizer (class, state or param groups) or of
-            another schedule.
+        ValueError: On every rank and before anything is changed, for a checkpoint that is incomplete or damaged, and
+            for one of another model (naming the first parameter that differs), of another optimizer (class, state or
+            param groups) or of another schedule.
         RuntimeError: If a rank cannot read the checkpoint; the model must not be used afterwards.
     """
     contents = contents_of(model, optimizer)
     optimizer = contents.optimizer
-    folder, content = collective.on_first(lambda: checkpoint_folder.open_checkpoint(Path(path)))
+    content = _opened(path)
     training: dict[str, Any] = {}
-    # weights_only would refuse the state of some schedules, and add no safety: DCP's .metadata is a pickle.
-    source = folder / checkpoint_folder.TRAINING
-    collective.on_all(lambda: training.update(_unpickled(source)))
+    collective.on_all(lambda: training.update(_training(path, content)))
     try:
         manifest.check_model(content["parameters"], manifest.described(contents.tensors))
         manifest.check_optimizer(content, type(optimizer).__name__, contents.state)
@@ -53,11 +57,10 @@ def load_checkpoint(
         manifest.check_state(content["state"], described)
         manifest.check_schedule(content["schedule"], schedule_kind(schedule))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
     read = contents.to_fill(content["state"])
-    with torch_dcp(folder) as dcp:
-        dcp.load(read, checkpoint_id=folder)
+    collective.on_all(lambda: _read(path, content, read, training))
     contents.fill(read, training["param_groups"])
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
@@ -66,46 +69,74 @@ def load_checkpoint(
     return content["extra"]
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Loads the weights of a checkpoint into a model, wrapped or sharded. Every rank must call it.
 
     Raises:
-        ValueError: On every rank and before anything is changed, for an incomplete checkpoint, and for one of another
-            model (naming the first parameter that differs).
+        ValueError: On every rank and before anything is changed, for a checkpoint that is incomplete or damaged, and
+            for one of another model (naming the first parameter that differs).
     """
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     tensors = get_model_state_dict(model)
-    folder, content = collective.on_first(lambda: checkpoint_folder.open_checkpoint(path))
+    content = _opened(path)
     try:
         manifest.check_model(content["parameters"], manifest.described(tensors))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     read = {"model": tensors}
-    with torch_dcp(folder) as dcp:
-        dcp.load(read, checkpoint_id=folder)
+    training: dict[str, Any] = {}
+    collective.on_all(lambda: training.update(_training(path, content)))
+    collective.on_all(lambda: _read(path, content, read, training))
     set_model_state_dict(model, read["model"])
 
 
-def _unpickled(file: Path) -> dict[str, Any]:
-    """Reads what `torch.save` wrote; raises ValueError for a damaged file."""
-    try:
-        return dict(torch.load(file, map_location="cpu", weights_only=False))
-    except OSError:
-        raise
-    except Exception as error:  # of any class, by what the bytes happen to say
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{file} cannot be read ({reason}): the checkpoint is damaged, take another") from error
-
-
-def load_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors, in place and in their own dtypes, with the model's tensors of these names in a complete
-    checkpoint.
+def load_weights(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """Fills tensors, in place and in their own dtypes, with the model's tensors of these names in a checkpoint.
 
     For a single process without a process group.
 
     Raises:
-        RuntimeError: If a tensor cannot be read; none of them must be used afterwards.
+        ValueError: If the checkpoint is incomplete or damaged; if a tensor cannot be read, in which case none of them
+            must be used afterwards.
     """
-    with torch_dcp(path) as dcp:
-        dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)
+    content = _opened(path)
+    _read(path, content, {"model": tensors}, _training(path, content))
+
+
+def _opened(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint whose files are as they were written; raises ValueError on every rank."""
+    content = collective.on_first(lambda: open_checkpoint(path))
+    if reason := damage(path, content):
+        raise ValueError(f"{path}: {reason}: the checkpoint is damaged, take another")
+    return content
+
+
+def _training(path: str | os.PathLike[str], content: dict[str, Any]) -> dict[str, Any]:
+    """Reads training.pt; raises ValueError if it cannot be read."""
+    where = manifest.files_of(storage(path), content)
+    try:
+        found = loads(where.read(TRAINING))
+        return {"scalars": [], "objects": {}, **{name: found[name] for name in _TRAINING}, **found}
+    except Exception as error:  # of any class, by what the bytes happen to say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{path}: {TRAINING} cannot be read ({reason}): the checkpoint is damaged, take another"
+        ) from error
+
+
+def _read(
+    path: str | os.PathLike[str], content: dict[str, Any], contents: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """Fills this rank's part of the tensors of a checkpoint; raises ValueError if some cannot be read."""
+    where = manifest.files_of(storage(path), content)
+    parts = flat.split(contents)
+    try:
+        index = indices.read(where, content["format"])
+        # Format 1 has scalars among its tensors.
+        scalars = {name: value for name, value in flat.scalars(contents).items() if name in index}
+        shards.fill(where, index, {**parts.tensors, **scalars})
+    except Exception as error:  # of any class, by what the bytes happen to say
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: {reason}: the checkpoint is damaged, take another") from error
+    flat.fill_rest(contents, training["scalars"], training["objects"])

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-# The version of the format of the folder, not of distopt.
-FORMAT = 1
+from distopt.checkpoint.shards import checksum
+from distopt.checkpoint.storage import Storage
+
+# The version of the format of the folder, not of distopt. Format 1, which is read too, has its tensors as torch's
+# distributed checkpoints (DCP) have them, its files beside the manifest, and no checksums.
+FORMAT = 2
 NAME = "manifest.json"
+_PLAIN = re.compile(r"\.metadata|\w[\w.-]*", re.ASCII)
+_KEYS = ("extra", "optimizer", "parameters", "schedule", "state", "world_size")
 
 
 def described(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,41 +41,106 @@ def checked(extra: Mapping[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def write(folder: Path, content: Mapping[str, Any]) -> None:
-    """Completes a folder with its manifest: the content, and the size in bytes of every file."""
-    files = {entry.name: entry.stat().st_size for entry in sorted(folder.iterdir())}
-    content = {"format": FORMAT, **content, "files": files}
+def write(storage: Storage, folder: str, content: Mapping[str, Any], files: Mapping[str, Sequence[int]]) -> None:
+    """Completes a checkpoint by its manifest, which replaces that of an earlier one at once.
+
+    Args:
+        storage: The checkpoint.
+        folder: The name of the folder of its files.
+        content: The description of its contents.
+        files: The size in bytes and the CRC-32 of each file, by name.
+    """
+    content = {"format": FORMAT, **content, "folder": folder, "files": dict(sorted(files.items()))}
     rows = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
-    with open(folder / NAME, "w") as file:
-        file.write("{\n" + ",\n".join(rows) + "\n}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = ("{\n" + ",\n".join(rows) + ",\n").encode()
+    storage.replace(NAME, text + _ending(text))
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a complete checkpoint, in which every file has the recorded size.
+def read(storage: Storage) -> dict[str, Any]:
+    """Reads the manifest of a complete checkpoint, all of whose files have the recorded size.
+
+    Contents are not compared with their checksums, except the manifest itself: `check_files` does.
 
     Raises:
         ValueError: With the reason in one line, if the checkpoint is not complete.
     """
-    if not folder.is_dir():
+    if not storage.is_folder():
         raise ValueError("there is no such folder")
     try:
-        manifest = json.loads((folder / NAME).read_text())
-        version, files = manifest["format"], manifest["files"]
-        found = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+        manifest = _parsed(storage.read(NAME))
     except FileNotFoundError:
         raise ValueError(f"it has no {NAME}, so it was not written to its end") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of any class, by what the bytes happen to say
         raise ValueError(f"its {NAME} cannot be read: {error!r}") from error
-    if version != FORMAT:
-        raise ValueError(f"it has format {version}, this version of distopt reads {FORMAT}")
-    for name, size in files.items():
-        if found[name] is None:
+    inner = files_of(storage, manifest)
+    for name, (size, *_) in manifest["files"].items():
+        try:
+            found = inner.size(name)
+        except Exception as error:  # of any class, by the file system
+            raise ValueError(f"{name} cannot be read: {error!r}") from error
+        if found is None:
             raise ValueError(f"{name} is missing")
-        if found[name] != size:
-            raise ValueError(f"{name} is {found[name]} bytes, the manifest says {size}")
+        if found != size:
+            raise ValueError(f"{name} is {found} bytes, the manifest says {size}")
     return manifest
+
+
+def files_of(storage: Storage, manifest: Mapping[str, Any]) -> Storage:
+    """Returns the folder of a checkpoint's files: that of the manifest itself in format 1."""
+    return storage.folder(manifest["folder"]) if manifest["folder"] else storage
+
+
+def check_files(storage: Storage, manifest: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Compares files with their checksums.
+
+    Args:
+        storage: The checkpoint.
+        manifest: Its manifest.
+        names: The names of the files; None for all.
+
+    Raises:
+        ValueError: For the first file that differs or cannot be read, whatever the error, naming it. Format 1 has no
+            checksums, and only what cannot be read is found.
+    """
+    inner = files_of(storage, manifest)
+    for name in manifest["files"] if names is None else names:
+        size, *recorded = manifest["files"][name]
+        try:
+            found = list(checksum(inner, name))
+        except Exception as error:  # of any class, by the file system
+            raise ValueError(f"{name} cannot be read: {error!r}") from error
+        if found[: 1 + len(recorded)] != [size, *recorded]:
+            raise ValueError(f"{name} is not as it was written")
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """Returns a manifest with `files` as lists and `folder`, after a check of its own checksum.
+
+    Raises:
+        Exception: Of any class, if the bytes are not those of a manifest.
+    """
+    manifest: dict[str, Any] = json.loads(data)
+    version = manifest["format"]
+    if version == 1:
+        manifest["files"] = {name: [size] for name, size in manifest["files"].items()}
+        manifest["folder"] = ""
+    elif version == FORMAT:
+        text = data[: data.rindex(b'"checksum"')]
+        if data[len(text) :] != _ending(text):
+            raise ValueError("it has changed since it was written")
+        del manifest["checksum"]
+    else:
+        raise ValueError(f"it has format {version}, this version of distopt reads {FORMAT}")
+    for name in [*manifest["files"], *filter(None, [manifest["folder"]])]:
+        if not _PLAIN.fullmatch(name):  # it is joined to a path
+            raise ValueError(f"{name!r} is no plain name of a file")
+    if missing := [key for key in _KEYS if key not in manifest]:
+        raise ValueError(f"it has no {missing[0]}")
+    return manifest
+
+
+def _ending(text: bytes) -> bytes:
+    return f'"checksum": "{zlib.crc32(text):08x}"\n}}\n'.encode()
 
 
 def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distopt import collective
+from distopt.checkpoint import flat, manifest, shards
 from distopt.checkpoint import folder as checkpoint_folder
-from distopt.checkpoint import manifest
 from distopt.checkpoint.contents import Contents
 from distopt.checkpoint.deepspeed import FlatContents
-from distopt.checkpoint.torch_dcp import torch_dcp
+from distopt.checkpoint.pieces import Plans, pieces
+from distopt.checkpoint.plain import checked, plain
+from distopt.checkpoint.storage import PathLike
+from distopt.checkpoint.writing import Writing
 from distopt.layout import FlatLayout, unwrap_optimizer
+from distopt.layout.names import bare_parameters
 from distopt.optim.base import ShardedOptimizer
 from distopt.rng import current_gpu, random_state
 from distopt.version import __version__
+
+_plans = Plans()
+_buffers: list[Tensor] = []  # of host memory, for saves in the background
 
 
 def save_checkpoint(
@@ -35,24 +41,29 @@ def save_checkpoint(
     schedule: LRScheduler | None = None,
     extra: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> Path:
+) -> Any:
     """Saves a run as one folder. Every rank must call it, on a file system that all ranks share.
 
-    Each rank writes its own shards; replicated tensors are divided among the ranks. The folder is renamed to `path`
-    once it is complete and on disk. If a save fails or is killed before that, an earlier checkpoint of this name stays
-    as it was, and at most a `.tmp` folder is left, which the next save or `prune_checkpoints` removes.
+    Each rank writes its own shards; replicated tensors are divided among the ranks, at the first save of a model once
+    for all. The checkpoint is complete once its manifest is written, after everything else is on disk. If a save fails
+    or is killed before that, an earlier checkpoint of this name stays as it was, and at most a folder without a
+    manifest is left, which `prune_checkpoints` removes.
+
+    Every file has a checksum in the manifest, the manifest has its own, and the fingerprint of what was saved stands
+    beside them.
 
     The random number generators are saved for every rank. A save changes nothing in memory, except that optimizers of
     distopt create the state that they have not created yet, zeros.
 
     Args:
-        path: The folder; use `checkpoint_path` so that `latest_checkpoint` finds it. An earlier checkpoint is replaced.
+        path: The folder, local or a URL of fsspec such as `s3://bucket/run/step_00000200`; use `checkpoint_path` so
+            that `latest_checkpoint` finds it. An earlier checkpoint is replaced.
         model: A plain model, or one wrapped for DDP, FSDP2 or DeepSpeed. DeepSpeed's flat partitions are reassembled
             one parameter at a time, so that checkpoints do not depend on the engine: weights are float32 wherever they
             are trained in float32. Buffers that differ between ranks are saved from one of them.
         optimizer: An optimizer of distopt, a `SAM` around one, or a torch optimizer whose state consists of tensors and
             numbers. Its param groups are saved too, lr included.
-        schedule: A schedule, whose `state_dict` is saved.
+        schedule: A schedule, whose `state_dict` is saved; it consists of numbers, text, lists and dictionaries.
         extra: A small JSON-serializable dictionary such as `{"step": 200}`, the same on every rank.
         files: Small files of rank 0 to store in the folder, by name. Loading ignores them.
 
@@ -60,21 +71,13 @@ def save_checkpoint(
         The path.
 
     Raises:
-        ValueError: If `extra` does not survive JSON, if `path` exists and is not a checkpoint, or if the optimizer does
-            not belong to the model.
+        ValueError: If `extra` does not survive JSON, if `path` exists and is not a checkpoint, if the optimizer does
+            not belong to the model, or if a state cannot be loaded without running code.
         RuntimeError: On every rank, if one of them could not write.
     """
-    path = Path(path)
-    contents, complete = _begin(path, model, optimizer, schedule, extra or {}, files or {})
-    unfinished = checkpoint_folder.unfinished(path)
-    try:
-        with torch_dcp(path) as dcp:
-            dcp.save(contents.saved(), checkpoint_id=unfinished)
-        collective.on_first(complete)
-    except Exception:
-        if collective.rank() == 0:  # every rank has raised, so none still writes, and a full disk needs the space
-            checkpoint_folder.remove(unfinished)
-        raise
+    saving = _begin(path, model, optimizer, schedule, extra or {}, files or {})
+    outcome = saving.write(saving.values, None)
+    collective.on_first(lambda: _raise(outcome))
     return path
 
 
@@ -88,17 +91,27 @@ def async_save_checkpoint(
 ) -> Saving:
     """Saves as `save_checkpoint` does, but in the background: returns once everything is copied to host memory.
 
-    This takes host memory for the rank's shards of weights and state. The folder is renamed to `path` as soon as it is
-    complete. Call `result()` on every rank before the next save starts, and before the process ends.
+    This takes host memory for the rank's shards of weights and state, which later saves use again. Call `result()` on
+    every rank before the next save starts, and before the process ends.
     """
-    path = Path(path)
-    contents, complete = _begin(path, model, optimizer, schedule, extra or {}, files or {})
-    with torch_dcp(path) as dcp:
-        # A group of its own, because the ranks communicate in the background while training continues.
-        writing = dcp.async_save(
-            contents.saved(), checkpoint_id=checkpoint_folder.unfinished(path), process_group=_background_group()
-        )
-    return Saving(path, writing, complete)
+    saving = _begin(path, model, optimizer, schedule, extra or {}, files or {})
+    buffer = _buffer(saving.plan.size)
+    staged = shards.stage(saving.plan, saving.values, buffer)
+    saving.values = {}  # they may change from now on
+    written: Future[None] = Future()
+
+    def write() -> None:
+        # In a group of its own, because the ranks communicate in the background while training continues.
+        outcome = saving.write(staged, group)
+        _buffers.append(buffer)
+        if outcome is None:
+            written.set_result(None)
+        else:
+            written.set_exception(outcome)
+
+    group = _background_group()
+    threading.Thread(target=write, name="distopt checkpoint").start()
+    return Saving(path, written)
 
 
 class Saving:
@@ -108,24 +121,12 @@ class Saving:
         path: The folder that the checkpoint will have.
     """
 
-    def __init__(self, path: Path, writing: Future[Any], complete: Callable[[], None]) -> None:
+    def __init__(self, path: Any, written: Future[None]) -> None:
         self.path = path
-        self._renamed: Future[None] = Future()
+        self._written = written
 
-        def rename(written: Future[Any]) -> None:  # on rank 0 the write ends after all ranks have written
-            try:
-                written.result()
-                if collective.rank() == 0:
-                    complete()
-            except BaseException as error:
-                self._renamed.set_exception(error)
-            else:
-                self._renamed.set_result(None)
-
-        writing.add_done_callback(rename)
-
-    def result(self) -> Path:
-        """Waits until the checkpoint is on disk under its final name. Every rank must call it.
+    def result(self) -> Any:
+        """Waits until the checkpoint is complete. Every rank must call it.
 
         Returns:
             The path.
@@ -133,34 +134,37 @@ class Saving:
         Raises:
             RuntimeError: On every rank, if one of them could not write.
         """
-
-        def wait() -> None:
-            with torch_dcp(self.path):
-                self._renamed.result()
-
-        collective.on_all(wait)
+        error = self._written.exception()
+        collective.on_first(lambda: _raise(error))
         return self.path
 
 
 def _begin(
-    path: Path,
+    path: PathLike,
     model: nn.Module,
     optimizer: Optimizer,
     schedule: LRScheduler | None,
     extra: Mapping[str, Any],
     files: Mapping[str, bytes],
-) -> tuple[Contents | FlatContents, Callable[[], None]]:
-    """Creates the folder; returns the tensors to write into it, and the function that completes it afterwards."""
+) -> Writing:
+    """Agrees on what each rank writes, and creates the folder."""
     contents = contents_of(model, optimizer)
     optimizer = contents.optimizer
-    every = collective.on_all(lambda: (manifest.checked(extra), random_state(*current_gpu()).state_dict()))
+    parts = flat.split(contents.saved())
+    values = dict(pair for name, tensor in parts.tensors.items() for pair in pieces(name, tensor))
+    every = collective.on_all(lambda: (manifest.checked(extra), _plans.token([*values])))
     if any(other != every[0][0] for other, _ in every):
         raise ValueError(f"extra must be the same on every rank, got {every[0][0]} on rank 0 and others elsewhere")
+    tokens = {token for _, token in every}
+    plan = _plans.get([*values], agreed=len(tokens) == 1 and None not in tokens)
     training = {
         "param_groups": contents.groups,
-        "schedule": None if schedule is None else copy.deepcopy(schedule.state_dict()),
-        "random": [state for _, state in every],
+        "schedule": None if schedule is None else schedule.state_dict(),
+        "scalars": parts.scalars,
+        "objects": parts.objects,
     }
+    # Now: what it contains changes in training. Every rank, so that all of them refuse the same.
+    training = checked(training, f"the state of {type(optimizer).__name__}, of the model or of the schedule")
     content = {
         "torch": str(torch.__version__),
         "distopt": __version__,
@@ -170,9 +174,26 @@ def _begin(
         "state": {name: manifest.described(buffers) for name, buffers in contents.state.items()},
         "schedule": schedule_kind(schedule),
         "extra": every[0][0],
+        "fingerprinted": [*bare_parameters(contents.model)],
     }
-    collective.on_first(lambda: checkpoint_folder.begin(path))
-    return contents, lambda: checkpoint_folder.finish(path, training, content, files)
+    nonce = collective.on_first(lambda: checkpoint_folder.begin(path))
+    return Writing(
+        path, nonce, plan, values, plain(random_state(*current_gpu()).state_dict()), content, training, files
+    )
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _buffer(size: int) -> Tensor:
+    """Returns host memory of at least this size in bytes, pinned where there is a GPU: that of an earlier save."""
+    while _buffers:
+        buffer = _buffers.pop()
+        if buffer.numel() >= size:
+            return buffer
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def contents_of(model: nn.Module, optimizer: Optimizer) -> Contents | FlatContents:

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 
 from distopt.bounds import SEED, integer, or_null
+from distopt.data.permutation import Permutation
 
 
 class Order:
     """The order in which `count` sequences are trained on: a pure function of (seed, step) at any number of ranks.
 
-    Each epoch is a permutation drawn from (seed, epoch). With batches of B sequences, step s trains on entries s B to
-    (s + 1) B of the endless concatenation of epochs, so that a batch may straddle two epochs.
+    Each epoch is a permutation drawn from (seed, epoch): NumPy's, or a keyed one without memory for more than `LARGE`
+    sequences. With batches of B sequences, step s trains on entries s B to (s + 1) B of the endless concatenation of
+    epochs, so that a batch may straddle two epochs.
 
     Args:
         count: The number of sequences.
@@ -24,6 +26,8 @@ class Order:
     Raises:
         ValueError: `seed` is negative.
     """
+
+    LARGE = 2**20
 
     def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:
         SEED.check("seed", seed, "numpy's generators accept no negative seed")
@@ -36,7 +40,14 @@ class Order:
         epochs = positions // self.count
         return np.concatenate([self._permutation(e)[positions[epochs == e] % self.count] for e in np.unique(epochs)])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must not change when a run is resumed, beyond the seed and the data."""
+        return {"order": f"keyed, above {self.LARGE} sequences"} if self.count > self.LARGE else {}
+
+    def _permutation(self, epoch: int) -> np.ndarray | Permutation:
+        if self.count > self.LARGE:
+            return Permutation(self.count, self.seed, epoch)
         # Cached for the current epoch: drawing it at every step would cost more than reading the data of the step.
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null
-from distopt.data import sources, token_cache, tokenizers
+from distopt.data import sources, token_cache, tokenizers, tokenizing
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.token_cache import Corpus
 
@@ -50,10 +50,13 @@ class TextData:
         """
         self._open()
 
-    def build(self) -> Corpus:
+    def build(self, processes: int = 1) -> Corpus:
         """Open the corpus, tokenizing the text first if it is not in the cache.
 
-        Several ranks may call this at once, but each of them may then tokenize the text: let one rank finish first.
+        If several processes of a machine call this at once, one of them tokenizes the text and the others wait.
+
+        Args:
+            processes: The number of processes that tokenize.
 
         Raises:
             ValueError: An argument is invalid, or the text cannot be read.
@@ -61,7 +64,7 @@ class TextData:
         source, tokenizer, key = self._open()
         folder = cache_folder(self.cache_dir) / f"{source.root.stem if self.path else 'stdlib'}-{key}"
         if not folder.is_dir():
-            token_cache.write(folder, source, tokenizer, self.validation_fraction)
+            tokenizing.write(folder, source, tokenizer, self.validation_fraction, processes)
         return Corpus.open(folder, tokenizer)
 
     def sequences(self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Sequences:

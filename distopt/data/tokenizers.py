@@ -88,6 +88,12 @@ class Tokenizer:
     def encode(self, pieces: Sequence[bytes]) -> list[np.ndarray]:
         """Return the tokens of each piece, uint32, without added special tokens; tokenizes the pieces in parallel."""
         texts = [piece.decode() for piece in pieces]
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # without the offsets, which take a third of the time
+            backend.no_truncation()
+            backend.no_padding()
+            rows = (row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False))
+            return [np.asarray(row, dtype=np.uint32) for row in rows]
         rows = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.asarray(row, dtype=np.uint32) for row in rows]
 

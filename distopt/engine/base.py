@@ -139,6 +139,13 @@ class Engine:
         """
         raise NotImplementedError
 
+    def share(self) -> tuple[int, int]:
+        """Returns the index of this process's rows of each parameter, and the number of shares; (0, 1) for all rows.
+
+        `build` may leave values of other rows out of account.
+        """
+        return 0, 1
+
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Returns a context for the forward and backward pass of a micro-batch.
 

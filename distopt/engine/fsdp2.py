@@ -12,6 +12,7 @@ from torch import nn
 from distopt.bounds import integer, or_null, switch
 from distopt.engine import units
 from distopt.engine.base import Engine
+from distopt.layout.places import shard_dim
 from distopt.sam import SAM
 
 
@@ -135,10 +136,14 @@ class FSDP2(Engine):
                 mesh=mesh,
                 mp_policy=policy,
                 reshard_after_forward=reshard,
-                shard_placement_fn=lambda p: Shard(units.shard_dim(p.shape, ranks)),
+                shard_placement_fn=lambda p: Shard(shard_dim(p.shape, ranks)),
             )
 
         return shard
+
+    def share(self) -> tuple[int, int]:
+        shards = dist.get_world_size() // max(1, self.replicas)
+        return dist.get_rank() % shards, shards
 
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         model.set_requires_gradient_sync(last or self.sync_each_batch)  # type: ignore[operator]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 _LEAST, _PER_RANK = 2**24, 2**18
-_PADDING = 1.05  # of the elements that a rank would have without padding
 
 
 class Ends(NamedTuple):
@@ -84,20 +83,3 @@ def _module(model: nn.Module, getter: str) -> nn.Module | None:
 def needs_no_weight_in_backward(embedding: nn.Module) -> bool:
     """Return whether the gradient of an embedding is computed without its weight: that of torch's own is."""
     return type(embedding).forward is nn.Embedding.forward and not any(True for _ in embedding.children())
-
-
-def shard_dim(shape: Sequence[int], ranks: int) -> int:
-    """Return the dimension along which a parameter is sharded.
-
-    The first one, by rows, unless that pads shards by more than 5 %, as it does the stacked weights of experts at more
-    ranks than experts; then the next one that the ranks divide, if there is any. Torch shards other dimensions evenly
-    only (2.13).
-
-    Args:
-        shape: The shape of the parameter.
-        ranks: The ranks among which it is sharded.
-    """
-    rows = shape[0] if shape else 1
-    if -(-rows // ranks) * ranks <= _PADDING * rows:
-        return 0
-    return next((dim for dim, size in enumerate(shape) if size and size % ranks == 0), 0)

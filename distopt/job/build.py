@@ -75,7 +75,7 @@ def build(cfg: DictConfig) -> Job:
     parts = Components.of(cfg)
     accelerator = _join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
-    start, notes = collective.on_first(lambda: find_start(folder / "checkpoints", options.resume))
+    start, notes = find_start(folder / "checkpoints", options.resume)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
     if start:
@@ -83,7 +83,7 @@ def build(cfg: DictConfig) -> Job:
     text = _text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
-    identity["data"] = text.corpus.digest
+    identity |= {"data": text.corpus.digest, **text.sequences.identity}
     if start:
         start.check(identity | start.architecture(config), options.steps)  # before the model is built
     trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
@@ -187,7 +187,8 @@ def _model(
     fill = None if init is None else functools.partial(init.fill, mup=width)
     # Now: wrapping loses the attributes by which parameters ask for no decay.
     groups = parts.groups(empty, lr, independent_decay, shapes)
-    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill), device)
+    share = engine.share()
+    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill, share), device)
     params = dict(engine.unwrap(model).named_parameters())
     for group in groups:
         group["params"] = [params[names[p]] for p in group["params"]]

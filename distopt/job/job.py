@@ -131,8 +131,8 @@ class Job:
                     self.save()
                 if stopping:
                     self._stop()
-            stop.restore()
             self.checkpointer.wait()
+            stop.restore()  # not before: a signal would end the process while the last checkpoint is written
         self._report(before, after)
         self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
         self.accelerator.end_training()

@@ -54,7 +54,8 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
     Raises:
         ValueError: If there is no complete checkpoint of a run; for an unknown engine; under DeepSpeed.
     """
-    checkpoint, _ = collective.on_first(lambda: open_checkpoint(find(path.expanduser())))
+    checkpoint = collective.on_first(lambda: find(path.expanduser()))
+    collective.on_first(lambda: open_checkpoint(checkpoint))
     folder = checkpoint.resolve().parents[1]
     if not (folder / "config.yaml").is_file():
         raise ValueError(

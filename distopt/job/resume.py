@@ -9,7 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.checkpoint import latest_checkpoint
+from distopt import collective
+from distopt.checkpoint import intact_checkpoint
 from distopt.checkpoint.folder import open_checkpoint
 from distopt.models import pretrained
 
@@ -32,8 +33,7 @@ class Start:
     @classmethod
     def read(cls, path: Path) -> Start:
         """Reads the manifest of a checkpoint, without its tensors; raises ValueError if it is not complete."""
-        _, manifest = open_checkpoint(path)
-        identity = dict(manifest["extra"])
+        identity = dict(open_checkpoint(path)["extra"])
         if "step" not in identity:
             raise ValueError(f"{path} was not saved by distopt.train: its manifest has no step")
         return cls(path, identity.pop("step"), identity | pretrained.saved_architecture(path))
@@ -65,25 +65,30 @@ class Start:
 
 
 def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
-    """Finds the checkpoint that `train.resume` means.
+    """Finds the checkpoint that `train.resume` means. Every process has to call it.
 
     Args:
         folder: The folder of this run's checkpoints.
-        resume: `never`, `auto` (the newest complete checkpoint of this run, if there is one) or a checkpoint's folder.
+        resume: `never`, `auto` (the newest intact checkpoint of this run, if there is one) or a checkpoint's folder.
 
     Returns:
-        The start, None for step 0, and a line about each broken checkpoint that is passed over for it.
+        The start, None for step 0, and a line about each broken or damaged checkpoint that is passed over for it.
 
     Raises:
         ValueError: If there is no such folder, it is no complete checkpoint, or it is not the newest of its own run.
     """
     if resume == "never":
         return None, []
-    newest, broken = latest_checkpoint(folder)
+    newest, broken = intact_checkpoint(folder)
     if resume == "auto":
         name = newest.name if newest is not None else "the start"
         notes = [f"{line}; resuming from {name}" for line in broken]
-        return (None if newest is None else Start.read(newest)), notes
+        return (None if newest is None else collective.on_first(lambda: Start.read(newest))), notes
+    return collective.on_first(lambda: _named(folder, resume, newest)), []
+
+
+def _named(folder: Path, resume: str, newest: Path | None) -> Start:
+    """Reads the checkpoint whose folder is given."""
     path = Path(resume).expanduser()
     if not path.is_dir():
         raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")
@@ -93,7 +98,7 @@ def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
             f"train.resume={resume} is not the newest complete checkpoint of its run, {newest.name} is: "
             "give auto to resume from that one, or another name to resume from this one"
         )
-    return Start.read(path), []
+    return Start.read(path)
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,16 +32,19 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fope
 def library() -> ctypes.CDLL | None:
     """Returns the compiled kernels; None where there is no C compiler, or DISTOPT_KERNELS=off.
 
-    They are kept in ~/.cache/distopt (or $XDG_CACHE_HOME/distopt), under a hash of source, compiler, processor and C
-    library, since machines may share a home. Where that cannot be written, each process compiles its own.
+    They are kept in ~/.cache/distopt/kernels (or $XDG_CACHE_HOME/distopt/kernels), a folder that only this user can
+    write, under a hash of source, compiler, processor and C library, since machines may share a home. Where that cannot
+    be, each process compiles its own.
     """
     if os.environ.get("DISTOPT_KERNELS") == "off" or sys.platform != "linux":
         return None
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
-        _log.warning(
-            "no C compiler (%s): optimizers on the CPU use the unfused fallback; install one, or set CC", compiler[0]
-        )
+    name = os.environ.get("CC", "").strip() or "cc"
+    try:
+        compiler = shlex.split(name)
+    except ValueError:  # an unclosed quote
+        compiler = []
+    if not compiler or shutil.which(compiler[0]) is None:
+        _log.warning("no C compiler (%s): optimizers on the CPU use the unfused fallback; install one, or set CC", name)
         return None
     try:
         return _load(compiler)
@@ -48,19 +54,58 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distopt"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distopt" / "kernels"
     identity = [_source(), compiler, torch.__version__, torch.__file__, *_FLAGS, *_machine()]
-    target = cache / f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    if not target.is_file():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=cache)
-        except OSError:  # a home that is read-only
-            with tempfile.TemporaryDirectory() as own:
-                return ctypes.CDLL(str(_compiled(compiler, Path(own))))
-        with folder:
-            os.replace(_compiled(compiler, Path(folder.name)), target)  # atomic: others may compile it now
-    return ctypes.CDLL(str(target))
+    name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
+    try:
+        with _private(cache) as folder:
+            if not (folder / name).is_file():
+                _build(compiler, cache, name)
+            try:
+                return ctypes.CDLL(str(folder / name))
+            except OSError:  # the machine failed while it was written
+                _build(compiler, cache, name)
+                return ctypes.CDLL(str(folder / name))
+    except (_NotPrivate, PermissionError, FileExistsError, NotADirectoryError) as error:
+        _log.warning("%s: the kernels of the CPU are compiled by each process", error)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+    with tempfile.TemporaryDirectory() as own:
+        return ctypes.CDLL(str(_compiled(compiler, Path(own))))
+
+
+class _NotPrivate(Exception):
+    """A folder into which another user could have put a library."""
+
+
+@contextlib.contextmanager
+def _private(cache: Path) -> Iterator[Path]:
+    """Creates a folder that this user alone can write; yields a path to it by which nobody can exchange it.
+
+    Raises:
+        _NotPrivate: If there is a folder, or a library in it, that another user owns or can write.
+    """
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(cache, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        libraries = (entry for entry in os.scandir(descriptor) if entry.name.endswith(".so"))
+        for status in (os.fstat(descriptor), *(entry.stat(follow_symlinks=False) for entry in libraries)):
+            if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+                raise _NotPrivate(f"another user could write {cache}: remove it")
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+def _build(compiler: list[str], cache: Path, name: str) -> None:
+    """Compiles the library into the cache."""
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        linked = _compiled(compiler, Path(folder))
+        linked.chmod(0o700)
+        with open(linked, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(linked, cache / name)  # atomic: others may compile it now
 
 
 def _compiled(compiler: list[str], folder: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
 
+_PADDING = 1.05  # of the elements that a rank would have without padding
 _CHUNK = 2**20  # elements at once, whose indices take some 40 MB of scratch memory
 
 
@@ -55,6 +56,23 @@ def own_indices(param: Any) -> tuple[Index, ...]:
         held = [_chunks(piece, ranks)[own] for piece in pieces]
         indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([as_tensor(index) for index in held])
     return tuple(map(_consecutive, indices))
+
+
+def shard_dim(shape: Sequence[int], ranks: int) -> int:
+    """Returns the dimension along which a parameter is sharded.
+
+    The first one, by rows, unless that pads shards by more than 5 %, as it does the stacked weights of experts at more
+    ranks than experts; then the next one that the ranks divide, if there is any. Torch shards other dimensions evenly
+    only (2.13).
+
+    Args:
+        shape: The shape of the parameter.
+        ranks: The ranks among which it is sharded.
+    """
+    rows = shape[0] if shape else 1
+    if -(-rows // ranks) * ranks <= _PADDING * rows:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size and size % ranks == 0), 0)
 
 
 def own_place(param: Tensor) -> Place:

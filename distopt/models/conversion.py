@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from distopt.models import transformers_private
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -28,6 +30,13 @@ class Conversion:
     transform: WeightRenaming | WeightConverter
     target: str
     sources: list[tuple[str, str]]
+
+    @property
+    def renames(self) -> bool:
+        """Whether it changes nothing but the name."""
+        converter = transformers_private.read("core_model_loading", "WeightConverter")
+        dequantizes = getattr(self.transform, "quantization_operation", None) is not None
+        return len(self.sources) == 1 and not isinstance(self.transform, converter) and not dequantizes
 
     def __call__(
         self, model: PreTrainedModel, tensors: Mapping[str, Tensor] | Mapping[str, Callable[[], Tensor]]

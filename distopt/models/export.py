@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distopt.checkpoint import latest_checkpoint, load_weights, manifest
-from distopt.checkpoint.folder import TRAINING, open_checkpoint
+from distopt.checkpoint.folder import open_checkpoint, small_files
 from distopt.models import pretrained
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import CONFIG as ADAPTER
@@ -57,14 +57,15 @@ def export(
     out = Path(out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another name")
-    folder, content = open_checkpoint(find(Path(checkpoint).expanduser()))
-    if pretrained.CONFIG not in content["files"]:
+    folder = find(Path(checkpoint).expanduser())
+    content, files = open_checkpoint(folder), small_files(folder)
+    if pretrained.CONFIG not in files:
         raise ValueError(
             f"{folder} contains no {pretrained.CONFIG}: it was not written by this version of distopt.train"
         )
-    if adapter_only and ADAPTER not in content["files"]:
+    if adapter_only and ADAPTER not in files:
         raise ValueError(f"{folder} contains no adapter: export it without --adapter")
-    model = read_model(folder, content, dtype, merge=not adapter_only)
+    model = read_model(folder, content, files, dtype, merge=not adapter_only)
 
     partial = out.with_name(f"{out.name}.exporting")  # so that a killed export leaves nothing named `out`
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,10 +73,10 @@ def export(
     try:
         model.save_pretrained(partial)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty template
-        for name in content["files"]:
+        for name, data in files.items():
             # The remaining files are the tokenizer and, for a pretrained model, its generation_config.json.
-            if name not in (TRAINING, ".metadata", pretrained.CONFIG, ADAPTER) and not name.endswith(".distcp"):
-                shutil.copyfile(folder / name, partial / name)
+            if name not in (pretrained.CONFIG, ADAPTER):
+                (partial / name).write_bytes(data)
         try:
             tokenizer = fitting_tokenizer(partial)
         except ValueError as error:
@@ -106,12 +107,15 @@ def find(path: Path) -> Path:
     return path
 
 
-def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge: bool = True) -> Any:
+def read_model(
+    folder: Path, content: dict[str, Any], files: Mapping[str, bytes], dtype: torch.dtype, merge: bool = True
+) -> Any:
     """Load the model of a checkpoint on the CPU; buffers that are not saved remain uninitialized.
 
     Args:
         folder: A complete checkpoint.
         content: Its manifest.
+        files: Its `small_files`.
         dtype: The dtype of the weights.
         merge: Merge an adapter into the weights; otherwise a model with an adapter is returned as a `peft.PeftModel`.
 
@@ -122,12 +126,9 @@ def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge:
         ValueError: The checkpoint cannot be read or does not match its config.json, or weights are too large for
             `dtype`.
     """
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model: Any = LanguageModel().empty(config)
-        adapted = _adapted(model, folder) if ADAPTER in content["files"] else None
+        model: Any = LanguageModel().empty(pretrained.configuration(files))
+        adapted = _adapted(model, files) if ADAPTER in files else None
         both = content["parameters"], manifest.described(model.state_dict())
         manifest.check_model(*({name: of and of[:1] for name, of in tensors.items()} for tensors in both))  # shapes
         nn.Module.to(model, torch.float32 if adapted else dtype).to_empty(device="cpu")
@@ -138,8 +139,6 @@ def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge:
             nn.Module.to(model, dtype)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{folder} cannot be exported: {error}") from error
-    except RuntimeError as error:  # torch appends advice to the reason
-        raise ValueError(re.split(r"\. |; |\n", str(error))[0] + ": the checkpoint is damaged, take another") from error
     if dtype == torch.float16:
         for name, tensor in model.state_dict().items():
             if tensor.isinf().any():
@@ -147,13 +146,14 @@ def read_model(folder: Path, content: dict[str, Any], dtype: torch.dtype, merge:
     return model
 
 
-def _adapted(model: PreTrainedModel, folder: Path) -> Any:
+def _adapted(model: PreTrainedModel, files: Mapping[str, bytes]) -> Any:
     """Insert the adapter of a checkpoint into a model on the meta device; return the `peft.PeftModel`."""
     if importlib.util.find_spec("peft") is None:
         raise ValueError("it has a LoRA adapter, and peft is not installed: pip install 'distopt[finetune]'")
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig.from_pretrained(str(folder))
+    with pretrained.written({ADAPTER: files[ADAPTER]}) as folder:
+        config = LoraConfig.from_pretrained(str(folder))
     model.name_or_path = config.base_model_name_or_path  # get_peft_model overwrites the latter by the former
     with warnings.catch_warnings():
         # peft 0.21.2 uses names that transformers 5.23 deprecates.
@@ -179,5 +179,6 @@ def fitting_tokenizer(folder: Path) -> str:
         expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(probe, add_special_tokens=False).ids
     except Exception as error:  # tokenizers has no class of its own for it
         raise ValueError(f"tokenizer.json cannot be read ({error}): the checkpoint is damaged, take another") from error
-    found = AutoTokenizer.from_pretrained(folder, local_files_only=True).encode(probe, add_special_tokens=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    found = tokenizer.encode(probe, add_special_tokens=False)
     return "AutoTokenizer" if found == expected else "PreTrainedTokenizerFast"

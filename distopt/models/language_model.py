@@ -165,6 +165,7 @@ class LanguageModel:
         unit: nn.Module,
         device: torch.device,
         init: Callable[[nn.Module, list[Tensor]], None] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Materialize the meta tensors of a unit, by the family's initialization or from the pretrained files.
 
@@ -173,6 +174,8 @@ class LanguageModel:
             unit: One of `blocks(model)`, or the model itself for everything outside of the blocks.
             device: The device of the new tensors.
             init: Gives these parameters of the model other first values than those of the family.
+            share: The index and the number of the shares of rows that processes keep of a parameter. Of pretrained
+                weights only the own share is read, and the other rows are NaN.
 
         Raises:
             ValueError: The family leaves a parameter uninitialized, or the files contain different values for tied
@@ -199,9 +202,9 @@ class LanguageModel:
                 init(model, [p for p in own if id(p) not in tied])
             _check_initialized(model, modules, tied)
         else:
-            self._read(self._weights, modules, tied)
+            self._read(self._weights, modules, tied, share)
 
-    def _read(self, weights: Weights, modules: Mapping[str, nn.Module], tied: set[int]) -> None:
+    def _read(self, weights: Weights, modules: Mapping[str, nn.Module], tied: set[int], share: tuple[int, int]) -> None:
         """Copy the pretrained values into the tensors of modules, except those that are `tied` to other units."""
         tensors: dict[str, Tensor] = {}
         for path, module in modules.items():
@@ -210,14 +213,18 @@ class LanguageModel:
                 if full_name is not None and id(tensor) not in tied and name not in module._non_persistent_buffers_set:
                     tensors[full_name] = tensor
         read: dict[int, str] = {}
-        for name, value in weights.read(tensors):
+        for name, value, (start, stop) in weights.read(tensors, share):
             tensor = tensors[name]
-            if (first := read.setdefault(id(tensor), name)) != name and not torch.equal(tensor, value.to(tensor)):
+            part = tensor[start:stop] if tensor.ndim else tensor
+            first = read.setdefault(id(tensor), name)
+            if first == name and part.numel() < tensor.numel():
+                tensor.fill_(math.nan)  # rows that this process turns out to need are found by the first loss
+            if first != name and not torch.equal(part, value.to(part)):
                 raise ValueError(
                     f"{self.path} has other weights for {name} than for {first}, and its config.json says that they "
                     "are tied: give model.config.tie_word_embeddings=false, or remove one of them"
                 )
-            tensor.copy_(value)
+            part.copy_(value)
 
 
 def _check_initialized(model: PreTrainedModel, modules: Mapping[str, nn.Module], tied: set[int]) -> None:

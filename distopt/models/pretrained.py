@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distopt.checkpoint.folder import small_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -62,8 +66,33 @@ def saved_architecture(checkpoint: Path) -> dict[str, Any]:
 
     It is empty if the checkpoint contains no configuration.
     """
+    files = small_files(checkpoint)
+    return architecture(configuration(files)) if CONFIG in files else {}
+
+
+def configuration(files: Mapping[str, bytes]) -> PretrainedConfig:
+    """Return the configuration in the files of a checkpoint, without running code that it may name.
+
+    Raises:
+        ValueError: transformers has no such model, or the file cannot be read.
+    """
     from transformers import AutoConfig
 
-    if not (checkpoint / CONFIG).is_file():
-        return {}
-    return architecture(AutoConfig.from_pretrained(checkpoint, local_files_only=True))
+    with written(files) as folder:
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # of any class, by what the file says
+            reason = str(error).replace(f"{folder}", "the checkpoint").splitlines()[0]
+            raise ValueError(f"{CONFIG} cannot be used ({reason}); code of a checkpoint is never run") from error
+    return config
+
+
+@contextlib.contextmanager
+def written(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Yield a temporary folder with these files, whose names are plain."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        yield Path(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from distopt.layout.places import shard_dim
 from distopt.models import transformers_private
 from distopt.models.conversion import Conversion, dequantizer
 
@@ -28,13 +30,14 @@ class Weights:
 
     Attributes:
         notes: Tensors that the model does not need, or initializes itself, one line each.
+        bytes_read: The size of the values that `read` has read from the files.
 
     Raises:
         ValueError: The files cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.notes = folder, list[str]()
+        self.folder, self.notes, self.bytes_read = folder, list[str](), 0
         self._files = _files(folder)
         self._tensors = self._meta_tensors()
         self._model: PreTrainedModel
@@ -63,21 +66,41 @@ class Weights:
                     unexpected.add(name)
         self._compare(expected, unexpected)
 
-    def read(self, names: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the converted value, on the CPU, of each of these tensors that the files contain."""
+    def read(
+        self, names: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, Tensor, tuple[int, int]]]:
+        """Read these tensors as far as the files contain them.
+
+        Args:
+            names: The tensors of the model, by name.
+            share: An index and a count: of each parameter that is in the files as it is in the model only this one of
+                `count` equal shares of its rows is read, as FSDP2 shards it. Buffers, and parameters that are converted
+                from others, such as merged experts, are read entirely.
+
+        Yields:
+            The name, the value on the CPU, and the first and the last row, exclusive, that it has.
+        """
         wanted = {id(c): c for name in names if (c := self._conversions.get(name)) is not None}
         with contextlib.ExitStack() as opened:
             files = {}
             for conversion in wanted.values():
-                readers = {}
+                readers, rows = {}, None
+                if conversion.renames and isinstance(names.get(conversion.target), nn.Parameter):
+                    rows = _rows(self._tensors[conversion.sources[0][1]], *share)
                 for _, name in conversion.sources:
                     path = self._files[name]
                     if path not in files:
                         files[path] = opened.enter_context(_open(path))
-                    readers[name] = lambda file=files[path], name=name: file.get_tensor(name)
+                    readers[name] = partial(self._value, files[path], name, rows)
                 for name, value in conversion(self._model, readers).items():
                     if name in names:
-                        yield name, value
+                        yield name, value, rows or (0, len(value) if value.ndim else 1)
+
+    def _value(self, file: Any, name: str, rows: tuple[int, int] | None) -> Tensor:
+        """Read a tensor of a file, or some of its rows."""
+        value: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
+        self.bytes_read += value.nbytes
+        return value
 
     def _meta_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the files on the meta device, by name."""
@@ -180,6 +203,17 @@ class Weights:
         """Return the names of the model's blocks."""
         kinds = set(self._model._no_split_modules or ())
         return [name for name, module in self._model.named_modules() if type(module).__name__ in kinds]
+
+
+def _rows(tensor: Tensor, index: int, count: int) -> tuple[int, int] | None:
+    """Return the rows of one of `count` shares of a tensor, as `torch.chunk` divides it; None for all of them.
+
+    Those of a parameter that FSDP2 shards along another dimension are all.
+    """
+    if count == 1 or not tensor.ndim or shard_dim(tensor.shape, count) != 0:
+        return None
+    size = -(-len(tensor) // count)
+    return min(index * size, len(tensor)), min((index + 1) * size, len(tensor))
 
 
 def _files(folder: Path) -> dict[str, Path]:

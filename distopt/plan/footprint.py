@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from distopt.engine.units import shard_dim
+from distopt.layout.places import shard_dim
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Footprint, Units, all_params, numel, rows, shards, state_bytes
+from distopt.plan.footprint import Footprint, Units, all_params, numel, shards, state_bytes
 
 
 @functools.singledispatch

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distopt import collective
+
 _proofs: dict[tuple[int, ...], int] = {}  # the number that these ranks have started
 
 
@@ -20,10 +22,7 @@ def meet(ranks: tuple[int, ...], step: object) -> None:
     Raises:
         ValueError: If some ranks did not arrive.
     """
-    # Private, as of torch 2.13: the store with which the process group was initialized.
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    store: Any = _get_default_store()
+    store = collective.store()
     number = _proofs[ranks] = _proofs.get(ranks, 0) + 1
     # The store of torchelastic outlives an attempt, whose keys would end the wait of the next one early.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,0 +1,25 @@
+"""Check a checkpoint for damage: `python -m distopt.verify CHECKPOINT`."""
+
+from __future__ import annotations
+
+import argparse
+
+from distopt.checkpoint import verify
+from distopt.checkpoint.folder import open_checkpoint
+from distopt.job.errors import one_line_errors
+
+
+def main() -> None:
+    """Run the command line: one line and exit code 0 for an intact checkpoint, the damage and exit code 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m distopt.verify", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a checkpoint, or its URL")
+    path = parser.parse_args().checkpoint
+    with one_line_errors():
+        found, content = verify(path), open_checkpoint(path)
+    size = sum(size for size, *_ in content["files"].values()) / 1e6
+    checked = "intact" if content["format"] > 1 else "complete (its format has no checksums)"
+    print(f"{path} is {checked}: {len(content['files'])} files, {size:,.2f} MB, fingerprint {found.total}")
+
+
+if __name__ == "__main__":
+    main()
