@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.base import Placement, Segment, ShardLayout
+from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.infer import infer_layout
@@ -46,7 +47,7 @@ class Zero1Layout(ShardLayout):
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
-    exchange: GradientExchange | None = None
+    exchange: GradientExchange | BucketGradients | None = None
     _unsharded = False  # also on one rank, whose state is a DTensor
 
     @property
