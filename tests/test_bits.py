@@ -10,7 +10,7 @@ import torch
 from tests.harness.bits import JOBS, WORLDS, on_ranks, unsharded
 from tests.harness.distributed import run
 
-QUICK = {("zero1", 3, "kernels"), ("hsdp", 4, "kernels"), ("fsdp2", 2, "rules")}
+QUICK = {("zero1", 3, "kernels"), ("buckets", 3, "kernels"), ("hsdp", 4, "kernels"), ("fsdp2", 2, "rules")}
 EVERY = [(kind, world, by) for kind, world in WORLDS for by in ("kernels", "rules")]
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from distopt.bounds import REDUCE_DTYPE, switch
 from distopt.engine.ddp import DDP
-from distopt.layout.bucket import Bucket, make_buckets
-from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.bucketed import BucketLayout, bucket_layout
 from distopt.layout.param_sync import wait_before_use
 
@@ -73,62 +71,68 @@ class Zero1(DDP):
             fill(unit, device)
         self._checkpoint_activations(model)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        group = mesh.get_group()
-        params = [p for p in model.parameters() if p.requires_grad]
-        buckets = make_buckets(params, mesh.size(), mesh.get_local_rank())
-        _same_on_every_rank(model, buckets, group)
-        gradients = BucketGradients(buckets, group, _DTYPES[self.reduce_dtype], self.find_unused_parameters)
-        layout = bucket_layout(params, buckets, mesh, gradients, self.overlap_gather)
-        model._zero1 = _Run(model, buckets, gradients, layout)  # type: ignore[assignment]
+        layout = bucket_layout(
+            [p for p in model.parameters() if p.requires_grad],
+            mesh,
+            reduce_dtype=_DTYPES[self.reduce_dtype],
+            find_unused=self.find_unused_parameters,
+            late=self.overlap_gather,
+        )
+        _same_on_every_rank(model, layout)
+        _watch(model, layout)
         wait_before_use(layout.sync, model, blocks if self.overlap_gather else ())
         return model
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
-        optimizer.bind(_run(model).layout)
+        optimizer.bind(_layout_of(model))
         return model
 
-    @contextlib.contextmanager
-    def sync(self, model: nn.Module, last: bool) -> Iterator[None]:
-        with _run(model).gradients.backward_pass(exchange=last):
-            yield
+    def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        return _layout_of(model).exchange.backward_pass(exchange=last)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        _run(model).layout.sync.wait()
+        _layout_of(model).sync.wait()
         return model
 
 
-class _Run:
-    """What a model has of its ZeRO-1 run; a copy of the model has none.
+class _Built:
+    """What a model has of its engine; a copy of the model has nothing of it."""
 
-    Its forward pass checks that the parameters are still those in the buckets.
-    """
-
-    def __init__(
-        self, model: nn.Module, buckets: list[Bucket], gradients: BucketGradients, layout: BucketLayout
-    ) -> None:
-        self.buckets, self.gradients, self.layout = buckets, gradients, layout
-        owned = {p for bucket in buckets for p in bucket.params}
-        places = [
-            (module, name, p)
-            for module in model.modules()
-            for name, p in module.named_parameters(recurse=False)
-            if p in owned
-        ]
-
-        def before_forward(module: nn.Module, _: Any) -> None:
-            if module is not model:
-                _refuse_training(module)
-                return
-            if gone := [name for inside, name, p in places if getattr(inside, name, None) is not p]:
-                raise ValueError(f"{len(gone)} parameters, the first {gone[0]!r}, were replaced {_AFTER}")
-            if moved := [p for bucket in buckets if (p := bucket.moved()) is not None]:
-                raise ValueError(f"a parameter of shape {tuple(moved[0].shape)} has moved in memory {_AFTER}")
-            gradients.heal()
-
-        model.register_forward_pre_hook(before_forward)
+    def __init__(self, layout: BucketLayout) -> None:
+        self.layout = layout
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
+
+
+def _layout_of(model: nn.Module) -> BucketLayout:
+    built: _Built | None = getattr(model, "_zero1", None)
+    if built is None:
+        raise ValueError(f"this {type(model).__name__} was not built by engine=zero1, or is a copy of one that was")
+    return built.layout
+
+
+def _watch(model: nn.Module, layout: BucketLayout) -> None:
+    """Has every forward pass of a model check that its parameters are still those in the buckets."""
+    places = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p in layout
+    ]
+
+    def before_forward(module: nn.Module, _: Any) -> None:
+        if module is not model:
+            _refuse_training(module)
+            return
+        if gone := [name for inside, name, p in places if getattr(inside, name, None) is not p]:
+            raise ValueError(f"{len(gone)} parameters, the first {gone[0]!r}, were replaced {_AFTER}")
+        if moved := [p for bucket in layout.buckets if (p := bucket.moved()) is not None]:
+            raise ValueError(f"a parameter of shape {tuple(moved[0].shape)} has moved in memory {_AFTER}")
+        layout.exchange.heal()
+
+    model._zero1 = _Built(layout)  # type: ignore[assignment]
+    model.register_forward_pre_hook(before_forward)
 
 
 _AFTER = (
@@ -145,21 +149,13 @@ def _refuse_training(copy: nn.Module) -> None:
         )
 
 
-def _run(model: nn.Module) -> _Run:
-    run = getattr(model, "_zero1", None)
-    if run is None:
-        raise ValueError(f"this {type(model).__name__} was not built by engine=zero1, or is a copy of one that was")
-    return run
-
-
-def _same_on_every_rank(model: nn.Module, buckets: list[Bucket], group: dist.ProcessGroup) -> None:
+def _same_on_every_rank(model: nn.Module, layout: BucketLayout) -> None:
     """Brings the first rank's values to all, as DDP does."""
-    if group.size() == 1:
+    if not layout.groups:
         return
-    owned = {p for bucket in buckets for p in bucket.params}
-    rest: list[Tensor] = [t.detach() for t in (*model.parameters(), *model.buffers()) if t not in owned]
-    for tensor in [bucket.weights for bucket in buckets] + [t for t in rest if t.numel()]:
+    rest = [t.detach() for t in (*model.parameters(), *model.buffers()) if t not in layout]
+    for tensor in [bucket.weights for bucket in layout.buckets] + [t for t in rest if t.numel()]:
         values = tensor.contiguous()
-        dist.broadcast(values.view(-1).view(torch.uint8), group=group, group_src=0)  # gloo knows no bool
+        dist.broadcast(values.view(-1).view(torch.uint8), group=layout.groups[0], group_src=0)  # gloo knows no bool
         if values is not tensor:
             tensor.copy_(values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,51 @@ _BLOCK = 512  # elements of a row that a norm adds up at once (distopt.kernels.n
 _LEAST = 64  # elements, lest tensors of short rows begin anywhere
 
 
+class Plan(NamedTuple):
+    """Where parameters lie in a bucket.
+
+    Attributes:
+        members: The indices of the parameters.
+        offsets: The first element of each in the buffer.
+        share: The elements that each rank owns: a number of whole rows.
+    """
+
+    members: list[int]
+    offsets: list[int]
+    share: int
+
+
+def plan_buckets(shapes: Sequence[Sequence[int]], world: int, kinds: Sequence[Any] = ()) -> list[Plan]:
+    """Divides parameters into buckets, in the order in which a backward pass completes these.
+
+    Parameters of one bucket have rows of one length, lest a range end within a row: norms are then the same bits at
+    every number of ranks, and rules that work on rows see whole ones.
+
+    Args:
+        shapes: The shapes of the parameters, in the order of the forward pass.
+        world: The number of ranks.
+        kinds: For each parameter what those of one bucket must have in common besides: dtype and device.
+    """
+    size = max(_NUMEL, _SHARE * world)
+    closed: list[tuple[int, list[int]]] = []  # the grain, the members
+    filling: dict[Any, tuple[int, list[int]]] = {}
+    for i in reversed(range(len(shapes))):
+        grain = _grain(shapes[i], size // (8 * world))
+        kind = grain, kinds[i] if kinds else None
+        _, members = filling.get(kind, (grain, []))
+        if members and sum(math.prod(shapes[j]) for j in (*members, i)) > size:
+            closed.append(filling[kind])
+            members = []
+        filling[kind] = grain, [*members, i]
+    complete = sorted([*closed, *filling.values()], key=lambda bucket: -bucket[1][-1])
+    return [_plan(members, [math.prod(shapes[i]) for i in members], grain, world) for grain, members in complete]
+
+
+def _plan(members: list[int], numels: list[int], grain: int, world: int) -> Plan:
+    *offsets, end = accumulate((-(-numel // grain) * grain for numel in numels), initial=0)
+    return Plan(members, offsets, max(1, -(-end // (world * grain))) * grain)
+
+
 class Bucket:
     """The weights and the gradients of some parameters, each in one flat buffer that the parameters are views of.
 
@@ -27,42 +73,33 @@ class Bucket:
     gradients and one all-gather of the weights are all that the ranks exchange, and neither needs a copy.
 
     Args:
-        params: The parameters, of one dtype and device.
-        grain: The number of elements of which all offsets and ranges are multiples: a row of the parameters.
+        plan: Where the parameters lie.
+        params: The parameters of the model, of which these are some.
         world: The number of ranks.
         rank: This rank.
-        dtype: The dtype that the parameters get.
 
     Attributes:
+        params: The parameters in the bucket.
         weights, grads: The buffers.
         views: The gradient of each parameter, a view of `grads`.
         own: The elements that this rank owns.
         ranges: For each parameter the elements of it that this rank owns.
     """
 
-    def __init__(self, params: Sequence[Tensor], grain: int, world: int, rank: int, dtype: torch.dtype) -> None:
-        self.params = tuple(params)
-        offsets, end = [], 0
-        for p in params:
-            offsets.append(end)
-            end += -(-p.numel() // grain) * grain
-        share = max(1, -(-end // (world * grain))) * grain
-        self.weights = params[0].new_zeros(world * share, dtype=dtype, requires_grad=False)
+    def __init__(self, plan: Plan, params: Sequence[Tensor], world: int, rank: int) -> None:
+        self.params = tuple(params[i] for i in plan.members)
+        self.weights = self.params[0].detach().new_zeros(world * plan.share)
         self.grads = torch.zeros_like(self.weights)
-        self.own = slice(rank * share, (rank + 1) * share)
+        self.own = slice(rank * plan.share, (rank + 1) * plan.share)
         self._world = world
-        self.views, self._addresses, ranges = [], [], []
-        with torch.no_grad():
-            for p, offset in zip(params, offsets):
-                at = slice(offset, offset + p.numel())
-                weights = self.weights[at].view(p.shape)
-                weights.copy_(p)
-                p.data = weights  # frees the memory that it had
-                self.views.append(self.grads[at].view(p.shape))
-                self._addresses.append(p.data_ptr())
-                start, stop = (min(max(edge - offset, 0), p.numel()) for edge in (self.own.start, self.own.stop))
-                ranges.append(Range(start, stop - start))
-        self.ranges = tuple(ranges)
+        self.views, self._addresses, self.ranges = [], [], []
+        for p, offset in zip(self.params, plan.offsets):
+            at = slice(offset, offset + p.numel())
+            p.data = self.weights[at].view(p.shape).copy_(p.detach())  # frees the memory that it had
+            self._addresses.append(p.data_ptr())
+            self.views.append(self.grads[at].view(p.shape))
+            start, stop = (min(max(edge - offset, 0), p.numel()) for edge in (self.own.start, self.own.stop))
+            self.ranges.append(Range(start, stop - start))
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
         """Returns the range of each rank in a buffer of this bucket."""
@@ -92,36 +129,13 @@ class Bucket:
         return next((p for p, at in zip(self.params, self._addresses) if p.data_ptr() != at), None)
 
 
-def make_buckets(
-    params: Sequence[Tensor], world: int, rank: int, dtype: Callable[[Tensor], torch.dtype] = lambda p: p.dtype
-) -> list[Bucket]:
-    """Moves parameters into buckets, in the order in which a backward pass completes them: the reverse of theirs.
-
-    Parameters of one bucket have rows of one length, lest a range end within a row: norms are then the same bits at
-    every number of ranks, and rules that work on rows see whole ones.
-
-    Args:
-        params: The parameters, in the order of the forward pass.
-        world: The number of ranks.
-        rank: This rank.
-        dtype: The dtype that a parameter gets.
-    """
-    size = max(_NUMEL, _SHARE * world)
-    closed: list[tuple[int, int, list[Tensor]]] = []  # the position of the last parameter, the grain, the members
-    filling: dict[tuple[Any, ...], tuple[int, int, list[Tensor]]] = {}
-    for i, p in enumerate(reversed(params)):
-        grain = _grain(p.shape, size // (8 * world))
-        kind = grain, dtype(p), p.device
-        _, _, members = filling.get(kind, (i, grain, []))
-        if members and sum(map(Tensor.numel, members)) + p.numel() > size:
-            closed.append(filling[kind])
-            members = []
-        filling[kind] = i, grain, [*members, p]
-    complete = sorted([*closed, *filling.values()], key=lambda bucket: bucket[0])
-    return [Bucket(members, grain, world, rank, dtype(members[0])) for _, grain, members in complete]
+def make_buckets(params: Sequence[Tensor], world: int, rank: int) -> list[Bucket]:
+    """Moves parameters, given in the order of the forward pass, into buckets."""
+    plans = plan_buckets([p.shape for p in params], world, [(p.dtype, p.device) for p in params])
+    return [Bucket(plan, params, world, rank) for plan in plans]
 
 
-def _grain(shape: torch.Size, most: int) -> int:
+def _grain(shape: Sequence[int], most: int) -> int:
     """Returns the elements between which ranges may end: rows, or where these are too long, parts of them.
 
     `_BLOCK` divides no sum of a norm if it divides the row. A vector may end anywhere.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.layout.base import Placement, Segment
-from distopt.layout.bucket import Bucket
+from distopt.layout.bucket import Bucket, make_buckets
 from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.infer import infer_layout
 from distopt.layout.messages import others, over_gloo, receive, send
@@ -30,7 +30,14 @@ class BucketLayout(Zero1Layout):
 
     For models whose parameters are distopt's to move (`distopt.engine.Zero1`); `Zero1Layout`, sharded by the rows of
     each parameter, is for DDP models of others. The state is a `RangeShard` of the parameter's own shape.
+
+    Attributes:
+        exchange: Exchanges the gradients.
+        buckets: The buckets, in the order of the backward pass.
     """
+
+    exchange: BucketGradients = None  # type: ignore[assignment]
+    buckets: tuple[Bucket, ...] = ()
 
     def placement(self, param: Tensor) -> Placement | None:
         (segment,) = self.segments[param]
@@ -85,28 +92,36 @@ class BucketSync(ParamSync):
 
 
 def bucket_layout(
-    params: Sequence[Tensor], buckets: Sequence[Bucket], mesh: DeviceMesh, gradients: BucketGradients, late: bool
+    params: Sequence[Tensor],
+    mesh: DeviceMesh,
+    *,
+    reduce_dtype: torch.dtype | None = None,
+    find_unused: bool = False,
+    late: bool = False,
 ) -> BucketLayout:
-    """Makes the layout of parameters that are in buckets.
+    """Moves parameters into buckets, and returns their layout.
 
     Args:
-        params: The parameters, in an order that is the same on every rank.
-        buckets: Their buckets, in the order of the backward pass.
+        params: The parameters to train, with equal values on all ranks or not, in the order of the forward pass.
         mesh: One axis, over the ranks that share them.
-        gradients: Exchanges the gradients.
+        reduce_dtype: The dtype in which gradients are sent; None for their own.
+        find_unused: As in `BucketGradients`.
         late: As in `BucketSync`.
     """
+    group = mesh.get_group()
+    buckets = make_buckets(params, mesh.size(), mesh.get_local_rank())
     ranges = {p: at for bucket in buckets for p, at in zip(bucket.params, bucket.ranges)}
     return BucketLayout(
         segments={p: (Segment(i, *ranges[p], ranges[p].start),) for i, p in enumerate(params)},
         params=tuple(params),
         device=params[0].device if params else torch.device("cpu"),
-        groups=(mesh.get_group(),) if mesh.size() > 1 else (),
+        groups=(group,) if mesh.size() > 1 else (),
         counted=(True,) * len(params),
         model=infer_layout(params),
-        sync=BucketSync(buckets, mesh.get_group(), late),
+        sync=BucketSync(buckets, group, late),
         mesh=mesh,
-        exchange=gradients,
+        exchange=BucketGradients(buckets, group, reduce_dtype, find_unused),
+        buckets=tuple(buckets),
     )
 
 

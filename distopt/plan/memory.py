@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
+from distopt.layout.bucket import plan_buckets
 from distopt.plan.footprint import Footprint, Units, all_params, numel, rows
 
 
@@ -41,8 +41,19 @@ def _replicated(units: Units) -> Footprint:
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    state = sum(4 * param.slots * param.rows(world) for param in all_params(units))
-    return replace(_replicated(units), state=state)
+    params = all_params(units)
+    trained = [param for param in params if param.trained]
+    plans = plan_buckets([param.shape for param in trained], world)
+    buffers = 4 * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
+    state = [0] * world
+    for plan in plans:
+        for i, offset in zip(plan.members, plan.offsets):
+            for rank in range(offset // plan.share, -(-(offset + trained[i].numel) // plan.share)):
+                start, end = max(offset, rank * plan.share), (rank + 1) * plan.share
+                state[rank] += 4 * trained[i].slots * (min(offset + trained[i].numel, end) - start)
+    fresh = 4 * max((param.numel for param in trained), default=0)
+    weights = buffers + 4 * (numel(params) - numel(params, trained=True))
+    return Footprint(weights, buffers, max(state), fresh)
 
 
 @footprint.register

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
+from distopt.layout.bucket import plan_buckets
 from distopt.plan.footprint import Collective, Units, all_params, numel, rows
 
 # Defaults of DeepSpeed 0.19.8's stage 3, in elements. Parameters up to the first size stay gathered from their first
@@ -37,11 +38,11 @@ def _(engine: DDP, units: Units, world: int, passes: int) -> list[Collective]:
 
 @wire.register
 def _(engine: Zero1, units: Units, world: int, passes: int) -> list[Collective]:
-    params = all_params(units)
-    padded = world * rows(params, world, trained=True)
+    plans = plan_buckets([param.shape for param in all_params(units) if param.trained], world)
+    padded = world * sum(plan.share for plan in plans)
     return [
         Collective("reduce_scatter", (2 if engine.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
-        Collective("all_gather", 4 * numel(params, trained=True), world, 1, "step"),
+        Collective("all_gather", 4 * padded, world, 1, "step"),
     ]
 
 
