@@ -218,8 +218,8 @@ class Training:
             steps: The number of steps.
 
         Returns:
-            seconds: per step, of CPU time with `--cpu`. peak: bytes of memory, from the second turn on. state: bytes of the optimizer state.
-            loss: of the last step, the mean over the ranks.
+            seconds: per step, of CPU time with `--cpu`. peak: bytes of memory, from the second turn on. state: bytes of
+            the optimizer state. loss: of the last step, the mean over the ranks.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         batches = [self.sequences.batch(first + i, rank, world).to(self.device) for i in range(steps)]

@@ -8,6 +8,7 @@ import itertools
 import random
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrize
 
 import distopt
 from benchmarks.collectives import Collectives
+from distopt.checkpoint import load_checkpoint, save_checkpoint
 from distopt.engine import Zero1
 from distopt.engine.train_step import update
 from distopt.layout import bucket, bucket_gradients, bucketed
@@ -26,7 +28,7 @@ from distopt.layout.bucketed import BucketLayout
 from distopt.layout.range_shard import Range, boxes
 from distopt.models.language_model import LanguageModel
 from tests.harness.distributed import RankError, run
-from tests.harness.engines import CONFIGS, CPU, batch, made
+from tests.harness.engines import CONFIGS, CPU, batch, made, mean
 from tests.harness.optimizers import distance
 from tests.harness.sharded import mesh
 from tests.test_zero1 import Mixed, trained, wrapped
@@ -344,3 +346,68 @@ def test_the_proof_holds_and_checksums_know_no_ranks() -> None:
     assert all(found == one for found in run(3, proved, False))
     with pytest.raises(RankError, match=r"all\.0"):
         run(3, proved, True)
+
+
+# bfloat16 weights.
+
+
+def given_gradients() -> list[Tensor]:
+    """Weights and masters after steps by gradients that are the same on all ranks."""
+    numbers = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(s, generator=numbers).bfloat16()) for s in ((97, 89), (1031,), (7, 5, 3), ())]
+    optimizer = distopt.LAMB(params, lr=0.01)
+    optimizer.bind(bucketed.bucket_layout(params, mesh((dist.get_world_size(),), ("shard",))))
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=numbers).bfloat16()
+        distopt.clip_grad_norm_(optimizer, 1.0)
+        optimizer.step()
+    masters = [optimizer.state[p]["master"].full_tensor() for p in params]
+    assert all(torch.equal(m.bfloat16(), p) for m, p in zip(masters, params))
+    return [*(p.detach() for p in params), *masters]
+
+
+def test_masters_are_the_same_bits_at_every_number_of_ranks() -> None:
+    (one,) = run(1, given_gradients)
+    for found in run(3, given_gradients):
+        assert all(torch.equal(a, b) for a, b in zip(found, one))
+
+
+def low(start: int, stop: int, source: Path | None, to: Path | None, dtype: str | None = "bf16") -> dict[str, Any]:
+    """Steps of a run whose weights are of this dtype: its losses, its bytes, and the full float32 weights."""
+    engine = Zero1(param_dtype=dtype)
+    model = made(LanguageModel("gpt2", CONFIGS["gpt2"], seed=start), engine)
+    optimizer = distopt.AdamW(distopt.param_groups(model), lr=0.01)
+    engine.attach(model, optimizer, 2, 1.0)
+    if source is not None:
+        load_checkpoint(source, model, optimizer)
+    before = {n: _wide(optimizer, p) for n, p in model.named_parameters()}
+    losses = [mean(update(engine, model, optimizer, list(batch(i).chunk(2)), 1.0).loss) for i in range(start, stop)]
+    if to is not None:
+        save_checkpoint(to, model, optimizer)
+    held = [p.element_size() + p.grad.element_size() for p in model.parameters() if p.grad is not None]
+    after = {n: _wide(optimizer, p) for n, p in model.named_parameters()}
+    return {"losses": losses, "bytes": set(held), "before": before, "after": after}
+
+
+def _wide(optimizer: distopt.AdamW, p: Tensor) -> Tensor:
+    master = optimizer.state.get(p, {}).get("master")
+    return p.detach().clone() if master is None else master.full_tensor().clone()
+
+
+def test_bfloat16_weights_train_and_are_saved_in_float32(tmp_path: Path) -> None:
+    """A run goes on, and one with float32 weights goes on from it, without the loss of a bit."""
+    half = run(2, low, 0, 4, None, tmp_path / "half")[0]
+    full = run(2, low, 0, 4, None, None, None)[0]
+    assert half["bytes"] == {4} and full["bytes"] == {8}
+    assert half["losses"] == pytest.approx(full["losses"], rel=0.01)  # of bfloat16's 2^-9 in each operation
+    assert half["losses"][-1] < 0.9 * half["losses"][0]
+    for world, dtype in ((4, "bf16"), (1, None)):
+        for found in run(world, low, 4, 6, tmp_path / "half", None, dtype):
+            assert all(torch.equal(p, half["after"][name]) for name, p in found["before"].items())
+            assert found["losses"][0] < half["losses"][0]
+
+
+def test_bfloat16_weights_are_not_computed_in_float32() -> None:
+    with pytest.raises(ValueError, match=r"engine\.param_dtype=bf16 computes in bfloat16: set engine\.precision=bf16"):
+        Zero1("fp32", param_dtype="bf16")

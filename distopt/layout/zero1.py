@@ -1,4 +1,8 @@
-"""ZeRO-1 over DDP: parameters are full on every rank, the optimizer's state is sharded by rows."""
+"""ZeRO-1 over DDP: parameters are full on every rank, the optimizer's state is sharded by rows.
+
+For DDP models of others, whose parameters and buckets stay as they are. `distopt.engine.Zero1` lays out its own models
+in buckets (`distopt.layout.bucketed`), from which nothing has to be packed.
+"""
 
 from __future__ import annotations
 

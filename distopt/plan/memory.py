@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.layout.bucket import plan_buckets
-from distopt.plan.footprint import Footprint, Units, all_params, numel, rows
+from distopt.layout.bucket import Plan, plan_buckets
+from distopt.plan.footprint import Footprint, Param, Units, all_params, numel, rows
 
 
 @functools.singledispatch
@@ -41,19 +41,30 @@ def _replicated(units: Units) -> Footprint:
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    params = all_params(units)
+    params, width, masters = all_params(units), 2 if engine.param_dtype else 4, 1 if engine.param_dtype else 0
     trained = [param for param in params if param.trained]
     plans = plan_buckets([param.shape for param in trained], world)
-    buffers = 4 * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
+    buffers = width * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
     state = [0] * world
     for plan in plans:
         for i, offset in zip(plan.members, plan.offsets):
-            for rank in range(offset // plan.share, -(-(offset + trained[i].numel) // plan.share)):
-                start, end = max(offset, rank * plan.share), (rank + 1) * plan.share
-                state[rank] += 4 * trained[i].slots * (min(offset + trained[i].numel, end) - start)
-    fresh = 4 * max((param.numel for param in trained), default=0)
-    weights = buffers + 4 * (numel(params) - numel(params, trained=True))
-    return Footprint(weights, buffers, max(state), fresh)
+            end = offset + trained[i].numel
+            for rank in range(offset // plan.share, -(-end // plan.share)):
+                own = min(end, (rank + 1) * plan.share) - max(offset, rank * plan.share)
+                state[rank] += 4 * (trained[i].slots + masters) * own
+    frozen = 4 * (numel(params) - numel(trained))
+    return Footprint(buffers + frozen, buffers, max(state), width * _fresh(trained, plans))
+
+
+def _fresh(trained: list[Param], plans: list[Plan]) -> int:
+    """Return the most elements of gradients that are not in their bucket yet, which they enter when it is complete."""
+    complete = {plan.members[-1]: plan for plan in plans}
+    fresh = most = 0
+    for i in reversed(range(len(trained))):
+        most = max(most, fresh := fresh + trained[i].numel)
+        if i in complete:
+            fresh -= sum(trained[j].numel for j in complete[i].members)
+    return most
 
 
 @footprint.register

@@ -40,9 +40,11 @@ def _(engine: DDP, units: Units, world: int, passes: int) -> list[Collective]:
 def _(engine: Zero1, units: Units, world: int, passes: int) -> list[Collective]:
     plans = plan_buckets([param.shape for param in all_params(units) if param.trained], world)
     padded = world * sum(plan.share for plan in plans)
+    width = 2 if engine.param_dtype else 4
+    reduced = {"bf16": 2, "fp32": 4, None: width}[engine.reduce_dtype]
     return [
-        Collective("reduce_scatter", (2 if engine.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
-        Collective("all_gather", 4 * padded, world, 1, "step"),
+        Collective("reduce_scatter", reduced * padded, world, 1, "backward"),
+        Collective("all_gather", width * padded, world, 1, "step"),
     ]
 
 
