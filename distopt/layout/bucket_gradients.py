@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.bucket import Bucket
+from distopt.layout.bucket import FRESH, Bucket
 from distopt.layout.exchange import refuse_local
 from distopt.layout.messages import others, over_gloo, receive, send
 
@@ -37,6 +37,7 @@ class BucketGradients:
         self._local: set[Tensor] = set()  # to which a backward pass has added since the last exchange
         self._poisoned: set[Bucket] = set()
         self._left: dict[Bucket, set[Tensor]] = {}  # in a pass: the parameters that it has not reached yet
+        self._fresh: dict[Bucket, int] = {}  # elements of gradients that are not in the buffer
         self._exchange = False
         self._in_flight: list[tuple[Bucket, list[Tensor], list[dist.Work]]] = []
         self._launched = 0
@@ -55,6 +56,7 @@ class BucketGradients:
             ValueError: If the pass exchanges and leaves out parameters that it may not.
         """
         self._left = {bucket: set(bucket.params) for bucket in self._buckets}
+        self._fresh = dict.fromkeys(self._buckets, 0)
         self._exchange, self._launched = exchange and self._group.size() > 1, 0
         try:
             yield
@@ -89,8 +91,11 @@ class BucketGradients:
                 "activation checkpointing of shared weights: use use_reentrant=False"
             )
         self._left[bucket].discard(param)
-        if not self._left[bucket]:
+        self._fresh[bucket] += param.numel()
+        if self._fresh[bucket] >= FRESH or not self._left[bucket]:
             bucket.adopt()
+            self._fresh[bucket] = 0
+        if not self._left[bucket]:
             while self._exchange and self._launched < len(self._buckets) and not self._left[self._next]:
                 self._launch()
 

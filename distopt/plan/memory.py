@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.layout.bucket import Plan, plan_buckets
+from distopt.layout.bucket import FRESH, Plan, plan_buckets
 from distopt.plan.footprint import Footprint, Param, Units, all_params, numel, rows
 
 
@@ -57,13 +57,15 @@ def _(engine: Zero1, units: Units, world: int) -> Footprint:
 
 
 def _fresh(trained: list[Param], plans: list[Plan]) -> int:
-    """Return the most elements of gradients that are not in their bucket yet, which they enter when it is complete."""
-    complete = {plan.members[-1]: plan for plan in plans}
-    fresh = most = 0
+    """Return the most elements of gradients that are not in their bucket yet."""
+    bucket_of = {i: j for j, plan in enumerate(plans) for i in plan.members}
+    fresh, most = [0] * len(plans), 0
     for i in reversed(range(len(trained))):
-        most = max(most, fresh := fresh + trained[i].numel)
-        if i in complete:
-            fresh -= sum(trained[j].numel for j in complete[i].members)
+        j = bucket_of[i]
+        fresh[j] += trained[i].numel
+        most = max(most, sum(fresh))
+        if fresh[j] >= FRESH or i == plans[j].members[-1]:
+            fresh[j] = 0
     return most
 
 
