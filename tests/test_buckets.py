@@ -401,11 +401,9 @@ def test_bfloat16_weights_train_and_are_saved_in_float32(tmp_path: Path) -> None
     full = run(2, low, 0, 4, None, None, None)[0]
     assert half["bytes"] == {4} and full["bytes"] == {8}
     assert half["losses"] == pytest.approx(full["losses"], rel=0.01)  # of bfloat16's 2^-9 in each operation
-    assert half["losses"][-1] < 0.9 * half["losses"][0]
     for world, dtype in ((4, "bf16"), (1, None)):
         for found in run(world, low, 4, 6, tmp_path / "half", None, dtype):
             assert all(torch.equal(p, half["after"][name]) for name, p in found["before"].items())
-            assert found["losses"][0] < half["losses"][0]
 
 
 def test_bfloat16_weights_are_not_computed_in_float32() -> None:

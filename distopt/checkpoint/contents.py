@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distopt.checkpoint import manifest
+from distopt.layout import ShardLayout
 from distopt.layout.names import bare_parameters
 from distopt.layout.range_shard import RangeShard
 
@@ -96,14 +97,15 @@ class Contents:
     @torch.no_grad()
     def _round_masters(self) -> None:
         """Gives the model the weights of masters that were filled, and the optimizer these masters."""
+        if not self.masters:
+            return
+        layout: ShardLayout = self.optimizer.layout  # type: ignore[attr-defined]
         for p, master in self.masters.items():
-            layout = self.optimizer.layout  # type: ignore[attr-defined]
             torch._foreach_copy_(layout.split(p, p.detach()), layout.split(p, master))
             if self.optimizer.state.get(p):
                 self.optimizer.state[p]["master"] = master
-        if self.masters:
-            layout.publish(list(self.masters))
-            layout.sync.wait()
+        layout.publish(list(self.masters))
+        layout.sync.wait()
 
 
 def _sharded_masters(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, RangeShard]:

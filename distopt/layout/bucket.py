@@ -17,7 +17,7 @@ from distopt.layout.range_shard import Range
 _NUMEL, _SHARE = 2**23, 2**16
 _BLOCK = 512  # elements of a row that a norm adds up at once (distopt.kernels.norms)
 _LEAST = 64  # elements, lest tensors of short rows begin anywhere
-FRESH = 2**20  # elements of gradients that a pass collects before they are copied into their bucket
+FRESH = 2**17  # elements of gradients that a pass collects before they are copied into their bucket
 
 
 class Plan(NamedTuple):
