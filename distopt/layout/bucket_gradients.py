@@ -83,6 +83,8 @@ class BucketGradients:
 
     def _arrived(self, bucket: Bucket, param: Tensor) -> None:
         self._local.add(param)
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
         if not self._left:  # a backward pass that is not a step's
             return
         if param not in self._left[bucket]:
@@ -115,7 +117,7 @@ class BucketGradients:
         while self._in_flight:
             self._land()
         self._local.clear()
-        if self._find_unused:
+        if self._find_unused and self._buckets:
             self._clear_unused()
         elif missing:
             raise ValueError(
