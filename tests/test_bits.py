@@ -11,7 +11,12 @@ from tests.harness.bits import JOBS, WORLDS, on_ranks, unsharded
 from tests.harness.cells import some
 from tests.harness.distributed import run
 
-QUICK = [("zero1", 3, "kernels", "some"), ("hsdp", 4, "kernels", "some"), ("fsdp2", 2, "rules", "some")]
+QUICK = [
+    ("zero1", 3, "kernels", "some"),
+    ("buckets", 3, "kernels", "some"),
+    ("hsdp", 4, "kernels", "some"),
+    ("fsdp2", 2, "rules", "some"),
+]
 EVERY = [(kind, world, by, "every") for kind, world in WORLDS for by in ("kernels", "rules")]
 
 

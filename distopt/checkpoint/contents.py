@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distopt.checkpoint import manifest
+from distopt.layout import ShardLayout
+from distopt.layout.names import bare_parameters
+from distopt.layout.range_shard import RangeShard
 
 State = dict[str, dict[str, Any]]
 
@@ -24,6 +27,8 @@ class Contents:
     Attributes:
         tensors: The local tensors of the model, by name. A checkpoint is compared with their full shapes and dtypes.
         state: The local state buffers, by the names of parameter and buffer; compared likewise.
+        masters: The float32 masters that stand for the weights of their parameters, so that a checkpoint has float32
+            weights wherever they are trained in float32: those that ZeRO-1 shards.
         groups: The param groups, with names in place of parameters.
 
     Raises:
@@ -50,6 +55,11 @@ class Contents:
             {key: value for key, value in group.items() if key != "param_names"} for group in named["param_groups"]
         ]
         self.state: State = {name: buffers for name, buffers in named["state"].items() if buffers}
+        self.masters = _sharded_masters(model, optimizer)
+        for name, p in bare_parameters(model, remove_duplicate=False).items():
+            if p in self.masters:
+                self.tensors[name] = self.masters[p]
+                self.state.get(name, {}).pop("master", None)
 
     def saved(self) -> dict[str, Any]:
         """The tensors to write, on every rank."""
@@ -64,9 +74,11 @@ class Contents:
 
     def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
         """Loads the tensors that were read, and the checkpoint's param groups, into the model and the optimizer."""
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        set_model_state_dict(self.model, read["model"])
+        masters = {id(master) for master in self.masters.values()}  # they were filled in place
+        weights = {name: value for name, value in read["model"].items() if id(value) not in masters}
+        set_model_state_dict(self.model, weights, options=StateDictOptions(strict=not masters))
         # Not by set_optimizer_state_dict, which steps an optimizer that has not stepped yet, loads nothing where there
         # are gradients, and drops the state of frozen parameters.
         index = {name: i for i, name in enumerate(name for group in self.groups for name in group["params"])}
@@ -80,6 +92,26 @@ class Contents:
             for saved, own in zip(groups, (group["params"] for group in self.groups))
         ]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        self._round_masters()
+
+    @torch.no_grad()
+    def _round_masters(self) -> None:
+        """Gives the model the weights of masters that were filled, and the optimizer these masters."""
+        if not self.masters:
+            return
+        layout: ShardLayout = self.optimizer.layout  # type: ignore[attr-defined]
+        for p, master in self.masters.items():
+            torch._foreach_copy_(layout.split(p, p.detach()), layout.split(p, master))
+            if self.optimizer.state.get(p):
+                self.optimizer.state[p]["master"] = master
+        layout.publish(list(self.masters))
+        layout.sync.wait()
+
+
+def _sharded_masters(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, RangeShard]:
+    """Returns the masters of the parameters of a model whose weights ZeRO-1 keeps in 16 bits."""
+    found = {p: optimizer.state.get(p, {}).get("master") for p in model.parameters()}
+    return {p: master for p, master in found.items() if isinstance(master, RangeShard)}
 
 
 def _check_support(model: nn.Module, optimizer: Optimizer) -> None:

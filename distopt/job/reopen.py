@@ -70,6 +70,8 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
             raise ValueError(f"engine {engine!r}: there is no such engine. Choose from {choices}")
         cfg.engine = _composed(engine)
     cfg.engine.precision, cfg.trackers = "fp32", []  # bfloat16's rounding would be larger than the differences
+    if "param_dtype" in cfg.engine:
+        cfg.engine.param_dtype = None
     parts = Components.of(cfg)
     if isinstance(parts.engine, DeepSpeed):
         raise ValueError("this does not run under DeepSpeed, which owns weights and gradients: add --engine fsdp2")

@@ -183,7 +183,10 @@ SCHEMA: dict[str, Key] = {
     "engine.find_unused_parameters": Key(switch(), "for models that leave out parameters in some steps"),
     "engine.reduce_dtype": Key(bounds.REDUCE_DTYPE, "in which gradients are sent; null: their own dtype"),
     "engine.overlap_gather": Key(
-        switch(), "gather updated shards during the next forward pass, for scratch memory of the model's size"
+        switch(), "gather updated shards during the next forward pass, which waits for them block by block"
+    ),
+    "engine.param_dtype": Key(
+        bounds.PARAM_DTYPE, "bf16: weights and gradients in bfloat16, with sharded float32 masters; null: float32"
     ),
     "engine.reshard_after_forward": Key(switch(), "free gathered parameters between forward and backward"),
     "engine.replicas": Key(integer(1), "groups of processes that each have the full model between them"),

@@ -52,13 +52,7 @@ class GradientExchange:
         Raises:
             ValueError: If a backward pass has added to one of these gradients and none has exchanged it since.
         """
-        if local := [p for p in params if p in self._local]:
-            raise ValueError(
-                f"{len(local)} gradients (the first of shape {tuple(local[0].shape)}) are this rank's alone: their "
-                "backward pass ran under no_sync, as in Accelerate's LocalSGD, and under ZeRO-1 each rank would step "
-                "its rows by its own samples only; run the last backward pass of a step outside of no_sync, or use "
-                "plain DDP (zero_stage=0)"
-            )
+        refuse_local([p for p in params if p in self._local])
 
     def _before_accumulation(self, param: Tensor, _: Any) -> None:
         if param in self._poisoned:
@@ -77,6 +71,17 @@ class GradientExchange:
         flat[:start].zero_()
         flat[start : start + count].mul_(world)
         flat[start + count :].zero_()
+
+
+def refuse_local(params: Sequence[Tensor]) -> None:
+    """Raises ValueError for parameters whose gradients are of this rank alone; none of them is right."""
+    if params:
+        raise ValueError(
+            f"{len(params)} gradients (the first of shape {tuple(params[0].shape)}) are this rank's alone: their "
+            "backward pass ran under no_sync, as in Accelerate's LocalSGD, and under ZeRO-1 each rank would step "
+            "its rows by its own samples only; run the last backward pass of a step outside of no_sync, or use "
+            "plain DDP (zero_stage=0)"
+        )
 
 
 def refuse_join(model: DistributedDataParallel, _: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distopt.kernels.rules import Slot
 from distopt.layout.base import ShardLayout
+from distopt.layout.range_shard import Range, RangeShard
 from distopt.layout.tensors import wide
 
 
@@ -54,6 +55,8 @@ def _part(full: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     """Returns this rank's part of a tensor that every rank has, in memory of its own."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    if isinstance(placements[0], Range):
+        return RangeShard.of(full, placements[0], mesh)
     part = distribute_tensor(full, mesh, placements, src_data_rank=None)
     mine = part.to_local().clone()  # a view would keep the full tensor
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=part.shape, stride=part.stride())

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distopt.layout.row_sharding import over_gloo, own_rows, poison_remote_rows, swap, unpack, width
+from distopt.layout.messages import over_gloo
+from distopt.layout.row_sharding import own_rows, poison_remote_rows, swap, unpack, width
 
 # Elements of one exchange. Two are in flight, so this bounds their scratch memory. Below 32 MB the C library reuses
 # the same memory in the next step; above, every page of it would be new, which costs as much as sending it.
@@ -88,15 +89,25 @@ def overlapped(group: dist.ProcessGroup, device: torch.device, model: nn.Module,
         model: The model; its forward pass waits for the parameters outside of the units, its state dict for all.
         units: Modules of the model in the order of its forward pass. None of them: nothing overlaps.
     """
-    inside = [frozenset(unit.parameters()) for unit in units]
-    owned = [frozenset(model.parameters()).difference(*inside), *inside] if units else []
+    owned = unit_params(model, units)
     sync = RowSync(group, device, owned)
-    for unit, params in zip((model, *units), owned):
+    wait_before_use(sync, model, units)
+    return sync
+
+
+def unit_params(model: nn.Module, units: Sequence[nn.Module]) -> list[frozenset[Tensor]]:
+    """Returns the parameters outside of the units of a model, and those of each unit; nothing without units."""
+    inside = [frozenset(unit.parameters()) for unit in units]
+    return [frozenset(model.parameters()).difference(*inside), *inside] if units else []
+
+
+def wait_before_use(sync: ParamSync, model: nn.Module, units: Sequence[nn.Module]) -> None:
+    """Registers the hooks by which the forward pass of each unit waits for its parameters, and a state dict for all."""
+    for unit, params in zip((model, *units), unit_params(model, units)):
         unit.register_forward_pre_hook(lambda module, args, params=params: sync.wait(params))
     for module in model.modules() if units else ():
         module.register_state_dict_pre_hook(lambda *_: sync.wait())
         module.register_load_state_dict_pre_hook(lambda *_: sync.wait())  # or rows would arrive after the load
-    return sync
 
 
 class _Gather:

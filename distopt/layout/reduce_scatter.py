@@ -11,7 +11,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.exchange import GradientExchange
-from distopt.layout.row_sharding import over_gloo, own_rows, pack, width
+from distopt.layout.messages import over_gloo
+from distopt.layout.row_sharding import own_rows, pack, width
 
 
 def hookable(model: nn.Module) -> DistributedDataParallel:

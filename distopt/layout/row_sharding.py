@@ -91,11 +91,6 @@ def swap(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         work.wait()
 
 
-def over_gloo(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Returns whether the group communicates tensors of this device by gloo."""
-    return group._get_backend(device).name() == "gloo"
-
-
 def _views(
     matrix: Tensor, tensors: Sequence[Tensor], world: int, first: int, scalars: int
 ) -> Iterator[tuple[Tensor, Tensor]]:

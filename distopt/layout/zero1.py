@@ -1,4 +1,8 @@
-"""ZeRO-1 over DDP: parameters are full on every rank, the optimizer's state is sharded by rows."""
+"""ZeRO-1 over DDP: parameters are full on every rank, the optimizer's state is sharded by rows.
+
+For DDP models of others, whose parameters and buckets stay as they are. `distopt.engine.Zero1` lays out its own models
+in buckets (`distopt.layout.bucketed`), from which nothing has to be packed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.base import Placement, Segment, ShardLayout
+from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.infer import infer_layout
@@ -46,7 +51,7 @@ class Zero1Layout(ShardLayout):
     """
 
     mesh: DeviceMesh = None  # type: ignore[assignment]
-    exchange: GradientExchange | None = None
+    exchange: GradientExchange | BucketGradients | None = None
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:

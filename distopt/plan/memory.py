@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Footprint, Units, all_params, numel, shards, state_bytes
+from distopt.layout.bucket import FRESH, Plan, plan_buckets
+from distopt.plan.footprint import Footprint, Param, Units, all_params, numel, shards, state_bytes
 
 
 @functools.singledispatch
@@ -41,8 +41,32 @@ def _replicated(units: Units) -> Footprint:
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    state = state_bytes(all_params(units), lambda param: param.rows(world))
-    return replace(_replicated(units), state=state)
+    params, width, masters = all_params(units), 2 if engine.param_dtype else 4, 1 if engine.param_dtype else 0
+    trained = [param for param in params if param.trained]
+    plans = plan_buckets([param.shape for param in trained], world)
+    buffers = width * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
+    state = [4 * sum(param.replicated for param in trained)] * world
+    for plan in plans:
+        for i, offset in zip(plan.members, plan.offsets):
+            end = offset + trained[i].numel
+            for rank in range(offset // plan.share, -(-end // plan.share)):
+                own = min(end, (rank + 1) * plan.share) - max(offset, rank * plan.share)
+                state[rank] += 4 * (trained[i].slots + masters) * own
+    frozen = 4 * (numel(params) - numel(trained))
+    return Footprint(buffers + frozen, buffers, max(state), width * _fresh(trained, plans))
+
+
+def _fresh(trained: list[Param], plans: list[Plan]) -> int:
+    """Return the most elements of gradients that are not in their bucket yet."""
+    bucket_of = {i: j for j, plan in enumerate(plans) for i in plan.members}
+    fresh, most = [0] * len(plans), 0
+    for i in reversed(range(len(trained))):
+        j = bucket_of[i]
+        fresh[j] += trained[i].numel
+        most = max(most, sum(fresh))
+        if fresh[j] >= FRESH or i == plans[j].members[-1]:
+            fresh[j] = 0
+    return most
 
 
 @footprint.register

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
-from distopt.plan.footprint import Collective, Units, all_params, numel, rows, shards
+from distopt.layout.bucket import plan_buckets
+from distopt.plan.footprint import Collective, Units, all_params, numel, shards
 
 # Defaults of DeepSpeed 0.19.8's stage 3, in elements. Parameters up to the first size stay gathered from their first
 # use until the step. Others stay gathered if they are used again within the second: from forward to backward its last
@@ -37,11 +38,13 @@ def _(engine: DDP, units: Units, world: int, passes: int) -> list[Collective]:
 
 @wire.register
 def _(engine: Zero1, units: Units, world: int, passes: int) -> list[Collective]:
-    params = all_params(units)
-    padded = world * rows(params, world, trained=True)
+    plans = plan_buckets([param.shape for param in all_params(units) if param.trained], world)
+    padded = world * sum(plan.share for plan in plans)
+    width = 2 if engine.param_dtype else 4
+    reduced = {"bf16": 2, "fp32": 4, None: width}[engine.reduce_dtype]
     return [
-        Collective("reduce_scatter", (2 if engine.reduce_dtype == "bf16" else 4) * padded, world, 1, "backward"),
-        Collective("all_gather", 4 * numel(params, trained=True), world, 1, "step"),
+        Collective("reduce_scatter", reduced * padded, world, 1, "backward"),
+        Collective("all_gather", width * padded, world, 1, "step"),
     ]
 
 

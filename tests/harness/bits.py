@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distopt
 from distopt import FunctionalSAM, layout
 from distopt.kernels import cpu, dispatch
+from distopt.layout.bucketed import bucket_layout
 from tests.harness.optimizers import ROWS, initial
 from tests.harness.sams import EVERYONE, MEMBERS
 from tests.harness.sharded import mesh
@@ -22,7 +23,7 @@ from tests.harness.sharded import mesh
 # Rows shorter and longer than a block of a sum and no multiple of it, of one element, fewer rows than ranks, long ones.
 SHAPES = ((97, 89), (13, 300), (3, 700), (1031,), (7, 5, 3), (2, 1), (1,), (5000, 4))
 STEPS = 3
-KINDS = {"ddp": (2, 3, 4), "zero1": (1, 2, 3, 4), "fsdp2": (1, 2, 3, 4), "hsdp": (2, 4)}
+KINDS = {"ddp": (2, 3, 4), "zero1": (1, 2, 3, 4), "buckets": (1, 2, 3, 4), "fsdp2": (1, 2, 3, 4), "hsdp": (2, 4)}
 WORLDS = [(kind, world) for kind, worlds in KINDS.items() for world in worlds]
 _MEMBERS = [member for member in MEMBERS if member.cls is not FunctionalSAM]
 # Every optimizer, and every member of SAM's family over every optimizer that it is tested with, or over one of them.
@@ -54,7 +55,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
     """The full perturbed weights of every step, and the full weights and state after the last one."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     shape, axes = ((2, world // 2), ("replicate", "shard")) if kind == "hsdp" else ((world,), ("shard",))
-    where = mesh(shape, axes) if kind in ("zero1", "fsdp2", "hsdp") else None
+    where = mesh(shape, axes) if kind in ("zero1", "buckets", "fsdp2", "hsdp") else None
     how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}.get(kind)
 
     def placed(full: Tensor) -> Tensor:
@@ -66,6 +67,8 @@ def trained(kind: str, job: str) -> list[Tensor]:
     opt = row.make(row.groups(params))
     if kind == "zero1":
         opt.bind(layout.zero1_layout(nn.ParameterList(params), where))
+    if kind == "buckets":
+        opt.bind(bucket_layout(params, where))
     sam = member.make(opt) if member else None
     seen: list[Tensor] = []
 
@@ -87,7 +90,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 @lru_cache
