@@ -64,6 +64,9 @@ class Zero1(DDP):
         self.reduce_dtype = reduce_dtype
         self.overlap_gather = overlap_gather
 
+    def check_forward_only(self) -> None:
+        raise ValueError("engine=zero1 shards the optimizer's state, and MeZO has none: use engine=ddp or fsdp2")
+
     def build(
         self,
         model: nn.Module,

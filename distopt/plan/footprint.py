@@ -51,6 +51,7 @@ class Footprint:
         outside: The same before that, while the loss and the last operations of the forward pass are differentiated.
         early: Whether the gradients are allocated at the start of a pass, instead of one by one.
         accumulated: The additional memory of gradients when a step has several micro-batches.
+        noise: What MeZO draws at once, while there are no activations.
     """
 
     parameters: int
@@ -60,6 +61,7 @@ class Footprint:
     outside: int = 0
     early: bool = True
     accumulated: int = 0
+    noise: int = 0
 
 
 class Collective(NamedTuple):

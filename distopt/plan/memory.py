@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
+from distopt.engine.mezo import CHUNK, NOISE_BYTES
 from distopt.plan.footprint import Footprint, Units, all_params, numel, rows
 
 
@@ -26,7 +27,15 @@ def footprint(engine: Engine, units: Units, world: int) -> Footprint:
 
 @footprint.register
 def _(engine: DDP, units: Units, world: int) -> Footprint:
-    return _replicated(units)
+    return replace(_replicated(units), noise=_noise(units, 1))
+
+
+def _noise(units: Units, ranks: int) -> int:
+    """What is drawn at once where no parameter has a gradient, since MeZO moves all of them."""
+    params = all_params(units)
+    if any(param.trained for param in params):
+        return 0
+    return NOISE_BYTES * min(CHUNK, max(param.rows(ranks) for param in params))
 
 
 def _replicated(units: Units) -> Footprint:
@@ -54,6 +63,8 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     # it ends; one block is prefetched, and another has unsharded gradients and a reduce-scatter buffer.
     outside = width * (numel(root) + (0 if engine.reshard_after_forward else sum(map(numel, inner))))
     gathered = outside + width * numel(root) + (width * (1 + 2 * engine.reshard_after_forward) + 4) * block
+    if noise := _noise(units, ranks):  # no gradients: two blocks, and a buffer of the all-gather
+        gathered = outside + width * (1 + 2 * engine.reshard_after_forward) * block
     return Footprint(
         parameters=4 * rows(params, ranks),
         gradients=4 * rows(params, ranks, trained=True),
@@ -61,6 +72,7 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
         gathered=gathered,
         outside=outside,
         early=False,
+        noise=noise,
     )
 
 

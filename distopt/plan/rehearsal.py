@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from distopt.engine.mezo import MeZO
 from distopt.engine.train_step import next_token_loss
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.plan.allocations import Allocations
@@ -45,14 +47,16 @@ class Rehearsal:
         units: The parameters of each block, and last those outside of the blocks.
         flops: The operations of the forward and of the backward pass, including recomputation by activation
             checkpointing.
-        moments: The memory at each allocation of the backward pass.
+        moments: The memory at each allocation of the backward pass, or of the forward pass where there is no other.
         trusts: Whether any param group needs a norm before its weights move.
+        forward_only: Whether there is no backward pass (MeZO).
     """
 
     units: list[list[Param]]
     flops: tuple[int, int]
     moments: list[Moment]
     trusts: bool
+    forward_only: bool = False
 
     @property
     def activations(self) -> int:
@@ -66,12 +70,13 @@ class Rehearsal:
             footprint: The memory of the engine.
             early: Whether the gradients are allocated at the start of the pass, instead of one by one.
         """
-        return max(
+        passes = max(
             moment.activations
             + int(footprint.gradients * (1.0 if early else moment.share))
             + (footprint.gathered if moment.inside else footprint.outside)
             for moment in self.moments
         )
+        return max(passes, footprint.noise)
 
 
 def rehearse(
@@ -110,11 +115,24 @@ def rehearse(
         model.train()
         params = list(model.parameters())
         optimizer = make_optimizer(make_groups(model))
-        units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
+        forward_only = isinstance(optimizer, MeZO)
+        entered: list[int] = []  # the events at which the blocks begin and end
+        units, trusts = _units(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with _one_sequence_per_row(), engine.autocast(_CPU), Flops() as forward, allocations:
+        for block in blocks(model) if forward_only else ():
+            block.register_forward_pre_hook(lambda *_: entered.append(len(allocations.events)))
+            block.register_forward_hook(lambda *_: entered.append(len(allocations.events)))
+        with (
+            torch.set_grad_enabled(not forward_only),
+            _one_sequence_per_row(),
+            engine.autocast(_CPU),
+            Flops() as forward,
+            allocations,
+        ):
             loss = next_token_loss(model, batch)
+        if forward_only:
+            return Rehearsal(units, (forward.total, 0), _forward(allocations, entered), trusts, forward_only)
         start = len(allocations.events)
         with Flops() as backward, allocations:
             loss.backward()
@@ -132,6 +150,11 @@ def rehearse(
         if i >= start - 1:
             moments.append(Moment(activations, allocated / gradient_bytes, inside))
     return Rehearsal(units, (forward.total, backward.total), moments, trusts)
+
+
+def _forward(allocations: Allocations, entered: list[int]) -> list[Moment]:
+    sizes = itertools.accumulate(change for _, change in allocations.events)
+    return [Moment(size, 0.0, inside=min(entered) <= i < max(entered)) for i, size in enumerate(sizes)]
 
 
 @contextlib.contextmanager
@@ -152,10 +175,13 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
-    slots = {p: len(optimizer.rule(group).buffers) for group in optimizer.param_groups for p in group["params"]}
+    trained = not isinstance(optimizer, MeZO)  # which moves weights without gradients
+    slots = {
+        p: len(optimizer.rule(group).buffers) for group in optimizer.param_groups for p in group["params"] if trained
+    }
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([Param(tuple(p.shape), p.requires_grad, slots.get(p, 0)) for p in own])
+        units.append([Param(tuple(p.shape), p.requires_grad and trained, slots.get(p, 0)) for p in own])
     return units

@@ -7,8 +7,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 Options = dict[str, Any]
-# Before a step: ("set", group, option, value), ("freeze", param), ("thaw", param), ("add", Group), ("reload",) and
-# ("through torch",), which is a state dict that goes through the torch optimizer of the same name.
+# Before a step: ("set", group, option, value), of all groups where it is None, ("freeze", param), ("thaw", param),
+# ("add", Group), ("reload",), ("through torch",), which is a state dict that goes through the torch optimizer of the
+# same name, and ("average",), which looks at the average of a schedule-free optimizer and goes on.
 Event = tuple[Any, ...]
 
 

@@ -17,6 +17,7 @@ class CoordinateSweeperConf:
     # The config group whose choices are compared, and which of them; null: all, and all variants.
     group: str = "optimizer"
     choices: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)  # choices that null leaves out
     # Further rows of the table: a name, and the overrides that it stands for; or what a choice stands for, if not for
     # itself alone.
     variants: dict[str, list[str]] = field(default_factory=dict)

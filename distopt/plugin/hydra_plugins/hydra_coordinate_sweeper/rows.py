@@ -84,7 +84,9 @@ def rows(
     """
     check(options)
     names = [*known, *options.variants]
-    given_names = {name: getattr(options, name) or () for name in ("choices", "own", "gradients", "unscaled")}
+    given_names = {
+        name: getattr(options, name) or () for name in ("choices", "exclude", "own", "gradients", "unscaled")
+    }
     for where, given in given_names.items():
         for name in given:
             if name not in names:
@@ -93,7 +95,8 @@ def rows(
                 raise ComparisonError(
                     f"hydra.sweeper.{where}: there is no {options.group} {name}.{meant} There are {', '.join(names)}"
                 )
-    chosen = list(dict.fromkeys(options.choices if options.choices is not None else names))
+    every = [name for name in names if name not in options.exclude]
+    chosen = list(dict.fromkeys(options.choices if options.choices is not None else every))
     return [_row(name, options, composed) for name in chosen]
 
 
