@@ -180,6 +180,7 @@ class _Draws:
         self.frozen = {i for i, p in enumerate(self.params) if p.frozen}
         self.thawable: set[int] = set()
         self.number = len(groups)
+        self.shared: Options = {}  # what has been set for all groups
         legs = [self.leg(i) for i in range(draw(st.integers(1, 2)))]
         dtype = draw(st.sampled_from(["float64", "float64", "float32"]))  # which has kernels of its own
         return Case(
@@ -219,7 +220,8 @@ class _Draws:
                 return ("set", draw(st.integers(0, self.number - 1)), name, draw(self.changing[name]))
             case "set all" if self.kind in COUPLED:
                 name = draw(st.sampled_from(sorted(SHARED)))
-                return ("set", None, name, draw(SHARED[name]))
+                self.shared[name] = draw(SHARED[name])
+                return ("set", None, name, self.shared[name])
             case "average" if self.kind in AVERAGING:
                 return ("average",)
             case "reload":
@@ -238,7 +240,7 @@ class _Draws:
                 params = tuple(self.late)
                 self.late = []
                 self.number += 1
-                return ("add", Group(params, draw(_some(self.changing, 2))))
+                return ("add", Group(params, draw(_some(self.changing, 2)) | self.shared))
             case "through torch" if self.kind in PEERS:
                 return ("through torch",)
         return None
