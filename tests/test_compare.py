@@ -7,14 +7,17 @@ import math
 import re
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hydra_plugins.hydra_coordinate_sweeper.descent import Descent, Losses, Trial, kept, tune
 from hydra_plugins.hydra_coordinate_sweeper.options import CoordinateSweeperConf
-from hydra_plugins.hydra_coordinate_sweeper.rows import check
+from hydra_plugins.hydra_coordinate_sweeper.rows import check, rows
 from hydra_plugins.hydra_coordinate_sweeper.table import Result, printed, verdict, write
 from omegaconf import OmegaConf
 
@@ -107,6 +110,14 @@ def test_the_longer_runs_decide() -> None:
     assert (last.point, last.steps, last.seed) == (pytest.approx((3.0,)), 20, 7)
 
 
+def test_a_row_that_estimates_its_learning_rate_searches_the_rest() -> None:
+    """With as many runs as the others, as long as there are values left: here 2 + 3 x 3 points less some corners."""
+    rounds = driven(Descent(LADDERS, (1.0, 0.0, (0.9, 0.9)), 1.0), 30, [40], [1], bowl)
+    points = [trial.point for asked in rounds for trial in asked]
+    assert {scale for scale, *_ in points} == {1.0} and 5 <= len(set(points)) <= 9
+    assert points[-1] == (1.0, 0.1, (0.9, 0.99))
+
+
 def script(folder: Path) -> list[str]:
     group = folder / "conf" / "optimizer"
     group.mkdir(parents=True)
@@ -177,7 +188,13 @@ REFUSED = {
     "factor": (1.0, "hydra.sweeper.factor must be > 1, got 1"),
     "choices": ([], "hydra.sweeper.choices is empty"),
     "gradients": ({"sam": 0}, "hydra.sweeper.gradients must be >= 1"),
+    "max_batch_size": (0, "hydra.sweeper.max_batch_size must be >= 1, or null, got 0"),
 }
+
+
+def test_rungs_that_would_give_a_row_fewer_gradients_are_refused() -> None:
+    with pytest.raises(Exception, match=r"rungs must be multiples of 2, the gradients of a step of sam, got \[41\]"):
+        check(CoordinateSweeperConf(rungs=[41], gradients={"sam": 2}))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -205,14 +222,60 @@ def test_what_does_not_exist_is_refused_before_anything_runs(words: str, message
     assert message in ended.err.splitlines()[-1] and not list(tmp_path.rglob("losses.jsonl"))
 
 
-def test_every_optimizer_is_compared_with_its_own_main_parameter() -> None:
-    """A new file of conf/optimizer joins by itself; an entry for one that does not exist would be refused."""
+def composed(words: list[str]) -> Any:
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=["experiment=compare"], return_hydra_config=True)
-    options: Any = OmegaConf.to_container(cfg.hydra.sweeper)
+        return compose("train", overrides=["experiment=compare", *words], return_hydra_config=True)
+
+
+@pytest.fixture(scope="module")
+def options() -> CoordinateSweeperConf:
+    given: Any = OmegaConf.to_container(composed([]).hydra.sweeper)
+    return CoordinateSweeperConf(**given)
+
+
+def test_every_optimizer_is_compared_with_its_own_main_parameter(options: CoordinateSweeperConf) -> None:
+    """A new file of conf/optimizer joins by itself; an entry for one that does not exist would be refused."""
+    cfg = composed([])
     names = {file.stem for file in (CONF / "optimizer").glob("*.yaml")}
-    assert options["choices"] is None and set(options["own"]) <= names | set(options["variants"])
-    assert cfg.schedule.final_lr_ratio == 0.0 and cfg.train.steps == options["rungs"][-1]
+    assert options.choices is None and set(options.own) <= names | set(options.variants)
+    assert names - set(options.own) - set(options.exclude) == {"sgd"}, (
+        "an entry in hydra.sweeper.own of compare.yaml is missing"
+    )
+    assert cfg.schedule.final_lr_ratio == 0.0 and cfg.train.steps == options.rungs[-1]
+    # What averages its iterates has no decay, and what estimates its rate is left at it.
+    averaging, estimating = rows(replace(options, choices=["sgd_schedule_free", "prodigy"]), sorted(names), composed)
+    assert averaging.scaled and composed([*averaging.words]).schedule._target_.endswith("warmup_constant")
+    assert not estimating.scaled and estimating.start[0] == 1.0
+
+
+def test_every_row_computes_as_many_gradients(options: CoordinateSweeperConf) -> None:
+    """Counted in steps of the stepper that the job makes of a row: SAM's takes two passes, an optimizer's one."""
+    names = [file.stem for file in (CONF / "optimizer").glob("*.yaml")]
+    for row in rows(replace(options, choices=["adamw", "sam"]), names, composed):
+        cfg = composed([*row.words])
+        weight = torch.ones(3, requires_grad=True)
+        stepper = instantiate(cfg.optimizer)([weight])
+        stepper = instantiate(cfg.sam)(stepper) if cfg.sam else stepper
+        closure = Counting(weight)
+        for steps in options.rungs:
+            before = closure.count
+            for _ in range(row.steps(Trial(row.start, steps))):
+                stepper.step(closure)
+            assert closure.count - before == steps
+
+
+class Counting:
+    """A closure that counts its gradients."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.count = weight, 0
+
+    def __call__(self) -> torch.Tensor:
+        self.count += 1
+        self.weight.grad = None
+        loss = self.weight.square().sum()
+        loss.backward()
+        return loss
 
 
 def test_the_report_shows_the_comparison(tmp_path: Path) -> None:

@@ -112,6 +112,38 @@ def test_the_memory_of_ranks_is_the_planned_one(kind: str, family: str, world: i
     assert plan["peak"] == pytest.approx(found["peak"], rel=0.002)  # the plan leaves out norms
 
 
+def measured_without_gradients(kind: str, family: str) -> tuple[int, int, int]:
+    """The bytes of the weights and of gradients and state after a step of MeZO, and the peak of a step."""
+    language_model, engine = LanguageModel(family, MODELS[family]), ENGINES[kind](precision="fp32")
+    model = language_model.empty(language_model.describe(VOCABULARY))
+    model = engine.build(model, blocks(model), lambda unit, device: language_model.fill(model, unit, device), CPU)
+    inner = engine.unwrap(model)
+    optimizer = distopt.MeZO(distopt.param_groups(inner), model=inner)
+    model = engine.attach(model, optimizer, 1, float("inf"))
+    batches = [torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1))]
+    update(engine, model, optimizer, batches)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    with Allocations(params) as allocations:
+        update(engine, model, optimizer, batches)
+    others = [*(p.grad for p in params if p.grad is not None), *optimizer.state.values()]
+    return size(params), len(others), allocations.peak() + size(params)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 1), ("fsdp2", 4)])
+def test_the_memory_of_mezo_is_the_planned_one(kind: str, world: int) -> None:
+    """The weights, and the larger of two: a forward pass, of which no activations are kept, and the noise."""
+    rehearsal = rehearse(
+        ENGINES[kind](), LanguageModel("gpt2", MODELS["gpt2"]), distopt.param_groups, distopt.MeZO, VOCABULARY,
+        SEQUENCES, LENGTH,
+    )  # fmt: skip
+    held = footprint(ENGINES[kind](), rehearsal.units, world)
+    weights, others, peak = max(run(world, measured_without_gradients, kind, "gpt2"))
+    assert (held.gradients, held.state, others) == (0, 0, 0)
+    assert held.parameters == pytest.approx(weights, rel=0.03)
+    assert held.parameters + rehearsal.peak(held, early=False) == pytest.approx(peak, rel=0.005)
+    assert rehearsal.flops[1] == 0 and rehearsal.peak(held, early=False) < 0.7 * rehearsed("gpt2").activations
+
+
 @pytest.mark.parametrize(
     ("kind", "precision", "accumulation"),
     some(

@@ -119,6 +119,9 @@ class Engine:
     def check_health(self) -> None:
         """Raises ValueError if this engine does not show the norms of layers to a `distopt.health.Monitor`."""
 
+    def check_forward_only(self) -> None:
+        """Raises ValueError if this engine cannot run `MeZO`, which moves the weights itself and has no gradients."""
+
     def build(
         self,
         model: nn.Module,

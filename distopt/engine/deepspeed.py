@@ -73,6 +73,9 @@ class DeepSpeed(Engine):
             "engine=zero1 or fsdp2, or health=off"
         )
 
+    def check_forward_only(self) -> None:
+        raise ValueError("DeepSpeed owns the weights, which MeZO moves itself: use engine=ddp or fsdp2")
+
     def build(
         self,
         model: nn.Module,

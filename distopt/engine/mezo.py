@@ -19,6 +19,9 @@ from distopt.rng import random_state, same_random_numbers
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
+CHUNK = 2**18  # elements of noise at once
+NOISE_BYTES = 92  # of memory for each of them
+
 
 class MeZO(torch.optim.Optimizer):
     r"""MeZO: gradient descent along one random direction, whose slope is the difference of two losses.
@@ -46,11 +49,17 @@ class MeZO(torch.optim.Optimizer):
         seed: Of the noise, >= 0, the same on every rank.
         model: Needed for FSDP2, which keeps full copies of some parameters after a forward pass; they are dropped.
 
+    Attributes:
+        slope: That of the last step (by the first group's eps), NaN before it. The mean of its square over z is the
+            square of the gradient's norm.
+
     Raises:
         ValueError: A value outside of its bound, 16-bit weights, and weights that are sharded otherwise than by rows.
 
     Reference: Malladi et al., Fine-Tuning Language Models with Just Forward Passes, NeurIPS 2023, arXiv 2305.17333.
     """
+
+    group_state = ("steps",)  # which no configuration sets
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class MeZO(torch.optim.Optimizer):
         model: nn.Module | None = None,
     ) -> None:
         self._model = model
+        self.slope = math.nan
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "seed": seed, "steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -90,8 +100,8 @@ class MeZO(torch.optim.Optimizer):
         """
         if closure is None:
             raise ValueError(
-                "MeZO.step needs a closure that returns the loss of a forward pass; distopt.train, the Trainer and "
-                "others that train by gradients cannot run it"
+                "MeZO.step needs a closure that returns the loss of a forward pass; the Trainer and others that train "
+                "by gradients cannot run it: use distopt.train"
             )
         params = [p for group in self.param_groups for p in group["params"]]
         if any(p.grad is not None for p in params):
@@ -111,6 +121,7 @@ class MeZO(torch.optim.Optimizer):
             self._move(lambda group: -at * group["eps"])
         losses = collective.on_all(lambda: (up, down))
         up, down = (math.fsum(column) / len(losses) for column in zip(*losses))
+        self.slope = (up - down) / (2.0 * self.param_groups[0]["eps"])
         if math.isfinite(up) and math.isfinite(down):
             for group in self.param_groups:
                 weights = [local(p) for p in group["params"] if p.requires_grad]
@@ -122,13 +133,13 @@ class MeZO(torch.optim.Optimizer):
 
     def _move(self, factor: Callable[[dict[str, Any]], float]) -> None:
         """p <- p + factor * z, of this step's z."""
+        if self._model is not None:
+            reshard(self._model)  # full copies of the last forward pass, which would be stale
         for i, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
             for name, p in zip(names, group["params"]):
                 if p.requires_grad:
                     _add_noise(p, counter.key(f"{group['seed']}:{group['steps']}:{name}"), factor(group))
-        if self._model is not None:
-            reshard(self._model)
 
     def _check(self, group: dict[str, Any]) -> None:
         number(0.0).check("lr", group["lr"])
@@ -150,7 +161,7 @@ def _add_noise(param: Tensor, key: int, factor: float) -> None:
     """p <- p + factor * z, with the z of each element of the full parameter."""
     part = local(param.detach())
     flat = part.reshape(-1)
-    for start, index in global_indices(own_place(param), param.shape, part.device):
+    for start, index in global_indices(own_place(param), param.shape, part.device, CHUNK):
         flat[start : start + len(index)].add_(counter.normals(key, index).float().to(part.dtype), alpha=factor)
     if not part.is_contiguous():
         part.copy_(flat.view(part.shape))

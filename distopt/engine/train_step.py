@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.data.batch import Batch, PassLoss, next_token_loss
+from distopt.engine.mezo import MeZO
 from distopt.optim.averaging import train_mode
 from distopt.rng import random_state
 from distopt.sam import SAM
@@ -49,7 +50,8 @@ def update(
 
     Both passes of `SAM` run over the same micro-batches with the same random numbers, and the gradient of the second
     pass is clipped. If the gradient norm is inf or nan, which it is on every rank or on none, weights and state do not
-    change. An optimizer with modes (schedule-free) stays in train mode.
+    change. An optimizer with modes (schedule-free) stays in train mode. `MeZO` takes forward passes alone, and its
+    gradient norm is the size of its slope.
 
     Args:
         engine: The engine that has built the model.
@@ -62,6 +64,8 @@ def update(
     Raises:
         ValueError: If the engine cannot run this SAM.
     """
+    if isinstance(optimizer, MeZO):
+        return forward_only(engine, model, optimizer, batches, loss)
     train_mode(optimizer)
     engine.zero_grad(model, optimizer)
     if isinstance(optimizer, SAM):
@@ -69,6 +73,23 @@ def update(
     else:
         mean = backward(engine, model, batches, loss)
     return Update(mean, *engine.step(model, optimizer, max_grad_norm))
+
+
+def forward_only(
+    engine: Engine, model: nn.Module, optimizer: MeZO, batches: Sequence[Tensor | Batch], loss: Loss = next_token_loss
+) -> Update:
+    """One step of MeZO, whose two passes each run over all micro-batches."""
+    device = batches[0].device
+
+    def mean() -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for batch in batches:
+            with engine.autocast(device):
+                total += loss(model, batch, None) / len(batches)
+        return total
+
+    found = optimizer.step(mean)
+    return Update(torch.tensor(found, device=device), abs(optimizer.slope), math.isfinite(optimizer.slope))
 
 
 def sharpness_aware(

@@ -69,6 +69,9 @@ class Zero1(DDP):
         self.param_dtype = param_dtype
         self.bf16 = self.bf16 or param_dtype == "bf16"
 
+    def check_forward_only(self) -> None:
+        raise ValueError("engine=zero1 shards the optimizer's state, and MeZO has none: use engine=ddp or fsdp2")
+
     def build(
         self,
         model: nn.Module,

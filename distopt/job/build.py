@@ -146,7 +146,8 @@ def _trainee(
     torch.manual_seed(cfg.seed + accelerator.process_index)
     lr, independent_decay = cfg.optimizer.lr * cfg.lr_scale, bool(cfg.param_groups.get("independent_decay"))
     model, groups, adapter_files = _model(parts, config, accelerator.device, lr, independent_decay)
-    optimizer = parts.make_optimizer(groups, lr=lr)
+    options = {"model": engine.unwrap(model)} if parts.forward_only else {}
+    optimizer = parts.make_optimizer(groups, lr=lr, **options)
     schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch

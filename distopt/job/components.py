@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from distopt.data.cross_entropy import use_chunks
 from distopt.engine import Engine
+from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
 from distopt.init import Initialization, widths
 from distopt.init.width import Shapes
@@ -88,6 +89,7 @@ class Components:
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
         )
         parts.dry_run(cfg.train.steps)
+        parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
         parts.check_model(independent_decay)
@@ -95,6 +97,32 @@ class Components:
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether the optimizer takes forward passes alone."""
+        return isinstance(self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32)]), MeZO)
+
+    def check_forward_only(self, cfg: Config) -> None:
+        """Refuses what an optimizer without gradients does not have.
+
+        Raises:
+            ValueError: With the key at fault and the remedy.
+        """
+        if not self.forward_only:
+            return
+        with named("optimizer"):
+            self.engine.check_forward_only()
+        wrong = {
+            "train.max_grad_norm=null": cfg.train.max_grad_norm is not None,
+            "sam=off": self.make_sam is not None,
+            "health=off": self.make_health is not None,
+            "train.lr_range_test=null": cfg.train.lr_range_test is not None,
+        }
+        if missing := [remedy for remedy, needed in wrong.items() if needed]:
+            raise ValueError(
+                f"optimizer=mezo has no gradients to clip, to ascend or to watch: give {' '.join(missing)}"
+            )
 
     def check_init(self, independent_decay: bool) -> None:
         """Checks that the first values would be used, and that the optimizer has the scaling of muP.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt import collective
+from distopt.engine.mezo import MeZO
 from distopt.layout import layout_of
 from distopt.layout.names import bare_parameters
 from distopt.optim.clip import grad_norms
@@ -62,8 +63,11 @@ def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, 
     ascents = collective.on_all(lambda: bad(stepper.ascent_norms()) if isinstance(stepper, SAM) else [])
     names = next(filter(None, ascents), None) or bad(_norms(stepper))
     where = f"{len(names)} parameters are not finite, the first is {names[0]}. " if names else f"{_UNKNOWN}. "
+    what = "gradient"
+    if isinstance(stepper, MeZO):
+        what, where = "loss", ""
     return (
-        f"stopped at step {step}: the gradient was not finite {times} steps in a row; {where}"
+        f"stopped at step {step}: the {what} was not finite {times} steps in a row; {where}"
         "Lower optimizer.lr or raise schedule.warmup_steps"
     )
 

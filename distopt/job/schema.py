@@ -105,7 +105,8 @@ SCHEMA: dict[str, Key] = {
     ),
     "optimizer.eps": Key(
         either(BOUNDS["eps"], FACTORED["eps"]),
-        "added to the denominator; Adafactor's two: the least divisor, and the least RMS of the weights in its rate",
+        "added to the denominator; MeZO's distance of the two points, > 0; Adafactor's two: the least divisor, and the "
+        "least RMS of the weights in its rate",
     ),
     "optimizer.beta2_decay": Key(FACTORED["beta2_decay"], "1 - beta2 is the step to this power"),
     "optimizer.d": Key(FACTORED["d"], "RMS above which Adafactor clips the update of a parameter"),
@@ -133,6 +134,7 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["trust_clip"],
         "bounds of the trust ratio; [0.01, 10.0] is DeepSpeed's",
     ),
+    "optimizer.seed": Key(bounds.SEED, "seed of MeZO's noise"),
     "optimizer.d0": Key(BOUNDS["d0"], "first estimate of the step size d"),
     "optimizer.d_coef": Key(BOUNDS["d_coef"], "factor of the estimate of d"),
     "optimizer.r": Key(BOUNDS["r"], "power of the step in the weights of schedule-free averages"),

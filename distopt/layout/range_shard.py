@@ -39,14 +39,14 @@ class RangeShard(Tensor):
         mesh: One axis, over the ranks whose ranges make up the tensor.
     """
 
-    _local: Tensor
+    _local_tensor: Tensor
     device_mesh: DeviceMesh
     placements: tuple[Range]
 
     @staticmethod
     def __new__(cls, local: Tensor, shape: torch.Size, at: Range, mesh: DeviceMesh) -> RangeShard:
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)  # type: ignore[attr-defined]
-        made._local, made.device_mesh, made.placements = local, mesh, (at,)
+        made._local_tensor, made.device_mesh, made.placements = local, mesh, (at,)
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -59,30 +59,30 @@ class RangeShard(Tensor):
 
     def to_local(self) -> Tensor:
         """Returns this rank's elements, flat."""
-        return self._local
+        return self._local_tensor
 
     def full_tensor(self) -> Tensor:
         """Returns the full tensor on every rank. Collective: one all-reduce."""
         start, numel = self.placements[0]
-        full = self._local.new_zeros(self.shape.numel())
-        full[start : start + numel] = self._local
+        full = self._local_tensor.new_zeros(self.shape.numel())
+        full[start : start + numel] = self._local_tensor
         if self.device_mesh.size() > 1:
             dist.all_reduce(full, group=self.device_mesh.get_group())
         return full.view(self.shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"RangeShard(local_tensor={self._local}, shape={tuple(self.shape)}, placements={self.placements})"
+        return f"RangeShard(local_tensor={self._local_tensor}, shape={tuple(self.shape)}, placements={self.placements})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket is _aten.new_empty:  # of torch's stager of state dicts, with the full shape
-            return args[0]._with(args[0]._local.new_empty(args[0]._local.shape, **kwargs))
+            return args[0]._with(args[0]._local_tensor.new_empty(args[0]._local_tensor.shape, **kwargs))
         if func.overloadpacket not in _ELEMENTWISE | _LIKE:
             raise NotImplementedError(f"{func} of a RangeShard: use to_local() or full_tensor()")
         if any(t.placements != args[0].placements for t in args if isinstance(t, RangeShard)):
             raise NotImplementedError(f"{func} of two RangeShards of other ranges: use full_tensor()")
-        result = func(*(t._local if isinstance(t, RangeShard) else t for t in args), **kwargs)
+        result = func(*(t._local_tensor if isinstance(t, RangeShard) else t for t in args), **kwargs)
         return args[0] if func.overloadpacket.__name__.endswith("_") else args[0]._with(result)
 
     def _with(self, local: Tensor) -> RangeShard:
@@ -94,7 +94,7 @@ class RangeShard(Tensor):
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-        properties = TensorProperties.create_from_tensor(self._local)
+        properties = TensorProperties.create_from_tensor(self._local_tensor)
         return [
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
@@ -112,7 +112,7 @@ class RangeShard(Tensor):
     def __get_tensor_shard__(self, index: Any) -> Tensor:
         for offsets, sizes, start in self._boxes():
             if torch.Size(offsets) == index.offset:
-                return self._local.narrow(0, start, torch.Size(sizes).numel()).view(sizes)
+                return self._local_tensor.narrow(0, start, torch.Size(sizes).numel()).view(sizes)
         raise ValueError(f"{index.fqn} has no box at {index.offset}")
 
     def _boxes(self) -> Iterator[tuple[list[int], list[int], int]]:

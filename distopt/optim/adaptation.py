@@ -71,7 +71,8 @@ class DistanceAdapted(ShardedOptimizer):
         """Keeps what the update needs of the inner products, before it."""
 
     def estimate(self, group: dict[str, Any], numerator: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the new numerator and the estimate of d, possibly NaN, from the last numerator and new sums."""
+        """Returns the new numerator and the estimate of d from the last numerator and new sums, the second of which it
+        divides by: where that is 0, the estimate does not count."""
         raise NotImplementedError
 
     def bind(self, layout: ShardLayout) -> None:
@@ -133,7 +134,8 @@ class DistanceAdapted(ShardedOptimizer):
             for name in start
         )
         numerator, found = self.estimate(group, numerator, totals)
-        d = torch.where(found > d, found, d)  # also where found is NaN, before there is a gradient
+        # |s|_1 is 0 before there is a gradient, and in a step without any, whose numerator is left of those before.
+        d = torch.where((totals[1] > 0) & (found > d), found, d)
         for group in self.param_groups:
             group.update(d=d, d_numerator=numerator)
 

@@ -63,6 +63,7 @@ class Footprint:
         ending: The same after that, when nothing is left to differentiate.
         early: Whether the gradients are allocated at the start of a pass, instead of one by one.
         accumulated: The additional memory of gradients when a step has several micro-batches.
+        noise: What MeZO draws at once, while there are no activations.
     """
 
     parameters: int
@@ -73,6 +74,7 @@ class Footprint:
     ending: int = 0
     early: bool = True
     accumulated: int = 0
+    noise: int = 0
 
 
 class Collective(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
+from distopt.engine.mezo import CHUNK, NOISE_BYTES
 from distopt.layout.bucket import FRESH, Plan, plan_buckets
 from distopt.plan.footprint import Footprint, Param, Units, all_params, numel, shards, state_bytes
 
@@ -26,7 +27,15 @@ def footprint(engine: Engine, units: Units, world: int) -> Footprint:
 
 @footprint.register
 def _(engine: DDP, units: Units, world: int) -> Footprint:
-    return _replicated(units)
+    return replace(_replicated(units), noise=_noise(units, 1))
+
+
+def _noise(units: Units, ranks: int) -> int:
+    """What is drawn at once where no parameter has a gradient, since MeZO moves all of them."""
+    params = all_params(units)
+    if any(param.trained for param in params):
+        return 0
+    return NOISE_BYTES * min(CHUNK, max(param.rows(ranks) for param in params))
 
 
 def _replicated(units: Units) -> Footprint:
@@ -86,6 +95,10 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
         gathered = unit + (inner[i - 1] if i else 0) if engine.reshard_after_forward else sum(inner)
         inside.append(width * (gathered + unit) + 4 * unit)
     left_head = width * (until_head + head) + 4 * head
+    if noise := _noise(units, ranks):  # no gradients
+        return _forward_only(
+            engine, params, ranks, [width * unit for unit in inner], width * kept, width * until_head, noise
+        )
     return Footprint(
         parameters=4 * shards(params, ranks),
         gradients=4 * shards(params, ranks, trained=True),
@@ -95,6 +108,15 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
         ending=width * (kept + rest + embedding) + 4 * max(rest, embedding),
         early=False,
     )
+
+
+def _forward_only(
+    engine: FSDP2, params: list[Param], ranks: int, inner: list[int], kept: int, outside: int, noise: int
+) -> Footprint:
+    """Return the memory of MeZO: a unit, the next one and the buffer of its all-gather, and no gradients."""
+    held = 0 if engine.reshard_after_forward else sum(inner)
+    gathered = kept + held + (1 + 2 * engine.reshard_after_forward) * max(inner, default=0)
+    return Footprint(4 * shards(params, ranks), 0, 0, gathered, outside, early=False, noise=noise)
 
 
 @footprint.register

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from distopt.engine import Engine
+from distopt.engine.mezo import MeZO
 from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config, instantiate
@@ -74,6 +75,8 @@ class Plan:
     def wire(self) -> list[Collective]:
         """The collectives of a step."""
         once = wire(self.engine, self.rehearsal.units, self.cluster.gpus, self.accumulation)
+        if self.rehearsal.forward_only:
+            once = [c for c in once if c.stage == "forward"]
         return [c if c.stage == "step" else c._replace(size=round(c.size * self.passes)) for c in once]
 
     @property
@@ -81,7 +84,9 @@ class Plan:
         """The stages of a step with their times."""
         memory, forward, backward = self.footprint, *self.rehearsal.flops
         # The update reads the gradient, and reads and writes weights and state; trust ratios read these once more.
-        touched = memory.gradients + (2 + self.trusts) * (memory.parameters + memory.state)
+        # MeZO moves the weights four times: up, down, back, and by the update.
+        times = 8 if self.rehearsal.forward_only else 2 + self.trusts
+        touched = memory.gradients + times * (memory.parameters + memory.state)
         return stages(
             self.cluster, (self.passes * forward, self.passes * backward), touched, self.wire, self.accumulation
         )
@@ -129,6 +134,10 @@ def make_plan(cfg: Config) -> Plan:
         instantiate(cfg, "sam") if cfg.sam else None,
     )
     engine.check(cluster.gpus)
+    if isinstance(make_optimizer([torch.zeros(2, 2, dtype=torch.float32)]), MeZO):
+        engine.check_forward_only()
+        if make_sam:
+            raise ValueError("optimizer=mezo has no gradients to ascend: give sam=off")
     sizes = cfg.vocabulary, cfg.micro_batch_size, cfg.sequence_length
     rehearsal = rehearse(
         engine, instantiate(cfg, "model", LanguageModel), instantiate(cfg, "param_groups"), make_optimizer, *sizes
@@ -144,7 +153,7 @@ def make_plan(cfg: Config) -> Plan:
         rehearsal=rehearsal,
         tokens=cfg.accumulation * cfg.micro_batch_size * cfg.sequence_length,
         accumulation=cfg.accumulation,
-        passes=1.0 if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
+        passes=1.0 + rehearsal.forward_only if sam is None else int(sam.needs_ascent_gradient) + 1 / sam.interval,
         sam=0 if sam is None else 1 + sam.needs_unperturbed_gradient + len(sam.buffers),
         trusts=rehearsal.trusts,
     )

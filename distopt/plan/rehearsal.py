@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.data.cross_entropy import trust_head
+from distopt.engine.mezo import MeZO
 from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
@@ -48,14 +50,16 @@ class Rehearsal:
         units: The parameters of each block, and last those outside of the blocks.
         flops: The operations of the forward and of the backward pass, including recomputation by activation
             checkpointing.
-        moments: The memory at each allocation of the backward pass.
+        moments: The memory at each allocation of the backward pass, or of the forward pass where there is no other.
         trusts: Whether any param group needs a norm before its weights move.
+        forward_only: Whether there is no backward pass (MeZO).
     """
 
     units: list[list[Param]]
     flops: tuple[int, int]
     moments: list[Moment]
     trusts: bool
+    forward_only: bool = False
 
     @property
     def activations(self) -> int:
@@ -69,7 +73,7 @@ class Rehearsal:
             footprint: The memory of the engine.
             early: Whether the gradients are allocated at the start of the pass, instead of one by one.
         """
-        return max(
+        passes = max(
             self.moments[-1].activations + footprint.gradients + footprint.ending,
             *(
                 moment.activations
@@ -78,6 +82,7 @@ class Rehearsal:
                 for moment in self.moments
             ),
         )
+        return max(passes, footprint.noise)
 
 
 def rehearse(
@@ -118,11 +123,18 @@ def rehearse(
         trust_head(model)
         params = list(model.parameters())
         optimizer = make_optimizer(make_groups(model))
-        units, trusts = _units(model, optimizer), any(group["trust_ratio"] for group in optimizer.param_groups)
+        forward_only = isinstance(optimizer, MeZO)
+        entered: list[int] = []  # the events at which the blocks begin and end
+        units, trusts = _units(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
-        with engine.autocast(_CPU), Flops() as forward, allocations:
+        for block in blocks(model) if forward_only else ():
+            block.register_forward_pre_hook(lambda *_: entered.append(len(allocations.events)))
+            block.register_forward_hook(lambda *_: entered.append(len(allocations.events)))
+        with torch.set_grad_enabled(not forward_only), engine.autocast(_CPU), Flops() as forward, allocations:
             loss = next_token_loss(model, batch)
+        if forward_only:
+            return Rehearsal(units, (forward.total, 0), _forward(allocations, entered), trusts, forward_only)
         start = len(allocations.events)
         with Flops() as backward, allocations:
             loss.backward()
@@ -142,18 +154,26 @@ def rehearse(
     return Rehearsal(units, (forward.total, backward.total), moments, trusts)
 
 
+def _forward(allocations: Allocations, entered: list[int]) -> list[Moment]:
+    sizes = itertools.accumulate(change for _, change in allocations.events)
+    return [Moment(size, 0.0, inside=min(entered) <= i < max(entered)) for i, size in enumerate(sizes)]
+
+
 def _units(model: Any, optimizer: Any) -> list[list[Param]]:
-    rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"]}
+    trained = not isinstance(optimizer, MeZO)  # which moves weights without gradients
+    rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"] if trained}
     of_ends = {p: end for end, module in ends(model)._asdict().items() if module for p in module.parameters()}
     units, seen = [], set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([_param(p, rules.get(p, Rule()), of_ends.get(p, "")) for p in own])
+        units.append([_param(p, rules.get(p, Rule()), of_ends.get(p, ""), trained) for p in own])
     return units
 
 
-def _param(param: Tensor, rule: Rule, end: str) -> Param:
+def _param(param: Tensor, rule: Rule, end: str, trained: bool) -> Param:
     slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
     replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
-    return Param(tuple(param.shape), param.requires_grad, len(slots) - len(replicated), sum(replicated), end)
+    return Param(
+        tuple(param.shape), param.requires_grad and trained, len(slots) - len(replicated), sum(replicated), end
+    )

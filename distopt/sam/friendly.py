@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
+from distopt.sam.perturbation import resolution
 
 
 class FriendlySAM(SAM):
@@ -21,6 +22,8 @@ class FriendlySAM(SAM):
     taken. It starts at 0 and includes g, as in the paper; the authors' code starts it at the first g and uses the mean
     of earlier steps. Under a loss scale (fp16) divide the gradients by it before `perturb`: m outlives the scale.
     `distopt.attach` and `SAMTrainerMixin` raise ValueError under one; in other loops a scale cannot be detected.
+    While gradients do not change, d is what rounding leaves of m: up to the relative precision of the gradients over
+    1 - lambda, |d| counts as 0, and the weights are not perturbed.
 
     Args:
         optimizer: As for `SAM`.
@@ -50,6 +53,9 @@ class FriendlySAM(SAM):
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.sigma = bounded("sigma", sigma, 0.0, 1.0)
         self.decay = bounded("decay", decay, 0.0, 1.0)
+
+    def rounding(self, params: list[Tensor]) -> float:
+        return resolution(params) / max(0.01, 1.0 - self.decay)  # each step's rounding of m lasts 1 / (1 - lambda)
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         grads, means = layout.grads(params), self._state_buffers.shards(layout, params, "sam_mean")

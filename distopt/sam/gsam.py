@@ -9,7 +9,7 @@ from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
-from distopt.sam.perturbation import gradient_pairs
+from distopt.sam.perturbation import gradient_pairs, rejections
 
 
 class GSAM(SAM):
@@ -56,6 +56,5 @@ class GSAM(SAM):
         dots, squares = layout.dots(layout.layers(params), (before, after), (after, after))
         dot, square = exact.total(dots), exact.total(squares)
         along = torch.where(square > 0, dot / square, 0.0)
-        for g, second in zip(before, after, strict=True):
-            perpendicular = g - along.to(g.dtype) * second
+        for second, perpendicular in zip(after, rejections(before, along, after), strict=True):
             second.sub_(perpendicular, alpha=self.alpha)

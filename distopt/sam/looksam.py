@@ -9,7 +9,7 @@ from distopt.kernels import exact
 from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
-from distopt.sam.perturbation import gradient_pairs
+from distopt.sam.perturbation import gradient_pairs, rejections, resolution
 
 
 class LookSAM(SAM):
@@ -61,9 +61,9 @@ class LookSAM(SAM):
             dot, square, square_after = map(exact.total, layout.dots(layout.layers(params), *pairs))
             along = torch.where(square > 0, dot / square, 0.0)
             # v of parallel gradients would be their rounding, which the steps in between would scale up to |g|.
-            parallel = (square > 0) & (dot * dot >= (1.0 - _resolution(before) ** 2) * square * square_after)
-            for g, second in zip(before, after, strict=True):
-                g.mul_(-along.to(g.dtype)).add_(second).mul_(~parallel)
+            parallel = (square > 0) & (dot * dot >= (1.0 - resolution(params) ** 2) * square * square_after)
+            for g, v in zip(before, rejections(after, along, before), strict=True):
+                g.copy_(v.mul_(~parallel))
             self._state_buffers.stage(layout, params, "sam_look", before)
         else:
             grads, look = layout.grads(params), self._state_buffers.shards(layout, params, "sam_look")
@@ -72,8 +72,3 @@ class LookSAM(SAM):
             ratio = torch.where(of_look > 0, self.alpha * of_grads / of_look, 0.0)
             for g, v in zip(grads, look, strict=True):
                 g.add_(v * ratio.to(v.dtype))
-
-
-def _resolution(grads: list[Tensor]) -> float:
-    """Returns the smallest angle between gradients that is not their rounding, nor that of sums in float64."""
-    return max([3e-8, *(torch.finfo(g.dtype).eps for g in grads)])

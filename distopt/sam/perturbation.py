@@ -29,6 +29,20 @@ class Perturbation:
     unperturbed: dict[Tensor, list[Tensor]] | None = None
 
 
+def resolution(params: Sequence[Tensor]) -> float:
+    """Returns the smallest angle between gradients that is not their rounding, nor that of sums in float64."""
+    return max([3e-8, *(torch.finfo(p.dtype).eps for p in params)])
+
+
+def rejections(vectors: Sequence[Tensor], along: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+    """Returns v - along * o of each pair, in float32 or wider.
+
+    In 16 bits `along` would be off by 1 in 256, which of a small angle is most, and may be inf.
+    """
+    wide = [torch.promote_types(v.dtype, torch.float32) for v in vectors]
+    return [v.to(w) - along.to(w) * o.to(w) for v, o, w in zip(vectors, others, wide, strict=True)]
+
+
 def gradient_pairs(
     layout: ShardLayout, params: Sequence[Tensor], unperturbed: dict[Tensor, list[Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:

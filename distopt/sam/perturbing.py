@@ -102,6 +102,10 @@ class PerturbingOptimizer(OptimizerWrapper):
             )
         return bounded("sam_rho of a param group", group["sam_rho"], 0.0) if "sam_rho" in group else self.rho
 
+    def rounding(self, params: list[Tensor]) -> float:
+        """Returns the share of |g| up to which |m| is nothing but rounding; 0 where m is no difference of gradients."""
+        return 0.0
+
     def loss(self, outputs: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
         """Returns the loss of a model's outputs in the current pass."""
         return criterion(outputs)
@@ -139,8 +143,11 @@ class PerturbingOptimizer(OptimizerWrapper):
             perturbation.unperturbed = {p: [g.clone() for g in layout.grads([p])] for p in self._with_gradients()}
         directions, measured = self.ascent(layout, params)
         weights, layers = layout.weights(params), layout.layers(params)
-        (norms,) = layout.norms(layers, measured)
+        least = self.rounding(params)
+        norms, *of_gradients = layout.norms(layers, measured, *([layout.grads(params)] if least else []))
         self._norms, total = (layout.params, norms), exact.norm(norms)
+        if of_gradients:
+            total = torch.where(total <= least * exact.norm(of_gradients[0]), 0.0, total)
         backup.add(local(p.detach()) for p in params)
         backup.add(self.buffers_of_model())
         factors = self._factors(layout, params, total)

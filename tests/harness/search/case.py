@@ -7,8 +7,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 Options = dict[str, Any]
-# Before a step: ("set", group, option, value), ("freeze", param), ("thaw", param), ("add", Group), ("reload",) and
-# ("through torch",), which is a state dict that goes through the torch optimizer of the same name.
+# Before a step: ("set", group, option, value), of all groups where it is None, ("freeze", param), ("thaw", param),
+# ("add", Group), ("reload",), ("through torch",), which is a state dict that goes through the torch optimizer of the
+# same name, and ("average",), which looks at the average of a schedule-free optimizer and goes on.
 Event = tuple[Any, ...]
 
 
@@ -113,6 +114,8 @@ class Standing:
                 self.groups.append(group)
             case ("set", i, "momentum", value):  # which decides what state there is, and so what a checkpoint is for
                 self.groups[i] = replace(self.groups[i], options=self.groups[i].options | {"momentum": value})
+            case ("set", None, name, value):  # a group that comes later has to have it too
+                self.groups = [replace(group, options=group.options | {name: value}) for group in self.groups]
             case ("freeze", i):
                 self.frozen.add(i)
             case ("thaw", i):

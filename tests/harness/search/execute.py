@@ -121,13 +121,17 @@ class Run:
     def _event(self, event: Event) -> None:
         match event:
             case ("set", group, name, value):
-                self.optimizer.param_groups[group][name] = value
+                for one in self.optimizer.param_groups if group is None else [self.optimizer.param_groups[group]]:
+                    one[name] = value
             case ("freeze", i):
                 self._freeze(i, True)
             case ("thaw", i):
                 self._freeze(i, False)
             case ("add", group):
                 self.stepper.add_param_group(self._group(group))
+            case ("average",):
+                self.optimizer.eval()
+                self.optimizer.train()
             case ("reload",):
                 self._renew(self.stepper.state_dict())
             case ("through torch",):

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from tests.harness.search.case import Case, Group, Step
 from tests.harness.search.model import batch, criterion, feature, initial, joined
+from tests.harness.search.rules import COUPLED, adapted, length, moved
 
 Grads = dict[int, Tensor]  # by parameter; one without a gradient is missing
 # The smallest angle between gradients that LookSAM promises to tell from their rounding.
 RESOLUTION = {"float64": 3e-8, "float32": 1.1920929e-07}
 _ADAM = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 _SGD = dict(lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False)
+_AVERAGE = dict(r=0.0, weight_lr_power=2.0)
+_ADAPTED = _ADAM | dict(lr=1.0, d0=1e-6, d_coef=1.0)
 # The defaults that the documentation promises.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "SGD": _SGD,
@@ -31,6 +34,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Adam": _ADAM,
     "AdamW": _ADAM | dict(weight_decay=1e-2),
     "LAMB": _ADAM | dict(weight_decay=1e-2, eps=1e-6, trust_ratio=True),
+    "Lion": dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0),
+    "AdEMAMix": _ADAM | dict(beta3=0.9999, slow_weight=2.0, slow_warmup=None),
+    "ADOPT": _ADAM | dict(betas=(0.9, 0.9999), eps=1e-6, clip_exponent=0.25),
+    "SGDScheduleFree": dict(lr=1.0, momentum=0.9, weight_decay=0.0, **_AVERAGE),
+    "AdamWScheduleFree": _ADAM | dict(lr=2.5e-3, **_AVERAGE),
+    "Prodigy": _ADAPTED,
+    "DAdaptAdam": _ADAPTED,
 }
 SAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "SAM": dict(rho=0.05),
@@ -56,6 +66,7 @@ class Reference:
         for group in case.groups:
             self._add(group)
         self.state: dict[int, dict[str, Any]] = defaultdict(dict)
+        self.shared: dict[str, float] = {}  # by all parameters
         self.sam = SAM_DEFAULTS[case.sam] | case.sam_options if case.sam else {}
         self.taken = 0
         self.norm: float | None = None  # of the last clipped gradients
@@ -68,10 +79,16 @@ class Reference:
         if self.case.max_norm is not None:
             self.norm = _norm(grads)
             grads = {i: g / max(1.0, self.norm / self.case.max_norm) for i, g in grads.items()}
-        for group in self.groups:
-            for i in group["params"]:
-                if i in grads:
-                    self.weights[i] = self._moved(group, self.state[i], self.weights[i], grads[i])
+        stepped = [(group, i) for group in self.groups for i in group["params"] if i in grads]
+        if self.case.optimizer in COUPLED:
+            every = [(group, self.state[i], self.weights[i], grads[i]) for group, i in stepped]
+            after = adapted(self.case.optimizer, every, self.groups[0], self.shared)
+        else:
+            after = [
+                moved(self.case.optimizer, group, self.state[i], self.weights[i], grads[i]) for group, i in stepped
+            ]
+        for (_, i), x in zip(stepped, after):
+            self.weights[i] = x
         self.taken += 1
         return list(self.weights)
 
@@ -82,7 +99,8 @@ class Reference:
     def _event(self, kind: str, *args: Any) -> None:
         if kind == "set":
             group, name, value = args
-            self.groups[group][name] = value
+            for one in self.groups if group is None else [self.groups[group]]:
+                one[name] = value
         elif kind == "freeze":
             self.frozen.add(*args)
         elif kind == "thaw":
@@ -136,7 +154,7 @@ class Reference:
             measured = {i: scale[i] * g for i, g in first.items()}
             direction = {i: scale[i] ** 2 * g for i, g in first.items()}
         elif kind == "AWP":
-            lengths = {i: _over(_length(self.weights[i]), _length(g)) for i, g in first.items()}
+            lengths = {i: _over(length(self.weights[i]), length(g)) for i, g in first.items()}
             direction, measured = {i: lengths[i] * g for i, g in first.items()}, None
         elif kind == "FriendlySAM":
             radius = self._radius()
@@ -184,81 +202,13 @@ class Reference:
         start = group.get("initial_accumulator_value", 0.0)
         return self.state[i].get("s", torch.full_like(self.weights[i], start))
 
-    # Rules
-
-    def _moved(self, group: dict[str, Any], state: dict[str, Any], x: Tensor, g: Tensor) -> Tensor:
-        """x after one step of this rule; `t` steps have been taken before, `v` and `s` are first and second moments."""
-        state["t"] = t = state.get("t", 0) + 1
-        kind = self.case.optimizer
-        if group.get("maximize"):
-            g = -g
-        decay = group["weight_decay"]
-        if kind in ("SGD", "LARS"):
-            u = self._momentum(group, state, x, g + decay * x, g)
-        elif kind == "Adagrad":
-            g = g + decay * x
-            state["s"] = state.get("s", group["initial_accumulator_value"]) + g**2
-            u = g / (1 + (t - 1) * group["lr_decay"]) / (state["s"].sqrt() + group["eps"])
-        elif kind == "RMSprop":
-            u = _rmsprop(group, state, g + decay * x)
-        else:
-            beta1, beta2 = group["betas"]
-            g = g + decay * x if kind == "Adam" else g
-            state["v"] = beta1 * state.get("v", 0.0) + (1 - beta1) * g
-            state["s"] = beta2 * state.get("s", 0.0) + (1 - beta2) * g**2
-            m_hat, v_hat = state["v"] / (1 - beta1**t), state["s"] / (1 - beta2**t)
-            u = m_hat / (v_hat.sqrt() + group["eps"]) + (0.0 if kind == "Adam" else decay * x)
-        ratio = 1.0
-        if kind != "LARS" and group.get("trust_ratio"):
-            ratio = _bounded(_ratio(_length(x), _length(u)), group)
-        return x - group["lr"] * ratio * u
-
-    def _momentum(self, group: dict[str, Any], state: dict[str, Any], x: Tensor, decayed: Tensor, g: Tensor) -> Tensor:
-        if self.case.optimizer == "LARS" and group.get("trust_ratio"):
-            weight = _length(x)
-            bottom = _length(g) + group["weight_decay"] * weight
-            local = group["trust_coefficient"] * weight / bottom if weight > 0 and _length(g) > 0 else 1.0
-            decayed = _bounded(local, group) * decayed
-        mu = group["momentum"]
-        if mu == 0.0:
-            return decayed
-        state["v"] = mu * state["v"] + (1 - group["dampening"]) * decayed if "v" in state else decayed
-        return decayed + mu * state["v"] if group["nesterov"] else state["v"]
-
-
-def _rmsprop(group: dict[str, Any], state: dict[str, Any], g: Tensor) -> Tensor:
-    alpha = group["alpha"]
-    state["s"] = alpha * state.get("s", 0.0) + (1 - alpha) * g**2
-    variance = state["s"]
-    if group["centered"]:
-        state["mean"] = alpha * state.get("mean", 0.0) + (1 - alpha) * g
-        variance = variance - state["mean"] ** 2
-    u = g / (variance.sqrt() + group["eps"])
-    if group["momentum"] == 0.0:
-        return u
-    state["v"] = group["momentum"] * state.get("v", 0.0) + u
-    return state["v"]
-
 
 def _adapted(w: Tensor, eta: float) -> Tensor:
     return w.abs() + eta if w.ndim > 1 else torch.ones_like(w)
 
 
-def _bounded(ratio: float, group: dict[str, Any]) -> float:
-    bounds = group.get("trust_clip")
-    return ratio if bounds is None else min(max(ratio, bounds[0]), bounds[1])
-
-
-def _ratio(top: float, bottom: float) -> float:
-    return top / bottom if top > 0 and bottom > 0 else 1.0
-
-
 def _over(top: float, bottom: float) -> float:
     return top / bottom if bottom > 0 else 0.0
-
-
-def _length(t: Tensor) -> float:
-    return math.sqrt(float(t.square().sum()))
 
 
 def _norm(tensors: Grads) -> float:

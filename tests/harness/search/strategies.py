@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.harness.search.case import Case, Event, Group, Leg, Options, Param, Step
 from tests.harness.search.execute import DDP, WORLDS, ZERO1
+from tests.harness.search.rules import AVERAGING, COUPLED
 
 SHAPES = (
     (),
@@ -33,11 +34,13 @@ EMPTY = ((0,), (0, 3), (2, 0))
 STEPS = 4  # of a leg, at most
 PEERS = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")  # of `torch.optim`
 MOMENTUM, ADAPTIVE = (
-    ("SGD", "LARS", "RMSprop", "Adam", "AdamW", "LAMB"),
-    ("Adagrad", "RMSprop", "Adam", "AdamW", "LAMB"),
+    ("SGD", "LARS", "RMSprop", "Adam", "AdamW", "LAMB", "Lion", "AdEMAMix", "ADOPT", *COUPLED),
+    ("Adagrad", "RMSprop", "Adam", "AdamW", "LAMB", "AdEMAMix", "ADOPT", "AdamWScheduleFree", *COUPLED),
 )
+DECOUPLED = ("AdamW", "LAMB", "Lion", "AdEMAMix", "ADOPT")  # whose weight decay is added to the direction
+CAUTIOUS = ("SGD", "Adagrad", "RMSprop", "Adam", *DECOUPLED)  # LARS is cautious without trust ratios alone
 
-_LR = st.sampled_from([0.0, 1e-3, 0.01, 0.05])
+_LR = st.sampled_from([0.0, 1e-3, 0.01, 0.05, 0.4])  # with the last one, weights overshoot their targets
 _DECAY = st.sampled_from([0.0, 0.01, 0.1])
 _BETA = st.sampled_from([0.0, 0.5, 0.9])
 _BETA2 = st.sampled_from([0.9, 0.95, 0.99, 0.999, 0.9999])
@@ -51,6 +54,8 @@ _COMMON: dict[str, st.SearchStrategy[Any]] = {
 }
 _MOMENTS = {"betas": st.tuples(_BETA, _BETA2), "eps": st.sampled_from([1e-8, 1e-6, 1e-3])}
 _POSITIVE_MOMENTUM = st.sampled_from([0.5, 0.9])
+_AVERAGE = {"r": st.sampled_from([0.0, 0.5]), "weight_lr_power": st.sampled_from([0.0, 1.0, 2.0])}
+_EPS = {"eps": _MOMENTS["eps"]}
 # By class: what may be set, in the constructor, in a param group, and in the middle of a run.
 OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "SGD": {"dampening": st.sampled_from([0.0, 0.5, 0.9])},
@@ -60,6 +65,24 @@ OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "Adam": _MOMENTS,
     "AdamW": _MOMENTS,
     "LAMB": _MOMENTS,
+    "Lion": {"betas": st.tuples(_BETA, _BETA2)},
+    "AdEMAMix": {
+        **_MOMENTS,
+        "beta3": st.sampled_from([0.95, 0.9999]),
+        "slow_weight": st.sampled_from([0.0, 2.0, 5.0]),
+        "slow_warmup": st.sampled_from([None, 1, 3, 10]),
+    },
+    "ADOPT": {**_MOMENTS, "clip_exponent": st.sampled_from([None, 0.0, 0.25])},
+    "SGDScheduleFree": _AVERAGE,
+    "AdamWScheduleFree": _AVERAGE | _EPS,
+    "Prodigy": _EPS,
+    "DAdaptAdam": _EPS,
+}
+# Of rules that have one d for all groups: what is set for all of them.
+SHARED: dict[str, st.SearchStrategy[Any]] = {
+    "lr": st.sampled_from([0.0, 0.5, 1.0]),
+    "betas": st.tuples(_BETA, _BETA2),
+    "d_coef": st.sampled_from([0.5, 1.0, 2.0]),
 }
 # And what decides which state there is, so that it is set in the constructor alone.
 FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
@@ -67,6 +90,10 @@ FIXED: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "LARS": {"momentum": st.sampled_from([0.0, 0.9])},
     "Adagrad": {"initial_accumulator_value": st.sampled_from([0.0, 0.1])},
     "RMSprop": {"momentum": st.sampled_from([0.0, 0.8]), "centered": st.booleans()},
+    "SGDScheduleFree": {"momentum": _POSITIVE_MOMENTUM},
+    "AdamWScheduleFree": {"betas": st.tuples(_POSITIVE_MOMENTUM, _BETA2)},
+    "Prodigy": SHARED,
+    "DAdaptAdam": SHARED,
 }
 _RHO = st.sampled_from([0.05, 0.3])
 _INTERVAL = st.integers(1, 3)
@@ -90,6 +117,8 @@ def cases(draw: st.DrawFn) -> Case:
     sam = draw(st.none() | st.sampled_from(sorted(MEMBERS)))
     torch = sam is not None and kind in PEERS and draw(st.booleans())
     options = draw(_some(_options(kind, torch, sam) | FIXED.get(kind, {})))
+    if kind in COUPLED:  # of the default, 1e-6, the first distances are a few roundings of float32
+        options["d0"] = draw(st.sampled_from([0.01, 0.1]))
     sam_options: Options = {}
     if sam:
         sam_options = draw(_some({"rho": _RHO} | MEMBERS[sam]))
@@ -151,6 +180,7 @@ class _Draws:
         self.frozen = {i for i, p in enumerate(self.params) if p.frozen}
         self.thawable: set[int] = set()
         self.number = len(groups)
+        self.shared: Options = {}  # what has been set for all groups
         legs = [self.leg(i) for i in range(draw(st.integers(1, 2)))]
         dtype = draw(st.sampled_from(["float64", "float64", "float32"]))  # which has kernels of its own
         return Case(
@@ -184,10 +214,16 @@ class _Draws:
 
     def event(self) -> Event | None:
         draw = self.draw
-        match draw(st.sampled_from(["set", "reload", "freeze", "thaw", "add", "through torch"])):
+        match draw(st.sampled_from(["set", "set all", "reload", "freeze", "thaw", "add", "through torch", "average"])):
             case "set":
                 name = draw(st.sampled_from(sorted(self.changing)))
                 return ("set", draw(st.integers(0, self.number - 1)), name, draw(self.changing[name]))
+            case "set all" if self.kind in COUPLED:
+                name = draw(st.sampled_from(sorted(SHARED)))
+                self.shared[name] = draw(SHARED[name])
+                return ("set", None, name, self.shared[name])
+            case "average" if self.kind in AVERAGING:
+                return ("average",)
             case "reload":
                 return ("reload",)
             case "freeze" if trained := sorted(set(range(len(self.params))) - self.frozen):
@@ -204,7 +240,7 @@ class _Draws:
                 params = tuple(self.late)
                 self.late = []
                 self.number += 1
-                return ("add", Group(params, draw(_some(self.changing, 2))))
+                return ("add", Group(params, draw(_some(self.changing, 2)) | self.shared))
             case "through torch" if self.kind in PEERS:
                 return ("through torch",)
         return None
@@ -212,7 +248,13 @@ class _Draws:
 
 def _options(kind: str, torch: bool, sam: str | None) -> dict[str, st.SearchStrategy[Any]]:
     options = _COMMON | OPTIONS[kind]
-    left_out = {"trust_ratio", "trust_clip"} if torch else set()
+    options |= {"cautious": st.booleans()} if kind in CAUTIOUS else {}
+    options |= {"cautious_decay": st.booleans()} if kind in DECOUPLED else {}
+    left_out = {"trust_ratio", "trust_clip", "cautious", "cautious_decay"} if torch else set()
+    if kind in (*AVERAGING, *COUPLED):
+        left_out |= {"trust_ratio", "trust_clip"}
+    if kind in COUPLED:
+        left_out |= {"lr"}
     if sam:  # which perturbs along the gradient whatever the sign of the step
         left_out |= {"maximize"}
     return {name: values for name, values in options.items() if name not in left_out}

@@ -30,9 +30,9 @@ from .table import Result, printed, write
 class CoordinateSweeper(Sweeper):
     """A sweeper that tunes every row by coordinate descent with the same number of runs, and compares them.
 
-    The same command resumes an interrupted comparison: the losses of finished rounds are in `losses.jsonl`. The search
-    depends on the losses alone, so it takes the same way again, and a run has its old number: with
-    `hydra/launcher=accelerate` the finished runs of the interrupted round are not run again either.
+    The same command resumes an interrupted comparison: the losses of finished batches of runs are in `losses.jsonl`.
+    The search depends on the losses alone, so it takes the same way again, and a run has its old number: with
+    `hydra/launcher=accelerate` the finished runs of the interrupted batch are not run again either.
 
     Args:
         options: The fields of `CoordinateSweeperConf`.
@@ -85,18 +85,13 @@ class CoordinateSweeper(Sweeper):
         while asked:
             batch = [(i, trial) for i, trials in asked.items() for trial in trials]
             words = [[*arguments, *every[i].overrides(trial, options)] for i, trial in batch]
-            began = time.monotonic()
-            known = [record.find(run) for run in words]
-            if None in known:
-                found = self._launched(words, started)
-                for run, loss in zip(words, found):
-                    record.add(run, loss)
-            else:
-                found = [loss for loss in known if loss is not None]
-            for (i, trial), loss in zip(batch, found):
-                losses[i][trial] = loss
+            size = options.max_batch_size or len(batch)
+            for at in range(0, len(batch), size):
+                some, runs = batch[at : at + size], words[at : at + size]
+                found = self._losses(runs, [trial for _, trial in some], started + at, record, progress)
+                for (i, trial), loss in zip(some, found):
+                    losses[i][trial] = loss
             started += len(batch)
-            progress.add([trial for _, trial in batch], time.monotonic() - began, fresh=None in known)
             for i, trials in list(asked.items()):
                 last[i] = trials
                 try:
@@ -112,6 +107,20 @@ class CoordinateSweeper(Sweeper):
             )
             for row, trials, found, descent in zip(every, last, losses, descents)
         ]
+
+    def _losses(
+        self, words: list[list[str]], trials: list[Trial], started: int, record: Record, progress: Progress
+    ) -> list[float]:
+        """Return the losses of a batch of runs, from the record or from the launcher."""
+        began = time.monotonic()
+        known = [record.find(run) for run in words]
+        found = [loss for loss in known if loss is not None]
+        if None in known:
+            found = self._launched(words, started)
+            for run, loss in zip(words, found):
+                record.add(run, loss)
+        progress.add(trials, time.monotonic() - began, fresh=None in known)
+        return found
 
     def _launched(self, words: list[list[str]], started: int) -> list[float]:
         self.validate_batch_is_legal(words)

@@ -16,11 +16,12 @@ class Descent:
 
     The first coordinate, the scale of the learning rate, has no bounds: its neighbours are `factor` times larger and
     smaller. The others have a ladder of values. When no coordinate improves any more, `factor` becomes its square root.
+    With a factor of 1 the scale stays as it is.
 
     Attributes:
         ladders: The values of each further coordinate, in order.
         start: The first point.
-        factor: The factor between scales, > 1.
+        factor: The factor between scales, >= 1.
         losses: The losses so far, inf where a run diverged.
     """
 
@@ -43,15 +44,16 @@ class Descent:
         """
         if not self.losses:
             return [self.start]
-        while self.factor > 1.02:
+        while True:
             points = [point for point in self._neighbours(self._along) if point not in self.losses]
             if points:
                 self._idle = 0
                 return points
             self._along, self._idle = (self._along + 1) % (1 + len(self.ladders)), self._idle + 1
             if self._idle > len(self.ladders):
+                if self.factor <= 1.02:
+                    return []
                 self.factor, self._along, self._idle = math.sqrt(self.factor), 0, 0
-        return []
 
     def _neighbours(self, along: int) -> list[Point]:
         best = self.best

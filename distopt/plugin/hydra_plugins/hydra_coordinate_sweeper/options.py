@@ -17,7 +17,9 @@ class CoordinateSweeperConf:
     # The config group whose choices are compared, and which of them; null: all, and all variants.
     group: str = "optimizer"
     choices: list[str] | None = None
-    # Further rows of the table: a name, and the overrides that it stands for.
+    exclude: list[str] = field(default_factory=list)  # choices that null leaves out
+    # Further rows of the table: a name, and the overrides that it stands for; or what a choice stands for, if not for
+    # itself alone.
     variants: dict[str, list[str]] = field(default_factory=dict)
     # Gradients that a step of a row computes, where that is not 1: it takes so many times fewer steps.
     gradients: dict[str, int] = field(default_factory=dict)
@@ -25,6 +27,8 @@ class CoordinateSweeperConf:
     # The key of the scale of the learning rate, and the factor between the first values that are tried.
     scale: str = "lr_scale"
     factor: float = 3.0
+    # Rows whose scale stays as it is: they estimate their learning rate.
+    unscaled: list[str] = field(default_factory=list)
     # Values of the other coordinates, by key: of every row that has the key, and those of one row.
     coordinates: dict[str, list[Any]] = field(default_factory=dict)
     own: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
@@ -35,6 +39,8 @@ class CoordinateSweeperConf:
     rungs: list[int] = field(default_factory=lambda: [40, 120])
     trials: int = 12
     steps: str = "train.steps"
+    # Runs that are given to the launcher at once, and whose losses are then on disk; null: a round of all rows.
+    max_batch_size: int | None = None
     # Seeds of the runs that are compared; the search has the configuration's own.
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     seed: str = "seed"

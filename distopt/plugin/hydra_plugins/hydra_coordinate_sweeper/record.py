@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ class Record:
     """
 
     def __init__(self, file: Path, identity: Callable[[list[str]], str]) -> None:
-        self.file, self.identity = file, identity
+        self.file = file
+        self._identity = functools.cache(lambda words: identity(list(words)))  # which takes half as long as a short run
         self._known: dict[str, float] = {}
         for line in file.read_text().splitlines() if file.is_file() else ():
             try:
@@ -27,11 +29,11 @@ class Record:
 
     def find(self, words: list[str]) -> float | None:
         """Return the loss of a run, or None if it has not finished."""
-        return self._known.get(self.identity(words))
+        return self._known.get(self._identity(tuple(words)))
 
     def add(self, words: list[str], loss: float) -> None:
         """Add a run that has finished."""
-        identity = self.identity(words)
+        identity = self._identity(tuple(words))
         if identity not in self._known:
             self._known[identity] = loss
             with self.file.open("a") as file:

@@ -25,6 +25,7 @@ class Row:
         ladders: The values of the other coordinates.
         start: The values that the configuration has, with which the search starts.
         gradients: The gradients that one of its steps computes.
+        scaled: Whether the learning rate is tuned.
     """
 
     name: str
@@ -33,14 +34,15 @@ class Row:
     ladders: tuple[tuple[Any, ...], ...]
     start: tuple[Any, ...]
     gradients: int
+    scaled: bool
 
     def descent(self, factor: float) -> Descent:
         """Return the search for the best settings of this row."""
-        return Descent(self.ladders, self.start, factor)
+        return Descent(self.ladders, self.start, factor if self.scaled else 1.0)
 
     def steps(self, trial: Trial) -> int:
         """Return the number of steps of a run: as many gradients for every row."""
-        return max(1, trial.steps // self.gradients)
+        return trial.steps // self.gradients
 
     def settings(self, trial: Trial, options: CoordinateSweeperConf) -> dict[str, str]:
         """Return the values of a run, as overrides take them."""
@@ -82,7 +84,10 @@ def rows(
     """
     check(options)
     names = [*known, *options.variants]
-    for where, given in {"choices": options.choices or (), "own": options.own, "gradients": options.gradients}.items():
+    given_names = {
+        name: getattr(options, name) or () for name in ("choices", "exclude", "own", "gradients", "unscaled")
+    }
+    for where, given in given_names.items():
         for name in given:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
@@ -90,7 +95,8 @@ def rows(
                 raise ComparisonError(
                     f"hydra.sweeper.{where}: there is no {options.group} {name}.{meant} There are {', '.join(names)}"
                 )
-    chosen = list(dict.fromkeys(options.choices if options.choices is not None else names))
+    every = [name for name in names if name not in options.exclude]
+    chosen = list(dict.fromkeys(options.choices if options.choices is not None else every))
     return [_row(name, options, composed) for name in chosen]
 
 
@@ -110,8 +116,8 @@ def _row(name: str, options: CoordinateSweeperConf, composed: Callable[[list[str
         found[key] = round(found[key] / found[options.steps], 3)
     steps = {key: _ladder(key, [*values, found[key]]) for key, values in ladders.items()}
     start = (float(found[options.scale]), *(_hashed(found[key]) for key in steps))
-    gradients = options.gradients.get(name, 1)
-    return Row(name, tuple(words), (options.scale, *steps), tuple(steps.values()), start, gradients)
+    gradients, scaled = options.gradients.get(name, 1), name not in options.unscaled
+    return Row(name, tuple(words), (options.scale, *steps), tuple(steps.values()), start, gradients, scaled)
 
 
 def _value(cfg: DictConfig, key: str) -> Any:
@@ -154,3 +160,11 @@ def check(options: CoordinateSweeperConf) -> None:
         raise ComparisonError("hydra.sweeper.choices is empty; name what to compare, or null for all")
     if min([1, *options.gradients.values()]) < 1:
         raise ComparisonError("hydra.sweeper.gradients must be >= 1: the gradients that a step computes")
+    for name, count in options.gradients.items():
+        if any(steps % count for steps in rungs):
+            raise ComparisonError(
+                f"hydra.sweeper.rungs must be multiples of {count}, the gradients of a step of {name}, got {rungs}: "
+                "otherwise it would compute fewer than the others"
+            )
+    if options.max_batch_size is not None and options.max_batch_size < 1:
+        raise ComparisonError(f"hydra.sweeper.max_batch_size must be >= 1, or null, got {options.max_batch_size}")
