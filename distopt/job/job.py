@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,19 +15,22 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from distopt.data.batch import Batch
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
 from distopt.job import run_folder
-from distopt.job.checkpointer import Checkpointer
+from distopt.job.checkpointer import Checkpointer, all_finite
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import sample, validation_loss
 from distopt.job.health import Health
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor, plot
+from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
+from distopt.job.watchdog import Watchdog
 from distopt.models.language_model import positions
 from distopt.optim.averaging import eval_mode
 from distopt.optim.base import ShardedOptimizer
@@ -61,6 +65,8 @@ class Job:
         schedule: The learning rates.
         monitor: The progress bar and `metrics.jsonl`.
         checkpointer: The checkpoints.
+        watchdog: Ends the process if another one does not come.
+        lock: This job's claim to the folder, on the first process.
         identity: What must not change when the run is resumed, for the checkpoint's manifest.
         files: Small files that a checkpoint keeps for `distopt.export`.
         micro_batch: The number of sequences in one forward pass of a process.
@@ -85,6 +91,8 @@ class Job:
     schedule: LambdaLR
     monitor: Monitor
     checkpointer: Checkpointer
+    watchdog: Watchdog
+    lock: RunLock | None
     identity: dict[str, Any]
     files: dict[str, bytes]
     micro_batch: int
@@ -102,7 +110,8 @@ class Job:
             ValueError: After `train.max_skipped_steps` steps in a row without a finite gradient.
         """
         steps = self.cfg.train.steps
-        with contextlib.closing(self.monitor):  # an error would be printed at the end of the progress bar
+        # Closed first: an error would be printed at the end of the progress bar.
+        with self.watchdog.guard(), contextlib.closing(self.monitor):
             for line in self.notes:
                 self.monitor.say(line)
             before = after = self.evaluate()
@@ -118,12 +127,15 @@ class Job:
                     self._write_layers(done)
                     after = self.evaluate()
                 if self.step % self.cfg.checkpoint.every == 0 or self.step == steps or stopping:
-                    self.save()
+                    self.save(after)
                 if stopping:
                     self._stop()
             stop.restore()
             self.checkpointer.wait()
+        if not math.isfinite(after):
+            raise ValueError(f"the run has diverged: its validation loss is {after}; {self._way_back()}")
         self._report(before, after)
+        self._release()
         self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
         self.accelerator.end_training()
         return after
@@ -131,6 +143,7 @@ class Job:
     def train_step(self, stop: StopSignal) -> tuple[Update, bool]:
         """Takes one step; returns what it did, and whether a process was asked to stop before the last step."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        self.watchdog.enter(self.step)
         self.monitor.start_step()
         batch = self.sequences.batch(self.step + self.passed_over, rank, world).to(device)
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
@@ -141,6 +154,7 @@ class Job:
             self.step += 1
         means = self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean")
         loss, asked = means.tolist()
+        self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(loss=loss, lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
         if to is not None:
@@ -158,19 +172,26 @@ class Job:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
         eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        own = validation_loss(self.engine, self.model, self.validation.batches(rank, world), device)
+        batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
+        own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
         self.monitor.write({"validation_loss": loss, "bits_per_byte": self._bits_per_byte(loss)})
         return loss
 
-    def save(self) -> None:
-        """Saves a checkpoint of the current step, or starts to in the background."""
+    def save(self, validation_loss: float) -> None:
+        """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
+
+        One without finite weights would be the newest, and the good ones before it would be pruned for it.
+        """
+        model = self.engine.unwrap(self.model)
+        if self.monitor.skipped_in_a_row or not math.isfinite(validation_loss) or not all_finite(model):
+            self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
+            return
         # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
         eval_mode(self.stepper)
         extra = {"step": self.step, **self.identity}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
-        model = self.engine.unwrap(self.model)
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
 
     def _write_layers(self, done: Update) -> None:
@@ -185,13 +206,24 @@ class Job:
     def _bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) / self.corpus.bytes_per_token
 
+    def _way_back(self) -> str:
+        if self.checkpoint is None:
+            return "it has no checkpoint to resume from: start it with a lower optimizer.lr"
+        return f"train.resume=auto resumes from {self.checkpoint}, with a lower optimizer.lr for example"
+
+    def _release(self) -> None:
+        if self.lock:
+            self.lock.release()
+
     def _stop(self) -> NoReturn:
         self.checkpointer.wait()
+        self._release()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         steps = self.cfg.train.steps
         raise Stopped(
-            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from {self.checkpoint}"
+            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from "
+            f"{self.checkpoint or 'the start: there is no checkpoint yet'}"
         )
 
     def _report(self, before: float, after: float) -> None:

@@ -208,11 +208,11 @@ def _rank(
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.chdir(cwd)
     os.environ.update(environment)
+    sys.argv = ["distopt.train", *words]
     if before is not None:
         before(*args)
     from distopt.train import main
 
-    sys.argv = ["distopt.train", *words]
     main()
 
 
