@@ -26,8 +26,8 @@ def main() -> None:
     end_as_before()
     end_with_launcher()
     end_on_interrupt()
-    sys.argv[1:] = cli.model_words(sys.argv[1:])
     with end_of_process(), one_line_errors(), cli.explained():
+        sys.argv[1:] = cli.model_words(sys.argv[1:])
         job()
 
 

@@ -163,10 +163,10 @@ def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: st
     ended = []
     for words in commands:
         code, out, err = None, io.StringIO(), io.StringIO()
-        sys.argv = [module, *cli.model_words(list(words))]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 with one_line_errors(), cli.explained():
+                    sys.argv = [module, *cli.model_words(list(words))]
                     run()
             except SystemExit as end:
                 code = end.code
