@@ -1,4 +1,4 @@
-# make install | test | check | matrix | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
+# make install | test | check | matrix | faults | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # The number of tests that run at the same time, with up to four processes of one thread each, which often wait.
@@ -8,7 +8,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; with GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 
-.PHONY: install test check matrix quickstart docs gpu format clean
+.PHONY: install test check matrix faults quickstart docs gpu format clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ check: install
 # The tests of a file stay together, since one process has to see all cells of the table.
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=README.md
+
+# Every fault that docs/reliability.md lists: kills, restarts, hangs, ranks that differ, weights that are not finite.
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" $(wildcard $(addprefix tests/test_,$(addsuffix .py,run_lock agreement watchdog restart stop train_nonfinite checkpoint_* machines)))
 
 format: install
 	$(BIN)/ruff format .

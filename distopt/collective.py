@@ -18,6 +18,10 @@ class FileError(RuntimeError):
     """An error of a rank that could not read or write a file."""
 
 
+class LostRank(RuntimeError):
+    """An error of a rank that waits for another one which does not come."""
+
+
 _RAISED = {"value": ValueError, "file": FileError, "other": RuntimeError}
 
 

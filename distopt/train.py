@@ -8,8 +8,8 @@ import sys
 from distopt.job import cli
 from distopt.job.build import build
 from distopt.job.config import Config
-from distopt.job.errors import one_line_errors
-from distopt.job.process import end_of_process, end_on_interrupt
+from distopt.job.errors import end_as_before, one_line_errors
+from distopt.job.process import end_of_process, end_on_interrupt, end_with_launcher
 
 
 @cli.program("train")
@@ -23,9 +23,11 @@ def main() -> None:
     """Runs the command line of `python -m distopt.train` and ends the process."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sample may contain what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
+    end_as_before()
+    end_with_launcher()
     end_on_interrupt()
-    sys.argv[1:] = cli.model_words(sys.argv[1:])
     with end_of_process(), one_line_errors(), cli.explained():
+        sys.argv[1:] = cli.model_words(sys.argv[1:])
         job()
 
 

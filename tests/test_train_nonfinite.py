@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness import jobs
 from tests.harness.cells import some
-from tests.harness.faults import count_passes, full_disk, poison, spoil_one_layer
+from tests.harness.faults import count_passes, full_disk, nan_weight, poison, spoil_one_layer
 from tests.harness.jobs import metrics, overrides, train
 from tests.harness.runs import checkpoints, rows
 
@@ -70,6 +70,18 @@ def test_many_skipped_steps_end_the_run(cwd: Path) -> None:
         ), err
     assert [row["skipped"] for row in rows(cwd / "runs" / "p", losses_only=True)] == [0, 1, 2, 2, 3, 4, 5]
     assert checkpoints(cwd / "runs" / "p") == ["step_00000004"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.matrix)])
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(cwd: Path, engine: str) -> None:
+    """Every later step is skipped; the checkpoints of before stay, and neither they nor the end call it good."""
+    words = overrides(name="spoilt", engine=engine, checkpoint__every="2", train__max_skipped_steps="10")
+    for code, _, err in jobs.run(cwd, words, 2, nan_weight, 5):
+        assert code == 1
+        assert re.search(r"the run has diverged: its validation loss is nan; train.resume=auto resumes from ", err)
+    assert checkpoints(cwd / "runs" / "spoilt") == ["step_00000002", "step_00000004"]
+    out = train(cwd, 2, name="spoilt", engine=engine, checkpoint__every="2", train__resume="auto")[0].out
+    assert "resuming after step 4" in out and "nan" not in out
 
 
 BROKEN: dict[str, tuple[dict[str, str], int]] = {  # and the number of ranks

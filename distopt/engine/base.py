@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distopt.bounds import PRECISION, switch
 from distopt.engine.compiling import check_compiler, compile_blocks
+from distopt.engine.group import join
 from distopt.optim.clip import Clip, step_clipped
 from distopt.optim.observer import vetoed
 
@@ -93,10 +94,11 @@ class Engine:
         from accelerate import Accelerator, InitProcessGroupKwargs
         from accelerate.utils import ProjectConfiguration
 
-        timeout = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=timeout_minutes))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        join(timeout)
         accelerator = Accelerator(
             cpu=not gpus,
-            kwargs_handlers=[timeout],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
         )
         if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same

@@ -18,18 +18,23 @@ from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
+from distopt.engine.group import connect
 from distopt.init import widths
 from distopt.job import run_folder
+from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
 from distopt.job.config import micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
+from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job, max_grad_norm
 from distopt.job.metrics import Monitor
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
+from distopt.job.run_lock import claim
 from distopt.job.tracking import check_trackers, start_trackers
+from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
 from distopt.models.language_model import blocks, check_length
 from distopt.models.meta import base_shapes
@@ -75,7 +80,8 @@ def build(cfg: DictConfig) -> Job:
     parts = Components.of(cfg)
     accelerator = _join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
-    start, notes = find_start(folder / "checkpoints", options.resume)
+    lock, restarted, taken = claim(folder)
+    start, notes = find_start(folder / "checkpoints", options.resume, restarted)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
     if start:
@@ -84,11 +90,14 @@ def build(cfg: DictConfig) -> Job:
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
+    check_agreement({"the digest of the data": text.corpus.digest}, "they have to read the same files")
     if start:
         start.check(identity | start.architecture(config), options.steps)  # before the model is built
     trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
     saved = _load(start, parts.engine, trainee) if start else {}
     moved = _open_folder(cfg, folder, start, accelerator)
+    if lock:
+        lock.opened()
     step, tokens = start.step if start else 0, options.batch_size * options.sequence_length
     resumed = [f"resuming after step {step} from {start.path}"] if start else []
     job = Job(
@@ -99,10 +108,12 @@ def build(cfg: DictConfig) -> Job:
         config=config,
         monitor=Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log),
         checkpointer=Checkpointer(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
+        watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
+        lock=lock,
         identity=identity,
         micro_batch=micro_batch,
         notes=[
-            *(*moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes),
+            *(*taken, *moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes),
             *(*_decay_unneeded(trainee, options.steps), *resumed),
         ],
         step=step,
@@ -120,6 +131,7 @@ def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
     """Joins the processes of the launch, with the trackers of the run."""
     accelerator = engine.start(cfg.train.timeout_minutes)
     accelerator.wait_for_everyone()  # gloo fails a rank that still connects when one that has connected ends
+    check_agreement(environment(cfg), "start all with the same command, in the same environment")
     accelerator.log_with = check_trackers(cfg.trackers)
     return accelerator
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from distopt import collective
 from distopt.checkpoint import Saving, async_save_checkpoint, checkpoint_path, prune_checkpoints, save_checkpoint
+from distopt.layout.tensors import local
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Returns whether no parameter of a model has an inf or nan, on any rank; every rank has to call it."""
+    shards = [local(p.detach()) for p in model.parameters()]
+    norms = torch._foreach_norm([shard for shard in shards if shard.numel()], float("inf"))
+    return all(collective.on_all(lambda: bool(torch.stack(norms).isfinite().all()) if norms else True))
 
 
 class Checkpointer:

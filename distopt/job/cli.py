@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from distopt.job.check import meant
 from distopt.job.config import CONF
 from distopt.job.reference import help_lines
+from distopt.job.schema import SCHEMA
 
 
 def program(config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
@@ -72,6 +73,7 @@ def explanation(error: Exception) -> str:
     return f"{error} {cause or ''}"
 
 
+NAME = SCHEMA["name"]
 HINT = """as "data.path='~/book.txt'\""""
 
 
@@ -81,7 +83,14 @@ def model_words(words: list[str]) -> list[str]:
     `model.path=` chooses model=pretrained unless a model is chosen: the sizes of the default model are not those of the
     folder. `model.config` takes any option of a family; with `model.family=`, `model.config={...}` replaces the options
     of the choice, and without it is merged over them.
+
+    Raises:
+        ValueError: For a name of a run that leads out of runs/.
     """
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "name" and "," not in value:
+            NAME.bound.check("name", value.strip("'\""))  # here: Hydra makes the folder before anything can refuse it
     config = ("model.config=", "model.config.")
     family = any(word.startswith("model.family=") for word in words)
     path = [word for word in words if word.startswith("model.path=")][-1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -12,12 +11,14 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from distopt import collective
+from distopt.job.restart import earlier_end, tell_launcher
 from distopt.job.stop import SIGNALS, STOPPED, Stopped
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError, or a file that cannot be read or written, into one line on stderr and exit code 1.
+    """Turns a ValueError, a file that cannot be read or written, or a lost rank into one line on stderr and exit code
+    1.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead. `Stopped` ends every process with an exit code of its own, and with
     a line from the first process.
@@ -26,16 +27,28 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first)
-    except (ValueError, OSError, collective.FileError) as error:
+        _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first, final=True)
+    except (ValueError, OSError, collective.FileError, collective.LostRank) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        who = "distopt" if first else f"distopt (rank {os.environ['RANK']})"
-        line = f"{who}: error: {' '.join(str(error).split())}"
-        _end(line, 1)
+        _end(_line(str(error)), 1, final=isinstance(error, ValueError))
 
 
-def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
+def end_from_thread(message: str) -> NoReturn:
+    """Ends the process with a line from a thread, while the main thread waits for something that may not come."""
+    sys.stderr.write(f"\n{_line(message)}\n")
+    sys.stderr.flush()
+    tell_launcher(_line(message), int(time.time()), None)
+    os._exit(1)
+
+
+def _line(message: str) -> str:
+    who = "distopt" if os.environ.get("RANK") in (None, "0") else f"distopt (rank {os.environ['RANK']})"
+    return f"{who}: error: {' '.join(message.split())}"
+
+
+def _end(line: str, code: int, quiet: bool = False, final: bool = False) -> NoReturn:
+    """Ends the process; `final` where it would end so again, so that no other attempt may follow."""
     # The launcher terminates the other ranks as soon as one exits, while they are exiting with the same code.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -43,7 +56,7 @@ def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
         # In one write: `print` writes the newline separately, and another rank's line may come in between.
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
-    _tell_launcher(line)
+    tell_launcher(line, int(time.time()), code if final else None)
     if collective.world() > 1:
         # Without shutdown: gloo aborts a process that closes its connections after another one has ended.
         sys.stdout.flush()
@@ -51,9 +64,7 @@ def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
     sys.exit(code)
 
 
-def _tell_launcher(line: str) -> None:
-    """Writes the file whose message torchrun, also under `accelerate launch`, repeats at the end of its report."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        with open(file, "w") as out:
-            json.dump({"message": line, "timestamp": int(time.time())}, out)
+def end_as_before() -> None:
+    """Ends this process if it is another attempt at a job whose end was final: one that was refused or stopped."""
+    if (end := earlier_end()) is not None:
+        _end(end.line, end.code, quiet=True, final=True)

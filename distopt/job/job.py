@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from distopt.data.batch import Batch
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.prefetch import Prefetch
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
-from distopt.job import run_folder
-from distopt.job.checkpointer import Checkpointer
+from distopt.job.checkpointer import Checkpointer, all_finite
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
-from distopt.job.evaluate import sample, validation_loss
+from distopt.job.evaluate import validation_loss
 from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.lr_range import run_lr_range_test
-from distopt.job.metrics import Monitor, plot
+from distopt.job.metrics import Monitor
+from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
-from distopt.models.language_model import positions
+from distopt.job.summary import report
+from distopt.job.watchdog import Watchdog
 from distopt.optim.averaging import eval_mode
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
@@ -63,6 +65,8 @@ class Job:
         schedule: The learning rates.
         monitor: The progress bar and `metrics.jsonl`.
         checkpointer: The checkpoints.
+        watchdog: Ends the process if another one does not come.
+        lock: This job's claim to the folder, on the first process.
         identity: What must not change when the run is resumed, for the checkpoint's manifest.
         files: Small files that a checkpoint keeps for `distopt.export`.
         micro_batch: The number of sequences in one forward pass of a process.
@@ -87,6 +91,8 @@ class Job:
     schedule: LambdaLR
     monitor: Monitor
     checkpointer: Checkpointer
+    watchdog: Watchdog
+    lock: RunLock | None
     identity: dict[str, Any]
     files: dict[str, bytes]
     micro_batch: int
@@ -107,6 +113,7 @@ class Job:
         """
         steps, every = self.cfg.train.steps, (self.cfg.evaluation.every, self.cfg.checkpoint.every)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.watchdog.guard())
             stack.enter_context(contextlib.closing(self.monitor))  # an error would be printed at the end of the bar
             for line in self.notes:
                 self.monitor.say(line)
@@ -128,12 +135,15 @@ class Job:
                     self._write_layers(done)
                     after = self.evaluate()
                 if saves or stopping:
-                    self.save()
+                    self.save(after)
                 if stopping:
                     self._stop()
             self.checkpointer.wait()
             stop.restore()  # not before: a signal would end the process while the last checkpoint is written
-        self._report(before, after)
+        if not math.isfinite(after):
+            raise ValueError(f"the run has diverged: its validation loss is {after}; {self._way_back()}")
+        report(self, before, after)
+        self._release()
         self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
         self.accelerator.end_training()
         return after
@@ -145,6 +155,7 @@ class Job:
         waits for the device once in a step: for the norm of the gradient, which decides whether the step is applied.
         """
         device = self.accelerator.device
+        self.watchdog.enter(self.step)
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
@@ -155,6 +166,7 @@ class Job:
             self.step += 1
         self._settle()
         self._late = Late(self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean"))
+        self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
         if to is not None:
@@ -187,19 +199,26 @@ class Job:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
         eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        own = validation_loss(self.engine, self.model, self.validation.batches(rank, world), device)
+        batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
+        own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
-        self.monitor.write({"validation_loss": loss, "bits_per_byte": self._bits_per_byte(loss)})
+        self.monitor.write({"validation_loss": loss, "bits_per_byte": self.bits_per_byte(loss)})
         return loss
 
-    def save(self) -> None:
-        """Saves a checkpoint of the current step, or starts to in the background."""
+    def save(self, validation_loss: float) -> None:
+        """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
+
+        One without finite weights would be the newest, and the good ones before it would be pruned for it.
+        """
+        model = self.engine.unwrap(self.model)
+        if self.monitor.skipped_in_a_row or not math.isfinite(validation_loss) or not all_finite(model):
+            self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
+            return
         # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
         eval_mode(self.stepper)
         extra = {"step": self.step, **self.identity}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
-        model = self.engine.unwrap(self.model)
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
 
     def _write_layers(self, done: Update) -> None:
@@ -209,35 +228,26 @@ class Job:
             return
         self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, done.grad_norms()))
 
-    def _bits_per_byte(self, loss: float) -> float:
+    def bits_per_byte(self, loss: float) -> float:
+        """Converts a loss in nats per token."""
         return loss / math.log(2) / self.corpus.bytes_per_token
+
+    def _way_back(self) -> str:
+        if self.checkpoint is None:
+            return "it has no checkpoint to resume from: start it with a lower optimizer.lr"
+        return f"train.resume=auto resumes from {self.checkpoint}, with a lower optimizer.lr for example"
+
+    def _release(self) -> None:
+        if self.lock:
+            self.lock.release()
 
     def _stop(self) -> NoReturn:
         self.checkpointer.wait()
+        self._release()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         steps = self.cfg.train.steps
         raise Stopped(
-            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from {self.checkpoint}"
+            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from "
+            f"{self.checkpoint or 'the start: there is no checkpoint yet'}"
         )
-
-    def _report(self, before: float, after: float) -> None:
-        """Prints a sample, the losses, and the command that resumes the run; every process has to call it."""
-        prompt = self.corpus.encode(self.cfg.evaluation.prompt) or [0]
-        length = min(self.cfg.evaluation.sample_tokens, positions(self.config) - len(prompt))
-        written = prompt
-        if length > 0 and math.isfinite(after):  # nothing can be sampled from logits that are not finite
-            written = sample(self.engine, self.model, prompt, length, self.cfg.seed, self.accelerator.device)
-        if not self.accelerator.is_main_process:
-            return
-        changes = {"train__resume": "auto", "train__steps": str(2 * self.cfg.train.steps)}
-        changes |= run_folder.elsewhere(self.folder, str(self.cfg.name))
-        resume = run_folder.command(HydraConfig.get().overrides.task, self.accelerator.num_processes, **changes)
-        bits = [self._bits_per_byte(loss) for loss in (before, after)]
-        print(f"\nsample: {run_folder.printable(self.corpus.decode(written))}\n")
-        print(
-            f"validation loss: {before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte"
-        )
-        print(f"curves:          {plot(self.folder)}")
-        print(f"checkpoint:      {self.checkpoint}")
-        print(f"resume:          {resume}")

@@ -211,7 +211,7 @@ def plot(folder: Path) -> Path:
     norm.set_xlabel("step")
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.suptitle(folder.name)
+    figure.suptitle(folder.name, parse_math=False)  # a $ in a name begins no formula
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
     return folder / "curves.png"

@@ -1,9 +1,10 @@
-"""The end of a job's process: exit without taking the interpreter down, and Ctrl-C."""
+"""The end of a job's process: with its launcher, by Ctrl-C, and without taking the interpreter down."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -35,6 +36,16 @@ def end_of_process() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send this process SIGTERM when its launcher dies, however that happens (Linux only).
+
+    Without it the processes of a launcher that was killed would train on, and a second job would find their run's
+    folder in use.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def end_on_interrupt() -> None:

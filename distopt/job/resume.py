@@ -64,12 +64,14 @@ class Start:
         return pretrained.architecture(config) if told else {}
 
 
-def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
+def find_start(folder: Path, resume: str, restarted: bool = False) -> tuple[Start | None, list[str]]:
     """Finds the checkpoint that `train.resume` means. Every process has to call it.
 
     Args:
         folder: The folder of this run's checkpoints.
         resume: `never`, `auto` (the newest intact checkpoint of this run, if there is one) or a checkpoint's folder.
+        restarted: Whether the launcher has restarted this run, which then resumes from its newest intact checkpoint,
+            and starts as `resume` says if it has none.
 
     Returns:
         The start, None for step 0, and a line about each broken or damaged checkpoint that is passed over for it.
@@ -77,13 +79,15 @@ def find_start(folder: Path, resume: str) -> tuple[Start | None, list[str]]:
     Raises:
         ValueError: If there is no such folder, it is no complete checkpoint, or it is not the newest of its own run.
     """
-    if resume == "never":
+    if resume == "never" and not restarted:
         return None, []
     newest, broken = intact_checkpoint(folder)
-    if resume == "auto":
+    if resume == "auto" or (restarted and newest is not None):
         name = newest.name if newest is not None else "the start"
         notes = [f"{line}; resuming from {name}" for line in broken]
         return (None if newest is None else collective.on_first(lambda: Start.read(newest))), notes
+    if resume == "never":
+        return None, []
     return collective.on_first(lambda: _named(folder, resume, newest)), []
 
 

@@ -26,7 +26,8 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
         ValueError: For a folder with something else in it, which is left as it is.
     """
     moved = None
-    resumed = checkpoint is not None and folder.resolve() in checkpoint.resolve().parents
+    # By their targets: the checkpoints, or the run, may have been moved to another disk, with a link in their place.
+    resumed = checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
     entries = list(folder.iterdir()) if folder.is_dir() else []
     # Hydra and its launcher write there before the run starts: .hydra, .launch, launch.log.
     outer = [path.name for path in entries if path.name.startswith(".") or path.suffix == ".log"]

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-# SLURM sends them before it preempts a job and before its time limit; submitit uses SIGUSR2 for both.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SLURM sends SIGTERM and SIGUSR1 before it preempts a job and before its time limit; submitit uses SIGUSR2 for both. A
+# terminal that is closed, as by a lost connection, sends SIGHUP; `nohup` has it ignored, and so it stays.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 STOPPED = 75  # the exit code: EX_TEMPFAIL of sysexits.h, "the user is invited to retry"
 
 
@@ -19,7 +20,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Records SIGTERM, SIGUSR1 and SIGUSR2, instead of ending the process, until `restore`.
+    """Records the signals that ask a run to stop, instead of ending the process, until `restore`.
 
     Signals may reach the ranks in different steps, and not all of the ranks, so that every step sums `request` over all
     ranks. Python delivers signals to the main thread only; in another thread nothing is recorded.
@@ -32,7 +33,8 @@ class StopSignal:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heard}
 
     def request(self, like: torch.Tensor) -> torch.Tensor:
         """Returns a scalar on the device of `like`: 1 if this rank was asked to stop, else 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from distopt.engine import DDP, FSDP2, DeepSpeed, Engine, Zero1
 from distopt.engine.mezo import CHUNK, NOISE_BYTES
@@ -96,9 +97,8 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
         inside.append(width * (gathered + unit) + 4 * unit)
     left_head = width * (until_head + head) + 4 * head
     if noise := _noise(units, ranks):  # no gradients
-        return _forward_only(
-            engine, params, ranks, [width * unit for unit in inner], width * kept, width * until_head, noise
-        )
+        bytes_of_units = [width * unit for unit in inner]
+        return _forward_only(engine, params, ranks, bytes_of_units, width * kept, width * until_head, noise)
     return Footprint(
         parameters=4 * shards(params, ranks),
         gradients=4 * shards(params, ranks, trained=True),

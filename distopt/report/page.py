@@ -28,7 +28,7 @@ def write_report(folder: Path, out: Path) -> Path:
     """
     from jinja2 import Environment
 
-    runs = find_runs(folder)
+    runs, damaged = find_runs(folder)
     groups = grouped(runs)
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw(out, groups)
@@ -44,6 +44,7 @@ def write_report(folder: Path, out: Path) -> Path:
             title=f"distopt: {folder.resolve().name}",
             runs=runs,
             groups=groups,
+            damaged=damaged,
             compared=_compared(json.loads(compared.read_text())) if compared.is_file() else [],
             keys=differing([run.config for run in runs]),
             diverged=sum(run.diverged for run in runs),

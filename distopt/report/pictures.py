@@ -59,10 +59,11 @@ def best(groups: Sequence[Group], key: str) -> list[Run]:
 def _save(file: Path, fill: Callable[[Any], None]) -> Path:
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    fill(axis)
-    axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    with plt.rc_context({"text.parse_math": False}):  # a $ in a name or a path begins no formula
+        figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+        fill(axis)
+        axis.grid(alpha=0.3)
+        figure.savefig(file, dpi=110)
     plt.close(figure)
     return file
 

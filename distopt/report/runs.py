@@ -191,21 +191,28 @@ def median(values: Iterable[float]) -> float:
     return statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """Return the runs at or below a folder, by name.
+def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """Return the runs at or below a folder, by name, and a line about each that is damaged and left out.
 
     Raises:
-        ValueError: If there is no such folder, or no run in it.
+        ValueError: If there is no such folder, or no run in it that can be read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run, a sweep, or a folder of them")
-    found = sorted(path.parent for path in folder.rglob(METRICS))
-    runs = [run for run in (Run.read(path, folder) for path in found) if run.train]
+    runs, damaged = [], []
+    for file in sorted(folder.rglob(METRICS)):
+        try:
+            runs.append(Run.read(file.parent, folder))
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+    runs = [run for run in runs if run.train]
+    if not runs and damaged:
+        raise ValueError(damaged[0])
     if not runs:
         raise ValueError(f"{folder} has no run that has trained a step ({METRICS}): give a folder of runs")
     return sorted(
         runs, key=lambda run: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", run.name)]
-    )
+    ), damaged
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

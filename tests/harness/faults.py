@@ -129,3 +129,56 @@ def count_passes(file: str) -> None:
         return done
 
     program.update = counted
+
+
+def differ(words: list[str]) -> None:
+    """Gives rank 1 other words on its command line."""
+    import sys
+
+    if os.environ["RANK"] == "1":
+        sys.argv += words
+
+
+def without_kernels() -> None:
+    """Takes the compiled kernels from rank 1, as on a machine without a compiler."""
+    if os.environ["RANK"] == "1":
+        os.environ["DISTOPT_KERNELS"] = "off"
+
+
+def pause(step: int, rank: int = 1) -> None:
+    """Stops one rank in a step, as a machine that hangs: its process is there, and does nothing more."""
+    from distopt.engine import train_step
+    from distopt.job import job as program
+
+    count = iter(range(1, 1_000_000))
+
+    def update(*args: Any) -> Any:
+        if next(count) == step and int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return train_step.update(*args)
+
+    program.update = update
+
+
+def nan_weight(step: int, rank: int = 1) -> None:
+    """Makes one weight of a rank nan after a step."""
+    from distopt.engine import train_step
+    from distopt.job import job as program
+    from distopt.layout.tensors import local
+
+    count = iter(range(1, 1_000_000))
+
+    def update(engine: Any, model: Any, *args: Any) -> Any:
+        done = train_step.update(engine, model, *args)
+        if next(count) == step and int(os.environ.get("RANK", "0")) == rank:
+            with torch.no_grad():
+                local(next(engine.unwrap(model).parameters())).view(-1)[0] = torch.nan
+        return done
+
+    program.update = update
+
+
+def elsewhere(folder: str) -> None:
+    """Starts rank 1 in another folder, as on a machine with other files under the same names."""
+    if os.environ["RANK"] == "1":
+        os.chdir(folder)

@@ -167,10 +167,10 @@ def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: st
     ended = []
     for words in commands:
         code, out, err = None, io.StringIO(), io.StringIO()
-        sys.argv = [module, *cli.model_words(list(words))]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 with one_line_errors(), cli.explained():
+                    sys.argv = [module, *cli.model_words(list(words))]
                     run()
             except SystemExit as end:
                 code = end.code
@@ -212,11 +212,11 @@ def _rank(
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.chdir(cwd)
     os.environ.update(environment)
+    sys.argv = ["distopt.train", *words]
     if before is not None:
         before(*args)
     from distopt.train import main
 
-    sys.argv = ["distopt.train", *words]
     main()
 
 

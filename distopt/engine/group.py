@@ -1,0 +1,41 @@
+"""The process group of a job, and the store in which its ranks meet."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+_met: dist.Store | None = None
+
+
+def join(timeout: datetime.timedelta) -> None:
+    """Joins the processes that a launcher started, if the environment names them and no group exists.
+
+    Each attempt of a launcher that restarts failed jobs has keys of its own in the store: torch 2.13 gives all
+    attempts the same store (`rendezvous.py` no longer prefixes them), in which the ranks of a restarted job would find
+    the addresses of the dead one.
+
+    Args:
+        timeout: How long a collective waits for the other ranks.
+    """
+    global _met
+    named = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if dist.is_initialized() or not named:
+        return
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    _met = dist.PrefixStore(f"attempt_{attempt()}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=_met, rank=rank, world_size=world, timeout=timeout)
+
+
+def attempt() -> int:
+    """Returns how often the launcher has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def connect() -> dist.Store | None:
+    """Returns a connection of its own to the store of this job; None for a process without others."""
+    return None if _met is None else dist.PrefixStore("distopt", _met.clone())  # type: ignore[attr-defined]

@@ -1,0 +1,115 @@
+"""The lock of a run's folder: one job at a time writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from distopt import collective
+
+_OWNER = ".owner.json"
+
+
+class RunLock:
+    """A job's claim to a run's folder, which ends with the process that holds it, however that ends.
+
+    The lock is one of the operating system on `.lock`; `.owner.json` says who holds it, for the message to others.
+
+    Args:
+        folder: The run's folder; made if there is none.
+
+    Attributes:
+        note: A line about an owner that has ended unfinished, and whose place this job takes; "" for none.
+        restarted: Whether that owner was an earlier attempt of the same launcher, which had opened the run.
+
+    Raises:
+        ValueError: If another job holds the folder, with its host, process, SLURM job and start.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / _OWNER
+        self._lock = filelock.FileLock(folder / ".lock")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.note, self.restarted = "", False
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(
+                f"{folder} belongs to a job that is running, {_told(_read(self._file))}: "
+                "wait until it has ended, or choose another name"
+            ) from None
+        except OSError as error:  # a file system without locks
+            self.note = f"nothing keeps another job out of {folder}: its file system has no locks ({error})"
+        before = _read(self._file)
+        if before.get("opened") and not self.note:
+            self.note = f"{folder} is taken over from a job that ended unfinished, {_told(before)}"
+        self.restarted = bool(before.get("opened")) and before.get("launcher") == _launcher()
+        self._write(opened=False)
+
+    def opened(self) -> None:
+        """Notes that the folder is that of this job's run, which an automatic restart resumes."""
+        self._write(opened=True)
+
+    def release(self) -> None:
+        """Gives the folder to whoever wants it next."""
+        self._file.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _write(self, opened: bool) -> None:
+        owner = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "launcher": _launcher(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "opened": opened,
+        }
+        self._file.write_text(json.dumps(owner) + "\n")
+
+
+def claim(folder: Path) -> tuple[RunLock | None, bool, list[str]]:
+    """Claims a run's folder for this job; every rank has to call it, and rank 0 holds the lock.
+
+    Returns:
+        The lock, on rank 0; whether the run is one that this launcher has restarted; and lines for the user.
+
+    Raises:
+        ValueError: On every rank, if another job holds the folder.
+    """
+    held: list[RunLock] = []
+
+    def lock() -> tuple[bool, list[str]]:
+        held.append(RunLock(folder))
+        return held[0].restarted, [held[0].note] if held[0].note else []
+
+    restarted, notes = collective.on_first(lock)
+    return (held[0] if held else None), restarted, notes
+
+
+def _launcher() -> str:
+    """A name of the process that has started this one: no other process has it, also later."""
+    import psutil  # a requirement of Accelerate
+
+    parent = os.getppid()
+    with contextlib.suppress(psutil.Error):
+        return f"{socket.gethostname()}/{parent}/{psutil.Process(parent).create_time()}"
+    return f"{socket.gethostname()}/{parent}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        owner = json.loads(file.read_text())
+        return owner if isinstance(owner, dict) else {}
+    return {}
+
+
+def _told(owner: dict[str, Any]) -> str:
+    job = f", SLURM job {owner['slurm_job']}" if owner.get("slurm_job") else ""
+    return f"process {owner.get('process', '?')} on {owner.get('host', '?')}{job}, since {owner.get('since', '?')}"
