@@ -237,8 +237,8 @@ class Training:
         seconds, cpu = (time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps
         peak = self.peak.bytes()
         dist.all_reduce(loss)
-        state, loss = state_bytes(self.optimizer), loss.item() / world
-        return {"seconds": seconds, "cpu": cpu, "peak": peak, "state": state, "loss": loss}
+        found = {"seconds": seconds, "cpu": cpu, "peak": peak, "state": state_bytes(self.optimizer)}
+        return found | {"loss": loss.item() / world}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

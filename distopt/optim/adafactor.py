@@ -121,6 +121,7 @@ class Adafactor(ShardedOptimizer):
         )
 
     def directions(self, shards: Shards) -> list[Tensor]:
+        assert shards.ratios is not None
         b, relative = shards.buffers, shards.inputs["relative"]
         directions = normalized(shards.grads, b["rows"], b["columns"], shards.group["eps"][0])
         torch._foreach_mul_(directions, relative)

@@ -43,7 +43,7 @@ class DistanceAdapted(ShardedOptimizer):
     inner_products = 2
 
     torch_options = DECOUPLED
-    group_state = ("d", "d_numerator")
+    group_state: tuple[str, ...] = ("d", "d_numerator")
 
     def __init__(
         self,

@@ -88,7 +88,8 @@ class KeptShards:
             grads: Their local gradient shards, as `ShardLayout.grads` gives them.
             factor: What the gradients are to be multiplied by.
         """
-        weights, buffers = self.columns[WEIGHTS], {name: self.columns[name] for name in rule.buffers}
+        weights: list[Tensor] = self.columns[WEIGHTS]
+        buffers: dict[str, list[Tensor]] = {name: self.columns[name] for name in rule.buffers}
         steps = [0.0] * len(weights)
         if len(params) == len(self._params):
             grads = grads if self._filled is None else [grads[i] for i in self._filled]
