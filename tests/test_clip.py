@@ -11,6 +11,7 @@ from torch import Tensor
 
 import distopt
 from tests.harness import oracles
+from tests.harness.cells import covering
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance, initial, pull
 from tests.harness.sharded import EVERYWHERE, backward, sharded, whole
@@ -127,10 +128,9 @@ def clip_on(kind: str, optimizer: str, max_norm: float) -> tuple[float, list[flo
     )
 
 
-@pytest.mark.parametrize(("kind", "world"), EVERYWHERE)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("max_norm", [0.5, math.inf])
-def test_clips_by_the_norm_over_all_ranks(kind: str, world: int, optimizer: str, max_norm: float) -> None:
+@pytest.mark.parametrize(("where", "optimizer", "max_norm"), covering(EVERYWHERE, list(OPTIMIZERS), [0.5, math.inf]))
+def test_clips_by_the_norm_over_all_ranks(where: tuple[str, int], optimizer: str, max_norm: float) -> None:
+    kind, world = where
     model = whole(kind)
     backward(model, kind, step=1)
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import distopt
 from distopt.health import Alarm, Monitor, StepNorms
+from tests.harness.cells import covering
 from tests.harness.distributed import run
 from tests.harness.healths import BY_NAME, Line, graded, setup
 from tests.harness.sharded import full
@@ -209,8 +210,7 @@ def decisions(kind: str, action: str) -> tuple[list[str], list[Tensor]]:
     return [f"{a.step} {a.kind} {a.layer} {a.value:.10g} {a.bound:.10g}" for a in alarms], full(inner)
 
 
-@pytest.mark.parametrize("action", ["clip", "skip", "rollback"])
-@pytest.mark.parametrize("kind", ["fsdp2", "zero1"])
+@pytest.mark.parametrize(("action", "kind"), covering(["clip", "skip", "rollback"], ["fsdp2", "zero1"]))
 def test_ranks_act_together_and_as_one_process(kind: str, action: str) -> None:
     lines, weights = decisions("replicated", action)
     assert any("spike of the gradient part.weight" in line for line in lines)

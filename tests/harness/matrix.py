@@ -72,7 +72,7 @@ class Job:
         """Whether `make test` has a few steps of it: each engine with some optimizers, one with all, the rest once."""
         setting = (self.world, self.dtype, self.accumulation)
         more = {
-            "zero1": {(3, "fp32", 1)},
+            "zero1": {(3, "fp32", 1), (2, "bf16", 2)},
             "fsdp2": {(4, "float64", 2), (2, "bf16", 2)},
             "deepspeed_zero1": {(2, "bf16", 1)},
             "deepspeed_zero3": {(3, "fp32", 1)},
