@@ -125,6 +125,7 @@ class Adafactor(ShardedOptimizer):
         b, relative = shards.buffers, shards.inputs["relative"]
         directions = normalized(shards.grads, b["rows"], b["columns"], shards.group["eps"][0])
         torch._foreach_mul_(directions, relative)
+        assert shards.ratios is not None
         torch._foreach_mul_(directions, shards.ratios)
         if decoupled := shards.rule.scalars["decoupled"]:
             torch._foreach_add_(directions, shards.params, alpha=decoupled)

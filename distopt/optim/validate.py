@@ -45,7 +45,7 @@ BOUNDS: dict[str, Bound] = {
 # Those of Adafactor, where they are others.
 FACTORED: dict[str, Bound] = {
     "eps": Bound("two numbers >= 0, or null and a number >= 0", lambda eps: _are_two_epsilons(eps)),
-    "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),
+    "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),  # type: ignore[operator]
     "d": number(1.0),
 }
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
