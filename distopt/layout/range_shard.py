@@ -45,7 +45,7 @@ class RangeShard(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, shape: torch.Size, at: Range, mesh: DeviceMesh) -> RangeShard:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         made._local_tensor, made.device_mesh, made.placements = local, mesh, (at,)
         return made
 
@@ -74,7 +74,9 @@ class RangeShard(Tensor):
         return f"RangeShard(local_tensor={self._local_tensor}, shape={tuple(self.shape)}, placements={self.placements})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket is _aten.new_empty:  # of torch's stager of state dicts, with the full shape
             return args[0]._with(args[0]._local_tensor.new_empty(args[0]._local_tensor.shape, **kwargs))
