@@ -267,6 +267,14 @@ def test_the_state_is_that_of_zeros_formula(kind: str, world: int) -> None:
         assert state == pytest.approx(8 * parameters / world, rel=0.01)
 
 
+@pytest.mark.matrix
+def test_the_time_on_the_host_is_measured() -> None:
+    done = bench("host", "--ranks", "64", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    rows = cells(done.stdout)
+    assert all(float(rows[name][0]) > 0.0 for name in ("distopt LAMB", "distopt clip + AdamW", "torch AdamW fused"))
+
+
 def test_the_step_of_every_optimizer_is_measured(tmp_path: Path) -> None:
     """A peer that is not installed is listed as missing; the benchmark needs torch alone."""
     file = tmp_path / "step.json"

@@ -121,9 +121,10 @@ def test_a_clip_of_others_and_a_closure_are_refused() -> None:
             p.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"of another optimizer, or of a layout .*: make it of the"):
         first.step(clip=distopt.Clip(other, 1.0))
-    for stepper in (first, distopt.SAM(first)):
+    steppers: list[Any] = [first, distopt.SAM(first)]
+    for stepper in steppers:
         with pytest.raises(ValueError, match=r"a closure, which computes new gradients, and a clip"):
-            stepper.step(lambda: 1.0, clip=distopt.Clip(first, 1.0))  # type: ignore[call-overload]
+            stepper.step(lambda: 1.0, clip=distopt.Clip(first, 1.0))
     assert all(torch.equal(p, torch.ones(3)) for opt in (first, other) for p in opt.param_groups[0]["params"])
 
 

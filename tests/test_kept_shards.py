@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 import distopt
-from distopt.layout import infer, infer_layout, layout_of
+from distopt.layout import infer, infer_layout, layout_of, local_parts
 from distopt.optim import kept
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance, initial, pull
@@ -150,8 +151,6 @@ def without_keeping(function: Callable[[bool], list[Tensor]]) -> list[Tensor]:
 
 def count_inferences() -> list[int]:
     """How often the layout of torch's optimizer is inferred: once, and again for other parameters."""
-    from torch.distributed.tensor import DTensor, Shard
-
     over, calls, counts = mesh((dist.get_world_size(),), ("shard",)), [0], []
     params = [nn.Parameter(DTensor.from_local(torch.ones(2, 3), over, [Shard(0)], run_check=False)) for _ in range(3)]
     opt = torch.optim.SGD(params[:2], lr=0.1)
@@ -178,6 +177,17 @@ def count_inferences() -> list[int]:
 
 def test_the_layout_of_an_optimizer_of_torch_is_inferred_once() -> None:
     assert run(2, count_inferences) == [[1, 1, 2, 2]] * 2
+
+
+def private_name() -> bool:
+    over = mesh((dist.get_world_size(),), ("shard",))
+    param = nn.Parameter(DTensor.from_local(torch.ones(2, 3), over, [Shard(0)], run_check=False))
+    (part,) = local_parts([param])
+    return type(part) is Tensor and part.data_ptr() == param.to_local().data_ptr() and part.shape == (2, 3)
+
+
+def test_the_private_name_of_a_dtensors_part_is_that_of_torch_2_13() -> None:
+    assert run(2, private_name) == [True, True]
 
 
 def test_a_layout_that_is_kept_keeps_no_optimizer() -> None:

@@ -123,10 +123,10 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
     return clip.norm
 
 
-def step_clipped(optimizer: torch.optim.Optimizer, clip: Clip, consumes_grads: bool = False) -> Any:
+def step_clipped(optimizer: Any, clip: Clip, consumes_grads: bool = False) -> Any:
     """Takes a step by clipped gradients, which are written first only where the optimizer cannot multiply them."""
     if getattr(optimizer, "takes_clip", False):
-        return optimizer.step(clip=clip, consumes_grads=consumes_grads)  # type: ignore[call-arg]
+        return optimizer.step(clip=clip, consumes_grads=consumes_grads)
     clip.scale_()
     return optimizer.step()
 
