@@ -126,9 +126,8 @@ def run(options: argparse.Namespace) -> None:
     batch = f"{options.batch_size} sequences of {options.sequence_length} tokens per step"
     turns = f"medians of {options.rounds} turns of {options.steps} steps"
     print(f"torch {torch.__version__}, {where}; {options.processes} processes, {model}, {batch}; {turns}\n")
-    columns = ["tokens/s", "/ best peer", "by processor time", "peak, MiB per rank", "state, MiB per rank"]
-    print("|".join(["", " stage ", " ", *(f" {name} " for name in columns), " / ZeRO's formula ", " loss ", ""]))
-    print("|---|---|---|---|---|---|---|---|---|")
+    sizes = "peak, MiB per rank | state, MiB per rank | / ZeRO's formula"
+    print(f"| stage | | tokens/s | / best peer | by processor time | {sizes} | loss |\n|{'---|' * 9}")
     for stage in options.stages:
         names = [n for n, s in SIDES.items() if s.stage == stage]
         chosen = [n for n in names if not options.only or any(part in n for part in options.only)]
@@ -237,8 +236,8 @@ class Training:
         seconds, cpu = (time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps
         peak = self.peak.bytes()
         dist.all_reduce(loss)
-        found = {"seconds": seconds, "cpu": cpu, "peak": peak, "state": state_bytes(self.optimizer)}
-        return found | {"loss": loss.item() / world}
+        found = {"peak": peak, "state": state_bytes(self.optimizer), "loss": loss.item() / world}
+        return {"seconds": seconds, "cpu": cpu, **found}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

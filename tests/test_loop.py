@@ -81,6 +81,25 @@ def test_a_step_reads_the_norm_and_the_loss_of_the_step_before(cwd: Path) -> Non
     ]  # fmt: skip
 
 
+def die_in_step(number: int) -> None:
+    from distopt.job import job as program
+
+    update, calls = program.update, iter(range(1, 1000))
+
+    def dying(*args: Any) -> Any:
+        if next(calls) == number:
+            raise ValueError("refused in mid-run")
+        return update(*args)
+
+    program.update = dying
+
+
+def test_a_run_that_ends_by_an_error_has_the_rows_of_all_its_steps(cwd: Path) -> None:
+    (ended,) = jobs.run(cwd, jobs.overrides(name="p"), 1, die_in_step, 4)
+    assert ended.code == 1 and "refused in mid-run" in ended.err
+    assert [row["step"] for row in read_metrics(cwd / "runs" / "p") if "loss" in row] == [1, 2, 3]
+
+
 def test_batches_of_a_thread_are_those_of_their_index() -> None:
     made: list[tuple[int, bool]] = []
     running = 0

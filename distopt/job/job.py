@@ -122,6 +122,7 @@ class Job:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
             stop, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
+            stack.callback(self._settle)  # the row of the last step, if the next one raises
             while self.step < steps:
                 began = self.step
                 done = self.train_step(batches, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, or_null,
 from distopt.data import tokenizers
 from distopt.models import lora
 from distopt.models.configuration import attention_options, new_config, pretrained_config
-from distopt.models.meta import on_meta
+from distopt.models.meta import check_initialized, on_meta, own_modules
 from distopt.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class LanguageModel:
                 weights.
         """
         names = {module: name for name, module in model.named_modules()}
-        modules = {names[module]: module for module in _own_modules(unit, set(blocks(model)) - {unit})}
+        modules = {names[module]: module for module in own_modules(unit, set(blocks(model)) - {unit})}
         for module in modules.values():
             if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
                 module.to_empty(device=device, recurse=False)
@@ -200,7 +200,7 @@ class LanguageModel:
             if init is not None:
                 own = (p for module in modules.values() for p in module.parameters(recurse=False))
                 init(model, [p for p in own if id(p) not in tied])
-            _check_initialized(model, modules, tied)
+            check_initialized(model, modules, tied)
         else:
             self._read(self._weights, modules, tied, share)
 
@@ -227,17 +227,6 @@ class LanguageModel:
             part.copy_(value)
 
 
-def _check_initialized(model: PreTrainedModel, modules: Mapping[str, nn.Module], tied: set[int]) -> None:
-    """Raise `ValueError` for a parameter that the family did not initialize."""
-    for path, module in modules.items():
-        for name, p in module.named_parameters(recurse=False):
-            if id(p) not in tied and p.isnan().any():
-                raise ValueError(
-                    f"{type(model).__name__} does not initialize {path}.{name}: start from a pretrained folder "
-                    "(model.path), or use another family"
-                )
-
-
 def positions(config: PretrainedConfig) -> int:
     """Return the maximum sequence length of a model; `sys.maxsize` for models without a bound."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -257,11 +246,3 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     # Matched by all base classes, since fully_shard replaces the class of a module by a subclass.
     return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
-
-
-def _own_modules(unit: nn.Module, other_units: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules of a unit without those of other units, children first, as transformers initializes them."""
-    for child in unit.children():
-        if child not in other_units:
-            yield from _own_modules(child, other_units)
-    yield unit

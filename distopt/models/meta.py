@@ -1,11 +1,13 @@
-"""Models on the meta device: the one to train, and muP's base model, of which only the shapes are needed."""
+"""Models on the meta device: the one to train, and how its modules are filled; and muP's base model, shapes alone."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from distopt import init
 
@@ -62,3 +64,22 @@ def base_config(config: PretrainedConfig, base_width: int) -> PretrainedConfig:
                 )
             setattr(narrow, name, size * base_width // width)
     return narrow
+
+
+def own_modules(unit: nn.Module, other_units: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules of a unit without those of other units, children first, as transformers initializes them."""
+    for child in unit.children():
+        if child not in other_units:
+            yield from own_modules(child, other_units)
+    yield unit
+
+
+def check_initialized(model: PreTrainedModel, modules: Mapping[str, nn.Module], tied: set[int]) -> None:
+    """Raise `ValueError` for a parameter that the family did not initialize."""
+    for path, module in modules.items():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in tied and p.isnan().any():
+                raise ValueError(
+                    f"{type(model).__name__} does not initialize {path}.{name}: start from a pretrained folder "
+                    "(model.path), or use another family"
+                )
