@@ -115,11 +115,11 @@ def filled_by_shares(folder: Path) -> tuple[float, dict[str, np.ndarray]]:
     return language_model._weights.bytes_read / size, {name: value.numpy() for name, value in full.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_each_rank_reads_its_own_rows(tmp_path: Path, family: str) -> None:
     made(family).save_pretrained(tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    for share, weights in run(3, filled_by_shares, tmp_path):
+    for share, weights in run(3, filled_by_shares, tmp_path):  # 11 experts of Mixtral are 4, 4 and 3
         assert share <= 1.3 / 3
         assert weights.keys() == expected.keys()
         for name, value in weights.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -67,8 +68,16 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _start(tokenizer: str | None) -> None:
+    """Prepare a worker, which ends with the process that has started it, however that ends."""
     global _vocabulary
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _vocabulary = tokenizers.load(tokenizer)
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _encode(pieces: list[bytes]) -> list[np.ndarray]:

@@ -74,8 +74,8 @@ class Weights:
         Args:
             names: The tensors of the model, by name.
             share: An index and a count: of each parameter that is in the files as it is in the model only this one of
-                `count` equal shares of its rows is read, as FSDP2 shards it. Buffers, and parameters that are converted
-                from others, such as merged experts, are read entirely.
+                `count` equal shares of its rows is read, as FSDP2 shards it, and of stacked experts only those of the
+                share. Buffers, and parameters that are converted in another way, are read entirely.
 
         Yields:
             The name, the value on the CPU, and the first and the last row, exclusive, that it has.
@@ -84,9 +84,13 @@ class Weights:
         with contextlib.ExitStack() as opened:
             files = {}
             for conversion in wanted.values():
-                readers, rows = {}, None
-                if conversion.renames and isinstance(names.get(conversion.target), nn.Parameter):
-                    rows = _rows(self._tensors[conversion.sources[0][1]], *share)
+                readers, rows, stacked = {}, None, None
+                target = names.get(conversion.target)
+                if isinstance(target, nn.Parameter):
+                    rows = _rows(target, *share) if conversion.renames else None
+                    conversion, stacked = (conversion, None) if rows else self._stacked(conversion, target, *share)
+                if stacked and stacked[0] == stacked[1]:  # fewer experts than shares
+                    continue
                 for _, name in conversion.sources:
                     path = self._files[name]
                     if path not in files:
@@ -94,7 +98,30 @@ class Weights:
                     readers[name] = partial(self._value, files[path], name, rows)
                 for name, value in conversion(self._model, readers).items():
                     if name in names:
-                        yield name, value, rows or (0, len(value) if value.ndim else 1)
+                        yield name, value, rows or stacked or (0, len(value) if value.ndim else 1)
+
+    def _stacked(
+        self, conversion: Conversion, target: Tensor, index: int, count: int
+    ) -> tuple[Conversion, tuple[int, int] | None]:
+        """Return a conversion to some rows of a target, if each row is made of tensors of its own, as experts are.
+
+        Returns:
+            The conversion to the rows of this share and these rows; the given one and None where it is not so.
+        """
+        rows = _rows(target, index, count)
+        by_pattern: dict[str, list[tuple[str, str]]] = {}
+        for pattern, name in conversion.sources:
+            by_pattern.setdefault(pattern, []).append((pattern, name))
+        if rows is None or any(len(names) != len(target) for names in by_pattern.values()):
+            return conversion, None
+
+        def part(start: int, stop: int) -> Conversion:
+            sources = [source for names in by_pattern.values() for source in names[start:stop]]
+            return Conversion(conversion.transform, conversion.target, sources)
+
+        shapes = {name: value.shape for name, value in part(0, 1)(self._model, self._tensors).items()}
+        fits = shapes == {conversion.target: (1, *target.shape[1:])}
+        return (part(*rows), rows) if fits else (conversion, None)
 
     def _value(self, file: Any, name: str, rows: tuple[int, int] | None) -> Tensor:
         """Read a tensor of a file, or some of its rows."""
