@@ -54,7 +54,9 @@ seed: 0
 hydra:
   mode: MULTIRUN
   sweep: {dir: out}
-  sweeper: {steps: steps, rungs: [10, 20], trials: 4, seeds: [1, 2], coordinates: {optimizer.decay: [0.0, 0.1]}}
+  sweeper:
+    {steps: steps, rungs: [10, 20], trials: 4, max_batch_size: 3, seeds: [1, 2],
+    coordinates: {optimizer.decay: [0.0, 0.1]}}
 """
 
 
@@ -179,6 +181,31 @@ def test_the_table_fits_80_columns_and_says_what_is_noise(tmp_path: Path) -> Non
     assert verdict(results) == "Within two standard errors of best: near, at 3 seeds."
     write(tmp_path, results)
     assert (tmp_path / "comparison.png").stat().st_size < 60_000
+
+
+def other_runs(cwd: Path) -> None:
+    """Runs that joblib's process has had before, with another optimizer, SAM and dropout."""
+    from distopt.train import job
+
+    for name, changes in {
+        "one": {"optimizer": "sgd", "sam": "on"},
+        "two": {"model__config__resid_pdrop": "0.1"},
+    }.items():
+        sys.argv = ["distopt.train", *jobs.overrides(name=name, seed="7", train__steps="3", **changes)]
+        job()
+
+
+def test_a_run_after_others_in_one_process_is_the_run_alone(tmp_path: Path) -> None:
+    """So that a comparison may be run by hydra/launcher=joblib, which starts a process once for many runs."""
+    jobs.write_text(tmp_path)
+    found = []
+    for name, before in (("alone", ()), ("after", (other_runs, tmp_path))):
+        ended = jobs.start(tmp_path, jobs.overrides(name=name, train__steps="6"), 1, *before).wait(280.0)
+        assert ended[0].code == 0, ended[0].err
+        rows = jobs.metrics(tmp_path / "runs" / name)
+        found.append([row[key] for row in rows for key in ("loss", "grad_norm", "validation_loss") if key in row])
+    assert found[0] == found[1] and len(found[0]) > 12
+    assert (tmp_path / "runs" / "one" / "metrics.jsonl").is_file()
 
 
 REFUSED = {

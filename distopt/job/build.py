@@ -19,7 +19,6 @@ from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
-from distopt.init import widths
 from distopt.job import run_folder
 from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
@@ -37,7 +36,6 @@ from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
 from distopt.models.language_model import blocks, check_length
-from distopt.models.meta import base_shapes
 from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.proof import prove_every
@@ -78,7 +76,7 @@ def build(cfg: DictConfig) -> Job:
     refuse_swept_ranks()
     check(cfg, "train")
     parts = Components.of(cfg)
-    accelerator = _join(cfg, parts.engine)
+    accelerator = join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
     lock, restarted, taken = claim(folder)
     start, notes = find_start(folder / "checkpoints", options.resume, restarted)
@@ -86,7 +84,7 @@ def build(cfg: DictConfig) -> Job:
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
-    text = _text(cfg, parts.data, sizes)
+    text = open_text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
@@ -127,7 +125,7 @@ def build(cfg: DictConfig) -> Job:
     return job
 
 
-def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
+def join(cfg: DictConfig, engine: Engine) -> Accelerator:
     """Joins the processes of the launch, with the trackers of the run."""
     accelerator = engine.start(cfg.train.timeout_minutes)
     accelerator.wait_for_everyone()  # gloo fails a rank that still connects when one that has connected ends
@@ -136,7 +134,7 @@ def _join(cfg: DictConfig, engine: Engine) -> Accelerator:
     return accelerator
 
 
-def _text(cfg: DictConfig, data: Data, sizes: dict[str, int]) -> Text:
+def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int]) -> Text:
     """Opens the tokens of the data, after one process has made them if the cache has none."""
     corpus = collective.one_after_another(data.build)
     most = cfg.evaluation.max_sequences
@@ -157,7 +155,7 @@ def _trainee(
     files = pretrained.description(config, corpus.pretrained_tokenizer(), parts.language_model.path)
     torch.manual_seed(cfg.seed + accelerator.process_index)
     lr, independent_decay = cfg.optimizer.lr * cfg.lr_scale, bool(cfg.param_groups.get("independent_decay"))
-    model, groups, adapter_files = _model(parts, config, accelerator.device, lr, independent_decay)
+    model, groups, adapter_files = build_model(parts, config, accelerator.device, lr, independent_decay)
     options = {"model": engine.unwrap(model)} if parts.forward_only else {}
     optimizer = parts.make_optimizer(groups, lr=lr, **options)
     schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
@@ -185,7 +183,7 @@ def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
     return extra
 
 
-def _model(
+def build_model(
     parts: Components, config: PretrainedConfig, device: torch.device, lr: float, independent_decay: bool
 ) -> tuple[nn.Module, list[dict[str, Any]], dict[str, bytes]]:
     """Builds and wraps the model; returns it with its param groups and the files that describe its adapter."""
@@ -193,11 +191,8 @@ def _model(
     empty = source.empty(config)
     files = parts.adapter.add(empty, source.path) if parts.adapter else {}
     names = {p: name for name, p in empty.named_parameters()}
-    init, shapes = parts.init, None
-    if init is not None and init.base_width is not None:
-        shapes = base_shapes(config, init.base_width)
-    width = None if shapes is None else widths(empty, shapes)
-    fill = None if init is None else functools.partial(init.fill, mup=width)
+    shapes, width = parts.scaling(config, empty)
+    fill = None if parts.init is None else functools.partial(parts.init.fill, mup=width)
     # Now: wrapping loses the attributes by which parameters ask for no decay.
     groups = parts.groups(empty, lr, independent_decay, shapes)
     share = engine.share()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from distopt.data.cross_entropy import use_chunks
 from distopt.engine import Engine
 from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
-from distopt.init import Initialization, widths
+from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
 from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.models.language_model import LanguageModel
@@ -24,6 +24,9 @@ from distopt.models.meta import base_shapes
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mup import check_decoupled, rule_of
 from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @runtime_checkable
@@ -143,7 +146,18 @@ class Components:
             if self.init.base_width is not None:
                 rule_of(optimizer)
                 config = self.language_model.describe(1)
-                widths(self.language_model.empty(config), base_shapes(config, self.init.base_width))
+                self.scaling(config, self.language_model.empty(config))
+
+    def scaling(self, config: PretrainedConfig, model: nn.Module) -> tuple[Shapes | None, dict[str, Width] | None]:
+        """Returns the shapes of muP's base model, and the widths of a model relative to it; None for both without muP.
+
+        Raises:
+            ValueError: For a width without a base model, and for a model that muP does not scale.
+        """
+        if self.init is None or self.init.base_width is None:
+            return None, None
+        shapes = base_shapes(config, self.init.base_width)
+        return shapes, widths(model, shapes)
 
     def groups(
         self, model: nn.Module, lr: float, independent_decay: bool, shapes: Shapes | None

@@ -13,7 +13,7 @@ from distopt import collective
 from distopt.checkpoint import load_model
 from distopt.checkpoint.folder import open_checkpoint
 from distopt.engine import DeepSpeed, Engine
-from distopt.job.build import _join, _model, _text
+from distopt.job.build import build_model, join, open_text
 from distopt.job.components import Components
 from distopt.job.config import CONF, micro_batch_size
 from distopt.models.export import find
@@ -75,14 +75,14 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
     parts = Components.of(cfg)
     if isinstance(parts.engine, DeepSpeed):
         raise ValueError("this does not run under DeepSpeed, which owns weights and gradients: add --engine fsdp2")
-    accelerator = _join(cfg, parts.engine)
+    accelerator = join(cfg, parts.engine)
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     options = cfg.train
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
-    text = _text(cfg, parts.data, sizes)
+    text = open_text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
-    model, _, _ = _model(parts, config, device, lr=1.0, independent_decay=False)  # for no optimizer
+    model, _, _ = build_model(parts, config, device, lr=1.0, independent_decay=False)  # for no optimizer
     load_model(checkpoint, parts.engine.unwrap(model))
     own = [text.sequences.batch(step, rank, world).to(device) for step in range(batches)]
     return Reopened(
