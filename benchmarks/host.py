@@ -58,7 +58,7 @@ def _params(world: int) -> list[nn.Parameter]:
     from torch.distributed.tensor import DTensor, Shard
 
     mesh = init_device_mesh("cpu", (world,))
-    block = [(8192, _COLUMNS), (1024, _COLUMNS), (1024, _COLUMNS), (8192, _COLUMNS)]
+    block: list[tuple[int, ...]] = [(8192, _COLUMNS), (1024, _COLUMNS), (1024, _COLUMNS), (8192, _COLUMNS)]
     block += [(28672, _COLUMNS), (28672, _COLUMNS), (8192, _COLUMNS), (8192,), (8192,)]
 
     def drawn(shape: tuple[int, ...]) -> DTensor:

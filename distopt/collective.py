@@ -105,7 +105,7 @@ def one_after_another(task: Callable[[], T]) -> T:
     for turn in (first, local_first, True):
         (result, wrong), failure = _attempt(task) if turn else ((None, None), None)
         if turn:
-            results.append(result)
+            results.append(result)  # type: ignore[arg-type]
         _meet()
         every = [(None, wrong)] * world()
         if dist.is_initialized():

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     own: list[tuple[Piece, int]]
     size: int
     owned: list[list[str]]
-    index: bytes
+    index: bytes  # type: ignore[assignment]
 
 
 def pieces(name: str, tensor: Tensor) -> list[tuple[Piece, Tensor]]:
@@ -179,11 +179,12 @@ def _plan(held: Sequence[Piece]) -> Plan:
     owned: list[list[Piece]] = []
 
     def make() -> str:
-        owned.extend(assign([[Piece(*piece) for piece in own] for own in every]))
+        owned.extend(assign([[Piece(*piece) for piece in own] for own in every]))  # type: ignore[arg-type]
         return uuid.uuid4().hex
 
     token = collective.on_first(make)
-    own = [Piece(*piece) for piece in collective.scatter([list(map(tuple, each)) for each in owned])]
+    mine = collective.scatter([list(map(tuple, each)) for each in owned])
+    own = [Piece(*piece) for piece in mine]  # type: ignore[arg-type]
     return Plan(token, *lay_out(own), [[piece.name for piece in each] for each in owned], index_of(owned))
 
 

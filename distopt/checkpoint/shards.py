@@ -164,7 +164,7 @@ def _content(piece: Piece, value: Tensor) -> Tensor:
 
 def _bytes(value: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _overlap(chunk: Chunk, piece: Piece) -> list[tuple[int, int]]:
@@ -185,7 +185,8 @@ def _read(file: IO[bytes], chunk: Chunk, dtype: torch.dtype, box: Sequence[tuple
         row = math.prod(chunk.sizes[1:]) * dtype.itemsize
         file.seek(chunk.position + first * row)
         rows = torch.frombuffer(_exactly(file, (last - first) * row), dtype=dtype).view(last - first, *chunk.sizes[1:])
-    return rows[(slice(None), *(slice(start, stop) for start, stop in others))]
+    index = (slice(None), *(slice(start, stop) for start, stop in others))
+    return rows[index]
 
 
 def _exactly(file: IO[bytes], size: int) -> bytearray:

@@ -156,7 +156,11 @@ def _keep(folder: Path, batches: int, files: dict[Split, _SplitFile]) -> None:
     """Record that the tokens of so many batches are on disk."""
     for split_file in files.values():
         split_file.sync()
-    done = {"batches": batches, "of": _BATCH, **{split: [file.tokens, file.bytes] for split, file in files.items()}}
+    done: dict[str, Any] = {
+        "batches": batches,
+        "of": _BATCH,
+        **{split: [file.tokens, file.bytes] for split, file in files.items()},
+    }
     (folder / "progress.new").write_text(json.dumps(done))
     os.replace(folder / "progress.new", folder / _PROGRESS)
 

@@ -110,7 +110,7 @@ class Bucket:
         """Moves the gradients that autograd has made into the buffer."""
         fresh = [i for i, p in enumerate(self.params) if p.grad is not None and p.grad is not self.views[i]]
         if fresh:
-            torch._foreach_copy_([self.views[i] for i in fresh], [self.params[i].grad for i in fresh])
+            torch._foreach_copy_([self.views[i] for i in fresh], [self.params[i].grad for i in fresh])  # type: ignore[misc]
         for i in fresh:
             self.params[i].grad = self.views[i]
 

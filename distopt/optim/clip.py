@@ -51,6 +51,7 @@ class Clip:
     factor: Tensor | float
     norms: Tensor
     weight_norms: Tensor | None
+    _optimizer: torch.optim.Optimizer
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> None:
         if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
