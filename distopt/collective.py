@@ -103,7 +103,8 @@ def one_after_another(task: Callable[[], T]) -> T:
     first, local_first = rank() == 0, int(os.environ.get("LOCAL_RANK", "0")) == 0
     results: list[T] = []
     for turn in (first, local_first, True):
-        (result, wrong), failure = _attempt(task) if turn else ((None, None), None)
+        outcome: tuple[Any, Exception | None] = _attempt(task) if turn else ((None, None), None)
+        (result, wrong), failure = outcome
         if turn:
             results.append(result)  # type: ignore[arg-type]
         _meet()

@@ -199,6 +199,7 @@ def test_a_run_after_others_in_one_process_is_the_run_alone(tmp_path: Path) -> N
     """So that a comparison may be run by hydra/launcher=joblib, which starts a process once for many runs."""
     jobs.write_text(tmp_path)
     found = []
+    before: Any
     for name, before in (("alone", ()), ("after", (other_runs, tmp_path))):
         ended = jobs.start(tmp_path, jobs.overrides(name=name, train__steps="6"), 1, *before).wait(280.0)
         assert ended[0].code == 0, ended[0].err
