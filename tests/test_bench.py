@@ -262,9 +262,10 @@ def bytes_of_state(kind: str) -> tuple[int, int]:
     some([("zero1", 4), ("fsdp2", 2), ("deepspeed_zero2", 2)], itertools.product(SHARDED, [2, 4])),
 )
 def test_the_state_is_that_of_zeros_formula(kind: str, world: int) -> None:
-    """Two float32 values per parameter, divided by the ranks, within 1 %: rows and partitions are padded."""
-    for state, parameters in run(world, bytes_of_state, kind):
-        assert state == pytest.approx(8 * parameters / world, rel=0.01)
+    """Two float32 values per parameter, divided by the ranks, within 1 %; none has 2 % more: rows and ranges differ."""
+    states, parameters = zip(*run(world, bytes_of_state, kind))
+    assert sum(states) == pytest.approx(8 * parameters[0], rel=0.01)
+    assert max(states) <= 1.02 * 8 * parameters[0] / world
 
 
 @pytest.mark.matrix

@@ -187,12 +187,14 @@ def other_runs(cwd: Path) -> None:
     """Runs that joblib's process has had before, with another optimizer, SAM and dropout."""
     from distopt.train import job
 
+    own = sys.argv
     for name, changes in {
         "one": {"optimizer": "sgd", "sam": "on"},
         "two": {"model__config__resid_pdrop": "0.1"},
     }.items():
         sys.argv = ["distopt.train", *jobs.overrides(name=name, seed="7", train__steps="3", **changes)]
         job()
+    sys.argv = own
 
 
 def test_a_run_after_others_in_one_process_is_the_run_alone(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ RUNS: dict[str, tuple[int, dict[str, str | None]]] = {
 
 def keep_logits(file: str) -> None:
     """Writes the logits of the trained model, as the run's own engine computes them."""
-    from distopt.job import job as program
+    from distopt.job import summary as program
 
     original = program.sample
 

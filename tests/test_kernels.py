@@ -13,6 +13,7 @@ from torch import Tensor
 import distopt
 from distopt.kernels import build, dispatch
 from distopt.kernels.shards import Shards
+from tests.harness import jobs
 from tests.harness.optimizers import ROWS, Row, distance, every_compiled_row, initial, pull
 
 # Longer than a piece of the kernels and no multiple of it, shorter, of one element, empty.
@@ -252,22 +253,27 @@ def test_a_library_that_another_user_could_have_put_there_is_not_loaded(
         build.library.cache_clear()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF broken"])
-def test_a_broken_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+BROKEN = """
+import os, sys
+from pathlib import Path
+from distopt.kernels import build
+os.environ["XDG_CACHE_HOME"] = sys.argv[1]
+load, build.ctypes.CDLL = build.ctypes.CDLL, lambda path: None  # what is loaded once stays loaded in a process
+build.library()
+build.ctypes.CDLL = load
+(file,) = Path(sys.argv[1]).rglob("*.so")
+assert file.parent.stat().st_mode & 0o777 == 0o700
+file.write_bytes(sys.argv[2].encode())
+build.library.cache_clear()
+assert build.library() is not None and file.stat().st_size > 1000
+"""
+
+
+@pytest.mark.parametrize("content", ["", "ELF broken"])
+def test_a_broken_library_is_built_again(tmp_path: Path, content: str) -> None:
     """As a crash of the machine leaves it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.library.cache_clear()
-    try:
-        with pytest.MonkeyPatch.context() as patch:  # what is loaded once stays loaded, whatever becomes of the file
-            patch.setattr(build.ctypes, "CDLL", lambda path: None)
-            build.library()
-        (file,) = tmp_path.rglob("*.so")
-        assert file.parent.stat().st_mode & 0o777 == 0o700
-        file.write_bytes(content)
-        build.library.cache_clear()
-        assert build.library() is not None and file.stat().st_size > 1000
-    finally:
-        build.library.cache_clear()
+    ended = jobs.python("-c", BROKEN, tmp_path, content)
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("compiler", [" ", "'cc"])

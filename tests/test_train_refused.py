@@ -133,7 +133,7 @@ COMMAND_LINE: dict[str, tuple[str, ...]] = {
     "data.path=~/book.txt": ("'data.path=~/book.txt' is not KEY=VALUE, or has special characters that need quotes",),
     "optimizer.betas=[0.9": ("'optimizer.betas=[0.9' is not KEY=VALUE",),
     "optimizer=adamw,lamb": ("Ambiguous value for argument 'optimizer=adamw,lamb'", "--multirun"),
-    "optimizer=null": ("optimizer=null: optimizer takes the name of one of its choices: adagrad, adam",),
+    "optimizer=null": ("optimizer=null: optimizer takes the name of one of its choices: adafactor, adagrad, adam",),
     "sam=true": ("sam=true: sam takes the name of one of its choices: asam", "off, on"),
     "trackers={a:1}": ("Error merging override trackers={a:1}",),
     "optimizer.lr=${nope}": ("optimizer.lr: Interpolation key 'nope' not found",),

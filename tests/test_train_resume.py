@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness import jobs
 from tests.harness.cells import some
+from tests.harness.checkpoints import sealed
 from tests.harness.faults import die_in_forward, die_in_save
 from tests.harness.jobs import overrides, train
 from tests.harness.runs import DROPOUT, LONGER, checkpoints, copied, not_one_line, rows, steps
@@ -145,10 +147,13 @@ def test_a_checkpoint_of_something_else_is_refused(finished: Path) -> None:
 def test_what_the_model_does_not_compute_with_may_change(finished: Path, cwd: Path) -> None:
     """Dropout, the tokens of generation, and what another version of transformers has written into config.json."""
     done = copied(finished, cwd)
-    file = done / "checkpoints" / "step_00000008" / "config.json"
-    written = file.read_text()
-    file.write_text(written.replace('"transformers_version": "5', '"transformers_version": "4'))
-    assert file.read_text() != written
+
+    def change(_: dict[str, Any], files: Path) -> None:
+        written = (files / "config.json").read_text()
+        (files / "config.json").write_text(written.replace('"transformers_version": "5', '"transformers_version": "4'))
+        assert (files / "config.json").read_text() != written
+
+    sealed(done / "checkpoints" / "step_00000008", change)
     words = {f"model__config__{name}_pdrop": "0.2" for name in ("resid", "embd", "attn")}
     (ended,) = jobs.run(cwd, [*overrides(train__resume="auto", **LONGER, **words), "+model.config.eos_token_id=10"])
     assert ended.code == 0, ended.err

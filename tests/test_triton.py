@@ -202,7 +202,8 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    selected = {getattr(item, "callspec", None) and item.callspec.params.get("case") for item in request.session.items}
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    selected = {item.callspec.params.get("case") for item in here}
     command = [sys.executable, "-c", "from tests.test_triton import interpreted; interpreted()", *(selected & {*CASES})]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)

@@ -16,8 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import distopt
 from distopt.engine import FSDP2, units
 from distopt.engine.units import grouped, unit_bytes
-from distopt.layout import global_indices
-from distopt.layout.places import shard_dim
+from distopt.layout.places import global_indices, own_place, shard_dim
 from distopt.models.language_model import LanguageModel
 from distopt.plan.footprint import Param, numel, shards
 from tests.harness.distributed import run
@@ -167,7 +166,8 @@ def indices_by_dimension(shape: tuple[int, ...]) -> bool:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     numbers = torch.arange(math.prod(shape)).view(shape)
     placed = [distribute_tensor(numbers, mesh, [Shard(dim)]) for dim in range(len(shape))]
-    return all(torch.equal(global_indices(p), p.to_local()) for p in placed)
+    found = [torch.cat([index for _, index in global_indices(own_place(p), p.shape, p.device)]) for p in placed]
+    return all(torch.equal(index, p.to_local().reshape(-1)) for index, p in zip(found, placed))
 
 
 def test_the_index_of_a_local_element_is_known_along_every_dimension() -> None:

@@ -28,7 +28,7 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(cwd: Path, engine: str) -
     )
     run = cwd / "runs" / "hangs"
     try:
-        until(lambda: last_step(run) == 3, job.processes[0].is_alive)
+        until(lambda: last_step(run) == 2, job.processes[0].is_alive)  # its row comes a step late
         began = time.monotonic()
         job.processes[0].join(120)
         took = time.monotonic() - began

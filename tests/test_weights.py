@@ -31,7 +31,7 @@ SIZES = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "llama": SIZES | {"tie_word_embeddings": True},
-    "mixtral": SIZES | {"num_local_experts": 11},  # more than ten: sorted by number, not by letters
+    "mixtral": SIZES | {"num_local_experts": 12},  # more than ten: sorted by number, not by letters
     "qwen2_moe": SIZES
     | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 3, "num_experts_per_tok": 2},
     "deepseek_v3": SIZES

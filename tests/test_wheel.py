@@ -147,7 +147,7 @@ def help_text(site: Path) -> str:
 
 def test_help_of_the_installed_package(help_text: str) -> None:
     """It names no file that only a checkout has: launch/local.yaml once."""
-    assert "optimizer: adagrad, adam, adamw, adamw_schedule_free" in help_text
+    assert "optimizer: adafactor, adagrad, adam, adamw, adamw_schedule_free" in help_text
     usage = help_text.partition("groups (GROUP=CHOICE)")[0]
     assert "accelerate launch --multi_gpu --num_processes 2 -m distopt.train" in usage
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()}

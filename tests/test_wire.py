@@ -12,7 +12,7 @@ import torch.distributed as dist
 import distopt
 from benchmarks.collectives import Collectives, written
 from benchmarks.wire import SIDES
-from distopt.engine import DDP, Engine, Zero1
+from distopt.engine import DDP, FSDP2, Engine, Zero1
 from distopt.engine.train_step import update
 from distopt.kernels import exact
 from distopt.models.language_model import LanguageModel
@@ -27,10 +27,10 @@ SIZES = CONFIGS["gpt2"] | {"n_embd": 128}
 def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str], float, int, list[int], list[int]]:
     """Measurements of a typical step: the collectives, the bytes by the ring, the bytes that gloo sent.
 
-    And the sizes of the parameters inside and outside of blocks, padded to rows that divide; under ZeRO-1, which knows
-    no blocks, those of its buckets.
+    And the sizes of the parameters that are gathered anew in the backward pass, which are those inside of blocks but
+    the last one, and of the others, padded to rows that divide; under ZeRO-1, which knows no blocks, of its buckets.
     """
-    engine = SIDES[kind].engine()
+    engine = SIDES[kind].engine() if kind != "fsdp2" else FSDP2(unit_mib=0)  # the blocks here would be one unit
     model = made(LanguageModel("gpt2", SIZES), engine)
     optimizer = distopt.LAMB(distopt.param_groups(engine.unwrap(model), weight_decay=0.1), lr=0.01)
     model = engine.attach(model, optimizer, micro_batches, 1.0)
@@ -48,7 +48,7 @@ def stepped(kind: str, sam: str = "", micro_batches: int = 1) -> tuple[list[str]
     world = dist.get_world_size()
     for name, p in engine.unwrap(model).named_parameters():
         rows = p.shape[0] if kind == "ddp" else -(-p.shape[0] // world) * world
-        sizes[".h." not in name].append(4 * rows * math.prod(p.shape[1:]))
+        sizes[".h." not in name or f".h.{SIZES['n_layer'] - 1}." in name].append(4 * rows * math.prod(p.shape[1:]))
     buckets = [4 * len(bucket.weights) for bucket in getattr(optimizer.layout, "buckets", ())]
     return mode.seen, mode.sent, after - before, *((buckets, []) if buckets else sizes)
 

@@ -59,7 +59,8 @@ class Contents:
         for name, p in bare_parameters(model, remove_duplicate=False).items():
             if p in self.masters:
                 self.tensors[name] = self.masters[p]
-                self.state.get(name, {}).pop("master", None)
+                if name in self.state:  # by a copy: it may be the optimizer's own
+                    self.state[name] = {key: value for key, value in self.state[name].items() if key != "master"}
 
     def saved(self) -> dict[str, Any]:
         """The tensors to write, on every rank."""

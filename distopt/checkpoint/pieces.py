@@ -64,14 +64,20 @@ def pieces(name: str, tensor: Tensor) -> list[tuple[Piece, Tensor]]:
     if not tensor.ndim:
         local: Any = tensor
         value = local.to_local() if hasattr(tensor, "to_local") else tensor
-        found = [(Piece(name, dtype, shape, (0,), (1,)), value.detach().view(1))]
+        found = [(Piece(name, dtype, shape, (0,), (1,)), value.detach().view(1))] if value.numel() else []
     elif not hasattr(tensor, "__create_chunk_list__"):
         found = [(Piece(name, dtype, shape, (0,) * len(shape), shape), tensor.detach())]
-    else:  # DTensor's protocol for checkpoints
+    else:  # the protocol of DTensor, which RangeShard has as well
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
         local = tensor
         found = [
-            (Piece(name, dtype, shape, tuple(chunk.offsets), tuple(chunk.sizes)), local.to_local().detach())
+            (
+                Piece(name, dtype, shape, tuple(chunk.offsets), tuple(chunk.sizes)),
+                local.__get_tensor_shard__(MetadataIndex(name, chunk.offsets)).detach(),
+            )
             for chunk in local.__create_chunk_list__()
+            if math.prod(chunk.sizes)
         ]
     return [(piece, values) for piece, values in found if math.prod(piece.sizes)]
 

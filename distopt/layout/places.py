@@ -96,9 +96,11 @@ def global_indices(
     Yields:
         The first element of the chunk in the flattened local tensor, and the indices, int64.
     """
+    first = place.start if isinstance(place, Run) else 0
     for start in range(0, total := size(place), chunk):
-        rest = torch.arange(start, min(start + chunk, total), device=device)
-        yield start, rest + place.start if isinstance(place, Run) else _of_box(place, shape, rest)
+        run = torch.arange(first + start, first + min(start + chunk, total), device=device)
+        yield start, run if isinstance(place, Run) else _of_box(place, shape, run)
+        del run
 
 
 def boxes(place: Place, shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
