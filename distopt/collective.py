@@ -106,7 +106,7 @@ def one_after_another(task: Callable[[], T]) -> T:
         outcome: tuple[Any, Exception | None] = _attempt(task) if turn else ((None, None), None)
         (result, wrong), failure = outcome
         if turn:
-            results.append(result)  # type: ignore[arg-type]
+            results.append(result)
         _meet()
         every = [(None, wrong)] * world()
         if dist.is_initialized():

@@ -299,7 +299,7 @@ TextData(path=sys.argv[1], cache_dir=sys.argv[2], tokenizer=sys.argv[3] or None)
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.matrix)])
 def test_an_interrupted_build_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str, processes: int
 ) -> None:
