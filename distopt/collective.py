@@ -115,11 +115,19 @@ def one_after_another(task: Callable[[], T]) -> T:
     return results[-1]
 
 
+def attempt() -> int:
+    """Returns how often torch's launcher has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def store() -> Any:
-    """Returns the store with which the process group was initialized."""
+    """Returns distopt's part of the store with which the process group was initialized, for this attempt alone.
+
+    The store of torch's launcher outlives an attempt, whose keys would end a wait of the next one early.
+    """
     from torch.distributed.distributed_c10d import _get_default_store  # private, as of torch 2.13
 
-    return _get_default_store()
+    return dist.PrefixStore(f"distopt/{attempt()}", _get_default_store())
 
 
 _meetings = itertools.count()
@@ -129,9 +137,7 @@ def _meet() -> None:
     """Waits until every rank is here, for as long as it takes; it ends with an error if the store is gone."""
     if world() == 1:
         return
-    # The store of torchelastic outlives an attempt, whose keys would end the wait of the next one early.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key, pause = f"distopt/meeting/{attempt}/{next(_meetings)}", 0.01
+    key, pause = f"meeting/{next(_meetings)}", 0.01
     meeting = store()
     arrived = meeting.add(key, 1)
     while arrived < world():

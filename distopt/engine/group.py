@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-_met: dist.Store | None = None
+from distopt import collective
 
 
 def join(timeout: datetime.timedelta) -> None:
@@ -21,21 +21,15 @@ def join(timeout: datetime.timedelta) -> None:
     Args:
         timeout: How long a collective waits for the other ranks.
     """
-    global _met
     named = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if dist.is_initialized() or not named:
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    _met = dist.PrefixStore(f"attempt_{attempt()}", store)
+    own = dist.PrefixStore(f"attempt_{collective.attempt()}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=_met, rank=rank, world_size=world, timeout=timeout)
-
-
-def attempt() -> int:
-    """Returns how often the launcher has restarted this job."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 
 def connect() -> dist.Store | None:
-    """Returns a connection of its own to the store of this job; None for a process without others."""
-    return None if _met is None else dist.PrefixStore("distopt", _met.clone())  # type: ignore[attr-defined]
+    """Returns a connection of its own to the store of this job, for another thread; None for one process."""
+    return None if collective.world() == 1 else dist.PrefixStore("watchdog", collective.store().clone())

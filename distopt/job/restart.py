@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distopt import collective
+
 _FILE = "TORCHELASTIC_ERROR_FILE"  # <folder of the launch>/attempt_<n>/<local rank>/error.json
 
 
@@ -23,7 +25,7 @@ def earlier_end() -> End | None:
     A job that has been refused or stopped ends the same way however often it is started; torch's launcher restarts
     every process whose exit code is not 0.
     """
-    file, attempt = os.environ.get(_FILE), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    file, attempt = os.environ.get(_FILE), collective.attempt()
     if not file or not attempt:
         return None
     before = Path(file).parents[1].with_name(f"attempt_{attempt - 1}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from typing import Any
 
 import torch.distributed as dist
@@ -24,9 +23,7 @@ def meet(ranks: tuple[int, ...], step: object) -> None:
     """
     store = collective.store()
     number = _proofs[ranks] = _proofs.get(ranks, 0) + 1
-    # The store of torchelastic outlives an attempt, whose keys would end the wait of the next one early.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    place = f"distopt/proof/{attempt}/{hashlib.blake2b(repr(ranks).encode(), digest_size=8).hexdigest()}"
+    place = f"proof/{hashlib.blake2b(repr(ranks).encode(), digest_size=8).hexdigest()}"
     store.set(f"{place}/{dist.get_rank()}", str(number))
     if store.add(f"{place}/came/{number}", 1) >= len(ranks):
         store.set(f"{place}/all/{number}", "")
