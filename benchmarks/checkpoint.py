@@ -6,6 +6,7 @@ import argparse
 import pickle
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -99,23 +100,28 @@ def model(ranks: int, columns: int) -> nn.Module:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and print CPU seconds of each save and bytes of the files."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
-    net = model(options.ranks, options.columns)
+    """Print the CPU seconds of each save and the bytes of the files."""
+    for save, (seconds, sizes) in enumerate(measure(options.ranks, options.columns, options.saves), 1):
+        named = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sorted(sizes.items()))
+        print(f"{options.ranks} ranks, save {save}: {seconds:.2f} s of CPU on rank 0; {named}", flush=True)
+
+
+def measure(ranks: int, columns: int, saves: int) -> Iterator[tuple[float, dict[str, int]]]:
+    """Yield the CPU seconds of rank 0 in each save, and the bytes of the files by name."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    net = model(ranks, columns)
     optimizer = distopt.AdamW(net.parameters())
     optimizer.init_state()
-    rank0 = Rank0(options.ranks)
+    rank0 = Rank0(ranks)
     with (
         mock.patch.object(collective, "gather", rank0.gather),
         mock.patch.object(collective, "scatter", rank0.scatter),
         mock.patch.object(dist, "all_gather_object", rank0.all_gather_object),
         tempfile.TemporaryDirectory() as folder,
     ):
-        for save in range(1, options.saves + 1):
+        for save in range(1, saves + 1):
             rank0.excluded, start = 0.0, time.process_time()
             path = save_checkpoint(checkpoint_path(folder, save), net, optimizer, extra={"step": save})
             seconds = time.process_time() - start - rank0.excluded
-            sizes = {file.name: file.stat().st_size for file in Path(path).rglob("*") if file.is_file()}
-            named = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sorted(sizes.items()))
-            print(f"{options.ranks} ranks, save {save}: {seconds:.2f} s of CPU on rank 0; {named}", flush=True)
+            yield seconds, {file.name: file.stat().st_size for file in Path(path).rglob("*") if file.is_file()}
     dist.destroy_process_group()

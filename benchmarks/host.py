@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from benchmarks.arguments import COUNT
 from distopt.optim.clip import step_clipped
 
 _MAX_NORM = 1e-3
+_BLOCKS = 80
 _COLUMNS = 4  # of each matrix, in the place of thousands
 
 
@@ -33,27 +34,40 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the medians of the CPU time of one thread."""
+    tensors, seconds = measure(options.ranks, options.rounds)
+    print(f"torch {torch.__version__}, {tensors} DTensors at {options.ranks} ranks; CPU time, one thread;")
+    print(f"medians of {options.rounds} rounds in turns\n\n| | ms |\n|---|---|")
+    for name, taken in seconds.items():
+        print(f"| {name} | {1e3 * taken:.2f} |")
+
+
+def measure(ranks: int, rounds: int, blocks: int = _BLOCKS, only: Sequence[str] = ()) -> tuple[int, dict[str, float]]:
+    """Return the number of tensors, and the median CPU seconds of what is timed, by name.
+
+    Args:
+        ranks: The ranks of the process group.
+        rounds: The turns.
+        blocks: The blocks of the model, of 9 tensors each.
+        only: The names of what is timed; all if empty.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.set_num_threads(1)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
-    params = _params(options.ranks)
-    parts = _parts(params)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    params = _params(ranks, blocks)
+    parts = {name: part for name, part in _parts(params).items() if not only or name in only}
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(options.rounds + 2):
+    for turn in range(rounds + 2):
         for name in parts if turn % 2 else reversed(parts):
             started = time.process_time()
             parts[name]()
             if turn > 1:  # the first ones make state and layouts
                 seconds[name].append(time.process_time() - started)
-    print(f"torch {torch.__version__}, {len(params)} DTensors at {options.ranks} ranks; CPU time, one thread;")
-    print(f"medians of {options.rounds} rounds in turns\n\n| | ms |\n|---|---|")
-    for name, taken in seconds.items():
-        print(f"| {name} | {1e3 * statistics.median(taken):.2f} |")
     dist.destroy_process_group()
+    return len(params), {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def _params(world: int) -> list[nn.Parameter]:
+def _params(world: int, blocks: int) -> list[nn.Parameter]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -67,7 +81,7 @@ def _params(world: int) -> list[nn.Parameter]:
         stride = (1,) if len(shape) == 1 else (shape[1], 1)
         return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
 
-    shapes = [(32000, _COLUMNS), *block * 80, (8192,), (32000, _COLUMNS)]
+    shapes = [(32000, _COLUMNS), *block * blocks, (8192,), (32000, _COLUMNS)]
     params = [nn.Parameter(drawn(shape)) for shape in shapes]
     for p, shape in zip(params, shapes):
         p.grad = drawn(shape)

@@ -54,11 +54,14 @@ class Engine:
 
     Attributes:
         bf16: Whether the model computes in bfloat16.
+        offload: Whether the optimizer's state is kept, and updated, on the host.
 
     Raises:
         ValueError: An unknown precision, bf16 on a GPU without it, a switch that is not a boolean, or `compile` without
             a C++ compiler.
     """
+
+    offload = False
 
     def __init__(self, precision: str = "auto", activation_checkpointing: bool = False, compile: bool = False) -> None:
         PRECISION.check("engine.precision", precision)
@@ -95,15 +98,14 @@ class Engine:
         from accelerate.utils import ProjectConfiguration
 
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        join(timeout)
+        join(timeout, self.backend)
         accelerator = Accelerator(
             cpu=not gpus,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
             project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
         )
         if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
-            backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
         # Accelerate 1.15 silently runs single processes for some combinations of launcher and device.
         if accelerator.num_processes != world or dist.get_world_size() != world:
             raise ValueError(
@@ -111,6 +113,13 @@ class Engine:
                 f"use `accelerate launch --multi_gpu --num_processes {world}`, on CPUs too"
             )
         return accelerator
+
+    @property
+    def backend(self) -> str:
+        """The backend of the process group: NCCL with GPUs, gloo beside it for what is on the host, else gloo."""
+        if not torch.cuda.is_available():
+            return "gloo"
+        return "cpu:gloo,cuda:nccl" if self.offload else "nccl"
 
     def check(self, world: int) -> None:
         """Raises ValueError if this engine cannot run on `world` processes."""

@@ -35,6 +35,9 @@ class FSDP2(Engine):
             full gradients until the last one, for less communication and more memory.
         unit_mib: The weights of a unit in MiB, as they are gathered: consecutive blocks share one up to that size. 0
             makes each block a unit of its own; None is 16 MiB, or 256 KiB for each rank if that is more.
+        offload: Keep shards of parameters, gradients and state on the host, and update them there (torch's
+            `CPUOffloadPolicy`): a device has what is gathered for the moment, and activations. Each pass copies the
+            shards to the device, the backward pass the gradients back.
         compile: As in `Engine`.
 
     Raises:
@@ -50,17 +53,20 @@ class FSDP2(Engine):
         replicas: int = 1,
         sync_each_batch: bool = True,
         unit_mib: int | None = None,
+        offload: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__(precision, activation_checkpointing, compile)
         integer(1).check("engine.replicas", replicas)
         switch().check("engine.reshard_after_forward", reshard_after_forward)
         switch().check("engine.sync_each_batch", sync_each_batch)
+        switch().check("engine.offload", offload)
         or_null(integer(0)).check("engine.unit_mib", unit_mib)
         self.reshard_after_forward = reshard_after_forward
         self.replicas = replicas
         self.sync_each_batch = sync_each_batch
         self.unit_mib = unit_mib
+        self.offload = offload
 
     def check(self, world: int) -> None:
         if world % self.replicas:
@@ -118,7 +124,7 @@ class FSDP2(Engine):
     def _sharder(self, device: torch.device) -> Callable[[Sequence[nn.Module], bool], None]:
         """Returns a function that makes modules a unit of FSDP2, given whether to reshard it after its forward pass."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         from torch.distributed.tensor import Shard
 
         ranks = dist.get_world_size() // self.replicas
@@ -130,11 +136,14 @@ class FSDP2(Engine):
             param_dtype=torch.bfloat16 if self.bf16 else None, reduce_dtype=torch.float32 if self.bf16 else None
         )
 
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.offload else OffloadPolicy()
+
         def shard(modules: Sequence[nn.Module], reshard: bool) -> None:
             fully_shard(
                 modules[0] if len(modules) == 1 else list(modules),
                 mesh=mesh,
                 mp_policy=policy,
+                offload_policy=offload,
                 reshard_after_forward=reshard,
                 shard_placement_fn=lambda p: Shard(shard_dim(p.shape, ranks)),
             )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 
-import torch
 import torch.distributed as dist
 
 from distopt import collective
 
 
-def join(timeout: datetime.timedelta) -> None:
+def join(timeout: datetime.timedelta, backend: str) -> None:
     """Joins the processes that a launcher started, if the environment names them and no group exists.
 
     Each attempt of a launcher that restarts failed jobs has keys of its own in the store: torch 2.13 gives all
@@ -20,13 +19,13 @@ def join(timeout: datetime.timedelta) -> None:
 
     Args:
         timeout: How long a collective waits for the other ranks.
+        backend: As torch's `init_process_group` has it.
     """
     named = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if dist.is_initialized() or not named:
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
     own = dist.PrefixStore(f"attempt_{collective.attempt()}", store)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 

@@ -39,6 +39,9 @@ class Zero1(DDP):
         param_dtype: `bf16` keeps weights and gradients in bfloat16, computes in it, and updates float32 masters, which
             are sharded as state: at N ranks 4 + 12/N bytes per parameter with AdamW in place of 8 + 8/N, and half the
             bytes on the wire. Frozen parameters stay as they are. None for float32.
+        offload: Keep the state on the host, and update this rank's ranges there: the device has weights and
+            gradients alone. Gradients are copied to the host as they are reduced, and weights back before they are
+            gathered.
         overlap_gather: Gather updated ranges during the next forward pass, which waits for them block by block. Until
             then the ranges of other ranks are nan: weights are read through `unwrap`, a state dict or the model's
             forward pass.
@@ -56,6 +59,7 @@ class Zero1(DDP):
         reduce_dtype: str | None = None,
         overlap_gather: bool = False,
         param_dtype: str | None = None,
+        offload: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__(precision, activation_checkpointing, find_unused_parameters, compile)
@@ -64,9 +68,11 @@ class Zero1(DDP):
         if param_dtype and precision == "fp32":
             raise ValueError("engine.param_dtype=bf16 computes in bfloat16: set engine.precision=bf16 or auto")
         switch().check("engine.overlap_gather", overlap_gather)
+        switch().check("engine.offload", offload)
         self.reduce_dtype = reduce_dtype
         self.overlap_gather = overlap_gather
         self.param_dtype = param_dtype
+        self.offload = offload
         self.bf16 = self.bf16 or param_dtype == "bf16"
 
     def check_forward_only(self) -> None:
@@ -94,6 +100,7 @@ class Zero1(DDP):
             reduce_dtype=_DTYPES[self.reduce_dtype],
             find_unused=self.find_unused_parameters,
             late=self.overlap_gather,
+            offload=self.offload,
         )
         _same_on_every_rank(model, layout)
         _watch(model, layout)

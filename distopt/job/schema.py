@@ -240,6 +240,7 @@ SCHEMA: dict[str, Key] = {
     "cluster.tflops": Key(POSITIVE, "dense TFLOP/s of a GPU in the precision of the model"),
     "cluster.efficiency": Key(bounds.EFFICIENCY, "share of them that a model reaches"),
     "cluster.memory_gbps": Key(POSITIVE, "GB/s of a GPU's memory"),
+    "cluster.host_gbps": Key(POSITIVE, "GB/s of a machine's memory, for each of its GPUs"),
     "cluster.near_gbps": Key(POSITIVE, "GB/s that a GPU sends to another of its machine"),
     "cluster.far_gbps": Key(POSITIVE, "GB/s that a GPU sends to another machine"),
     "cluster.latency_us": Key(POSITIVE, "microseconds of one hop of a collective"),

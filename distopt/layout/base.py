@@ -202,6 +202,10 @@ class ShardLayout(LayerNorms):
             return None
         return param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
 
+    def state_device(self, param: Tensor) -> torch.device:
+        """Returns the device on which a tensor is updated and its state is kept."""
+        return param.device
+
     def zeros(self, param: Tensor) -> Tensor:
         """Returns a new state buffer of zeros, sharded as this rank updates the parameter, in float32 or wider."""
         return torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distopt.layout.host_range import HostRange
 from distopt.layout.range_shard import Range
 
 # Elements of a bucket: at least 32 MB of float32, and 256 kB for each rank, as messages of a ring get smaller with more
@@ -78,6 +79,7 @@ class Bucket:
         params: The parameters of the model, of which these are some.
         world: The number of ranks.
         rank: This rank.
+        offload: Whether the optimizer updates this rank's range on the host.
 
     Attributes:
         params: The parameters in the bucket.
@@ -85,9 +87,11 @@ class Bucket:
         views: The gradient of each parameter, a view of `grads`.
         own: The elements that this rank owns.
         ranges: For each parameter the elements of it that this rank owns.
+        ranges_in_own: For each parameter with such elements, the first of them in the range, and `ranges`.
+        host: The range on the host, if that is where it is updated.
     """
 
-    def __init__(self, plan: Plan, params: Sequence[Tensor], world: int, rank: int) -> None:
+    def __init__(self, plan: Plan, params: Sequence[Tensor], world: int, rank: int, offload: bool = False) -> None:
         self.params = tuple(params[i] for i in plan.members)
         self.weights = self.params[0].detach().new_zeros(world * plan.share)
         self.grads = torch.zeros_like(self.weights)
@@ -101,6 +105,12 @@ class Bucket:
             self.views.append(self.grads[at].view(p.shape))
             start, stop = (min(max(edge - offset, 0), p.numel()) for edge in (self.own.start, self.own.stop))
             self.ranges.append(Range(start, stop - start))
+        self.ranges_in_own = {
+            p: (offset + own.start - self.own.start, own)
+            for p, offset, own in zip(self.params, plan.offsets, self.ranges)
+            if own.numel
+        }
+        self.host = HostRange(self) if offload else None
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
         """Returns the range of each rank in a buffer of this bucket."""
@@ -130,10 +140,10 @@ class Bucket:
         return next((p for p, at in zip(self.params, self._addresses) if p.data_ptr() != at), None)
 
 
-def make_buckets(params: Sequence[Tensor], world: int, rank: int) -> list[Bucket]:
+def make_buckets(params: Sequence[Tensor], world: int, rank: int, offload: bool = False) -> list[Bucket]:
     """Moves parameters, given in the order of the forward pass, into buckets."""
     plans = plan_buckets([p.shape for p in params], world, [(p.dtype, p.device) for p in params])
-    return [Bucket(plan, params, world, rank) for plan in plans]
+    return [Bucket(plan, params, world, rank, offload) for plan in plans]
 
 
 def _grain(shape: Sequence[int], most: int) -> int:

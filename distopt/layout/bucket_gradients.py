@@ -116,6 +116,10 @@ class BucketGradients:
             self._launch()
         while self._in_flight:
             self._land()
+        for bucket in self._buckets if self._group.size() == 1 else ():
+            _fetch(bucket)
+        if any(bucket.host is not None and bucket.grads.is_cuda for bucket in self._buckets):
+            torch.cuda.current_stream().synchronize()
         self._local.clear()
         if self._find_unused and self._buckets:
             self._clear_unused()
@@ -144,6 +148,7 @@ class BucketGradients:
             work.wait()
         with torch.no_grad():
             _average(bucket, received, self._group)
+            _fetch(bucket)
             bucket.poison(bucket.grads)
         self._poisoned.add(bucket)
 
@@ -156,6 +161,11 @@ class BucketGradients:
         for (p, view), found in zip(params, used.tolist()):
             if found and p.grad is None:
                 p.grad = view
+
+
+def _fetch(bucket: Bucket) -> None:
+    if bucket.host is not None:
+        bucket.host.fetch_grads()
 
 
 def _swap(bucket: Bucket, group: dist.ProcessGroup, dtype: torch.dtype | None) -> tuple[list[Tensor], list[dist.Work]]:

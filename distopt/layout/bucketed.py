@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from torch import Tensor
 from distopt.layout.base import Placement, Segment
 from distopt.layout.bucket import Bucket, make_buckets
 from distopt.layout.bucket_gradients import BucketGradients
+from distopt.layout.host_range import HostRange
 from distopt.layout.infer import infer_layout
 from distopt.layout.messages import others, over_gloo, receive, send
 from distopt.layout.param_sync import ParamSync
@@ -58,6 +60,40 @@ class BucketLayout(Zero1Layout):
         return RangeShard(rows, param.shape, Range(segment.offset, segment.numel), self.mesh)
 
 
+@dataclass(frozen=True, eq=False)
+class HostBucketLayout(BucketLayout):
+    """As `BucketLayout`, where the host has this rank's ranges, their gradients and their state, and updates them."""
+
+    @functools.cached_property
+    def _hosts(self) -> dict[Tensor, tuple[HostRange, int]]:
+        """For each parameter that this rank has elements of: their host range, and the first of them in it."""
+        return {
+            p: (bucket.host, at)
+            for bucket in self.buckets
+            if bucket.host is not None
+            for p, (at, _) in bucket.ranges_in_own.items()
+        }
+
+    def state_device(self, param: Tensor) -> torch.device:
+        return self.device
+
+    def split_local(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
+        """Returns this rank's elements on the host for weights and gradients; those of other tensors where they are."""
+        host, at = self._hosts.get(param, (None, 0))
+        if host is None or (found := host.counterpart(tensor)) is None:
+            return super().split_local(param, tensor)
+        if found is host.weights:
+            host.fetch_weights(param)
+        return [found.narrow(0, at, self.segments[param][0].numel)]
+
+    def grads(self, params: Sequence[Tensor]) -> list[Tensor]:
+        # Every step asks for gradients anew, and keeps its views of the weights.
+        for p in params:
+            if p in self._hosts:
+                self._hosts[p][0].fetch_weights(p)
+        return super().grads(params)
+
+
 class BucketSync(ParamSync):
     """All-gathers each bucket in place, last ones first: a forward pass needs those.
 
@@ -74,11 +110,15 @@ class BucketSync(ParamSync):
 
     def publish(self, params: Sequence[Tensor]) -> None:
         self.wait()
-        if self._group.size() == 1:
-            return
         changed = set(params)
         for bucket in self._order:
             if not changed.isdisjoint(bucket.params):
+                if bucket.host is not None:
+                    for p in bucket.ranges_in_own.keys() - changed:
+                        bucket.host.fetch_weights(p)
+                    bucket.host.send_weights()
+                if self._group.size() == 1:
+                    continue
                 if self._late:
                     bucket.poison(bucket.weights)
                 self._in_flight.append((bucket, all_gather(bucket, self._group)))
@@ -98,6 +138,7 @@ def bucket_layout(
     reduce_dtype: torch.dtype | None = None,
     find_unused: bool = False,
     late: bool = False,
+    offload: bool = False,
 ) -> BucketLayout:
     """Moves parameters into buckets, and returns their layout.
 
@@ -107,14 +148,17 @@ def bucket_layout(
         reduce_dtype: The dtype in which gradients are sent; None for their own.
         find_unused: As in `BucketGradients`.
         late: As in `BucketSync`.
+        offload: Whether state is kept, and updates are computed, on the host.
     """
     group = mesh.get_group()
-    buckets = make_buckets(params, mesh.size(), mesh.get_local_rank())
+    buckets = make_buckets(params, mesh.size(), mesh.get_local_rank(), offload)
     ranges = {p: at for bucket in buckets for p, at in zip(bucket.params, bucket.ranges)}
-    return BucketLayout(
+    device = params[0].device if params else torch.device("cpu")
+    return (HostBucketLayout if offload else BucketLayout)(
         segments={p: (Segment(i, *ranges[p], ranges[p].start),) for i, p in enumerate(params)},
         params=tuple(params),
-        device=params[0].device if params else torch.device("cpu"),
+        device=torch.device("cpu") if offload else device,
+        wire=device if offload else None,
         groups=(group,) if mesh.size() > 1 else (),
         counted=(True,) * len(params),
         model=infer_layout(params),

@@ -33,10 +33,12 @@ def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
     for sharding in {id(own): own for own in axes}.values():
         groups = sharding | groups
     _check_one_mesh(params, groups)
+    device = params[0].device if params else torch.device("cpu")
     return ShardLayout(
         segments={p: (Segment(i, 0, local(p).numel()),) for i, p in enumerate(params)},
         params=tuple(params),
-        device=params[0].device if params else torch.device("cpu"),
+        device=device,
+        wire=_wire(params, device),
         groups=tuple(groups.values()),
         counted=_counted(axes, groups),
     )
@@ -117,6 +119,12 @@ def _counted(
         for own in {id(own): own for own in axes}.values()
     }
     return tuple(found[id(own)] for own in axes)
+
+
+def _wire(params: Sequence[Tensor], device: torch.device) -> torch.device | None:
+    """Returns the device of the meshes, where FSDP2 keeps the shards on the host (its `CPUOffloadPolicy`)."""
+    types = {p.device_mesh.device_type for p in params if hasattr(p, "device_mesh")}
+    return torch.device(types.pop()) if types - {device.type} else None
 
 
 def _check_one_mesh(params: Sequence[Tensor], groups: Mapping[tuple[int, ...], dist.ProcessGroup]) -> None:

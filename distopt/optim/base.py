@@ -123,7 +123,7 @@ class ShardedOptimizer(LayoutOptimizer):
         """Returns the initial value of a state buffer of a parameter, laid out as its slot says."""
         slot = self.rule(group).slot(name, param.shape)
         if slot is not None and slot.replicated:
-            return torch.zeros(slot.shape, dtype=layouts.wide(param.dtype), device=param.device)
+            return torch.zeros(slot.shape, dtype=layouts.wide(param.dtype), device=layout.state_device(param))
         return layout.zeros(param)
 
     def check(self, group: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ class Cluster:
         tflops: The dense throughput of a GPU in the precision of the model, in TFLOP/s.
         efficiency: The share of that throughput that the model's matrix products reach, in (0, 1].
         memory_gbps: The memory bandwidth of a GPU, in GB/s.
+        host_gbps: The memory bandwidth of a machine, for each of its GPUs' processes, in GB/s.
         near_gbps: The bandwidth from a GPU to another GPU of its machine (NVLink), in GB/s.
         far_gbps: The bandwidth from a GPU to another machine, in GB/s.
         latency_us: The latency of one hop of a collective, in microseconds.
@@ -38,6 +39,7 @@ class Cluster:
     tflops: float = 989.0
     efficiency: float = 0.4
     memory_gbps: float = 3350.0
+    host_gbps: float = 50.0
     near_gbps: float = 450.0
     far_gbps: float = 50.0
     latency_us: float = 10.0
@@ -72,6 +74,10 @@ class Cluster:
         """Return the seconds in which one GPU reads or writes this number of bytes of its memory."""
         return size / (1e9 * self.memory_gbps)
 
+    def host_seconds(self, size: float) -> float:
+        """Return the seconds in which one process reads or writes this number of bytes of its machine's memory."""
+        return size / (1e9 * self.host_gbps)
+
 
 class Stage(NamedTuple):
     """A stage of a step.
@@ -93,14 +99,14 @@ class Stage(NamedTuple):
 
 
 def stages(
-    cluster: Cluster, flops: tuple[float, float], touched: float, sent: Iterable[Collective], passes: int
+    cluster: Cluster, flops: tuple[float, float], update: float, sent: Iterable[Collective], passes: int
 ) -> list[Stage]:
     """Return the stages forward, backward and step.
 
     Args:
         cluster: The cluster.
         flops: The operations of one forward and of one backward pass.
-        touched: The bytes that the optimizer's step reads and writes.
+        update: The seconds of the optimizer's update.
         sent: The collectives of a step.
         passes: The number of forward and backward passes of a step.
     """
@@ -112,5 +118,5 @@ def stages(
     return [
         Stage("forward", passes * cluster.compute_seconds(flops[0]), wire("forward")),
         Stage("backward", passes * cluster.compute_seconds(flops[1]), wire("backward")),
-        Stage("step", cluster.memory_seconds(touched), wire("step")),
+        Stage("step", update, wire("step")),
     ]

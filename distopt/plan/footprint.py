@@ -64,6 +64,7 @@ class Footprint:
         early: Whether the gradients are allocated at the start of a pass, instead of one by one.
         accumulated: The additional memory of gradients when a step has several micro-batches.
         noise: What MeZO draws at once, while there are no activations.
+        host: What each process keeps, and updates, in the memory of the host instead; without SAM's copies.
     """
 
     parameters: int
@@ -75,6 +76,7 @@ class Footprint:
     early: bool = True
     accumulated: int = 0
     noise: int = 0
+    host: int = 0
 
 
 class Collective(NamedTuple):

@@ -63,7 +63,10 @@ def _(engine: Zero1, units: Units, world: int) -> Footprint:
                 own = min(end, (rank + 1) * plan.share) - max(offset, rank * plan.share)
                 state[rank] += 4 * (trained[i].slots + masters) * own
     frozen = 4 * (numel(params) - numel(trained))
-    return Footprint(buffers + frozen, buffers, max(state), width * _fresh(trained, plans))
+    fresh = width * _fresh(trained, plans)
+    if engine.offload:  # and this rank's ranges of the buffers
+        return Footprint(buffers + frozen, buffers, 0, fresh, host=max(state) + 2 * buffers // world)
+    return Footprint(buffers + frozen, buffers, max(state), fresh)
 
 
 def _fresh(trained: list[Param], plans: list[Plan]) -> int:
@@ -99,7 +102,7 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     if noise := _noise(units, ranks):  # no gradients
         bytes_of_units = [width * unit for unit in inner]
         return _forward_only(engine, params, ranks, bytes_of_units, width * kept, width * until_head, noise)
-    return Footprint(
+    found = Footprint(
         parameters=4 * shards(params, ranks),
         gradients=4 * shards(params, ranks, trained=True),
         state=state_bytes(params, lambda param: param.shard(ranks)),
@@ -108,6 +111,11 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
         ending=width * (kept + rest + embedding) + 4 * max(rest, embedding),
         early=False,
     )
+    if not engine.offload:
+        return found
+    host = found.parameters + found.gradients + found.state
+    reduced = 4 * -(-max(inner, default=0) // ranks)  # the gradients of a unit that are not on the host yet
+    return replace(found, parameters=0, gradients=0, state=0, host=host, gathered=found.gathered + reduced)
 
 
 def _forward_only(
@@ -116,7 +124,10 @@ def _forward_only(
     """Return the memory of MeZO: a unit, the next one and the buffer of its all-gather, and no gradients."""
     held = 0 if engine.reshard_after_forward else sum(inner)
     gathered = kept + held + (1 + 2 * engine.reshard_after_forward) * max(inner, default=0)
-    return Footprint(4 * shards(params, ranks), 0, 0, gathered, outside, early=False, noise=noise)
+    parameters = 4 * shards(params, ranks)
+    host = parameters + noise if engine.offload else 0
+    parameters, noise = (0, 0) if engine.offload else (parameters, noise)
+    return Footprint(parameters, 0, 0, gathered, outside, early=False, noise=noise, host=host)
 
 
 @footprint.register
@@ -128,7 +139,8 @@ def _(engine: DeepSpeed, units: Units, world: int) -> Footprint:
     state = state_bytes(params, lambda param: -(-param.numel // world))
     gradients = width * (full if engine.stage == 1 else part) + (4 * part if engine.bf16 else 0)
     block = max((numel(unit) for unit in units), default=0)
+    host = 0
     if engine.offload:
-        masters, state = 0, 0
+        masters, state, host = 0, 0, masters + state + 4 * part
     gathered = 4 * width * block if engine.stage > 1 else 0
-    return Footprint(low + masters, gradients, state, gathered, gathered)
+    return Footprint(low + masters, gradients, state, gathered, gathered, host=host)

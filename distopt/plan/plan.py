@@ -86,10 +86,12 @@ class Plan:
         # The update reads the gradient, and reads and writes weights and state; trust ratios read these once more.
         # MeZO moves the weights four times: up, down, back, and by the update.
         times = 8 if self.rehearsal.forward_only else 2 + self.trusts
-        touched = memory.gradients + times * (memory.parameters + memory.state)
-        return stages(
-            self.cluster, (self.passes * forward, self.passes * backward), touched, self.wire, self.accumulation
-        )
+        if memory.host:
+            update = self.cluster.host_seconds(times * memory.host)
+        else:
+            update = self.cluster.memory_seconds(memory.gradients + times * (memory.parameters + memory.state))
+        flops = self.passes * forward, self.passes * backward
+        return stages(self.cluster, flops, update, self.wire, self.accumulation)
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
@@ -178,6 +180,7 @@ def format_plan(plan: Plan) -> str:
         f"{'memory of a GPU':30}{'GiB':>10}",
         *(f"{name:30}{size / GIB:10.2f}" for name, size in memory.items() if size),
         f"{'available':30}{cluster.memory_gib:10.2f}",
+        *([f"{'on the host, per process':30}{bytes_of.host / GIB:10.2f}"] if bytes_of.host else []),
         "",
         f"{'sent by a GPU in a step':30}{'GB':>10}{'s':>10}",
         *(
