@@ -160,11 +160,12 @@ def pair(what: str, holds: Callable[[float, float], bool], infinite: bool = Fals
     return Bound(what, both)
 
 
-def mapping(what: str, of: type | tuple[type, ...] = object) -> Bound:
+def mapping(what: str, of: type | tuple[type, ...] = object, empty: bool = True) -> Bound:
     """Values by name, each an instance of a class, or of one of some."""
 
     def holds(value: object) -> bool:
-        return isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
+        named = isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, of) for k, v in value.items())
+        return named and (empty or bool(value))
 
     return Bound(what, holds)
 
@@ -180,6 +181,7 @@ PROVE_EVERY = or_null(integer(0))
 PATH = text("a path", empty=False)
 FAMILY = text("a model type of transformers", empty=False)
 MODEL_CONFIG = mapping("options by name, such as {n_layer: 4}")
+SOURCES = mapping("sources by name, each with path and weight,", Mapping, empty=False)
 TARGET_MODULES = or_null(texts("all-linear, or names such as [q_proj, v_proj],", one=True, none=False))
 FORMAT = choice("auto", "text", "jsonl", "datasets")
 FIELD = text("text", empty=False)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 
+from distopt.data.mixture import Mixture
 from distopt.data.text_data import TextData
 from distopt.job import cli
 from distopt.job.check import check
@@ -27,12 +28,9 @@ def prepared(cfg: Config) -> None:
         check(cfg, "train")
         data, start = instantiate(cfg, "data", Data), time.monotonic()
         with named("data"):
-            corpus = data.build(_processes) if isinstance(data, TextData) else data.build()
-    splits = " and ".join(f"{len(split):,} {name}" for name, split in vars(corpus).items() if name in _SPLITS)
+            corpus = data.build(_processes) if isinstance(data, (TextData, Mixture)) else data.build()
+    splits = " and ".join(f"{size:,} {split}" for split, size in corpus.sizes.items())
     print(f"{corpus.source}: {splits} tokens, in {time.monotonic() - start:.0f} s by {_processes} processes")
-
-
-_SPLITS = ("train", "validation")
 
 
 def main() -> None:

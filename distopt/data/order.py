@@ -36,9 +36,15 @@ class Order:
 
     def rows(self, step: int) -> np.ndarray:
         """Return the indices of the sequences of the global batch of `step`: int64, shape [B]."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = positions // self.count
-        return np.concatenate([self._permutation(e)[positions[epochs == e] % self.count] for e in np.unique(epochs)])
+        return self.entries(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def entries(self, positions: np.ndarray) -> np.ndarray:
+        """Return the entries of the endless concatenation of epochs at some positions: int64, of the same shape."""
+        epochs, found = positions // self.count, np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            at = epochs == epoch
+            found[at] = self._permutation(epoch)[positions[at] % self.count]
+        return found
 
     @property
     def identity(self) -> dict[str, str]:
@@ -86,6 +92,10 @@ class Sequences(Order):
         """
         return _windows(self.tokens, self.rows(step) * self.sequence_length, self.sequence_length, rank, world)
 
+    def sequence(self, index: int) -> torch.Tensor:
+        """Return one sequence: int64, shape [L + 1]."""
+        return _windows(self.tokens, np.array([index * self.sequence_length]), self.sequence_length)[0]
+
 
 class ValidationSequences:
     """A fixed set of full global batches, spread evenly over the validation tokens, identical at any world size.
@@ -122,6 +132,11 @@ class ValidationSequences:
     def __len__(self) -> int:
         return self.sequences // self.batch_size
 
+    def at(self, place: float) -> torch.Tensor:
+        """Return the sequence at a place of the tokens, from 0, their start, to 1: int64, shape [L + 1]."""
+        last = len(self.tokens) - (self.sequence_length + 1)
+        return _windows(self.tokens, np.array([round(place * last)]), self.sequence_length)[0]
+
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[torch.Tensor]:
         """Yield block `rank` of the `world` contiguous blocks of every batch: int64, shape [B / world, L + 1]."""
         for starts in self._starts.reshape(len(self), self.batch_size):
@@ -140,7 +155,9 @@ def _count(tokens: np.ndarray, sequence_length: int, batch_size: int, split: str
     return (len(tokens) - 1) // sequence_length
 
 
-def _windows(tokens: np.ndarray, starts: np.ndarray, sequence_length: int, rank: int, world: int) -> torch.Tensor:
+def _windows(
+    tokens: np.ndarray, starts: np.ndarray, sequence_length: int, rank: int = 0, world: int = 1
+) -> torch.Tensor:
     assert 0 <= rank < world and len(starts) % world == 0, (rank, world, len(starts))
     block = np.split(starts, world)[rank]
     windows = np.empty((len(block), sequence_length + 1), dtype=np.int64)

@@ -67,6 +67,11 @@ class Corpus:
         digest = "".join(meta[split]["digest"] for split in SPLITS)
         return cls(train, validation, meta["vocab_size"], ratio, tokenizer, meta["source"], digest)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of tokens of each split."""
+        return {split: len(getattr(self, split)) for split in SPLITS}
+
     @cached_property
     def _vocabulary(self) -> tokenizers.Bytes | tokenizers.Tokenizer:
         return tokenizers.load(self.tokenizer)

@@ -227,6 +227,12 @@ SCHEMA: dict[str, Key] = {
         "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
     ),
     "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
+    "data.sources": Key(
+        bounds.SOURCES,
+        "the texts of a mixture by name: `weight`, its share of all sequences, and `path`, `format`, `field`, "
+        "`suffixes` as below",
+        "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",
+    ),
     "data.format": Key(bounds.FORMAT, "auto: by the file's name"),
     "data.field": Key(bounds.FIELD, "field of the lines, or column, with the text"),
     "data.suffixes": Key(bounds.SUFFIXES, "endings of the files taken from a folder"),
