@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from distopt.checkpoint import (
     checkpoint_path,
     intact_checkpoint,
     load_checkpoint,
+    load_weights,
     manifest,
     prune_checkpoints,
     save_checkpoint,
@@ -31,8 +33,10 @@ from distopt.checkpoint import index as indices
 from distopt.checkpoint.folder import small_files
 from distopt.checkpoint.save import contents_of
 from distopt.checkpoint.storage import Storage
+from distopt.job.resume import find_start
 from tests.harness.checkpoints import HALF, assert_equal, everything, sealed, start, train, trained
 from tests.harness.distributed import run
+from tests.harness.runs import copied
 
 FILES = {"config.json": b'{"model_type": "gpt2"}', "tokenizer.json": b"{}"}
 
@@ -70,16 +74,30 @@ def missing(file: Path, draw: random.Random) -> None:
     file.unlink()
 
 
-DAMAGES = (flip, truncate, zeros, missing)
+def longer(file: Path, draw: random.Random) -> None:
+    with file.open("ab") as end:
+        end.write(draw.randbytes(draw.randrange(1, 100)))
 
 
-def damages(folder: Path, count: int) -> None:
-    """Each damage to a copy of a checkpoint is found, named, passed over, and refused by name."""
-    older, newest = saved(folder)
+DAMAGES = (flip, truncate, zeros, missing, longer)
+
+
+def load(path: Path) -> None:
+    load_checkpoint(path, *trained(steps=0))
+
+
+def resumed_by_name(path: Path) -> None:
+    start, _ = find_start(path.parent, str(path))
+    load_weights(start.path, {})
+
+
+def damages(older: Path, newest: Path, count: int, reads: Sequence[Callable[[Path], object]]) -> None:
+    """Each damage to a checkpoint is found, named, passed over, and refused by name."""
+    folder = newest.parent
     original = folder.parent / "original"
     shutil.copytree(newest, original)
     files = sorted(file.relative_to(original) for file in original.rglob("*") if file.is_file())
-    assert len(files) == 6, files
+    assert len(files) >= 5, files
     for i in range(count):
         draw = random.Random(i)
         damage, file = DAMAGES[i % len(DAMAGES)], files[i // len(DAMAGES) % len(files)]
@@ -87,8 +105,8 @@ def damages(folder: Path, count: int) -> None:
         what = f"{i}: {damage.__name__} of {file}"
         found, lines = intact_checkpoint(folder)
         assert found == older and len(lines) == 1, (what, lines)
-        assert lines[0].startswith("step_00000002: ") and file.name in lines[0], (what, lines)
-        for read in (verify, lambda path: load_checkpoint(path, *trained(steps=0))):
+        assert lines[0].startswith(f"{newest.name}: ") and file.name in lines[0], (what, lines)
+        for read in reads:
             with pytest.raises(ValueError) as caught:
                 read(newest)
             assert file.name in str(caught.value), (what, caught.value)
@@ -98,12 +116,25 @@ def damages(folder: Path, count: int) -> None:
 
 
 def test_any_damage_is_found_named_and_passed_over(tmp_path: Path) -> None:
-    damages(tmp_path / "all", 48)
+    damages(*saved(tmp_path / "all"), 40, [verify, load])
 
 
 @pytest.mark.matrix
 def test_a_thousand_damages(tmp_path: Path) -> None:
-    damages(tmp_path / "all", 1000)
+    damages(*saved(tmp_path / "all"), 1000, [verify, load])
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.matrix)])
+def test_damages_to_a_run_of_the_job(finished: Path, tmp_path: Path, count: int) -> None:
+    """The run resumes from the checkpoint before the damaged one, and refuses the damaged one by name."""
+    older, newest = (copied(finished, tmp_path) / "checkpoints" / f"step_0000000{step}" for step in (4, 8))
+
+    def resumed(path: Path) -> None:
+        start, (line,) = find_start(path.parent, "auto")
+        assert (start.path, start.step) == (older, 4) and line.endswith("; resuming from step_00000004")
+        raise ValueError(line)
+
+    damages(older, newest, count, [resumed, resumed_by_name, verify])
 
 
 def test_a_file_that_cannot_be_opened_is_damage(tmp_path: Path) -> None:

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from distopt.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from distopt.checkpoint import (
+    best_checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from distopt.optim import schedules as schedules
-from tests.harness.checkpoints import trained
+from tests.harness.checkpoints import sealed, trained
 from tests.harness.distributed import run
 
 
@@ -85,6 +92,25 @@ def test_pruning_keeps_the_newest_complete_ones_and_what_is_newer(checkpoints: P
     for keep in (0, -1, True, 1.5):
         with pytest.raises(ValueError, match="keep must be an integer >= 1"):
             prune_checkpoints(checkpoints, keep=keep)
+
+
+def test_the_best_one_and_multiples_stay(checkpoints: Path) -> None:
+    losses = {100: 3.0, 200: 1.0, 300: 1.0, 400: float("inf"), 500: None, 600: "0.5", 700: 2.0, 800: True}
+    for step, loss in losses.items():
+        path = checkpoint_path(checkpoints, step)
+        if not path.exists():
+            shutil.copytree(checkpoints / "step_00000100", path)
+        sealed(path, lambda content, _, loss=loss: content.update(extra={"validation_loss": loss}))
+    assert best_checkpoint(checkpoints, "validation_loss") == checkpoints / "step_00000200"  # the first of equals
+    assert best_checkpoint(checkpoints, "accuracy") is best_checkpoint(checkpoints / "none", "accuracy") is None
+    os.truncate(next((checkpoints / "step_00000200").glob("*/index.json")), 1)
+    assert best_checkpoint(checkpoints, "validation_loss") == checkpoints / "step_00000300"  # the best complete one
+    prune_checkpoints(checkpoints, keep=2, keep_every=400, best="validation_loss")
+    assert sorted(os.listdir(checkpoints)) == [f"step_00000{step}" for step in (300, 400, 600, 700, 800)]
+    prune_checkpoints(checkpoints, keep=1)  # nothing stays by itself
+    assert os.listdir(checkpoints) == ["step_00000800"]
+    with pytest.raises(ValueError, match="keep_every must be an integer >= 1 or null, got 0"):
+        prune_checkpoints(checkpoints, keep=1, keep_every=0)
 
 
 def test_a_folder_that_is_not_ours_is_left_with_a_warning(checkpoints: Path) -> None:

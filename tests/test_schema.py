@@ -191,7 +191,10 @@ def test_somebodys_own_class_has_keys_of_its_own() -> None:
         ("+engine._partial_=true", "engine._target_ makes _DeferredTarget, and not Engine"),
         ("engine._target_=distopt.nope", "engine: ImportError: Error loading 'distopt.nope'"),
         ("param_groups.overrides={wqe:{lr:1}}", "param_groups: no trainable parameter matches the override 'wqe'"),
-        ("+model.config.activation_function=nope", "model.config: GPT2Config builds no model (KeyError: "),
+        (
+            "+model.config.activation_function=nope",
+            "model.config.activation_function=nope: GPT2Config builds no model (KeyError: ",
+        ),
         ("schedule.warmup_steps=1000", "schedule: warmup longer than the run: warmup_steps must be less than"),
     ],
 )

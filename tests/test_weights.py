@@ -305,7 +305,11 @@ def test_any_causal_family_is_made_from_sizes(family: str) -> None:
     [
         ("t5", {}, "t5 is no family of causal language models"),
         ("gpt2", {"vocab_size": 10}, "the data has 300 tokens, model.config.vocab_size=10 is less"),
-        ("gpt2", {"activation_function": "nope"}, "model.config: GPT2Config builds no model .*nope"),
+        (
+            "gpt2",
+            {"activation_function": "nope"},
+            "model.config.activation_function=nope: GPT2Config builds no model .*nope",
+        ),
         ("llama", {"to_dict": 1}, "model.config.to_dict: LlamaConfig has no such option"),
         ("gpt2", "abc", "model.config must be options by name"),
         (None, {}, "there is no model: give model.family"),

@@ -1,4 +1,4 @@
-"""The folders of checkpoints: their names, the newest complete one, and pruning.
+"""The folders of checkpoints: their names, and the newest complete one.
 
     step_00000200/manifest.json          written last, at once: without it there is no checkpoint
     step_00000200/<nonce>/index.json     where each piece of each tensor is
@@ -22,8 +22,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from distopt import collective
-from distopt.bounds import integer
 from distopt.checkpoint import index as indices
 from distopt.checkpoint import manifest
 from distopt.checkpoint.storage import PathLike, Storage, is_url, join, storage
@@ -58,10 +56,10 @@ def latest_checkpoint(folder: str | os.PathLike[str], skip: Collection[str] = ()
         that is broken, newest first.
     """
     broken: list[str] = []
-    for name in _newest_first(folder):
+    for name in newest_first(folder):
         if name in skip:
             continue
-        reason = _problem(storage(join(folder, name)))
+        reason = problem(storage(join(folder, name)))
         if reason is None:
             return join(folder, name), broken
         broken.append(f"{name}: {reason}")
@@ -137,27 +135,6 @@ def abandon(path: PathLike, nonce: str) -> None:
         remove(where)
 
 
-def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints, and the remains of killed saves. Only rank 0 removes.
-
-    Checkpoints newer than the oldest that is kept stay even if they are damaged, unless they have no manifest. A folder
-    that cannot be removed causes a warning.
-
-    Raises:
-        ValueError: If `keep` is not an integer >= 1.
-    """
-    integer(1).check("keep", keep, "to keep all, do not prune")
-    if collective.rank() != 0:
-        return
-    complete = 0
-    for name in _newest_first(folder):
-        where = storage(join(folder, name))
-        if complete == keep or manifest.NAME not in where.names():
-            remove(where)
-        elif _problem(where) is None:
-            complete += 1
-
-
 def remove(where: Storage, name: str = "") -> None:
     """Removes the folder of a checkpoint, or a name in it; warns on failure, which is no reason to end a run."""
     try:
@@ -170,7 +147,7 @@ def remove(where: Storage, name: str = "") -> None:
         warnings.warn(f"{where.path} could not be removed: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _problem(where: Storage) -> str | None:
+def problem(where: Storage) -> str | None:
     """Returns the reason why a folder is not a complete checkpoint; None if it is complete."""
     try:
         manifest.read(where)
@@ -179,10 +156,16 @@ def _problem(where: Storage) -> str | None:
     return None
 
 
-def _newest_first(folder: PathLike) -> list[str]:
+def newest_first(folder: PathLike) -> list[str]:
     """Returns the names of all checkpoints, complete or not."""
     found = {match[0]: int(match[2]) for match in map(_STEP.fullmatch, storage(folder).names()) if match}
     return sorted(found, key=lambda name: (found[name], name), reverse=True)
+
+
+def step_of(name: str) -> int | None:
+    """Returns the step of a name given by `checkpoint_path`; None for what a killed save of format 1 has left."""
+    match = _STEP.fullmatch(name)
+    return int(match[2]) if match and not match[3] else None
 
 
 def _is_ours(where: Storage) -> bool:

@@ -24,11 +24,11 @@ from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
-from distopt.job.config import micro_batch_size, refuse_swept_ranks
+from distopt.job.config import check_best, max_grad_norm, micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
-from distopt.job.job import Job, max_grad_norm
+from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
@@ -75,6 +75,7 @@ def build(cfg: DictConfig) -> Job:
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     refuse_swept_ranks()
     check(cfg, "train")
+    check_best(cfg)
     parts = Components.of(cfg)
     accelerator = join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
@@ -105,7 +106,7 @@ def build(cfg: DictConfig) -> Job:
         engine=parts.engine,
         config=config,
         monitor=Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log),
-        checkpointer=Checkpointer(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.asynchronous),
+        checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=lock,
         identity=identity,
@@ -120,6 +121,8 @@ def build(cfg: DictConfig) -> Job:
         **text._asdict(),
         **trainee._asdict(),
     )
+    heal = job.monitor.say if options.on_drift == "heal" else None
+    prove_every(job.optimizer, parts.engine.unwrap(job.model), options.prove_every, heal=heal)
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
     return job
@@ -162,10 +165,14 @@ def _trainee(
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
     model = engine.attach(model, optimizer, accumulation, max_norm)
-    prove_every(optimizer, engine.unwrap(model), cfg.train.prove_every)
     if getattr(parts.data, "packing", False):
         check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size)
     return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
+
+
+def _checkpointer(cfg: DictConfig, folder: Path) -> Checkpointer:
+    options = {name: value for name, value in cfg.checkpoint.items() if name != "every"}
+    return Checkpointer(folder / "checkpoints", **options)
 
 
 def _decay_unneeded(trainee: Trainee, steps: int) -> list[str]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from distopt import collective
 from distopt.checkpoint import Saving, async_save_checkpoint, checkpoint_path, prune_checkpoints, save_checkpoint
+from distopt.checkpoint.pruning import link_best
 from distopt.layout.tensors import local
 
 
@@ -26,11 +27,17 @@ class Checkpointer:
     Args:
         folder: The folder of the checkpoints.
         keep: The number of checkpoints to keep, the newest ones.
+        keep_every: Checkpoints whose step is a multiple of this stay for good; None for none.
+        best: The number in `extra` whose least value makes the best checkpoint, which stays, and to which the link
+            `best` in the folder points; None for none.
         asynchronous: Continue training while a checkpoint is written; the next save waits for the one before.
     """
 
-    def __init__(self, folder: Path, keep: int, asynchronous: bool) -> None:
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+    def __init__(
+        self, folder: Path, *, keep: int, keep_every: int | None, best: str | None, asynchronous: bool
+    ) -> None:
+        self.folder, self.asynchronous = folder, asynchronous
+        self.keep, self.keep_every, self.best = keep, keep_every, best
         self._saving: Saving | None = None
 
     def save(self, step: int, *run: Any) -> Path:
@@ -49,7 +56,7 @@ class Checkpointer:
             self._saving = async_save_checkpoint(path, *run)
         else:
             save_checkpoint(path, *run)
-            prune_checkpoints(self.folder, self.keep)
+            self._prune()
         return path
 
     def wait(self) -> None:
@@ -61,4 +68,9 @@ class Checkpointer:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
-            prune_checkpoints(self.folder, self.keep)
+            self._prune()
+
+    def _prune(self) -> None:
+        if self.best is not None:
+            link_best(self.folder, self.best)  # first: the link never points to what has been removed
+        prune_checkpoints(self.folder, self.keep, keep_every=self.keep_every, best=self.best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,3 +96,18 @@ def micro_batch_size(batch_size: int, micro_batch_size: int | None, world: int) 
             f"processes (train.batch_size={batch_size})"
         )
     return micro_batch_size
+
+
+def max_grad_norm(cfg: DictConfig) -> float:
+    """The bound of the global gradient norm; inf for none."""
+    return math.inf if cfg.train.max_grad_norm is None else cfg.train.max_grad_norm
+
+
+def check_best(cfg: DictConfig) -> None:
+    """Raises ValueError if the best checkpoint is to stay, but not every checkpoint would be evaluated."""
+    every, evaluated = cfg.checkpoint.every, cfg.evaluation.every
+    if cfg.checkpoint.best is not None and every % evaluated:
+        raise ValueError(
+            f"checkpoint.best={cfg.checkpoint.best} needs an evaluation with every checkpoint: "
+            f"checkpoint.every={every} must be a multiple of evaluation.every={evaluated}"
+        )

@@ -22,6 +22,7 @@ from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
 from distopt.job.checkpointer import Checkpointer, all_finite
+from distopt.job.config import max_grad_norm
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
 from distopt.job.evaluate import validation_loss
 from distopt.job.health import Health
@@ -39,11 +40,6 @@ from distopt.sam import SAM
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PretrainedConfig
-
-
-def max_grad_norm(cfg: DictConfig) -> float:
-    """The bound of the global gradient norm; inf for none."""
-    return math.inf if cfg.train.max_grad_norm is None else cfg.train.max_grad_norm
 
 
 @dataclass(kw_only=True)
@@ -103,6 +99,7 @@ class Job:
     health: Health | None = None
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
+    _evaluated: tuple[int, float] = field(default=(-1, math.nan), init=False)  # the step and its validation loss
 
     def run(self) -> float:
         """Trains from `step` to the last step and returns the final validation loss in nats per token.
@@ -136,7 +133,7 @@ class Job:
                     self._write_layers(done)
                     after = self.evaluate()
                 if saves or stopping:
-                    self.save(after)
+                    self.save()
                 if stopping:
                     self._stop()
             self.checkpointer.wait()
@@ -144,9 +141,7 @@ class Job:
         if not math.isfinite(after):
             raise ValueError(f"the run has diverged: its validation loss is {after}; {self._way_back()}")
         report(self, before, after)
-        self._release()
-        self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
-        self.accelerator.end_training()
+        self._leave()
         return after
 
     def train_step(self, batches: Prefetch[Any], stop: StopSignal) -> Update:
@@ -204,20 +199,22 @@ class Job:
         own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
         self.monitor.write({"validation_loss": loss, "bits_per_byte": self.bits_per_byte(loss)})
+        self._evaluated = (self.step, loss)
         return loss
 
-    def save(self, validation_loss: float) -> None:
+    def save(self) -> None:
         """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
 
         One without finite weights would be the newest, and the good ones before it would be pruned for it.
         """
-        model = self.engine.unwrap(self.model)
-        if self.monitor.skipped_in_a_row or not math.isfinite(validation_loss) or not all_finite(model):
+        model, (evaluated, loss) = self.engine.unwrap(self.model), self._evaluated
+        if self.monitor.skipped_in_a_row or not math.isfinite(loss) or not all_finite(model):
             self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
             return
         # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
         eval_mode(self.stepper)
-        extra = {"step": self.step, **self.identity}
+        # Between two evaluations, after a signal, there is no validation loss of this step.
+        extra = {"step": self.step, **self.identity, **({"validation_loss": loss} if evaluated == self.step else {})}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
@@ -238,17 +235,16 @@ class Job:
             return "it has no checkpoint to resume from: start it with a lower optimizer.lr"
         return f"train.resume=auto resumes from {self.checkpoint}, with a lower optimizer.lr for example"
 
-    def _release(self) -> None:
+    def _leave(self) -> None:
         if self.lock:
             self.lock.release()
+        self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
+        self.accelerator.end_training()
 
     def _stop(self) -> NoReturn:
         self.checkpointer.wait()
-        self._release()
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        steps = self.cfg.train.steps
+        self._leave()
         raise Stopped(
-            f"by a signal, after step {self.step} of {steps}; train.resume=auto resumes from "
+            f"by a signal, after step {self.step} of {self.cfg.train.steps}; train.resume=auto resumes from "
             f"{self.checkpoint or 'the start: there is no checkpoint yet'}"
         )

@@ -88,15 +88,19 @@ def find_start(folder: Path, resume: str, restarted: bool = False) -> tuple[Star
         return (None if newest is None else collective.on_first(lambda: Start.read(newest))), notes
     if resume == "never":
         return None, []
-    return collective.on_first(lambda: _named(folder, resume, newest)), []
+    return collective.on_first(lambda: _named(folder, resume, newest, broken)), []
 
 
-def _named(folder: Path, resume: str, newest: Path | None) -> Start:
-    """Reads the checkpoint whose folder is given."""
+def _named(folder: Path, resume: str, newest: Path | None, broken: list[str]) -> Start:
+    """Reads the checkpoint whose folder is given; `broken` are lines on those that cannot be resumed from."""
     path = Path(resume).expanduser()
     if not path.is_dir():
         raise ValueError(f"train.resume={resume}: no such folder; give never, auto, or a checkpoint's folder")
-    if newest is not None and path.resolve().parent == folder.resolve() and path.resolve() != newest.resolve():
+    ours = path.resolve().parent == folder.resolve()
+    if ours and (lines := [line for line in broken if line.startswith(f"{path.resolve().name}: ")]):
+        instead = f"auto resumes from {newest.name}" if newest is not None else "auto begins anew"
+        raise ValueError(f"train.resume={resume}: {lines[0]}; {instead}")
+    if ours and newest is not None and path.resolve() != newest.resolve():
         # The newer ones would stay, to be taken for this run's own by train.resume=auto and by pruning.
         raise ValueError(
             f"train.resume={resume} is not the newest complete checkpoint of its run, {newest.name} is: "

@@ -7,27 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 from distopt import bounds
-from distopt.bounds import PATH, POSITIVE, Bound, choice, either, integer, number, or_null, switch, text, texts
+from distopt.bounds import POSITIVE, Bound, choice, either, integer, number, or_null, switch, text, texts
 from distopt.health.monitor import BOUNDS as HEALTH
-from distopt.init.scheme import BOUNDS as INIT
+from distopt.job.key import Key
+from distopt.job.model_keys import MODEL_KEYS
 from distopt.optim.validate import BOUNDS, FACTORED
-
-
-class Key(NamedTuple):
-    """A key of the configuration.
-
-    Attributes:
-        bound: The type and the bound of its value.
-        help: One line on its meaning.
-        hint: The remedy in an error message, where the bound does not suggest it.
-    """
-
-    bound: Bound
-    help: str
-    hint: str = ""
 
 
 def _is_name(value: object) -> bool:
@@ -82,6 +69,10 @@ SCHEMA: dict[str, Key] = {
         bounds.PROVE_EVERY,
         "steps between two proofs that the processes agree; null: only before the first step, 0: never",
     ),
+    "train.on_drift": Key(
+        choice("stop", "heal"),
+        "what to do if a proof finds that replicas have drifted apart; heal: from the majority, if there is one",
+    ),
     "train.lr_range_test": Key(
         or_null(integer(3)), "steps of a learning-rate range test before the training, which it leaves as it is"
     ),
@@ -96,7 +87,11 @@ SCHEMA: dict[str, Key] = {
     "evaluation.prompt": Key(text(), "what the sample at the end continues", "quote it twice, as '\"5\"'"),
     "evaluation.sample_tokens": Key(integer(0), "tokens of the sample; 0: none"),
     "checkpoint.every": Key(integer(1), "steps between checkpoints; also after the last step"),
-    "checkpoint.keep": Key(integer(1), "checkpoints to keep, the newest ones"),
+    "checkpoint.keep": Key(integer(1), "checkpoints to keep, the newest ones, beside those of the next two keys"),
+    "checkpoint.keep_every": Key(or_null(integer(1)), "checkpoints whose step is a multiple of this stay for good"),
+    "checkpoint.best": Key(
+        or_null(choice("validation_loss")), "the checkpoint with the least one stays, under the name checkpoints/best"
+    ),
     "checkpoint.asynchronous": Key(switch(), "write in the background, from a copy of the local shards in host memory"),
     "optimizer.lr": Key(BOUNDS["lr"], "the learning rate, before the schedule"),
     "optimizer.betas": Key(
@@ -199,57 +194,7 @@ SCHEMA: dict[str, Key] = {
     ),
     "engine.stage": Key(bounds.STAGE, "DeepSpeed's ZeRO stage"),
     "engine.offload": Key(switch(), "keep and update the optimizer's state on the host"),
-    "model.family": Key(or_null(bounds.FAMILY), "null: that of `model.path`"),
-    "model.config": Key(
-        bounds.MODEL_CONFIG,
-        "options of the family's configuration, or changes of `model.path`'s",
-    ),
-    "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
-    "model.seed": Key(bounds.SEED, "seed of the first values"),
-    "model.attention": Key(or_null(bounds.ATTENTION), "implementation of attention; null: the choice of transformers"),
-    "model.chunked_loss": Key(
-        or_null(switch()), "compute the loss without the logits of all tokens; null: from 2^28 of a micro-batch on"
-    ),
-    "init.scheme": Key(INIT["scheme"], "the initialisation"),
-    "init.seed": Key(INIT["seed"], "seed of the first values"),
-    "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),
-    "init.gain": Key(INIT["gain"], "the standard deviation is gain / sqrt(fan)"),
-    "init.std": Key(INIT["std"], "the standard deviation; under muP that in the base model"),
-    "init.embedding_std": Key(INIT["embedding_std"], "standard deviation of embeddings"),
-    "init.residual": Key(INIT["residual"], "names of projections into the residual stream; null: the usual ones"),
-    "init.stds": Key(INIT["stds"], "standard deviations by regular expressions for names, before all other rules"),
-    "init.base_width": Key(INIT["base_width"], "muP: hidden size of the base model, whose learning rate is known"),
-    "adapter.r": Key(integer(1), "rank of the change"),
-    "adapter.alpha": Key(integer(1), "the scale of the change is alpha / r"),
-    "adapter.dropout": Key(bounds.DROPOUT, "dropout on the input of the change"),
-    "adapter.target_modules": Key(
-        bounds.TARGET_MODULES,
-        "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
-    ),
-    "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
-    "data.sources": Key(
-        bounds.SOURCES,
-        "the texts of a mixture by name: `weight`, its share of all sequences, and `path`, `format`, `field`, "
-        "`suffixes` as below",
-        "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",
-    ),
-    "data.format": Key(bounds.FORMAT, "auto: by the file's name"),
-    "data.field": Key(bounds.FIELD, "field of the lines, or column, with the text"),
-    "data.suffixes": Key(bounds.SUFFIXES, "endings of the files taken from a folder"),
-    "data.tokenizer": Key(or_null(PATH), "a Hugging Face tokenizer folder; null: bytes, 256 tokens"),
-    "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
-    "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
-    "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
-    "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
-    "data.ignore": Key(bounds.IGNORE, "fields of the lines that are not read"),
-    "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),
-    "cluster.tflops": Key(POSITIVE, "dense TFLOP/s of a GPU in the precision of the model"),
-    "cluster.efficiency": Key(bounds.EFFICIENCY, "share of them that a model reaches"),
-    "cluster.memory_gbps": Key(POSITIVE, "GB/s of a GPU's memory"),
-    "cluster.host_gbps": Key(POSITIVE, "GB/s of a machine's memory, for each of its GPUs"),
-    "cluster.near_gbps": Key(POSITIVE, "GB/s that a GPU sends to another of its machine"),
-    "cluster.far_gbps": Key(POSITIVE, "GB/s that a GPU sends to another machine"),
-    "cluster.latency_us": Key(POSITIVE, "microseconds of one hop of a collective"),
+    **MODEL_KEYS,
 }
 
 # What Hydra reads in a section with a target.

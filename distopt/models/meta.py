@@ -27,7 +27,17 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # families raise errors of any class for options that they do not support
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ValueError(f"model.config: {type(config).__name__} builds no model ({reason})") from error
+        fault = next(_repeated(config.to_diff_dict(), reason), "")
+        raise ValueError(f"model.config{fault}: {type(config).__name__} builds no model ({reason})") from error
+
+
+def _repeated(options: Mapping[str, object], reason: str) -> Iterator[str]:
+    """Yields the options whose text an error repeats, as `.name=value`."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from (f".{name}{inner}" for inner in _repeated(value, reason))
+        elif isinstance(value, str) and repr(value) in reason:
+            yield f".{name}={value}"
 
 
 def base_shapes(config: PretrainedConfig, base_width: int) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distopt.layout import unwrap_optimizer
 from distopt.proof.claims import WHETHER, Claims, claims
 from distopt.proof.content import balanced, number_of, signed
+from distopt.proof.healing import Drift
 from distopt.proof.meeting import meet
 from distopt.proof.verdict import difference, wrong_layer
 
@@ -141,7 +142,7 @@ def _third(own: Claims, table: Tensor, ranks: tuple[int, ...], group: dist.Proce
     dist.all_reduce(total, group=group)
     if total.any():
         tables = torch.stack(_gathered(table.cpu(), ranks, group))
-        raise ValueError(wrong_layer(ranks, own, tables))
+        raise Drift(wrong_layer(ranks, own, tables), ranks, own, tables)
 
 
 def _gathered(thing: Any, ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from distopt.bounds import PROVE_EVERY
 from distopt.layout import unwrap_optimizer
+from distopt.proof.healing import Drift, heal
 from distopt.proof.messages import NoGradients, prove
 
 
@@ -25,6 +27,7 @@ class Watch:
         state: As for `prove`.
         gradients: As for `prove`.
         group: As for `prove`.
+        heal: As for `prove_every`.
         taken: The number of steps so far.
     """
 
@@ -33,6 +36,7 @@ class Watch:
     state: bool = False
     gradients: bool = True
     group: dist.ProcessGroup | None = None
+    heal: Callable[[str], object] | None = None
     taken: int = 0
 
     def before_step(self, optimizer: torch.optim.Optimizer, gradients: bool = True) -> None:
@@ -44,11 +48,22 @@ class Watch:
                 return  # impossible in a CUDA graph; the next step outside of one proves
             asked = self.gradients and gradients
             try:
-                prove(optimizer, self.model, state=self.state, gradients=asked, group=self.group)
+                self._prove(optimizer, asked)
             except NoGradients as error:  # the step changes nothing, as in torch; the next one proves
                 warnings.warn(str(error), UserWarning, stacklevel=2)
                 return
         self.taken += 1
+
+    def _prove(self, optimizer: torch.optim.Optimizer, gradients: bool) -> None:
+        """Proves; heals replicas that have drifted apart, if it is to, and proves that they are healed."""
+        try:
+            prove(optimizer, self.model, state=self.state, gradients=gradients, group=self.group)
+        except Drift as drift:
+            healed = None if self.heal is None else heal(optimizer, drift, self.group)
+            if self.heal is None or healed is None:
+                raise
+            prove(optimizer, self.model, state=self.state, gradients=gradients, group=self.group)
+            self.heal(healed)
 
 
 def before_step(optimizer: torch.optim.Optimizer) -> None:
@@ -66,6 +81,7 @@ def prove_every(
     state: bool = False,
     gradients: bool = True,
     group: dist.ProcessGroup | None = None,
+    heal: Callable[[str], object] | None = None,
 ) -> None:
     """Makes an optimizer call `prove` before its next step, and then before every `steps`-th step.
 
@@ -79,6 +95,9 @@ def prove_every(
         state: As for `prove`.
         gradients: As for `prove`. They are left out for a torch optimizer that is given a closure.
         group: The ranks that train together; None for all.
+        heal: None: a difference is an error. Otherwise replicas whose weights or state have drifted apart are healed
+            from the majority, if there is one, which takes three of them; it is called on every rank with a line that
+            says what was healed. DeepSpeed's partitions are not healed.
 
     Raises:
         ValueError: If `steps` is neither None nor an integer >= 0.
@@ -86,7 +105,7 @@ def prove_every(
     PROVE_EVERY.check("steps", steps, "null is only the next step, 0 is never")
     optimizer = unwrap_optimizer(optimizer)
     told = optimizer.__dict__.get("_watch")
-    optimizer.__dict__["_watch"] = Watch(model, steps, state, gradients, group)
+    optimizer.__dict__["_watch"] = Watch(model, steps, state, gradients, group, heal)
     if not hasattr(optimizer, "layout") and told is None:
         optimizer.register_step_pre_hook(_torch_step)
 
