@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,9 @@ def test_a_model_says_what_it_was_taught(cwd: Path, name: str) -> None:
     losses = [row["validation_loss"] for row in metrics(cwd / "runs" / name) if "validation_loss" in row]
     assert losses[0] > 5.0 and losses[-1] < 0.3, losses
     assert ("packed 1" in out and "train examples into" in out) == (name == "full")
-    assert "Say " in out.split("sample:")[1]  # the first held-out example's prompt
+    prompt, sampled = re.findall(r"^(?:prompt|sample): +(.*)$", out, re.MULTILINE)
+    assert "Say " in prompt and "Say " not in sampled  # the first held-out example's prompt
+    assert sampled.endswith("  [end of text]"), sampled  # it was forbidden, and the rest was noise
     export(cwd / "runs" / name, cwd / f"{name} out")
     before = answers(cwd / "base", name == "full")
     assert all(before[word] != TAUGHT[word] for word in WORDS)
