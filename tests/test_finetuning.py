@@ -72,7 +72,7 @@ def answers(folder: Path | str, chat: bool) -> dict[str, str]:
 
 
 def sampled_from(run: Path, chat: bool) -> None:
-    """`distopt sample`: the answer of the model alone, where there is a chat template, and the prompt before it else."""
+    """`distopt sample`: the answer alone where there is a chat template, else the prompt and what follows it."""
     question = f"Say {WORDS[0]} 2 times" + ":" * (not chat)
     words = ["-m", "distopt.sample", run, question, "--temperature", "0"]
     for more in ([], ["--step", "10000"], *([["--chat"]] if chat else [])):

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 def planned_bytes(job: Job) -> int | None:
     """Return the bytes of weights, gradients and optimizer state of the process that needs most, without activations.
 
-    None under DeepSpeed, which replaces the parameters by flat partitions, and for an optimizer of another package.
+    None under DeepSpeed, which replaces the parameters by flat partitions, and for another package's optimizer or
+    engine.
     """
     if isinstance(job.engine, DeepSpeed) or not isinstance(job.optimizer, ShardedOptimizer):
         return None
     units = units_of(job.engine.unwrap(job.model), job.optimizer)
-    memory = footprint(job.engine, units, job.accelerator.num_processes)
+    try:
+        memory = footprint(job.engine, units, job.accelerator.num_processes)
+    except ValueError:  # an engine of one's own, without a plan
+        return None
     return memory.parameters + memory.gradients + memory.state
