@@ -3,46 +3,45 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from distopt import layout
-from distopt.optim import (
-    ADOPT,
-    LAMB,
-    LARS,
-    SGD,
-    Adafactor,
-    Adagrad,
-    Adam,
-    AdamW,
-    AdamWScheduleFree,
-    AdEMAMix,
-    DAdaptAdam,
-    DAdaptSGD,
-    Lion,
-    Prodigy,
-    RMSprop,
-    SGDScheduleFree,
-)
-from distopt.optim.base import ShardedOptimizer
-from distopt.optim.clip import Clip, clip_grad_norm_, grad_norms
-from distopt.optim.param_groups import param_groups
-from distopt.optim.schedules import (
-    warmup_constant,
-    warmup_cosine,
-    warmup_inverse_sqrt,
-    warmup_linear,
-    warmup_stable_decay,
-)
-from distopt.proof import Fingerprint, fingerprint, prove, prove_every
-from distopt.sam import ASAM, AWP, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 from distopt.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from distopt import health
+    from distopt import health, layout
     from distopt.checkpoint import async_save_checkpoint, load_checkpoint, save_checkpoint
     from distopt.engine.mezo import MeZO
     from distopt.init import base_shapes, initialize
     from distopt.integrations.accelerate.attach import attach
+    from distopt.optim import (
+        ADOPT,
+        LAMB,
+        LARS,
+        SGD,
+        Adafactor,
+        Adagrad,
+        Adam,
+        AdamW,
+        AdamWScheduleFree,
+        AdEMAMix,
+        DAdaptAdam,
+        DAdaptSGD,
+        Lion,
+        Prodigy,
+        RMSprop,
+        SGDScheduleFree,
+    )
+    from distopt.optim.base import ShardedOptimizer
+    from distopt.optim.clip import Clip, clip_grad_norm_, grad_norms
     from distopt.optim.lr_range import LRRange, lr_range_test
+    from distopt.optim.param_groups import param_groups
+    from distopt.optim.schedules import (
+        warmup_constant,
+        warmup_cosine,
+        warmup_inverse_sqrt,
+        warmup_linear,
+        warmup_stable_decay,
+    )
+    from distopt.proof import Fingerprint, fingerprint, prove, prove_every
+    from distopt.sam import ASAM, AWP, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 
 __all__ = [
     "ADOPT",
@@ -97,28 +96,37 @@ __all__ = [
     "warmup_stable_decay",
 ]
 
-# What no optimizer needs is imported when it is first used: it takes longer than all the rest.
-_LATER = {
-    "LRRange": "distopt.optim.lr_range",
-    "MeZO": "distopt.engine.mezo",
-    "async_save_checkpoint": "distopt.checkpoint",
-    "attach": "distopt.integrations.accelerate.attach",
-    "base_shapes": "distopt.init",
-    "initialize": "distopt.init",
-    "load_checkpoint": "distopt.checkpoint",
-    "lr_range_test": "distopt.optim.lr_range",
-    "save_checkpoint": "distopt.checkpoint",
+# A name is imported when it is first used: `distopt --help` needs no torch, and an optimizer no checkpoints.
+_OPTIMIZERS = (
+    "ADOPT LAMB LARS SGD Adafactor Adagrad Adam AdamW AdamWScheduleFree AdEMAMix DAdaptAdam DAdaptSGD Lion Prodigy "
+    "RMSprop SGDScheduleFree"
+)
+_NAMES = {
+    "distopt.checkpoint": "async_save_checkpoint load_checkpoint save_checkpoint",
+    "distopt.engine.mezo": "MeZO",
+    "distopt.init": "base_shapes initialize",
+    "distopt.integrations.accelerate.attach": "attach",
+    "distopt.optim": _OPTIMIZERS,
+    "distopt.optim.base": "ShardedOptimizer",
+    "distopt.optim.clip": "Clip clip_grad_norm_ grad_norms",
+    "distopt.optim.lr_range": "LRRange lr_range_test",
+    "distopt.optim.param_groups": "param_groups",
+    "distopt.optim.schedules": ("warmup_constant warmup_cosine warmup_inverse_sqrt warmup_linear warmup_stable_decay"),
+    "distopt.proof": "Fingerprint fingerprint prove prove_every",
+    "distopt.sam": "ASAM AWP GSAM SAM FriendlySAM FunctionalSAM LookSAM MomentumSAM PreconditionedSAM",
 }
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = ("checkpoint", "health", "layout", "optim", "proof", "sam")
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
     def __getattr__(name: str) -> Any:
-        if name == "health":  # a module, which becomes an attribute of this one by its import
-            return importlib.import_module("distopt.health")
-        if name not in _LATER:
+        if name in _MODULES:  # it becomes an attribute of this module by its import
+            return importlib.import_module(f"distopt.{name}")
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_LATER, "health"})
+        return sorted({*globals(), *_MODULE_OF, *_MODULES})

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder: `python -m distopt.export CKPT OUT [--dtype bfloat16] [--adapter]`."""
+"""Export a checkpoint as a Hugging Face folder: `distopt export CKPT OUT [--dtype bfloat16] [--adapter]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     """Run the command line."""
     from transformers.utils.logging import disable_progress_bar
 
-    parser = argparse.ArgumentParser(prog="python -m distopt.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distopt export", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run, whose newest one is exported")
     parser.add_argument("out", metavar="OUT", help="the folder to write: a new or an empty one")
     parser.add_argument("--adapter", action="store_true", help="export the adapter of a LoRA run without merging it")

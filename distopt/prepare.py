@@ -1,4 +1,4 @@
-"""Tokenize the text of a run before it starts: `python -m distopt.prepare [--processes N] data=... data.path=...`.
+"""Tokenize the text of a run before it starts: `distopt prepare [--processes N] data=... data.path=...`.
 
 It takes the words of `distopt.train`, and no process group. Interrupted, it resumes where it was.
 """
@@ -36,7 +36,7 @@ def prepared(cfg: Config) -> None:
 def main() -> None:
     """Runs the command line of `python -m distopt.prepare`."""
     global _processes
-    parser = argparse.ArgumentParser(prog="python -m distopt.prepare", add_help=False)
+    parser = argparse.ArgumentParser(prog="distopt prepare", add_help=False)
     parser.add_argument("--processes", type=int, default=_processes)
     options, words = parser.parse_known_args()
     with one_line_errors(), cli.explained():

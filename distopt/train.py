@@ -1,4 +1,4 @@
-"""Trains a language model: `accelerate launch --config_file launch/local.yaml -m distopt.train [overrides]`."""
+"""Trains a language model: `distopt train [overrides]`, or `python -m distopt.train` as each process of a launcher."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from distopt.job import cli
 from distopt.job.build import build
 from distopt.job.config import Config
 from distopt.job.errors import end_as_before, one_line_errors
+from distopt.job.header import header
 from distopt.job.process import end_of_process, end_on_interrupt, end_with_launcher
+from distopt.job.terminal import Terminal
+from distopt.plan.running import planned_bytes
 
 
 @cli.program("train")
 def job(cfg: Config) -> float:
     """Trains as configured and returns the final validation loss in nats per token; a sweep runs it once per job."""
-    with one_line_errors():
-        return build(cfg).run()
+    with one_line_errors(), Terminal() as terminal:
+        built = build(cfg, terminal)
+        terminal.block(header(built, planned_bytes(built)))
+        return built.run()
 
 
 def main() -> None:

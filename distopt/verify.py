@@ -1,4 +1,4 @@
-"""Check a checkpoint for damage: `python -m distopt.verify CHECKPOINT`."""
+"""Check a checkpoint for damage: `distopt verify CHECKPOINT`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distopt.job.errors import one_line_errors
 
 def main() -> None:
     """Run the command line: one line and exit code 0 for an intact checkpoint, the damage and exit code 1 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m distopt.verify", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distopt verify", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a checkpoint, or its URL")
     path = parser.parse_args().checkpoint
     with one_line_errors():

@@ -17,10 +17,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from PIL import Image
 
 from distopt.job import run_folder as runs
+from distopt.job.config import CONF
 from distopt.job.errors import one_line_errors
 from distopt.job.metrics import read_metrics
 from distopt.job.stop import SIGNALS
@@ -61,7 +64,25 @@ def test_it_trains(trained: tuple[Path, jobs.Ended]) -> None:
     assert (before, after) == (round(validation[0], 4), round(validation[-1], 4))
     assert bits == pytest.approx([before / math.log(2), after / math.log(2)], abs=2e-4)  # a token is a byte
     assert after < before - 0.3
-    assert re.search(r"^sample: the", ended.out, re.MULTILINE)
+    assert said(ended.out, "prompt") == "the" and said(ended.out, "sample").endswith("[after 8 tokens]")
+
+
+def test_it_begins_with_what_it_is(trained: tuple[Path, jobs.Ended]) -> None:
+    """And says each evaluation and checkpoint."""
+    cwd, ended = trained
+    for line in (
+        "model       gpt2, 11,712 parameters",
+        f"data        text: {cwd}/text.txt (1 files): ",
+        "training    16 steps of 8 x 16 = 128 tokens: 2,048 tokens, 0.0",
+        "optimizer   AdamW, lr 0.01, warmup_cosine",
+        "devices     2 processes on the CPU",
+        "engine      FSDP2 in fp32",
+        "folder      runs/first",
+    ):
+        assert f"\n{line}" in ended.out
+    steps = re.findall(r"^step (\d+): validation loss [\d.]+, [\d.]+ bits per byte, in ", ended.out, re.MULTILINE)
+    assert steps == ["0", "6", "12", "16"]
+    assert re.findall(r"^step \d+: checkpoint (\w+), in ", ended.out, re.MULTILINE)[-1] == "step_00000016"
 
 
 def test_it_leaves_what_it_says(trained: tuple[Path, jobs.Ended]) -> None:
@@ -78,7 +99,8 @@ def test_it_leaves_what_it_says(trained: tuple[Path, jobs.Ended]) -> None:
     training = [row for row in metrics(run) if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 17))
     assert [row["tokens"] for row in training] == [128 * step for step in range(1, 17)]
-    assert set(training[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "skipped"}
+    times = {"tokens_per_second", "data_seconds"}
+    assert set(training[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped", *times}
 
 
 def test_tensorboard_has_the_same_numbers(trained: tuple[Path, jobs.Ended]) -> None:
@@ -286,19 +308,50 @@ def test_help_names_every_group_and_how_to_start(tmp_path: Path) -> None:
 # The command that a run prints at its end
 
 
-def test_the_command_uses_the_launch_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{jobs.BIN}:{os.environ['PATH']}")
+def recorded(words: list[str], processes: int = 1, folder: str = "runs/mine", **changes: str) -> list[str]:
+    """The words of the command that a run of these words records."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", words, return_hydra_config=True)
+    OmegaConf.set_readonly(cfg.hydra, False)
+    cfg.hydra.runtime.choices, cfg.hydra.job.config_name = {}, "train"
+    cfg.hydra.runtime.config_sources = [
+        {"path": str(CONF), "schema": "file", "provider": "main"},
+        {"path": str(Path("own conf").absolute()), "schema": "file", "provider": "command-line"},
+    ]
+    HydraConfig.instance().set_config(cfg)
+    return shlex.split(runs.command(processes, Path(folder).absolute(), "mine", **changes))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "_distopt", lambda: ["distopt"])
+    return tmp_path
+
+
+def test_the_command_is_what_a_person_would_type(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Hydra's own flags it was refused: a choice of one's own folder was not found."""
     wanted = {"train__resume": "auto", "train__steps": "8"}
-    given = ["name=it's", "train.steps=4", "+train.resume=never", "sam=on"]
-    tail = ["-m", "distopt.train", "name=it's", "sam=on", "train.resume=auto", "train.steps=8"]
-    assert shlex.split(runs.command(given, 1, **wanted)) == [Path(sys.executable).name, *tail]
-    several = ["accelerate", "launch", "--multi_gpu", "--main_process_port", "0", "--num_processes", "2", *tail]
-    assert shlex.split(runs.command(given, 2, **wanted)) == several
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "local.yaml").touch()
-    several[2:5] = ["--config_file", "launch/local.yaml"]
-    assert shlex.split(runs.command(given, 2, **wanted)) == several
+    given = ["name=mine", "train.steps=4", "train.resume=never", "sam=on", "hydra.job.chdir=false"]
+    flags = ["--config-dir", "own conf", "hydra.job.chdir=false"]
+    tail = ["name=mine", "sam=on", "train.resume=auto", "train.steps=8"]
+    assert recorded(given, **wanted) == ["distopt", "train", *flags, *tail]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert recorded(given, 2, **wanted) == ["distopt", "train", "--processes", "2", *flags, *tail]
+
+
+def test_the_command_of_a_job_of_a_sweep_names_its_folder(here: Path) -> None:
+    """And nothing else of the sweep."""
+    given, flags = ["name=mine", "hydra.sweep.dir=x", "hydra.job.num=3"], ["--config-dir", "own conf"]
+    assert recorded(given, folder="runs/g/3") == ["distopt", "train", *flags, "name=mine", "hydra.run.dir=runs/g/3"]
+    assert recorded(given, folder="it's/3")[-1] == "hydra.run.dir='it\\'s/3'"
+
+
+def test_words_are_quoted_as_a_person_would() -> None:
+    words = ["name=it's", "train.steps=4", "model.config={a: 1}", "name=$HOME", "a='b $c'"]
+    shown = [runs._typed(word) for word in words]
+    assert shown == ['"name=it\'s"', "train.steps=4", "'model.config={a: 1}'", "'name=$HOME'", shlex.quote(words[-1])]
+    assert [shlex.split(each) for each in shown] == [[word] for word in words]
 
 
 def test_the_command_names_a_program_that_the_shell_would_not_find(
@@ -308,9 +361,9 @@ def test_the_command_names_a_program_that_the_shell_would_not_find(
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.chdir(jobs.BIN.parents[1])
     name = "/".join([*jobs.BIN.parts[-2:], "accelerate"])
-    assert shlex.split(runs.command([], 2))[0] == name and Path(name).is_file()
+    assert runs.program("accelerate") == name and Path(name).is_file()
     monkeypatch.chdir(tmp_path)
-    assert shlex.split(runs.command([], 2))[0] == str(jobs.BIN / "accelerate")
+    assert runs.program("accelerate") == str(jobs.BIN / "accelerate")
 
 
 @pytest.mark.parametrize("rank", [None, "0", "1"])

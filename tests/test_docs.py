@@ -15,6 +15,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import distopt
+from distopt.command.main import ENTRIES
+from distopt.command.start import taken
 from distopt.job.config import CONF
 from distopt.optim import schedules
 from tests.harness import jobs, pages
@@ -23,7 +25,7 @@ from tests.harness.cells import some
 PAGES = [jobs.ROOT / "README.md", *sorted((jobs.ROOT / "docs").rglob("*.md"))]
 SECONDS = 900.0
 # A command by its first word: the lines of an indented block that are one.
-COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|accelerate|make|torchrun)\b")
+COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|accelerate|make|torchrun|distopt)\b(?! {5})")
 
 
 def name(page: Path) -> str:
@@ -98,9 +100,15 @@ def test_commands_that_do_not_run_exist() -> None:
             seen += 1
             if words[0] == "make":
                 assert set(words[1:]) <= set(targets), f"{name(page)}: {command}"
-            if "-m" not in words:
+            if words[0] == "distopt":
+                assert words[1:2] == [] or words[1] in ENTRIES, f"{name(page)}: {command}"
+                module, rest = "distopt", words[2:]
+                if words[1:2] in (["train"], ["finetune"], ["sweep"]):
+                    module, rest = "distopt.train", [*["-m"] * (words[1] == "sweep"), *taken(rest)[1]]
+            elif "-m" not in words:
                 continue
-            module, *rest = words[words.index("-m") + 1 :]
+            else:
+                module, *rest = words[words.index("-m") + 1 :]
             assert importlib.util.find_spec(module), f"{name(page)}: {command}"
             if module == "benchmarks":
                 assert importlib.util.find_spec(f"{module}.{rest[0]}"), f"{name(page)}: {command}"

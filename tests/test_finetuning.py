@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ def answers(folder: Path | str, chat: bool) -> dict[str, str]:
     return said
 
 
+def sampled_from(run: Path, chat: bool) -> None:
+    """`distopt sample`: the answer alone where there is a chat template, else the prompt and what follows it."""
+    question = f"Say {WORDS[0]} 2 times" + ":" * (not chat)
+    words = ["-m", "distopt.sample", run, question, "--temperature", "0"]
+    for more in ([], ["--step", "10000"], *([["--chat"]] if chat else [])):
+        ended = jobs.python(*words, *more)
+        if "--step" in more:
+            assert ended.code == 1 and "has no checkpoint of step 10000; it has " in ended.err
+            continue
+        assert (ended.code, ended.err) == (0, "")  # it ended by itself
+        assert ended.out.removeprefix("" if chat else question).strip() == TAUGHT[WORDS[0]]
+    assert chat or "no chat template" in jobs.python(*words, "--chat").err
+
+
 TAUGHT = {word: f"{word} {word}" for word in WORDS}
 # engine, processes, what else
 RUNS: dict[str, tuple[int, dict[str, str | None]]] = {
@@ -94,7 +109,10 @@ def test_a_model_says_what_it_was_taught(cwd: Path, name: str) -> None:
     losses = [row["validation_loss"] for row in metrics(cwd / "runs" / name) if "validation_loss" in row]
     assert losses[0] > 5.0 and losses[-1] < 0.3, losses
     assert ("packed 1" in out and "train examples into" in out) == (name == "full")
-    assert "Say " in out.split("sample:")[1]  # the first held-out example's prompt
+    prompt, sampled = re.findall(r"^(?:prompt|sample): +(.*)$", out, re.MULTILINE)
+    assert "Say " in prompt and "Say " not in sampled  # the first held-out example's prompt
+    assert sampled.endswith("  [end of text]"), sampled  # it was forbidden, and the rest was noise
+    sampled_from(cwd / "runs" / name, chat=name == "full")
     export(cwd / "runs" / name, cwd / f"{name} out")
     before = answers(cwd / "base", name == "full")
     assert all(before[word] != TAUGHT[word] for word in WORDS)

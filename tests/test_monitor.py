@@ -52,6 +52,7 @@ def test_a_step_is_a_line_and_goes_to_the_trackers(tmp_path: Path, capsys: pytes
     assert first == {"step": 0, "validation_loss": 5.0, "bits_per_byte": 7.2}
     speed = second.pop("tokens_per_second")
     assert speed > 0
+    assert second.pop("data_seconds") == 0.0  # no batch was waited for
     assert second == {"step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 64, "skipped": 0}
     assert (third["step"], third["tokens"]) == (2, 128)
     assert [(number, {"step": number, **metrics}) for number, metrics in tracked] == [
@@ -60,8 +61,9 @@ def test_a_step_is_a_line_and_goes_to_the_trackers(tmp_path: Path, capsys: pytes
     m.say("something happened")
     m.close()
     out, err = capsys.readouterr()
-    assert out == "something happened\n"
-    assert "2/8" in err and "loss 2.2500" in err and "skipped" not in err
+    said, progress = out.splitlines()
+    assert (said, err) == ("something happened", "")
+    assert progress.startswith("step 2/8  loss 2.2500  ") and "tok/s" in progress and "skipped" not in progress
 
 
 def test_other_processes_write_and_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +85,7 @@ def test_skipped_steps_are_counted_and_shown(tmp_path: Path, capsys: pytest.Capt
     m.close()
     assert in_a_row == [0, 1, 2, 0, 1]
     assert [row["skipped"] for row in read_metrics(tmp_path)] == [0, 1, 2, 2, 3]
-    assert "3 skipped" in capsys.readouterr().err
+    assert "skipped 3" in capsys.readouterr().out
 
 
 BOTH = [validation_row(0), *(train_row(n) for n in range(1, 5)), validation_row(4), train_row(5), validation_row(5)]
@@ -117,7 +119,7 @@ def test_a_resumed_run_writes_on_after_its_checkpoint(
     assert kept(read_metrics(tmp_path)) == [*expected, (checkpoint + 1, "train")]
     assert [path.name for path in tmp_path.iterdir()] == [METRICS]
     assert read_metrics(tmp_path)[-1]["tokens"] == 64 * (checkpoint + 1)
-    assert f"{checkpoint + 1}/8" in capsys.readouterr().err
+    assert f"step {checkpoint + 1}/8" in capsys.readouterr().out
 
 
 def test_the_count_of_skipped_steps_continues(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_run_records_each_parameter_and_its_command(folder: Path) -> None:
     assert "transformer.wte.weight" in last["trust_ratio"] and "transformer.ln_f.bias" not in last["trust_ratio"]
     assert "trust_ratio" not in momentum.layers[-1]
     words = shlex.split(lamb.command)
-    assert {"-m", "distopt.train", "optimizer=lamb", "--num_processes"} <= set(words)
+    assert {"train", "optimizer=lamb", "--processes"} <= set(words)
     assert any(word.startswith("hydra.run.dir=") for word in words)
 
 
@@ -79,7 +79,7 @@ def test_the_page_needs_no_other_file(folder: Path, tmp_path: Path) -> None:
     written |= {f"layers_{name}.png" for name in ("grad_norm_lamb", "grad_norm_momentum", "trust_ratio_lamb")}
     assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.html", *written}  # one rate: no lr.png
     assert page.count("<figure>") == len(written)
-    assert "optimizer._target_" in page and "distopt.train" in page
+    assert "optimizer._target_" in page and "distopt train" in page
 
 
 @pytest.mark.parametrize("make", ["missing", "empty"])

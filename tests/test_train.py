@@ -155,7 +155,7 @@ def test_a_job_of_a_sweep_says_how_to_resume_it(sweep: Sweep) -> None:
     folder, choices, ended = sweep
     commands = [shlex.split(command) for command in re.findall("^resume:(.*)$", ended.out, re.MULTILINE)]
     assert len(commands) == len(choices)
-    words = [*commands[-1][commands[-1].index("distopt.train") + 1 :], "train.steps=21"]
+    words = [*commands[-1][commands[-1].index("train") + 1 :], "train.steps=21"]
     (again,) = jobs.run(folder, words)
     last = folder / "runs" / "train" / str(len(choices) - 1)
     assert again.code == 0, again.err
@@ -172,4 +172,4 @@ def test_a_sample_is_shown_on_any_terminal(cwd: Path) -> None:
     changes = {"train__steps": "1", "schedule__warmup_steps": "0", "evaluation__sample_tokens": "4"}
     for before, shown in ((ascii_terminal, r"caf\xe9 \ufffd[2J"), (None, "café \ufffd[2J")):
         (ended,) = train(cwd, 1, before, evaluation__prompt='"café \x1b[2J"', **changes)
-        assert f"sample: {shown}" in ended.out and "curves: " in ended.out
+        assert f"prompt:          {shown}" in ended.out and "curves: " in ended.out

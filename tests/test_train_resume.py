@@ -167,8 +167,8 @@ def test_a_run_that_ended_after_its_last_checkpoint_is_ended(finished: Path, cwd
     before = rows(done)
     (ended,) = jobs.run(cwd, overrides(train__resume="auto", **{**LONGER, "train__steps": "8"}))
     assert ended.code == 0, ended.err
-    loss = before[-1]["validation_loss"]
-    assert f"validation loss: {loss:.4f} -> {loss:.4f} nats" in ended.out and "resume: " in ended.out
+    first, loss = before[0]["validation_loss"], before[-1]["validation_loss"]
+    assert f"validation loss: {first:.4f} -> {loss:.4f} nats" in ended.out and "resume: " in ended.out
     assert rows(done) == before
     assert (done / "curves.png").is_file() and checkpoints(done) == ["step_00000004", "step_00000008"]
 

@@ -26,12 +26,14 @@ from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
 from distopt.job.config import check_best, max_grad_norm, micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
+from distopt.job.device import watch
 from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
+from distopt.job.terminal import Terminal
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
@@ -64,19 +66,25 @@ class Trainee(NamedTuple):
     files: dict[str, bytes]
 
 
-def build(cfg: DictConfig) -> Job:
+def build(cfg: DictConfig, terminal: Terminal) -> Job:
     """Builds the job of a configuration: model, optimizer and schedule at the step to start from, and its folder.
 
     Every process has to call it.
+
+    Args:
+        cfg: The configuration.
+        terminal: Shows what is being built.
 
     Raises:
         ValueError: On every process alike, for a configuration that cannot run.
     """
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     refuse_swept_ranks()
+    terminal.phase("checking the configuration")
     check(cfg, "train")
     check_best(cfg)
     parts = Components.of(cfg)
+    terminal.phase("waiting for the other processes")
     accelerator = join(cfg, parts.engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
     lock, restarted, taken = claim(folder)
@@ -85,6 +93,7 @@ def build(cfg: DictConfig) -> Job:
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
+    terminal.phase("reading the data")
     text = open_text(cfg, parts.data, sizes)
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
@@ -92,7 +101,10 @@ def build(cfg: DictConfig) -> Job:
     check_agreement({"the digest of the data": text.corpus.digest}, "they have to read the same files")
     if start:
         start.check(identity | start.architecture(config), options.steps)  # before the model is built
+    terminal.phase("building the model")
     trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
+    if start:
+        terminal.phase(f"loading {start.path.name}")
     saved = _load(start, parts.engine, trainee) if start else {}
     moved = _open_folder(cfg, folder, start, accelerator)
     if lock:
@@ -105,7 +117,16 @@ def build(cfg: DictConfig) -> Job:
         accelerator=accelerator,
         engine=parts.engine,
         config=config,
-        monitor=Monitor(folder, step, options.steps, tokens, accelerator.is_main_process, accelerator.log),
+        monitor=Monitor(
+            folder,
+            step,
+            options.steps,
+            tokens,
+            accelerator.is_main_process,
+            accelerator.log,
+            terminal,
+            watch(parts.engine.unwrap(trainee.model), options.sequence_length, parts.engine.bf16, accelerator),
+        ),
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=lock,
@@ -226,8 +247,7 @@ def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         hydra_cfg = HydraConfig.get()
-        changes = run_folder.elsewhere(folder, str(cfg.name))
-        command = run_folder.command(hydra_cfg.overrides.task, accelerator.num_processes, **changes)
+        command = run_folder.command(accelerator.num_processes, folder, str(cfg.name))
         run_folder.write_about(folder, command, hydra_cfg.runtime.choices)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     start_trackers(accelerator, str(folder / "logs"), folder.name, values)

@@ -70,7 +70,7 @@ def refuse_swept_ranks() -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN and processes > 1:
         raise ValueError(
             f"each of the {processes} processes of the launcher would start this sweep: start it by "
-            "`python -m distopt.train -m hydra/launcher=accelerate ...`, which gives every job processes of its own"
+            "`distopt sweep ...`, which gives every job processes of its own"
         )
 
 

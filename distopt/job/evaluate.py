@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from distopt import collective
 from distopt.data.batch import Batch, next_token_loss
 
 if TYPE_CHECKING:
@@ -38,7 +39,13 @@ def validation_loss(
 
 @torch.no_grad()
 def sample(
-    engine: Engine, model: nn.Module, prompt: list[int], length: int, seed: int, device: torch.device
+    engine: Engine,
+    model: nn.Module,
+    prompt: list[int],
+    length: int,
+    seed: int,
+    device: torch.device,
+    ends: Sequence[int] = (),
 ) -> list[int]:
     """Continues a prompt by sampled tokens (temperature 0.8, top 50); every rank has to call it.
 
@@ -48,9 +55,10 @@ def sample(
         engine: The engine that runs the model.
         model: The wrapped model.
         prompt: The tokens of the prompt, at least one.
-        length: The number of tokens to sample.
+        length: The largest number of tokens to sample.
         seed: The seed of the sampling.
         device: The device of this process.
+        ends: The tokens that end it.
 
     Returns:
         The tokens of the prompt and of its continuation.
@@ -59,13 +67,20 @@ def sample(
 
     inner: Any = engine.unwrap(model)
     config = GenerationConfig(
-        max_new_tokens=length, min_new_tokens=length, do_sample=True, temperature=0.8, top_k=50, pad_token_id=0
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        pad_token_id=0,
+        eos_token_id=list(ends) or None,
     )
     tokens = torch.tensor([prompt], device=device)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), engine.autocast(device):
         torch.manual_seed(seed)
-        out = inner.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
+        # A rank whose logits differ in the last bit may end at another token: it computes until all have ended.
+        mask, several = torch.ones_like(tokens), collective.world() > 1
+        out = inner.generate(tokens, attention_mask=mask, generation_config=config, synced_gpus=several)
     model.train()
     engine.refresh(model)
     return out[0].tolist()

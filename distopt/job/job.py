@@ -114,9 +114,10 @@ class Job:
             stack.enter_context(contextlib.closing(self.monitor))  # an error would be printed at the end of the bar
             for line in self.notes:
                 self.monitor.say(line)
-            before = after = self.evaluate()
+            after = self.evaluate()
             if self.cfg.train.lr_range_test is not None:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
+            self.monitor.begin("taking the next one")
             stop, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
             stack.callback(self._settle)  # the row of the last step, if the next one raises
@@ -140,7 +141,7 @@ class Job:
             stop.restore()  # not before: a signal would end the process while the last checkpoint is written
         if not math.isfinite(after):
             raise ValueError(f"the run has diverged: its validation loss is {after}; {self._way_back()}")
-        report(self, before, after)
+        report(self, after)
         self._leave()
         return after
 
@@ -154,6 +155,7 @@ class Job:
         self.watchdog.enter(self.step)
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
+        self.monitor.got_batch()
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         to = self.health.rolled_back() if self.health else None
@@ -195,10 +197,13 @@ class Job:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
         eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        tell = self.monitor.begin("evaluating")
         batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
         own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
-        self.monitor.write({"validation_loss": loss, "bits_per_byte": self.bits_per_byte(loss)})
+        bits = self.bits_per_byte(loss)
+        self.monitor.write({"validation_loss": loss, "bits_per_byte": bits})
+        tell(f"validation loss {loss:.4f}, {bits:.4f} bits per byte")
         self._evaluated = (self.step, loss)
         return loss
 
@@ -217,7 +222,9 @@ class Job:
         extra = {"step": self.step, **self.identity, **({"validation_loss": loss} if evaluated == self.step else {})}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
+        tell = self.monitor.begin("saving a checkpoint")
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
+        tell(f"checkpoint {self.checkpoint.name}")
 
     def _write_layers(self, done: Update) -> None:
         """Writes each parameter's gradient norm before clipping and its trust ratio, or what the health watches."""

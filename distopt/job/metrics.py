@@ -1,13 +1,15 @@
-"""The metrics of a run: progress bar, metrics.jsonl, trackers and curves."""
+"""The metrics of a run: progress, metrics.jsonl, trackers and curves."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from distopt.job.progress import Progress, shown
+from distopt.job.terminal import Terminal
 
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
@@ -25,6 +27,8 @@ class Monitor:
         tokens_per_step: The number of tokens per step, over all processes.
         main: Whether this process writes.
         track: Called with (metrics, step), for Accelerate's trackers.
+        terminal: Shows the progress; None for standard output.
+        device: Called with the tokens per second of a step; returns what is known of the device (`distopt.job.device`).
 
     Attributes:
         done: The number of steps done.
@@ -41,34 +45,31 @@ class Monitor:
         tokens_per_step: int,
         main: bool,
         track: Callable[[Mapping[str, float], int], None],
+        terminal: Terminal | None = None,
+        device: Callable[[float], Mapping[str, float]] = lambda speed: {},
     ) -> None:
+        self.terminal, self._device = terminal or Terminal(main), device
         self.main, self.track, self.tokens_per_step = main, track, tokens_per_step
         self.done, self.first_step = first_step, first_step
         self.skipped, self.skipped_in_a_row = 0, 0
         self.seconds = 0.0
         if not main:
             return
-        from tqdm import tqdm
-
         self.layers, self.alarms, self.metrics = (folder / name for name in (LAYERS, ALARMS, METRICS))
         _forget_after(self.layers, first_step)
         _forget_after(self.alarms, first_step)
         kept = _forget_after(self.metrics, first_step)
         self.skipped = next((row["skipped"] for row in reversed(kept) if "skipped" in row), 0)
         self.file = self.metrics.open("a")
-        self.bar = tqdm(
-            initial=first_step,
-            total=steps,
-            unit="step",
-            desc="train",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=0.2 if sys.stderr.isatty() else 5.0,  # a log file needs fewer lines
-        )
+        self.progress = Progress(self.terminal, first_step, steps, tokens_per_step)
 
     def start_step(self) -> None:
         """Starts the clock of a step."""
-        self._started = time.perf_counter()
+        self._started, self._waited = time.perf_counter(), 0.0
+
+    def got_batch(self) -> None:
+        """Marks the moment of a step at which its batch is there."""
+        self._waited = time.perf_counter() - self._started
 
     def end_step(
         self, *, lr: float, grad_norm: float, applied: bool, finite: bool = False, loss: float | None = None
@@ -87,17 +88,18 @@ class Monitor:
         self.done += 1
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
-        average = (self.done - self.first_step) * self.tokens_per_step / self.seconds
-        skipped = f", {self.skipped} skipped" if self.skipped else ""
-        self._line = f"lr {lr:.2e}, |g| {grad_norm:.2f}, {average:,.0f} tok/s{skipped}"
+        self._step_seconds = seconds
+        speed = self.tokens_per_step / seconds
         self._row = (
             self.done,
             {
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens": self.done * self.tokens_per_step,
-                "tokens_per_second": round(self.tokens_per_step / seconds, 1),
+                "tokens_per_second": round(speed, 1),
+                "data_seconds": round(self._waited, 6),
                 "skipped": self.skipped,
+                **(self._device(speed) if self.main else {}),
             },
         )
         if loss is not None:
@@ -108,8 +110,7 @@ class Monitor:
         step, row = self._row
         if self.main:
             self._write(step, {"loss": loss, **row})
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {self._line}", refresh=False)
-            self.bar.update()
+            self.progress.update(step, self._step_seconds, shown({"loss": loss, **row}))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl for the current step, and passes the metrics to the trackers."""
@@ -140,17 +141,23 @@ class Monitor:
             _forget_after(self.layers, step)
             _forget_after(self.metrics, step)
             self.file = self.metrics.open("a")
-            self.bar.n = step
+            self.progress.go_back(step)
+
+    def begin(self, doing: str) -> Callable[[str], None]:
+        """Shows what begins now; returns a function that says how it has ended, and after what time."""
+        began = time.monotonic()
+        self.terminal.phase(f"step {self.done}: {doing}")
+        return lambda line: self.say(f"step {self.done}: {line}, in {time.monotonic() - began:.1f} s")
 
     def say(self, line: str) -> None:
-        """Prints a line above the progress bar."""
+        """Shows a line."""
         if self.main:
-            self.bar.write(line)
+            self.terminal.say(line)
 
     def close(self) -> None:
-        """Closes the bar and the file."""
+        """Shows the last step, and closes the file."""
         if self.main:
-            self.bar.close()
+            self.progress.close()
             self.file.close()
 
 

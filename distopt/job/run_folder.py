@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
+from distopt.job.config import CONF
 from distopt.job.metrics import METRICS, RUN
 
 
@@ -46,29 +51,70 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
     return moved
 
 
-def command(overrides: Sequence[str], processes: int, **changes: str) -> str:
-    """Returns the command line that starts a run.
+def command(processes: int, folder: Path, name: str, **changes: str) -> str:
+    """Returns the command line that starts this run of Hydra again, as a person would type it.
 
     Args:
-        overrides: The overrides of this run.
         processes: The number of processes.
+        folder: The run's folder, which the command names unless it is runs/<name>.
+        name: The name of the run.
         changes: Overrides to change or add, with `__` for a dot: `train__resume="auto"`.
     """
-    wanted = {name.replace("__", "."): value for name, value in changes.items()}
-    kept = [o for o in overrides if o.split("=", 1)[0].lstrip("+~") not in wanted]
-    words = ["-m", "distopt.train", *kept, *(f"{name}={value}" for name, value in wanted.items())]
-    if processes == 1:
-        return shlex.join([program(Path(sys.executable).name), *words])
-    local = Path("launch/local.yaml")
-    where = ["--config_file", str(local)] if local.is_file() else ["--multi_gpu", "--main_process_port", "0"]
-    return shlex.join([program("accelerate"), "launch", *where, "--num_processes", str(processes), *words])
+    wanted = {key.replace("__", "."): value for key, value in changes.items()}
+    given, flags = [*HydraConfig.get().overrides.task], _flags()
+    if folder != Path("runs", name).absolute():  # of a sweep, or set by hydra.run.dir
+        wanted |= {"hydra.mode": "RUN"} if any(word.startswith("experiment=") for word in given) else {}
+        wanted["hydra.run.dir"] = _quoted(near(folder))
+    given = [word.removeprefix("++") if word.startswith("++model.config") else word for word in given]  # model_words
+    kept = [word for word in given if word.split("=", 1)[0].lstrip("+~") not in wanted and word != "~model.config"]
+    alone = str(processes) == os.environ.get("LOCAL_WORLD_SIZE")  # other launchers start those of several machines
+    options = ["--processes", str(processes)] if processes > 1 and alone else []
+    words = ["train", *options, *flags, *kept, *(f"{key}={value}" for key, value in wanted.items())]
+    return " ".join([*_distopt(), *map(_typed, words)])
 
 
-def elsewhere(folder: Path, name: str) -> dict[str, str]:
-    """The changes with which `command` finds a folder other than runs/<name>: of a sweep, or set by hydra.run.dir."""
-    if folder == Path("runs", name).absolute():
-        return {}
-    return {"hydra__mode": "RUN", "hydra__run__dir": f"'{folder}'"}
+def _flags() -> list[str]:
+    """The words of this run that are Hydra's own and no part of a sweep: where the configuration is, and how to run."""
+    hydra, words = HydraConfig.get(), []
+    for source in hydra.runtime.config_sources:
+        own = source.schema == "file" and Path(source.path).resolve() == CONF.resolve()
+        if source.provider in ("main", "command-line") and not own:
+            words += ["--config-dir" if source.provider == "command-line" else "--config-path", near(source.path)]
+    if hydra.job.config_name != "train":
+        words += ["--config-name", str(hydra.job.config_name)]
+    return words + [word for word in hydra.overrides.hydra if not _OF_A_SWEEP.match(word)]
+
+
+# What names the folder, and what a sweep, or its launcher, gives to each of its jobs.
+_OF_A_SWEEP = re.compile(
+    r"[+~]*hydra([./]launcher|[./]sweeper|\.mode|\.run\.dir|\.sweep|\.job\.(num|id)|\.callbacks\.accelerate_launcher)\b"
+)
+
+
+def _distopt() -> list[str]:
+    """The words by which a shell in the current folder starts distopt."""
+    if (Path(sys.executable).parent / "distopt").is_file():
+        return [program("distopt")]
+    return [program(Path(sys.executable).name), "-m", "distopt"]
+
+
+def near(path: Path | str) -> str:
+    """A path as seen from the current folder, if it is in there."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
+
+
+def _quoted(value: str) -> str:
+    """A value for Hydra's grammar, in quotes if it needs some."""
+    if re.fullmatch(r"[\w./@+-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _typed(word: str) -> str:
+    """A word for a shell, in double quotes if these suffice."""
+    if "'" in word and not set('"$`\\!') & set(word):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:

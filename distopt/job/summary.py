@@ -1,43 +1,62 @@
-"""The end of a run on the terminal: a sample, the losses, and the command that resumes it."""
+"""The end of a run on the terminal: a sample, the losses, and the commands that go on from there."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
-
 from distopt.job import run_folder
 from distopt.job.evaluate import sample
-from distopt.job.metrics import plot
+from distopt.job.metrics import plot, read_metrics
+from distopt.models.generation import end_tokens
 from distopt.models.language_model import positions
 
 if TYPE_CHECKING:
     from distopt.job.job import Job
 
 
-def report(job: Job, before: float, after: float) -> None:
+def report(job: Job, after: float) -> None:
     """Prints a sample, the losses, and the command that resumes the run; every process has to call it.
 
     Args:
         job: The job, at its last step.
-        before: The validation loss at its start, in nats per token.
-        after: That of now.
+        after: The validation loss of now, in nats per token.
     """
-    cfg, accelerator = job.cfg, job.accelerator
-    prompt = job.corpus.encode(cfg.evaluation.prompt) or [0]
-    length = min(cfg.evaluation.sample_tokens, positions(job.config) - len(prompt))
-    written = prompt
-    if length > 0 and math.isfinite(after):  # nothing can be sampled from logits that are not finite
-        written = sample(job.engine, job.model, prompt, length, cfg.seed, accelerator.device)
+    cfg, accelerator, terminal = job.cfg, job.accelerator, job.monitor.terminal
+    terminal.phase("sampling")
+    shown = _sampled(job) if math.isfinite(after) else {}  # nothing can be sampled from logits that are not finite
     if not accelerator.is_main_process:
         return
-    changes = {"train__resume": "auto", "train__steps": str(2 * cfg.train.steps)}
-    changes |= run_folder.elsewhere(job.folder, str(cfg.name))
-    resume = run_folder.command(HydraConfig.get().overrides.task, accelerator.num_processes, **changes)
+    terminal.phase("drawing the curves")
+    before = next((row["validation_loss"] for row in read_metrics(job.folder) if "validation_loss" in row), after)
     bits = [job.bits_per_byte(loss) for loss in (before, after)]
-    print(f"\nsample: {run_folder.printable(job.corpus.decode(written))}\n")
-    print(f"validation loss: {before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte")
-    print(f"curves:          {plot(job.folder)}")
-    print(f"checkpoint:      {job.checkpoint}")
-    print(f"resume:          {resume}")
+    changes = {"train__resume": "auto", "train__steps": str(2 * cfg.train.steps)}
+    resume = run_folder.command(accelerator.num_processes, job.folder, str(cfg.name), **changes)
+    rows = {
+        **shown,
+        "validation loss": f"{before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte",
+        "curves": str(plot(job.folder)),
+        "checkpoint": str(job.checkpoint),
+        "resume": resume,
+    }
+    for name, value in rows.items():
+        terminal.say(f"{name + ':':16} {value}")
+
+
+def _sampled(job: Job) -> dict[str, str]:
+    """A prompt and what the model makes of it, by name; nothing if there is no room for a token."""
+    evaluation = job.cfg.evaluation
+    prompt = job.corpus.encode(evaluation.prompt) or [0]
+    length = min(evaluation.sample_tokens, positions(job.config) - len(prompt))
+    if length <= 0:
+        return {}
+    ends = end_tokens(job.corpus.pretrained_tokenizer(), job.config)
+    written = sample(job.engine, job.model, prompt, length, job.cfg.seed, job.accelerator.device, ends)
+    answer = written[len(prompt) :]
+    ended = answer[-1] in ends
+    end = "  [end of text]" if ended else f"  [after {length} tokens]"
+    decode = job.corpus.decode
+    return {
+        "prompt": run_folder.printable(decode(prompt)),
+        "sample": run_folder.printable(decode(answer[:-1] if ended else answer)) + end,
+    }

@@ -125,7 +125,7 @@ def rehearse(
         optimizer = make_optimizer(make_groups(model))
         forward_only = isinstance(optimizer, MeZO)
         entered: list[int] = []  # the events at which the blocks begin and end
-        units, trusts = _units(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
+        units, trusts = units_of(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
         batch = torch.zeros(sequences, length + 1, dtype=torch.int64)
         allocations = Allocations([*params, *model.buffers(), batch])
         for block in blocks(model) if forward_only else ():
@@ -159,7 +159,8 @@ def _forward(allocations: Allocations, entered: list[int]) -> list[Moment]:
     return [Moment(size, 0.0, inside=min(entered) <= i < max(entered)) for i, size in enumerate(sizes)]
 
 
-def _units(model: Any, optimizer: Any) -> list[list[Param]]:
+def units_of(model: Any, optimizer: Any) -> list[list[Param]]:
+    """Return the parameters of each block of a model, and last those outside of the blocks, with their state."""
     trained = not isinstance(optimizer, MeZO)  # which moves weights without gradients
     rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"] if trained}
     of_ends = {p: end for end, module in ends(model)._asdict().items() if module for p in module.parameters()}

@@ -12,7 +12,7 @@ from distopt.report.page import write_report
 def main() -> None:
     """Write the report and print its path."""
     parser = argparse.ArgumentParser(
-        prog="python -m distopt.report", description="Write a page with pictures of a sweep, or of any folder of runs."
+        prog="distopt report", description="Write a page with pictures of a sweep, or of any folder of runs."
     )
     parser.add_argument("runs", type=Path, metavar="RUNS", help="a run, a sweep, or a folder of them (runs/)")
     parser.add_argument("--out", type=Path, help="the folder to write (default: RUNS/report)")

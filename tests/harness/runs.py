@@ -15,7 +15,7 @@ CONF = Path(__file__).parents[2] / "conf"
 OPTIMIZERS = sorted(file.stem for file in (CONF / "optimizer").glob("*.yaml"))
 # What a resumed run has to give back: masks of dropout.
 DROPOUT = {f"model__config__{name}_pdrop": "0.1" for name in ("resid", "embd", "attn")}
-TIMES = ("tokens_per_second",)  # the one number that two equal runs do not share
+TIMES = ("tokens_per_second", "data_seconds")  # the numbers that two equal runs do not share
 
 
 def rows(run: Path, after: int = -1, losses_only: bool = False) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""The command `distopt`, which starts without importing torch."""

@@ -1,0 +1,206 @@
+"""The command `distopt`: which program its words become, and that it answers before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distopt import __version__
+from distopt.command import start
+from distopt.command.main import ENTRIES, main
+from distopt.command.words import completed, groups
+from tests.harness.jobs import ENVIRONMENT, ROOT
+
+
+class Became(Exception):
+    """Raised in place of the program, with its words after Python's own."""
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A folder, and an environment without a launcher and without GPUs."""
+
+    def execv(path: str, words: list[str]) -> None:
+        assert path == words[0] == sys.executable
+        raise Became(words[1:])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return monkeypatch
+
+
+def became(line: str, shell: pytest.MonkeyPatch) -> str:
+    """The words of the program that a command becomes."""
+    shell.setattr(sys, "argv", line.split())
+    with pytest.raises(Became) as program:
+        main()
+    return " ".join(program.value.args[0])
+
+
+def ended(line: list[str], shell: pytest.MonkeyPatch) -> Any:
+    """The exit code of a command that becomes no program."""
+    shell.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
+
+
+TRAIN, SEVERAL = "-m distopt.train", "-m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0"
+SEVERAL += " --mixed_precision no --dynamo_backend no --num_processes"
+PROGRAMS = {
+    "distopt train name=a +x.y=[1,2]": f"{TRAIN} name=a +x.y=[1,2]",
+    "distopt train --processes 2 name=a": f"{SEVERAL} 2 {TRAIN} name=a",
+    "distopt train name=a --processes=2": f"{SEVERAL} 2 {TRAIN} name=a",
+    "distopt train --processes 1 name=a": f"{TRAIN} name=a",
+    "distopt train --config-dir mine --cfg job": f"{TRAIN} --config-dir mine --cfg job",
+    "distopt train --help": f"{TRAIN} --help",
+    "distopt finetune model.path=x": f"{TRAIN} experiment=finetune model.path=x",
+    "distopt finetune experiment=mine": f"{TRAIN} experiment=mine",
+    "distopt sweep lr_scale=1,3": f"{TRAIN} -m hydra/launcher=accelerate lr_scale=1,3",
+    "distopt sweep --processes 2 lr_scale=1,3": (
+        f"{TRAIN} -m hydra/launcher=accelerate hydra.launcher.num_processes=2 lr_scale=1,3"
+    ),
+    "distopt sweep -m hydra/launcher=joblib x=1": f"{TRAIN} -m hydra/launcher=joblib x=1",
+    "distopt prepare --processes 2 data=text": "-m distopt.prepare --processes 2 data=text",
+    "distopt export a b --dtype bfloat16": "-m distopt.export a b --dtype bfloat16",
+    "distopt verify --help": "-m distopt.verify --help",
+    "distopt launch --num_processes 16 --main_process_ip h name=a": (
+        f"-m accelerate.commands.launch --num_processes 16 --main_process_ip h {TRAIN} name=a"
+    ),
+    "distopt launch --config_file=x -- --cfg job": f"-m accelerate.commands.launch --config_file=x {TRAIN} --cfg job",
+    "distopt launch --help": "-m accelerate.commands.launch --help",
+}
+
+
+@pytest.mark.parametrize(("line", "program"), PROGRAMS.items(), ids=PROGRAMS)
+def test_a_command_becomes_its_program(line: str, program: str, shell: pytest.MonkeyPatch) -> None:
+    """With its words untouched, so that exit codes, signals and Hydra's overrides are those of `python -m`."""
+    assert became(line, shell) == program
+
+
+def test_on_several_gpus_it_trains_on_all_of_them(
+    shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And says the command that does it; not for what prints only, in a sweep, or under a launcher."""
+    shell.setattr(start, "gpus", lambda: 4)
+    assert became("distopt train name=a", shell) == f"{SEVERAL} 4 {TRAIN} name=a"
+    assert (
+        capsys.readouterr().err
+        == f"distopt: {SEVERAL.replace('-m accelerate.commands.', 'accelerate ')} 4 {TRAIN} name=a\n"
+    )
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "local.yaml").touch()
+    launch = "-m accelerate.commands.launch --config_file launch/local.yaml --num_processes 4"
+    assert became("distopt train name=a", shell) == f"{launch} {TRAIN} name=a"
+    for words in ("--help", "--cfg job", "--cfg=job", "-m lr_scale=1,3", "hydra.mode=MULTIRUN"):
+        assert became(f"distopt train {words}", shell) == f"{TRAIN} {words}"
+    shell.setenv("WORLD_SIZE", "8")
+    assert became("distopt train name=a", shell) == f"{TRAIN} name=a"
+
+
+@pytest.mark.parametrize(("listed", "count"), [("", 0), ("-1", 0), ("0", 1), ("1, 3", 2), ("GPU-8f,MIG-2", 2)])
+def test_visible_gpus_are_counted(listed: str, count: int, shell: pytest.MonkeyPatch) -> None:
+    shell.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert start.gpus() == count
+
+
+REFUSED = {
+    "trian x=1": (2, "there is no command trian: did you mean train? There are train, finetune, sweep"),
+    "zzz": (2, "there is no command zzz. There are train"),
+    "--nonsense": (2, "No such option"),
+    "completion tcsh": (2, "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+    "train --processes 0": (1, "--processes must be an integer >= 1, got 0"),
+    "train --processes": (1, "--processes must be an integer >= 1, got nothing"),
+    "sweep --processes two": (1, "--processes must be an integer >= 1, got two"),
+    "train --processes 2 -m x=1,2": (
+        1,
+        "--processes is for one run; for those of a sweep: distopt sweep --processes 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), REFUSED.items(), ids=REFUSED)
+def test_bad_words_are_one_line(
+    words: str, expected: tuple[int, str], shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = expected
+    assert ended(["distopt", *words.split()], shell) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("distopt: error: ") and message in err
+
+
+def test_alone_it_says_what_to_do_next(shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["distopt"], shell) in (0, None)
+    first = capsys.readouterr().out
+    assert "distopt train experiment=quickstart" in first and "distopt sample" not in first
+    for name in ("old", "new"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+    os.utime("runs/old", (1, 1))
+    ended(["distopt"], shell)
+    assert 'distopt sample runs/new "Once"' in capsys.readouterr().out
+
+
+COMPLETED = {
+    ("train", "optimizer=adamw_s"): ["optimizer=adamw_schedule_free"],
+    ("train", "optimi"): ["optimizer="],
+    ("train", "train.batch"): ["train.batch_size="],
+    ("sweep", "optimizer=lamb,lar"): ["optimizer=lamb,lars"],
+    ("plan", "gpus"): ["gpus_per_node="],
+    ("report", "runs/b"): ["runs/book"],
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), COMPLETED.items(), ids=map(" ".join, COMPLETED))
+def test_words_are_completed(words: tuple[str, str], expected: list[str], shell: pytest.MonkeyPatch) -> None:
+    for name in ("book", "cat"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.yaml").touch()
+    command, incomplete = words
+    items = completed(command, ENTRIES[command].configured, [], incomplete)
+    assert [item.value for item in items] == expected
+
+
+def test_bash_completes_the_value_of_a_word_that_it_has_split() -> None:
+    for incomplete, before in (("ada", ["optimizer", "="]), ("", ["optimizer"])):
+        found = [item.value for item in completed("train", True, before, incomplete)]
+        assert found == [name for name in groups()["optimizer"] if name.startswith(incomplete)]
+    (item,) = completed("train", True, ["data.path", "="], "boo")
+    assert (item.type, item.value) == ("file", "boo")
+
+
+PROBE = """
+import contextlib, json, sys, time
+began, sys.argv = time.process_time(), ["distopt", *sys.argv[1:]]
+from distopt.command.main import main
+with contextlib.suppress(SystemExit):
+    main()
+print(json.dumps([time.process_time() - began, [m for m in sys.modules if m in ("torch", "hydra", "numpy")]]))
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--version"], ["completion", "bash"]], ids=" ".join)
+def test_it_answers_without_torch(words: list[str], tmp_path: Path) -> None:
+    """In less than 0.3 s of CPU time."""
+    command = [sys.executable, "-W", "error", "-c", PROBE, *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=60, check=True
+    )
+    *out, last = done.stdout.splitlines()
+    seconds, modules = json.loads(last)
+    assert seconds < 0.3 and modules == []
+    expected = {"--help": "prepare", "train": f"distopt {__version__}", "completion": "_DISTOPT_COMPLETE=bash_complete"}
+    assert expected[words[0]] in "\n".join(out)
+
+
+def test_the_console_script_is_declared() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '\n[project.scripts]\ndistopt = "distopt.command.main:main"\n' in text
