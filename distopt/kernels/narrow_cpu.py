@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.kernels import rounding
-from distopt.kernels.build import library
+from distopt.kernels import cpu, rounding
 from distopt.kernels.columns import PLAIN
 from distopt.kernels.cpu import NARROW, CompiledUpdate
 from distopt.kernels.narrow import WEIGHTS
@@ -56,7 +55,7 @@ def narrow_fits(shards: Shards) -> dict[torch.dtype, list[int]]:
     They are for plain contiguous tensors on the CPU, of float32 or bfloat16.
     """
     found: dict[torch.dtype, list[int]] = {}
-    if library() is None or shards.narrow is None:
+    if cpu.library() is None or shards.narrow is None:
         return found
     extras = zip(*shards.narrow.extras.values())
     for i, (row, extra) in enumerate(zip(zip(shards.params, shards.grads, *shards.buffers.values()), extras)):

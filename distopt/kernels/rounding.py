@@ -20,8 +20,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+BESIDE = ("master", "remainder")  # what may be in the state beside a 16-bit weight: its value in float32, or the rest
 _LOW = 0xFFFFFFFF
-_SIGN, _NAN = -(2**31), 0x7FC00000
+_NAN = 0x7FC00000
 
 
 def key_of(*numbers: int) -> int:
@@ -69,14 +70,20 @@ def join(weights: Tensor, remainders: Tensor) -> Tensor:
 def remainders_of(weights: Tensor, values: Tensor) -> Tensor:
     """Returns remainders by which weights stand for float32 values, of which they are the roundings to the nearest.
 
-    Weights that are not have a remainder of 0. A value that torch has rounded to an even number, away from where
-    `split` would, moves by its last bit.
+    Weights that are not have a remainder of 0. A value that torch has rounded to an even number, where `split` takes
+    the other one, moves by its last bit.
     """
     high, low = split(values)
-    nearest = values.to(torch.bfloat16) == weights
-    tie = nearest & (high != weights)
-    bits = torch.where(tie, 0x7FFF, torch.where(nearest, _low(low), 0))
+    tie = (values.to(torch.bfloat16) == weights) & (high != weights)
+    bits = torch.where(tie, 0x7FFF, torch.where(high == weights, _low(low), 0))
     return bits.to(torch.int16).view(torch.bfloat16)
+
+
+def masters_of(weights: Tensor, remainders: Tensor) -> Tensor:
+    """Returns float32 values that torch rounds to these weights: those of `join`, but for ties."""
+    values = join(weights, remainders)
+    moved = (values.view(torch.int32) + 1).view(torch.float32)
+    return torch.where((values.to(torch.bfloat16) == weights) | values.isnan(), values, moved)
 
 
 def _low(remainders: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import rounding
+from distopt.kernels.rounding import BESIDE
 from distopt.kernels.rules import Slot
 from distopt.layout import ShardLayout, fit, local, wide
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
 
 Group = dict[str, Any]
-BESIDE = ("master", "remainder")  # what may be in the state beside a 16-bit weight
 
 
 def beside(param: Tensor, group: Group) -> str:
@@ -110,7 +110,7 @@ def _convert(layout: ShardLayout, param: Tensor, found: dict[str, Tensor], to: T
     """Fills a master from weights and remainder, or a remainder from weights and master."""
     (given,) = found.values()
     for weights, old, new in zip(*(layout.split(param, t) for t in (param.detach(), given, to))):
-        new.copy_(rounding.join(weights, old) if "remainder" in found else rounding.remainders_of(weights, old))
+        new.copy_(rounding.masters_of(weights, old) if "remainder" in found else rounding.remainders_of(weights, old))
 
 
 def _version(param: Tensor) -> tuple[int, int, int]:
