@@ -129,6 +129,14 @@ def run_of(kind: str, form: str, folder: Any, saves: bool) -> list[Tensor]:
     return [full(p) for p in model.all]
 
 
+@pytest.mark.parametrize("world", some([2], [1, 2, 3]))
+def test_a_run_in_buckets_that_was_saved_at_2_continues(world: int, tmp_path: Any) -> None:
+    """Their checkpoints have the float32 weights in the place of weights and remainders."""
+    (whole, _) = run(2, run_of, "buckets", "remainder", tmp_path / "saved", True)
+    found = run(world, run_of, "buckets", "remainder", tmp_path / "saved", False)[0]
+    assert all(map(torch.equal, found, whole))
+
+
 @pytest.mark.parametrize(
     ("kind", "world"), some([("plain", 1)], [("plain", 1), ("zero1", 1), ("fsdp2", 3), ("zero1", 3)])
 )

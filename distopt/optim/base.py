@@ -62,8 +62,7 @@ class ShardedOptimizer(LayoutOptimizer):
         torch_options: Options of torch's that change nothing here.
 
     Attributes:
-        torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
-            such an option itself leaves it out.
+        torch_options: By name of an option of torch's that the rule has not: its accepted values, and the remedy.
         bounds: The bound of every option of a param group that is checked.
         group_state: The entries of a param group that are state and no options.
         needs_float32: Why its weights have to be in float32, if only in masters; "" if they need not.
@@ -241,8 +240,7 @@ class ShardedOptimizer(LayoutOptimizer):
         """Returns the layout, after all checks that need no gradient."""
         check_before_step(self)
         before_step(self)
-        layout = self.layout
-        if layout is not self._checked:  # what FSDP2 frees after a backward pass was still there for clipping
+        if (layout := self.layout) is not self._checked:  # FSDP2 frees after a backward pass what clipping still sees
             layouts.refuse_foreign(layout.segments)
             self._checked = layout
         return layout

@@ -44,9 +44,11 @@ def settle_beside(layout: ShardLayout, group: Group, param: Tensor, state: dict[
     """
     wanted, found = beside(param, group), {}
     for name in BESIDE:
-        value = state.pop(name, None)
+        value = state.get(name)
         if value is not None and param.dtype != wide(param.dtype):
             found[name] = fit(layout, param, value, f"{name} of {of}", _slot(name, param))
+    for name in BESIDE:  # after all checks
+        state.pop(name, None)
     if wanted == "master":
         state["master"] = found["master"] if "master" in found else layout.master(param)
     elif wanted == "remainder":
