@@ -12,7 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distopt
+from distopt.engine import Zero1
 from distopt.kernels import rounding
+from distopt.plan.footprint import Param
+from distopt.plan.memory import footprint
 from tests.harness.bits import WORLDS, full, optimized, trained, way
 from tests.harness.cells import some
 from tests.harness.distributed import run
@@ -214,3 +217,10 @@ def test_a_weight_that_was_set_to_zero_is_zero() -> None:
 def test_what_cannot_be_is_refused(optimizer: Any, options: Any, dtype: torch.dtype, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         optimizer([nn.Parameter(torch.zeros(2, dtype=dtype))], lr=0.1, **options)
+
+
+def test_the_plan_counts_what_stands_beside_a_weight() -> None:
+    numel, engine = 1024 * 512, Zero1(param_dtype="bf16")
+    for beside in (4, 2, 0):
+        planned = footprint(engine, [[Param((1024, 512), True, 2, beside=beside)]], 2)
+        assert planned.state == numel // 2 * (4 + 4 + beside)
