@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 import distopt
 from distopt.engine import Zero1
@@ -121,14 +122,23 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.view(torch.int16) if t.dtype is LOW else t for t in (a, b)))
 
 
+def steps(model: nn.Module, optimizer: distopt.ShardedOptimizer) -> None:
+    for step in range(3):
+        for i, p in enumerate(model.all):
+            numbers = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i)).to(LOW)
+            placed = hasattr(p, "placements")
+            p.grad = distribute_tensor(numbers, p.device_mesh, p.placements, src_data_rank=None) if placed else numbers
+        optimizer.step()
+
+
 def run_of(kind: str, form: str, folder: Any, saves: bool) -> list[Tensor]:
     model, optimizer = make(kind, LOW, partial(distopt.AdamW, master_weights=form))
     if saves:
-        train(model, optimizer)
+        steps(model, optimizer)
         distopt.save_checkpoint(folder, model, optimizer)
     else:
         distopt.load_checkpoint(folder, model, optimizer)
-    train(model, optimizer)
+    steps(model, optimizer)
     return [full(p) for p in model.all]
 
 
