@@ -62,7 +62,12 @@ def test_everything_is_in_it(wheel: Path) -> None:
     # Files other than Python: the C source that is compiled on the user's machine, the page of a report.
     data = {f"distopt/{name}" for name in files(ROOT / "distopt", "*.*") if not name.endswith((".py", ".pyc"))}
     assert len(config) > 20 and len(code) > 20 and len(plugin) > 5
-    assert data >= {"distopt/kernels/cpu.c", "distopt/report/page.html", "distopt/py.typed"}
+    assert data >= {
+        "distopt/kernels/cpu.c",
+        "distopt/kernels/formats.c",
+        "distopt/report/page.html",
+        "distopt/py.typed",
+    }
     assert config >= {"distopt/conf/train.yaml", "distopt/conf/plan.yaml", "distopt/conf/optimizer/adamw.yaml"}
     assert config | code | plugin | data <= names
     assert {name.partition("/")[0] for name in names} == {"distopt", "hydra_plugins", f"{stem(wheel)}.dist-info"}

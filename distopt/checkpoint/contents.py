@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distopt.checkpoint import manifest
+from distopt.kernels import rounding
+from distopt.kernels.rounding import BESIDE
 from distopt.layout import ShardLayout
 from distopt.layout.names import bare_parameters
 from distopt.layout.range_shard import RangeShard
@@ -28,7 +30,7 @@ class Contents:
         tensors: The local tensors of the model, by name. A checkpoint is compared with their full shapes and dtypes.
         state: The local state buffers, by the names of parameter and buffer; compared likewise.
         masters: The float32 masters that stand for the weights of their parameters, so that a checkpoint has float32
-            weights wherever they are trained in float32: those that ZeRO-1 shards.
+            weights wherever they are trained in float32: those that ZeRO-1 shards, also as weights and remainders.
         groups: The param groups, with names in place of parameters.
 
     Raises:
@@ -56,11 +58,12 @@ class Contents:
         ]
         self.state: State = {name: buffers for name, buffers in named["state"].items() if buffers}
         self.masters = _sharded_masters(model, optimizer)
+        self._with_remainder = {p for p in self.masters if "remainder" in optimizer.state[p]}
         for name, p in bare_parameters(model, remove_duplicate=False).items():
             if p in self.masters:
                 self.tensors[name] = self.masters[p]
                 if name in self.state:  # by a copy: it may be the optimizer's own
-                    self.state[name] = {key: value for key, value in self.state[name].items() if key != "master"}
+                    self.state[name] = {key: value for key, value in self.state[name].items() if key not in BESIDE}
 
     def saved(self) -> dict[str, Any]:
         """The tensors to write, on every rank."""
@@ -102,17 +105,37 @@ class Contents:
             return
         layout: ShardLayout = self.optimizer.layout  # type: ignore[attr-defined]
         for p, master in self.masters.items():
-            torch._foreach_copy_(layout.split(p, p.detach()), layout.split(p, master))
-            if self.optimizer.state.get(p):
-                self.optimizer.state[p]["master"] = master
+            (weights,), state = layout.split(p, p.detach()), self.optimizer.state.get(p)
+            if p in self._with_remainder:
+                high, low = rounding.split(master.to_local())
+                weights.copy_(high)
+                beside = {"remainder": RangeShard(low, master.shape, master.placements[0], master.device_mesh)}
+            else:
+                weights.copy_(master.to_local())
+                beside = {"master": master}
+            if state:
+                state.update(beside)
         layout.publish(list(self.masters))
         layout.sync.wait()
 
 
 def _sharded_masters(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, RangeShard]:
     """Returns the masters of the parameters of a model whose weights ZeRO-1 keeps in 16 bits."""
-    found = {p: optimizer.state.get(p, {}).get("master") for p in model.parameters()}
-    return {p: master for p, master in found.items() if isinstance(master, RangeShard)}
+    found: dict[Tensor, RangeShard] = {}
+    for p in model.parameters():
+        state = optimizer.state.get(p, {})
+        if isinstance(master := state.get("master"), RangeShard):
+            found[p] = master
+        elif isinstance(remainder := state.get("remainder"), RangeShard):
+            found[p] = _joined(optimizer.layout, p, remainder)  # type: ignore[attr-defined]
+    return found
+
+
+def _joined(layout: ShardLayout, param: Tensor, remainder: RangeShard) -> RangeShard:
+    """Returns the float32 values of this rank's weights, in new memory."""
+    (weights,) = layout.split(param, param.detach())
+    values = rounding.join(weights, remainder.to_local())
+    return RangeShard(values, remainder.shape, remainder.placements[0], remainder.device_mesh)
 
 
 def _check_support(model: nn.Module, optimizer: Optimizer) -> None:

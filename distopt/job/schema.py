@@ -141,6 +141,10 @@ SCHEMA: dict[str, Key] = {
     "optimizer.cautious_decay": Key(
         BOUNDS["cautious_decay"], "decay only the weights that the update does not move away from 0"
     ),
+    "optimizer.master_weights": Key(
+        BOUNDS["master_weights"],
+        "beside bfloat16 weights: float32 masters; remainder, the 16 bits that they lack; none, to round at random",
+    ),
     "optimizer.maximize": Key(BOUNDS["maximize"], "ascend instead of descend"),
     "param_groups.weight_decay": Key(
         BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"

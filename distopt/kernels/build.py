@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("cpu.c")
+_FORMATS, _SOURCE = (Path(__file__).with_name(name) for name in ("formats.c", "cpu.c"))
 # No contraction: the compiler would fuse a multiply-add in a vector loop and not in its remainder, so that the bits of
 # an element would depend on where its shard ends.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC")
@@ -131,11 +131,12 @@ def names(kernel: str) -> tuple[list[str], list[str]]:
 
 
 def _source() -> str:
-    """Returns cpu.c, after an enum of the indices of its scalars and scales."""
+    """Returns formats.c and cpu.c, after an enum of the indices of its scalars and scales."""
     source = _SOURCE.read_text()
     families = sorted(set(re.findall(r"\b[hs]\[(\w+?)__", source)))
     indices = [f"{rule}__{name} = {i}" for rule in families for column in names(rule) for i, name in enumerate(column)]
-    return f'enum {{ {", ".join(indices)} }};\n#line 1 "{_SOURCE.name}"\n{source}'
+    files = ((_FORMATS.name, _FORMATS.read_text()), (_SOURCE.name, source))
+    return "\n".join([f"enum {{ {', '.join(indices)} }};", *(f'#line 1 "{name}"\n{text}' for name, text in files)])
 
 
 def _machine() -> list[str]:

@@ -2,8 +2,9 @@
  *
  * A call walks over many tensors in pieces that the threads share. `table` and `scales` are stored column by column, with
  * one value for each tensor. The columns of `table`: lengths, the lengths of a row (the elements of one index along the
- * layer's dimension 0), then the addresses of weights, gradients (`half`: of bfloat16, the upper half of a float32) and
- * up to three state buffers. The columns of `scales`: values that differ between tensors, then the factor of the direction,
+ * layer's dimension 0), then the addresses of weights, gradients (of bfloat16, the upper half of a float32, with the flag
+ * HALF) and up to three state buffers. With the flag NARROW weights and state have other forms (formats.c), whose columns
+ * follow; then STEP and MEASURE are the only modes, and MEASURE changes nothing. The columns of `scales`: values that differ between tensors, then the factor of the direction,
  * and last that of the gradient, whose product with each element is rounded as if it had been stored. `mode`:
  *   STEP        updates state and weights;
  *   MEASURE     updates the state, and adds up the squares of each tensor's weights and of its direction;
@@ -26,7 +27,8 @@
 #include <string.h>
 
 enum { STEP, MEASURE, APPLY, KEEP, APPLY_KEPT, SUM, SUM_KEEP }; /* SUM: as MEASURE, of one block */
-enum { PIECE = 8192, WAVE = 2048, CHUNK = 1024, HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
+enum { HALF = 1, NARROW = 2 }; /* flags */
+enum { PIECE = 8192, WAVE = 2048, HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
 enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
 
@@ -260,16 +262,21 @@ static int64_t next_pieces(const int64_t *numel, const int64_t *row, int64_t ten
     return count;
 }
 
-static void widen(const uint16_t *from, float *to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, sizeof bits);
-    }
+/* Reads where and how weights and state of a tensor are stored. */
+static Window find(const int64_t *table, int64_t tensors, int64_t tensor, Store *stores) {
+    static const int addresses[STORES] = {2, 4, 5, 6}; /* of the weights and of up to three buffers */
+    const int64_t *own = table + tensor;
+    for (int i = 0; i < STORES; i++)
+        stores[i] = (Store){(char *)own[addresses[i] * tensors], (char *)own[(7 + i) * tensors],
+                            own[(7 + STORES + i) * tensors], (uint32_t)own[(7 + 2 * STORES + i) * tensors]};
+    own += (7 + 3 * STORES) * tensors;
+    return (Window){own[0], own[tensors], own[2 * tensors]};
 }
 
 /* Calls `rows` on every chunk of every piece. totals: for each tensor the sums of weights and of directions. */
 static void walk(Rows *rows, const int64_t *table, const float *scales, Total *totals, int64_t tensors,
-                 const float *hyper, int half, int mode, int threads) {
+                 const float *hyper, int flags, int mode, int threads) {
+    const int half = flags & HALF, narrow = flags & NARROW;
     Piece pieces[WAVE];
     Piece at = {0, 0, 0};
     const int64_t *lengths = table + tensors;
@@ -279,7 +286,9 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel, row = lengths[tensor];
             char *column[5] = {0};
             for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 2) * tensors + tensor];
-            float s[SCALES], widened[CHUNK], direction[CHUNK];
+            float s[SCALES], widened[CHUNK], direction[CHUNK], read[STORES][CHUNK];
+            Store stores[STORES];
+            const Window window = narrow ? find(table, tensors, tensor, stores) : (Window){0, 1, 1};
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
             const int measures = mode == MEASURE || mode == KEEP;
@@ -294,8 +303,16 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
                 }
                 if (half) widen((uint16_t *)column[1] + from, widened, n);
                 float *p = (float *)column[0] + from, *g = half ? widened : (float *)column[1] + from;
-                rows(!by_block ? mode : mode == KEEP ? SUM_KEEP : SUM, hyper, s, p, g, (float *)column[2] + from,
-                     (float *)column[3] + from, (float *)column[4] + from, n, direction);
+                float *state[] = {(float *)column[2] + from, (float *)column[3] + from, (float *)column[4] + from};
+                for (int i = 0; narrow && i < STORES; i++) {
+                    if (stores[i].data == 0 || (stores[i].format == FLOAT32 && mode == STEP)) continue;
+                    load(stores + i, from, n, read[i]);
+                    *(i == 0 ? &p : state + i - 1) = read[i];
+                }
+                rows(!by_block ? mode : mode == KEEP ? SUM_KEEP : SUM, hyper, s, p, g, state[0], state[1], state[2], n,
+                     direction);
+                for (int i = 0; narrow && mode == STEP && i < STORES; i++)
+                    if (stores[i].data != 0) save(stores + i, window, from, n, read[i]);
                 if (by_block) {
                     add(&weights, direction[0]);
                     add(&updates, direction[1]);
@@ -402,9 +419,9 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
             if (buffers > 2) c[i] = z;                                                                                 \
         }                                                                                                              \
     }                                                                                                                  \
-    void name(const int64_t *table, const float *scales, Total *totals, int64_t tensors, const float *hyper, int half, \
+    void name(const int64_t *table, const float *scales, Total *totals, int64_t tensors, const float *hyper, int flags,\
               int mode, int threads) {                                                                                 \
-        walk(name##_rows, table, scales, totals, tensors, hyper, half, mode, threads);                                 \
+        walk(name##_rows, table, scales, totals, tensors, hyper, flags, mode, threads);                                 \
     }
 
 RULE(sgd, 0)

@@ -22,6 +22,7 @@ SquaredNorms = tuple[Tensor, Tensor]
 
 _STEP, _MEASURE, _APPLY, _KEEP, _APPLY_KEPT = range(5)
 _ADDRESSES, _HYPER = 5, 7  # as cpu.c counts them
+_HALF, NARROW = 1, 2  # flags
 _CPU = torch.device("cpu")
 _KINDS = (_CPU, torch.float32), (_CPU, torch.bfloat16)  # of gradients
 
@@ -38,11 +39,11 @@ class CompiledUpdate:
         self.group, self.layers = shards.group, shards.layers
         self._shards = shards  # keeps their memory
         self._function: Any = getattr(library(), rule.kernel)
-        self._bfloat16 = bool(shards.grads) and shards.grads[0].dtype is torch.bfloat16
+        self._flags = _HALF if shards.grads and shards.grads[0].dtype is torch.bfloat16 else 0
         columns = [shards.params, shards.grads, *(shards.buffers[name] for name in rule.buffers)]
         self._table = _table(shards.rows, map(Column.of, columns), _ADDRESSES)
         self._measure, self._apply = _MEASURE, _APPLY
-        if shards.consumes_grads and not self._bfloat16:
+        if shards.consumes_grads and not self._flags:
             self._measure, self._apply = _KEEP, _APPLY_KEPT
         scalars, scales = names(rule.kernel)
         self._hyper = array("f", [*(rule.scalars[name] for name in scalars), *[0.0] * (_HYPER - len(scalars))])
@@ -65,7 +66,7 @@ class CompiledUpdate:
         table, columns, hyper = map(_address, (self._table, scales, self._hyper))
         tensors = ctypes.c_int64(len(ratios))
         threads = torch.get_num_threads()
-        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._bfloat16, mode, threads)
+        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._flags, mode, threads)
 
 
 def compiled_update(shards: Shards) -> CompiledUpdate:
@@ -73,10 +74,10 @@ def compiled_update(shards: Shards) -> CompiledUpdate:
     return CompiledUpdate(shards.rule, shards)
 
 
-def norms_update(shards: Shards) -> CompiledUpdate:
-    """Returns an update whose squared norms are |p|^2 and |gradient|^2: that of SGD without weight decay."""
+def without_rule(shards: Shards) -> Shards:
+    """Returns the inputs of SGD without weight decay, whose squared norms are |p|^2 and |gradient|^2."""
     rule = Rule("sgd", scalars={"weight_decay": 0.0}, scales={"ratio": lambda step: 1.0})
-    return CompiledUpdate(rule, replace(shards, consumes_grads=False))
+    return replace(shards, rule=rule, buffers={}, consumes_grads=False)
 
 
 def fits(shards: Shards) -> list[int]:

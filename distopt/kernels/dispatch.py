@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from distopt.kernels.cautious import CautiousUpdate, with_cautious_decay
 from distopt.kernels.columns import Column
-from distopt.kernels.cpu import compiled_update, fits, norms_update
-from distopt.kernels.norms import squared_norms
+from distopt.kernels.cpu import compiled_update, fits, without_rule
+from distopt.kernels.narrow_cpu import NarrowCompiledUpdate, narrow_fits
+from distopt.kernels.narrow_update import NarrowUpdate, narrow_indices
+from distopt.kernels.narrow_update import gradient_norms as sliced_gradient_norms
 from distopt.kernels.shards import Shards
 from distopt.kernels.triton import triton_updates, unfit
 from distopt.kernels.update import Directions, ForeachUpdate, GradientRatioUpdate, SquaredNorms, Update
@@ -56,9 +59,13 @@ def check_capturable(directions: Directions, shards: Shards) -> None:
 
 def gradient_norms(shards: Shards) -> SquaredNorms:
     """Returns |p|^2 and |gradient|^2 of each shard, in the digits of `distopt.kernels.exact`; changes no state."""
-    if shards.params and len(fits(shards)) == len(shards.params):
-        return norms_update(shards).squared_norms()  # both in one pass
-    return squared_norms(shards.params, shards.rows), squared_norms(shards.scaled().grads, shards.rows)
+    every = list(range(len(shards.params)))
+    if narrow_indices(shards):
+        if every in narrow_fits(shards).values():
+            return NarrowCompiledUpdate(without_rule(shards)).squared_norms()
+    elif every and fits(shards) == every:
+        return compiled_update(without_rule(shards)).squared_norms()  # both in one pass
+    return sliced_gradient_norms(shards)
 
 
 def is_measured(update: Update) -> bool:
@@ -101,6 +108,10 @@ def _has_kernel(directions: Directions, shards: Shards) -> bool:
 
 
 def _updates(directions: Directions, shards: Shards) -> list[Update]:
+    if narrow := narrow_indices(shards):
+        others = sorted(set(range(len(shards.params))).difference(narrow))
+        plain = _updates(directions, replace(shards.part(others), narrow=None)) if others else []
+        return [*plain, *_narrow_updates(directions, shards.part(narrow))]
     if shards.group["cautious"]:
         return [CautiousUpdate(directions, shards)]
     if shards.group["cautious_decay"]:
@@ -111,6 +122,15 @@ def _updates(directions: Directions, shards: Shards) -> list[Update]:
     if on_gpu and not left:
         return [*on_gpu]
     return [*on_gpu, *_others(directions, shards.part(left) if on_gpu else shards)]
+
+
+def _narrow_updates(directions: Directions, shards: Shards) -> list[Update]:
+    if shards.group["cautious_decay"]:
+        return [NarrowUpdate(with_cautious_decay(directions), shards)]
+    fitting = narrow_fits(shards) if _has_kernel(directions, shards) else {}
+    rest = sorted(set(range(len(shards.params))).difference(*fitting.values()))
+    compiled: list[Update] = [NarrowCompiledUpdate(shards.part(indices)) for indices in fitting.values()]
+    return [*compiled, *([NarrowUpdate(directions, shards.part(rest))] if rest else [])]
 
 
 def _others(directions: Directions, shards: Shards) -> list[Update]:

@@ -10,21 +10,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 # A function of the number of steps that a tensor has taken: a float, or a float64 tensor with one for each tensor.
 OfStep = Callable[[Any], Any]
 
 
 class Slot(NamedTuple):
-    """The shape and the placement of a state buffer of a parameter.
+    """The shape, the placement and the dtype of a state buffer of a parameter.
 
     Attributes:
         shape: The full shape.
         replicated: Whether every rank has all of it, in a plain tensor, and makes it equal to those of the others.
             Otherwise it has the shape of its parameter and is laid out as it.
+        dtype: The dtype; None for float32, or the parameter's own if that is wider.
     """
 
     shape: tuple[int, ...]
     replicated: bool = False
+    dtype: torch.dtype | None = None
 
 
 OfShape = Callable[[tuple[int, ...]], "Slot | None"]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.columns import Column
+from distopt.kernels.narrow import Narrow
 from distopt.kernels.rules import Rule
 
 # On the CPU a rule runs over slices of this many elements, so that its temporaries stay in the cache and the scratch
-# memory is a constant. A GPU takes everything in one multi-tensor call.
-_SLICE = 2**17
+# memory is a constant. A GPU takes everything in one multi-tensor call, but for narrow shards, whose float32 copies are
+# scratch memory.
+_SLICE, _GPU_SLICE = 2**17, 2**24
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Shards:
         group: The param group, with its hyper-parameters.
         rule: The specification of the rule for this group.
         layers: The index of the layer of each tensor.
-        params: The weights, or their float32 masters, of any shape.
+        params: The weights, or their float32 masters, of any shape; as they are stored, like the buffers.
         grads: The gradients, of the shape of the params; possibly of 16 bits where the params are masters. `slices`,
             which rules get, has them in the dtype of the params.
         buffers: The state by name, of the shape of the params; of a buffer with a slot of its own (`Rule.slots`) the
@@ -41,6 +43,7 @@ class Shards:
         rows: The elements of a row (one index of dimension 0) of each tensor's layer, with which a sum over a layer is
             the same bits however it is sharded between rows. By default those of the tensors themselves.
         ratios: Trust ratios, 0-D tensors, that multiply each gradient before the state changes (LARS).
+        narrow: What is known beside of weights and state that are stored in fewer than 32 bits; None if none are.
     """
 
     group: dict[str, Any]
@@ -55,6 +58,7 @@ class Shards:
     sums: dict[str, list[float]] = field(default_factory=dict)
     grad_factor: float | Tensor = 1.0
     consumes_grads: bool = False
+    narrow: Narrow | None = None
 
     def __post_init__(self) -> None:
         if self.rows is None:
@@ -78,17 +82,19 @@ class Shards:
         """Yields the same tensors in slices that fit in the cache; on a GPU all at once."""
         if not self.params:
             return
-        if self.params[0].device.type != "cpu":
-            yield self._take([(i, tensors) for i, tensors in enumerate(zip(*self._columns))])
+        on_cpu = self.params[0].is_cpu
+        if not on_cpu and self.narrow is None:
+            yield self._take([(i, 0, tensors) for i, tensors in enumerate(zip(*self._columns))])
             return
-        taken: list[tuple[int, tuple[Tensor, ...]]] = []
+        most = _SLICE if on_cpu else _GPU_SLICE
+        taken: list[_Slice] = []
         size = 0
         for i, tensors in enumerate(zip(*self._columns)):
-            for piece in _sliced(tensors, self.rows[i]):
-                if taken and size + piece[0].numel() > _SLICE:
+            for start, piece in _sliced(tensors, self.rows[i], most):
+                if taken and size + piece[0].numel() > most:
                     yield self._take(taken)
                     taken, size = [], 0
-                taken.append((i, piece))
+                taken.append((i, start, piece))
                 size += piece[0].numel()
         yield self._take(taken)
 
@@ -108,6 +114,7 @@ class Shards:
             rows=some(self.rows),
             ratios=None if self.ratios is None else some(self.ratios),
             sums={name: some(column) for name, column in self.sums.items()},
+            narrow=None if self.narrow is None else self.narrow.part(indices),
         )
 
     def scaled(self) -> Shards:
@@ -117,14 +124,21 @@ class Shards:
         return replace(self, grads=multiplied(self.grads, self.grad_factor), grad_factor=1.0)
 
     @property
-    def _columns(self) -> list[list[Tensor]]:
-        return [self.params, self.grads, *self.buffers.values()]
+    def _columns(self) -> list[list[Any]]:
+        extras = {} if self.narrow is None else self.narrow.extras
+        return [self.params, self.grads, *self.buffers.values(), *extras.values()]
 
-    def _take(self, taken: list[tuple[int, tuple[Tensor, ...]]]) -> Shards:
-        params, grads, *buffers = (list(column) for column in zip(*(tensors for _, tensors in taken)))
-        part = self.part([i for i, _ in taken])
-        grads = [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, params)]
-        return replace(part, params=params, grads=grads, buffers=dict(zip(self.buffers, buffers))).scaled()
+    def _take(self, taken: list[_Slice]) -> Shards:
+        params, grads, *others = (list(column) for column in zip(*(tensors for _, _, tensors in taken)))
+        part = self.part([i for i, _, _ in taken])
+        grads = [g if g.dtype == dtype else g.to(dtype) for g, dtype in zip(grads, map(computed, params))]
+        narrow = part.narrow
+        if narrow is not None:
+            windows = [at._replace(first=at.first + start) for at, (_, start, _) in zip(narrow.windows, taken)]
+            extras = dict(zip(narrow.extras, others[len(self.buffers) :]))
+            narrow = replace(narrow, windows=windows, extras=extras)
+        buffers = dict(zip(self.buffers, others))
+        return replace(part, params=params, grads=grads, buffers=buffers, narrow=narrow).scaled()
 
 
 def multiplied(tensors: list[Tensor], factor: float | Tensor) -> list[Tensor]:
@@ -145,15 +159,33 @@ def row_of(shape: Sequence[int]) -> int:
     return max(1, math.prod(shape[1:]))
 
 
-def _sliced(tensors: tuple[Tensor, ...], row: int) -> Iterable[tuple[Tensor, ...]]:
+_Slice = tuple[int, int, tuple[Any, ...]]  # the index of a shard, the first element, the tensors
+
+
+def computed(param: Tensor) -> torch.dtype:
+    """Returns the dtype in which the update of a weight is computed."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _sliced(tensors: tuple[Any, ...], row: int, most: int) -> Iterable[tuple[int, tuple[Any, ...]]]:
     """Slices a parameter, its gradient and its state alike, if they are long and contiguous.
 
-    A slice is a number of rows; a longer row is sliced on its own, from its start.
+    A slice is a number of rows; a longer row is sliced on its own, from its start. A tensor of fewer elements has one
+    for each of some consecutive ones of the parameter.
+
+    Yields:
+        The first element of a slice, and the slices of the tensors; None of those that are None.
     """
     numel = tensors[0].numel()
-    if numel <= _SLICE or not all(t.is_contiguous() for t in tensors):
-        return [tensors]
-    step = max(row, _SLICE // row * row)
-    starts = [start for first in range(0, numel, step) for start in range(first, min(first + step, numel), _SLICE)]
+    if numel <= most or not all(t is None or t.is_contiguous() for t in tensors):
+        return [(0, tensors)]
+    step = max(row, most // row * row)
+    starts = [start for first in range(0, numel, step) for start in range(first, min(first + step, numel), most)]
     sizes = [end - start for start, end in zip(starts, [*starts[1:], numel])]
-    return zip(*(t.view(-1).split(sizes) for t in tensors))
+    return zip(starts, zip(*(_pieces(t, sizes, numel) for t in tensors)))
+
+
+def _pieces(tensor: Tensor | None, sizes: list[int], numel: int) -> Sequence[Tensor | None]:
+    if tensor is None:
+        return [None] * len(sizes)
+    return tensor.view(-1).split([size * tensor.numel() // numel for size in sizes])

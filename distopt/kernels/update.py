@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.norms import squared_norms
-from distopt.kernels.shards import Shards
+from distopt.kernels.shards import Shards, computed
 
 Directions = Callable[[Shards], list[Tensor]]
 SquaredNorms = tuple[Tensor, ...]
@@ -120,6 +120,7 @@ class GradientRatioUpdate:
 
 
 def ratio_of_each(ratios: Tensor, shards: Shards) -> list[Tensor]:
-    """Returns the ratio of each shard's layer as a 0-D tensor of its dtype."""
-    by_dtype = {dtype: ratios.to(dtype).unbind() for dtype in {p.dtype for p in shards.params}}
-    return [by_dtype[p.dtype][layer] for layer, p in zip(shards.layers, shards.params)]
+    """Returns the ratio of each shard's layer as a 0-D tensor of the dtype in which its update is computed."""
+    dtypes = list(map(computed, shards.params))
+    by_dtype = {dtype: ratios.to(dtype).unbind() for dtype in set(dtypes)}
+    return [by_dtype[dtype][layer] for layer, dtype in zip(shards.layers, dtypes)]

@@ -206,9 +206,9 @@ class ShardLayout(LayerNorms):
         """Returns the device on which a tensor is updated and its state is kept."""
         return param.device
 
-    def zeros(self, param: Tensor) -> Tensor:
-        """Returns a new state buffer of zeros, sharded as this rank updates the parameter, in float32 or wider."""
-        return torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
+    def zeros(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns a new state buffer of zeros, sharded as this rank updates the parameter; None: float32 or wider."""
+        return torch.zeros_like(param, dtype=dtype or wide(param.dtype), requires_grad=False)
 
     def master(self, param: Tensor) -> Tensor:
         """Returns a float32 copy of a 16-bit parameter, updated in its place and sharded as its state."""

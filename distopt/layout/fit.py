@@ -35,7 +35,7 @@ def fit(layout: ShardLayout, param: Tensor, value: Tensor, name: str, slot: Slot
     if now != to:
         full = value if now is None else value.full_tensor()  # type: ignore[attr-defined]
         value = full if to is None else _part(full, *to)
-    return value.to(layout.state_device(param), wide(param.dtype))
+    return value.to(layout.state_device(param), (slot and slot.dtype) or wide(param.dtype))
 
 
 def check_shape(param: Tensor, value: Any, name: str, slot: Slot | None = None) -> None:

@@ -80,8 +80,9 @@ class Zero1Layout(ShardLayout):
 
         return (self.mesh, (Shard(0),)) if param.ndim else None
 
-    def zeros(self, param: Tensor) -> Tensor:
-        return self._sharded(param, torch.zeros_like(self.split(param, param.detach())[0], dtype=wide(param.dtype)))
+    def zeros(self, param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        own = self.split(param, param.detach())[0]
+        return self._sharded(param, torch.zeros_like(own, dtype=dtype or wide(param.dtype)))
 
     def master(self, param: Tensor) -> Tensor:
         return self._sharded(param, self.split(param, param.detach())[0].to(wide(param.dtype), copy=True))

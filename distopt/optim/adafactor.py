@@ -87,6 +87,7 @@ class Adafactor(ShardedOptimizer):
     """
 
     torch_options = DECOUPLED
+    needs_float32 = "compares its steps with its float32 weights"
     bounds = BOUNDS | FACTORED
     _all: RowsAndColumns | None = None  # of the layout of the last step
 

@@ -43,6 +43,7 @@ class DistanceAdapted(ShardedOptimizer):
     inner_products = 2
 
     torch_options = DECOUPLED
+    needs_float32 = "measures distances between its weights and others in float32"
     group_state: tuple[str, ...] = ("d", "d_numerator")
 
     def __init__(

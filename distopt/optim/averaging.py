@@ -58,6 +58,7 @@ class ScheduleFree(ShardedOptimizer):
     Trust ratios raise ValueError: the step of y is not that of z.
     """
 
+    needs_float32 = "interpolates between its weights and others in float32"
     group_state = ("train_mode",)
     unobservable = "the weights y also move towards z, by more than the direction that is measured"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,20 +12,19 @@ from torch import Tensor
 from distopt import layout as layouts
 from distopt.bounds import Bound
 from distopt.kernels import dispatch
-from distopt.kernels.cautious import check_cautious
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
-from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.clip import Clip, refuse_closure
 from distopt.optim.eager import eager_island
+from distopt.optim.group_checks import check_before_step, check_new
 from distopt.optim.observer import observer_of
-from distopt.optim.options import CAUTIOUS, COMMON, TORCH_OPTIONS, Accepted, check_torch_options, drop_torch_options
-from distopt.optim.ratios import Ratios
-from distopt.optim.state import LocalState, refuse_host_counts_in_graph
+from distopt.optim.options import COMMON, OWN, TORCH_OPTIONS, Accepted, check_torch_options
+from distopt.optim.ratios import Ratios, compares_gradients
+from distopt.optim.state import LocalState
 from distopt.optim.state_dict import read_state_dict
-from distopt.optim.validate import BOUNDS, check_group, check_values
+from distopt.optim.validate import BOUNDS
 from distopt.proof import before_step
 
 if TYPE_CHECKING:
@@ -49,13 +47,14 @@ class ShardedOptimizer(LayoutOptimizer):
     at the first step, for every trainable parameter of a group, because engines replace parameters after construction
     and all ranks must have the same keys; it is sharded as the layout says, also if it was loaded or made before the
     layout was known. Parameters of 16 bits are updated through float32 masters, which are part of their state
-    (`master`) on every layout. Options of torch without a meaning here (`fused`, `foreach`) are accepted and dropped,
-    those that would change an update are refused.
+    (`master`) on every layout, unless `master_weights` says otherwise. Options of torch without a meaning here
+    (`fused`, `foreach`) are accepted and dropped, those that would change an update are refused.
 
     Every param group may set the following options, also where a subclass does not name them: `maximize`, ascend
     instead of descend; `trust_ratio`, multiply each layer's direction by |p| / |direction|; `trust_clip`, bounds (low,
-    high) of that ratio, or None; `cautious` and `cautious_decay`, as `distopt.kernels.cautious`; `capturable`, count
-    the steps on the GPU, so that a CUDA graph may capture `step` (lr may be a tensor there then).
+    high) of that ratio, or None; `cautious` and `cautious_decay`, as `distopt.kernels.cautious`; `master_weights`, as
+    `distopt.optim.masters`; `capturable`, count the steps on the GPU, so that a CUDA graph may capture `step` (lr may
+    be a tensor there then).
 
     Args:
         params: Parameters, or param groups as dicts.
@@ -63,10 +62,10 @@ class ShardedOptimizer(LayoutOptimizer):
         torch_options: Options of torch's that change nothing here.
 
     Attributes:
-        torch_options: By name of an option of torch's: its accepted values, and the remedy for others. A rule that has
-            such an option itself leaves it out.
+        torch_options: By name of an option of torch's that the rule has not: its accepted values, and the remedy.
         bounds: The bound of every option of a param group that is checked.
         group_state: The entries of a param group that are state and no options.
+        needs_float32: Why its weights have to be in float32, if only in masters; "" if they need not.
         unobservable: Why the norms of its steps are not those of its directions; "" if they are.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
             multiplies, or that of the "gradient", which it multiplies before the state changes (LARS).
@@ -75,16 +74,16 @@ class ShardedOptimizer(LayoutOptimizer):
     torch_options: Mapping[str, Accepted] = TORCH_OPTIONS
     bounds: Mapping[str, Bound] = BOUNDS
     group_state: tuple[str, ...] = ()
+    needs_float32: str = ""
     unobservable: str = ""
     ratio_of: Literal["update", "gradient"] = "update"
     takes_clip = True  # `step` has the arguments `clip` and `consumes_grads`
     _checked: ShardLayout | None = None  # the layout of the last step
     _local: LocalState
-    _reduced: Tensor | None = None  # the norms of the last trust ratios: |p| and the other one
     _ratios: Ratios
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **torch_options: Any) -> None:
-        own = {name: torch_options.pop(name) for name in CAUTIOUS if name in torch_options}
+        own = {name: torch_options.pop(name) for name in OWN if name in torch_options}
         if unknown := torch_options.keys() - self.torch_options.keys():
             raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {min(unknown)!r}")
         check_torch_options(torch_options, self.torch_options)
@@ -164,15 +163,16 @@ class ShardedOptimizer(LayoutOptimizer):
             clip.check(layout)
         params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
 
-        shards = [replace(each, consumes_grads=consumes_grads) for each in self._collect(layout, params, clip)]
+        shards = self._local.collect(self, layout, params, clip, consumes_grads)
+        self._ratios.forget(layout, [p for group in params for p in group])
         adapt = self._measure(layout, shards)
         updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
         measured = [update for update in updates if dispatch.is_measured(update)]
-        ratios = self._trust_ratios(layout, measured, clip)
+        ratios = self._ratios.measure(self, layout, measured, clip)
 
         if observer is not None:
-            observer.apply(self, layout, updates, [*zip(measured, ratios)], self._reduced)
+            observer.apply(self, layout, updates, [*zip(measured, ratios)], self._ratios.norms)
         else:
             dispatch.apply(updates, measured, ratios)
         updated = [p for group in params for p in group]
@@ -184,48 +184,11 @@ class ShardedOptimizer(LayoutOptimizer):
     @property
     def compares_gradients(self) -> bool:
         """Whether trust ratios compare the norms of the gradients with those of the parameters (not of masters)."""
-        groups = self.param_groups
-        if self.ratio_of != "gradient" or any(group["cautious"] for group in groups):
-            return False
-        masters = any(p.dtype.itemsize < 4 for group in groups for p in group["params"])
-        return any(group["trust_ratio"] for group in groups) and not masters
-
-    def _collect(self, layout: ShardLayout, params: list[list[Tensor]], clip: Clip | None) -> list[Shards]:
-        """Phase 1: returns this rank's shards of the parameters with a gradient, by param group."""
-        factor = 1.0 if clip is None else clip.factor
-        if isinstance(factor, Tensor) and factor.is_cpu:
-            factor = factor.item()
-        # An engine may step one group at a time and leave the others empty: these need no norms.
-        indices = [i for i, group in enumerate(self.param_groups) if group["params"]]
-        # All of them before a step is counted, so that a step that is refused changes nothing.
-        found = [self._local.shards(self, layout, i, params[i], factor) for i in indices]
-        self._ratios.forget(layout, [p for group in params for p in group])
-        return [self._local.counted(self, layout, i, params[i], shards) for i, shards in zip(indices, found)]
+        return compares_gradients(self)
 
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
         return lambda: None
-
-    def _trust_ratios(self, layout: ShardLayout, updates: list[Update], clip: Clip | None) -> list[Tensor]:
-        """Phase 2: exchanges the sums of the layers of these updates, and returns the trust ratios for each, or 1."""
-        if not updates:
-            return []
-        if clip is not None and clip.weight_norms is not None:  # both norms are known
-            self._reduced = torch.stack([clip.weight_norms, clip.norms * clip.factor])
-            norms = [(self._reduced[0], self._reduced[1])] * len(updates)
-        else:
-            squares = dispatch.concatenated([update.squared_norms() for update in updates])
-            sums = layout.total([layer for update in updates for layer in update.layers], *squares)
-            self._reduced, norms = sums[:2].sqrt(), dispatch.norms(updates, sums)
-        found = []
-        for update, (weight, other) in zip(updates, norms):
-            ratios = torch.ones_like(weight)
-            if update.group["trust_ratio"]:
-                ratios = torch.where((weight > 0) & (other > 0), self.trust_ratio(update.group, weight, other), ratios)
-                ratios = ratios if (bounds := update.group["trust_clip"]) is None else ratios.clamp(*bounds)
-                self._ratios.add(update.layers, ratios)
-            found.append(ratios)
-        return found
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Returns the trust ratio of each layer that this rank has a part of, in the last step, by parameter.
@@ -249,11 +212,7 @@ class ShardedOptimizer(LayoutOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_torch_options(group, self.torch_options)
-            drop_torch_options(group, self.torch_options)
-            check_group(group, self.defaults, self.bounds)
-            self.check(group)
-            check_cautious(self, group)
+            check_new(self, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -279,14 +238,9 @@ class ShardedOptimizer(LayoutOptimizer):
 
     def _checked_layout(self) -> ShardLayout:
         """Returns the layout, after all checks that need no gradient."""
-        refuse_host_counts_in_graph(self)
+        check_before_step(self)
         before_step(self)
-        for group in self.param_groups:
-            check_values(group, self.bounds)
-            check_torch_options(group, self.torch_options)
-            check_cautious(self, group)
-        layout = self.layout
-        if layout is not self._checked:  # what FSDP2 frees after a backward pass was still there for clipping
+        if (layout := self.layout) is not self._checked:  # FSDP2 frees after a backward pass what clipping still sees
             layouts.refuse_foreign(layout.segments)
             self._checked = layout
         return layout

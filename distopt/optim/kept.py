@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from distopt.kernels.columns import PLAIN, Column
+from distopt.kernels.narrow import WEIGHTS, Narrow
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout, local_parts
 from distopt.layout.tensors import same
-
-WEIGHTS = ""  # the name of the weights, or of their masters, among the state buffers
 
 
 class KeptShards:
@@ -25,6 +24,7 @@ class KeptShards:
         params: The parameters, with or without a gradient.
         sources: The tensors of the parameters whose shards are kept, by name; None for a parameter without one.
         shards: The local shards of these tensors.
+        narrow: What is known beside of these shards, if some are stored in fewer than 32 bits.
 
     Attributes:
         columns: The shards by name, without those that are empty.
@@ -41,6 +41,7 @@ class KeptShards:
         params: Sequence[Tensor],
         sources: Mapping[str, Sequence[Any]],
         shards: Mapping[str, Sequence[Any]],
+        narrow: Narrow | None = None,
     ) -> None:
         self._layout, self._params = layout, list(params)
         self._sources = {name: list(tensors) for name, tensors in sources.items()}
@@ -54,6 +55,7 @@ class KeptShards:
         self.columns = {name: Column(parts[i] for i in filled) for name, parts in shards.items()}
         self.layers = [layers[i] for i in filled]
         self.rows = layout.rows(self.layers)
+        self._narrow = None if narrow is None else narrow.part(filled)
 
     def hold(self, layout: ShardLayout, params: Sequence[Tensor], sources: Mapping[str, Sequence[Any]]) -> bool:
         """Whether these are the shards of the same objects in the same memory.
@@ -91,10 +93,14 @@ class KeptShards:
         weights: list[Tensor] = self.columns[WEIGHTS]
         buffers: dict[str, list[Tensor]] = {name: self.columns[name] for name in rule.buffers}
         steps = [0.0] * len(weights)
+        all_shards = Shards(
+            *(group, rule, self.layers, weights, weights, buffers, steps, self.rows),
+            grad_factor=factor,
+            narrow=self._narrow,
+        )
         if len(params) == len(self._params):
             grads = grads if self._filled is None else [grads[i] for i in self._filled]
-            return Shards(group, rule, self.layers, weights, grads, buffers, steps, self.rows, grad_factor=factor)
-        all_shards = Shards(group, rule, self.layers, weights, weights, buffers, steps, self.rows, grad_factor=factor)
+            return replace(all_shards, grads=grads)
         having = {id(p) for p in params}
         indices = [i for i, owner in enumerate(self._owners) if id(self._params[owner]) in having]
         return replace(all_shards.part(indices), grads=[g for g in grads if g.numel()])

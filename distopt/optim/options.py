@@ -6,13 +6,14 @@ from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
-    from typing import TypedDict
+    from typing import Literal, TypedDict
 
     class TorchOptions(TypedDict, total=False):
         """Arguments of torch's constructors that are also accepted here, and options of all rules."""
 
         cautious: bool
         cautious_decay: bool
+        master_weights: Literal["float32", "remainder", "none"]
 
         foreach: bool | None
         fused: bool | None
@@ -22,13 +23,13 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
 
 
 # The defaults of distopt's own options, for rules that do not name them.
-CAUTIOUS: dict[str, Any] = {"cautious": False, "cautious_decay": False}
+OWN: dict[str, Any] = {"cautious": False, "cautious_decay": False, "master_weights": "float32"}
 COMMON: dict[str, Any] = {
     "maximize": False,
     "trust_ratio": False,
     "trust_clip": None,
     "capturable": False,
-    **CAUTIOUS,
+    **OWN,
 }
 
 Accepted = tuple[tuple[bool | None, ...], str]

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import dispatch
+from distopt.kernels.narrow import WEIGHTS, Narrow
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
-from distopt.layout import ShardLayout, fit, local, trained, wide
+from distopt.layout import ShardLayout, fit, trained
 from distopt.layout.tensors import same
-from distopt.optim.kept import WEIGHTS, KeptShards
+from distopt.layout.windows import windows
+from distopt.optim.clip import Clip
+from distopt.optim.kept import KeptShards
+from distopt.optim.masters import BESIDE, Masters, beside, settle_beside
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
@@ -31,7 +35,7 @@ class LocalState:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[ShardLayout, list[Any]]] = {}  # by param group
+        self._seen: dict[int, tuple[Any, list[Any]]] = {}  # by param group: what it was laid out for, and the tensors
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._kept: dict[int, KeptShards] = {}  # by param group
         self._has_masters: dict[int, bool] = {}
@@ -48,8 +52,8 @@ class LocalState:
         names = rule.buffers
         states = [optimizer.state[p] for p in params]
         before, tensors = self._seen.get(index, (None, []))
-        now = [*params, *_tensors(states, names)]
-        if layout is before and same(now, tensors):
+        form, now = (layout, group["master_weights"]), [*params, *_tensors(states, names)]
+        if form == before and same(now, tensors):
             return
         for i, (p, state) in enumerate(zip(params, states)):
             if "step" not in state:
@@ -60,13 +64,27 @@ class LocalState:
                 value, label = state.get(name), f"{name} of parameter {i} of {len(params)}"
                 new, slot = value is None, rule.slot(name, p.shape)
                 state[name] = optimizer.init_slot(layout, group, name, p) if new else fit(layout, p, value, label, slot)
-            if p.dtype == wide(p.dtype):
-                state.pop("master", None)
-            elif (master := state.get("master")) is None:
-                state["master"] = layout.master(p)
-            else:
-                state["master"] = fit(layout, p, master, f"master of parameter {i} of {len(params)}")
-        self._seen[index] = layout, [*params, *_tensors(states, names)]
+            settle_beside(layout, group, p, state, f"parameter {i} of {len(params)}")
+        self._seen[index] = form, [*params, *_tensors(states, names)]
+
+    def collect(
+        self,
+        optimizer: ShardedOptimizer,
+        layout: ShardLayout,
+        params: Sequence[list[Tensor]],
+        clip: Clip | None,
+        consumes_grads: bool,
+    ) -> list[Shards]:
+        """Returns this rank's shards of the parameters with a gradient, given by param group, and counts a step."""
+        factor = 1.0 if clip is None else clip.factor
+        if isinstance(factor, Tensor) and factor.is_cpu:
+            factor = factor.item()
+        # An engine may step one group at a time and leave the others empty: these need no norms.
+        indices = [i for i, group in enumerate(optimizer.param_groups) if group["params"]]
+        # All of them before a step is counted, so that a step that is refused changes nothing.
+        found = [self.shards(optimizer, layout, i, params[i], factor) for i in indices]
+        counted = [self.counted(optimizer, layout, i, params[i], shards) for i, shards in zip(indices, found)]
+        return [replace(shards, consumes_grads=consumes_grads) for shards in counted]
 
     def shards(
         self,
@@ -114,12 +132,16 @@ class LocalState:
     ) -> KeptShards:
         """Returns the shards of weights and state of a param group's parameters, with or without a gradient."""
 
-        masters = self._has_masters[index] = any(dtype.itemsize < 4 for dtype in {p.dtype for p in params})
+        group = optimizer.param_groups[index]
+        kinds = {beside(p, group) for p in params if p.dtype.itemsize < 4}
+        self._has_masters[index] = "master" in kinds
         states = [optimizer.state[p] for p in params]
 
         def sources() -> dict[str, list[Any]]:
             found = {name: [state.get(name) for state in states] for name in rule.buffers}
-            if not masters:
+            if "remainder" in kinds:
+                found["remainder"] = [state.get("remainder") for state in states]
+            if "master" not in kinds:
                 return found | {WEIGHTS: params}
             weights = [p if p.dtype.itemsize >= 4 else state.get("master") for p, state in zip(params, states)]
             return found | {WEIGHTS: weights}
@@ -129,7 +151,8 @@ class LocalState:
             self.settle(optimizer, layout, index, params)
             weights = layout.shards(params, sources()[WEIGHTS])
             buffers = {name: _buffers(layout, rule, name, params, states) for name in rule.buffers}
-            kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers})
+            narrow = _narrow(optimizer, layout, index, params) if kinds & {"remainder", ""} else None
+            kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers}, narrow)
         kept.states = states
         return kept
 
@@ -142,12 +165,12 @@ class LocalState:
     def round_masters(self, optimizer: ShardedOptimizer, layout: ShardLayout, params: Iterable[Tensor]) -> None:
         """Rounds the masters, if there are any, to their parameters."""
         for p in params if any(self._has_masters.values()) else ():
-            if p.dtype.itemsize < 4:
+            if "master" in optimizer.state[p]:
                 self._masters.round(layout, p, optimizer.state[p]["master"])
 
     def _updated(self, layout: ShardLayout, param: Tensor, state: Mapping[str, Any], group: Group) -> Tensor:
         """Returns the tensor that a step updates: the parameter, or its master."""
-        if param.dtype.itemsize >= 4:
+        if "master" not in state:
             return param
         return self._masters.refresh(layout, param, state["master"], always=group["capturable"])
 
@@ -173,34 +196,6 @@ class LocalState:
         return all_counts.tolist()
 
 
-class Masters:
-    """Float32 copies of 16-bit weights, which an optimizer updates in their place.
-
-    Steps below half a unit in the last place of a 16-bit weight would be lost. A weight that is changed from outside (a
-    model's state dict, an average of weights, `torch.nn.init`) replaces its master's value. Such a change is noticed by
-    torch's count of in-place operations, so that a write through `param.data`, which torch does not count, is not.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[Tensor, Any] = {}
-
-    def refresh(self, layout: ShardLayout, param: Tensor, master: Tensor, always: bool) -> Tensor:
-        """Returns the master, after copying the weights that were changed from outside to it.
-
-        Those are the weights to which the master does not round. Elementwise, so that the others keep the bits that 16
-        bits lack. Nothing is read back to the host.
-        """
-        if always or self._seen.get(param) != _version(param):
-            for low, high in zip(layout.split(param, param.detach()), layout.split(param, master)):
-                high.copy_(torch.where(high.to(low.dtype) == low, high, low.to(high.dtype)))
-        return master
-
-    def round(self, layout: ShardLayout, param: Tensor, master: Tensor) -> None:
-        """Rounds a master to its parameter, to the nearest."""
-        torch._foreach_copy_(layout.split(param, param.detach()), layout.split(param, master))
-        self._seen[param] = _version(param)
-
-
 def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
     """Returns a parameter's step count: a new 0-D float32 tensor, on the host unless the group is capturable.
 
@@ -213,23 +208,6 @@ def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
 def running_sum(value: Any) -> Tensor:
     """Returns a running sum of a rule: a new 0-D float64 tensor on the host."""
     return torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True).reshape(())
-
-
-def refuse_host_counts_in_graph(optimizer: ShardedOptimizer) -> None:
-    """Refuses a CUDA graph that would repeat the step count of its capture for ever."""
-    if all(group["capturable"] for group in optimizer.param_groups) or not torch.cuda.is_available():
-        return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"a CUDA graph captures {type(optimizer).__name__}.step(), which counts its steps on the host: make the "
-            "optimizer with capturable=True (and with lr a tensor on the device, if a schedule is to move it)"
-        )
-
-
-def _version(param: Tensor) -> tuple[int, int, int]:
-    """Changes with every in-place operation on a parameter, or on a DTensor's local tensor, and with its memory."""
-    tensor = local(param)
-    return param._version, tensor._version, tensor.data_ptr()
 
 
 def _buffers(
@@ -246,6 +224,22 @@ def _buffers(
     return found
 
 
+def _narrow(optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> Narrow:
+    """Returns what is known of the shards of parameters of a param group, some of which are narrow.
+
+    A layer's key is its position among the parameters of the optimizer, which no engine changes.
+    """
+    before = sum(len(group["params"]) for group in optimizer.param_groups[:index])
+    position = {id(p): before + i for i, p in enumerate(optimizer.param_groups[index]["params"])}
+    of = [p for p in params for _ in layout.segments[p]]
+    extras: list[Any] = []
+    for p in params:
+        remainder = optimizer.state[p].get("remainder")
+        extras += [None] * len(layout.segments[p]) if remainder is None else layout.shards([p], [remainder])
+    places = [window for p in params for window in windows(layout, p)]
+    return Narrow(places, [position[id(p)] for p in of], {WEIGHTS: extras})
+
+
 def _tensors(states: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
     """Returns all tensors of a group's state but the counts, which a step replaces itself."""
-    return list(chain.from_iterable(map(state.get, (*names, "master")) for state in states))
+    return list(chain.from_iterable(map(state.get, (*names, *BESIDE)) for state in states))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from distopt.layout import check_shape, wide
+from distopt.optim.masters import BESIDE, check_beside
 from distopt.optim.options import check_torch_options, drop_torch_options
 from distopt.optim.state import Group, running_sum, step_count
 from distopt.optim.validate import check_values
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
 
 
+_OWN = ("capturable", "master_weights")  # options of this optimizer, whatever a state dict says
+
+
 def read_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the state and the param groups that a state dict gives an optimizer, which is not changed.
 
     Parameters are matched by name where the groups of both have `param_names`, else by position, as in torch. Options
-    that the state dict lacks keep their values, and so does `capturable`, which says how a step runs. Floating-point
-    buffers are cast to the dtype of state (float32 or wider); they are laid out at the next step.
+    that the state dict lacks keep their values, and so do those that say how a step runs and what its numbers are
+    stored in (`capturable`, `master_weights`). Floating-point buffers are cast to the dtype of state (float32 or
+    wider); they are laid out at the next step.
 
     Args:
         optimizer: The optimizer whose param groups and parameters the result has.
@@ -84,12 +89,13 @@ def _complete(optimizer: ShardedOptimizer, group: Group, own: Group) -> None:
     check_torch_options(group, optimizer.torch_options)
     drop_torch_options(group, optimizer.torch_options)
     group["params"] = own["params"]
-    kept = {name: own[name] for name in ("param_names", "capturable") if name in own}
+    kept = {name: own[name] for name in ("param_names", *_OWN) if name in own}
     group |= {name: own.get(name, value) for name, value in optimizer.defaults.items() if name not in group} | kept
     if isinstance(group["lr"], Tensor) and group["params"]:
         group["lr"] = group["lr"].to(group["params"][0].device if group["capturable"] else "cpu")
     check_values(group, optimizer.bounds)
     optimizer.check(group)
+    check_beside(optimizer, group)
 
 
 def _read(
@@ -100,7 +106,8 @@ def _read(
     buffers = rule.names(param.shape)
     read = {name: value if name in rule.sums else _cast(param, name, value) for name, value in values.items()}
     if param.dtype == wide(param.dtype):
-        read.pop("master", None)  # of a run with 16-bit weights: here the weights themselves are updated
+        for name in BESIDE:
+            read.pop(name, None)  # of a run with 16-bit weights: here the weights themselves are updated
     for name in buffers if read else ():
         if read.get(name) is None:
             read.pop(name, None)
@@ -111,7 +118,7 @@ def _read(
                 f"the state of {label} lacks {', '.join(lacking)} (it has {', '.join(sorted(read))}): load the "
                 f"state of a {type(optimizer).__name__} with these options, or none for this parameter"
             )
-        for name in (*buffers, "master"):
+        for name in (*buffers, *BESIDE):
             if name in read:
                 check_shape(param, read[name], f"{name} of {label}", rule.slot(name, param.shape))
         for name in rule.sums:
@@ -124,4 +131,6 @@ def _read(
 def _cast(param: Tensor, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or name == "step":
         return value
+    if name == "remainder":  # no number
+        return value.to(param.device)
     return value.to(param.device, wide(param.dtype)) if value.is_floating_point() else value.to(param.device)

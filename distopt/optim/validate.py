@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.bounds import Bound, integer, is_number, number, or_null, pair, switch
+from distopt.bounds import Bound, choice, integer, is_number, number, or_null, pair, switch
 
 _DECAY = number(0.0, 1.0, below=True)  # 1 would keep the first value for ever
 # The bound of every option of a param group that is checked.
@@ -34,6 +34,7 @@ BOUNDS: dict[str, Bound] = {
     "r": number(0.0),
     "weight_lr_power": number(0.0),
     "trust_clip": or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0.0 <= low <= high, infinite=True)),
+    "master_weights": choice("float32", "remainder", "none"),
     **{
         name: switch()
         for name in (

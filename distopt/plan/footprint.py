@@ -20,6 +20,7 @@ class Param:
         slots: The number of state buffers that the optimizer keeps for it, laid out as it.
         replicated: The number of elements of its other state buffers, which every rank keeps.
         end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
+        beside: The bytes that stand beside an element of 16-bit weights: 4 of a float32 master, 2 of a remainder.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class Param:
     slots: int
     replicated: int = 0
     end: str = ""
+    beside: int = 4
 
     @property
     def numel(self) -> int:

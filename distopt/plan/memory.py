@@ -51,7 +51,7 @@ def _replicated(units: Units) -> Footprint:
 
 @footprint.register
 def _(engine: Zero1, units: Units, world: int) -> Footprint:
-    params, width, masters = all_params(units), 2 if engine.param_dtype else 4, 1 if engine.param_dtype else 0
+    params, width = all_params(units), 2 if engine.param_dtype else 4
     trained = [param for param in params if param.trained]
     plans = plan_buckets([param.shape for param in trained], world)
     buffers = width * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
@@ -61,7 +61,7 @@ def _(engine: Zero1, units: Units, world: int) -> Footprint:
             end = offset + trained[i].numel
             for rank in range(offset // plan.share, -(-end // plan.share)):
                 own = min(end, (rank + 1) * plan.share) - max(offset, rank * plan.share)
-                state[rank] += 4 * (trained[i].slots + masters) * own
+                state[rank] += (4 * trained[i].slots + (trained[i].beside if engine.param_dtype else 0)) * own
     frozen = 4 * (numel(params) - numel(trained))
     fresh = width * _fresh(trained, plans)
     if engine.offload:  # and this rank's ranges of the buffers

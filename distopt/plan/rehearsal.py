@@ -16,12 +16,13 @@ from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
+from distopt.optim.options import COMMON
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
 from distopt.plan.footprint import Footprint, Param
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from distopt.engine import Engine
 
@@ -162,19 +163,28 @@ def _forward(allocations: Allocations, entered: list[int]) -> list[Moment]:
 def units_of(model: Any, optimizer: Any) -> list[list[Param]]:
     """Return the parameters of each block of a model, and last those outside of the blocks, with their state."""
     trained = not isinstance(optimizer, MeZO)  # which moves weights without gradients
-    rules = {p: optimizer.rule(group) for group in optimizer.param_groups for p in group["params"] if trained}
+    groups = {p: group for group in optimizer.param_groups for p in group["params"] if trained}
     of_ends = {p: end for end, module in ends(model)._asdict().items() if module for p in module.parameters()}
-    units, seen = [], set()
+    units: list[list[Param]] = []
+    seen: set[Tensor] = set()
     for unit in (*blocks(model), model):
         own = [p for p in unit.parameters() if p not in seen]
         seen.update(own)
-        units.append([_param(p, rules.get(p, Rule()), of_ends.get(p, ""), trained) for p in own])
+        units.append([])
+        for p in own:
+            rule = optimizer.rule(groups[p]) if p in groups else Rule()
+            units[-1].append(_param(p, rule, of_ends.get(p, ""), trained, groups.get(p, COMMON)))
     return units
 
 
-def _param(param: Tensor, rule: Rule, end: str, trained: bool) -> Param:
+def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[str, Any]) -> Param:
     slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
     replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
     return Param(
-        tuple(param.shape), param.requires_grad and trained, len(slots) - len(replicated), sum(replicated), end
+        tuple(param.shape),
+        param.requires_grad and trained,
+        slots=len(slots) - len(replicated),
+        replicated=sum(replicated),
+        end=end,
+        beside={"float32": 4, "remainder": 2, "none": 0}[group["master_weights"]],
     )

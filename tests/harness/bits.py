@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from unittest import mock
 
 import torch
@@ -51,20 +52,33 @@ def numbers(step: int, which: int) -> list[Tensor]:
     return [torch.randn(s, generator=source) * torch.exp(2.0 * torch.randn(s, generator=source)) for s in SHAPES]
 
 
-def trained(kind: str, job: str) -> list[Tensor]:
+def trained(kind: str, job: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
     """The full perturbed weights of every step, and the full weights and state after the last one."""
+    seen, params, opt = optimized(kind, job, dtype, **options)
+    state = [opt.state[p][name] for p in params for name in sorted(opt.state[p])]
+    return seen + [full(t) for t in [*params, *state]]
+
+
+def optimized(
+    kind: str, job: str, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[list[Tensor], list[nn.Parameter], distopt.ShardedOptimizer]:
+    """The full perturbed weights of every step, the parameters and their optimizer after the last one.
+
+    Kind "columns" shards what it can along the second dimension.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     shape, axes = ((2, world // 2), ("replicate", "shard")) if kind == "hsdp" else ((world,), ("shard",))
-    where = mesh(shape, axes) if kind in ("zero1", "buckets", "fsdp2", "hsdp") else None
-    how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}.get(kind)
+    where = mesh(shape, axes) if kind in ("zero1", "buckets", "fsdp2", "hsdp", "columns") else None
+    how = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)], "columns": [Shard(1)]}.get(kind)
 
     def placed(full: Tensor) -> Tensor:
-        return distribute_tensor(full, where, how, src_data_rank=None) if how else full.clone()
+        by = [Shard(0)] if kind == "columns" and full.ndim < 2 else how
+        return distribute_tensor(full, where, by, src_data_rank=None) if by else full.clone()
 
-    params = [nn.Parameter(placed(p)) for p in initial(*SHAPES, dtype=torch.float32)]
+    params = [nn.Parameter(placed(p)) for p in initial(*SHAPES, dtype=dtype)]
     member, row = next(((m, r) for m, r in EVERYONE if f"{m.name} {r.name}" == job), (None, None))
     row = row or next(row for row in ROWS if row.name == job)
-    opt = row.make(row.groups(params))
+    opt = row.make(row.groups(params), **options)
     if kind == "zero1":
         opt.bind(layout.zero1_layout(nn.ParameterList(params), where))
     if kind == "buckets":
@@ -74,7 +88,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
 
     def gradients(step: int, which: int) -> None:
         for i, (p, grad) in enumerate(zip(params, numbers(step, which))):
-            p.grad = placed(grad) if (step + i) % 5 else None  # not every one in every step
+            p.grad = placed(grad.to(dtype)) if (step + i) % 5 else None  # not every one in every step
 
     for step in range(STEPS):
         gradients(step, 0)
@@ -85,8 +99,7 @@ def trained(kind: str, job: str) -> list[Tensor]:
             sam.restore()
         distopt.clip_grad_norm_(opt, 1.0)
         (sam or opt).step()
-    state = [opt.state[p][name] for p in params for name in sorted(opt.state[p])]
-    return seen + [full(t) for t in [*params, *state]]
+    return seen, params, opt
 
 
 def full(tensor: Tensor) -> Tensor:

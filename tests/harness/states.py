@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
 from distopt import layout
+from distopt.layout.bucketed import bucket_layout
 from tests.harness.sharded import mesh
 
 SHAPES = [(5, 3), (1,), (6, 2)]  # on two ranks even rows, odd rows, and rows that one of them lacks
@@ -43,6 +44,8 @@ def make(
     if kind == "dtensor":  # without FSDP2's own hooks
         model.all = nn.ParameterList([distribute_tensor(p.detach(), ranks, [Shard(0)]) for p in model.all])
     opt = cls(model.parameters(), lr=0.01)
+    if kind == "buckets":
+        opt.bind(bucket_layout([*model.all], ranks))  # type: ignore[arg-type]
     if kind == "zero1":
         opt.bind(layout.zero1_layout(model, ranks))
     return model, opt

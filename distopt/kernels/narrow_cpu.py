@@ -1,0 +1,75 @@
+"""The update of narrow shards by C kernels on the CPU, which convert a few numbers at a time to float32 and back."""
+
+from __future__ import annotations
+
+from array import array
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.kernels import cpu, rounding
+from distopt.kernels.columns import PLAIN
+from distopt.kernels.cpu import NARROW, CompiledUpdate
+from distopt.kernels.narrow import WEIGHTS
+from distopt.kernels.shards import Shards
+
+_STEP, _STORES = 0, 4  # as cpu.c counts them
+_FLOAT32, _BFLOAT16, _REMAINDER = range(3)
+
+
+class NarrowCompiledUpdate(CompiledUpdate):
+    """The update (`distopt.kernels.update.Update`) by a function of cpu.c, for narrow shards that fit.
+
+    A trust ratio needs norms before the first number is written, so that the directions are computed twice.
+
+    Args:
+        shards: The inputs of the rule, with gradients of one dtype.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__(shards.rule, shards)
+        assert shards.narrow is not None
+        self._flags |= NARROW
+        self._apply = _STEP
+        names = [WEIGHTS, *shards.rule.buffers]
+        stored = [shards.params, *(shards.buffers[name] for name in shards.rule.buffers)]
+        none: list[Any] = [None] * len(shards.params)
+        extras = [shards.narrow.extras.get(name, none) for name in names]
+        columns = [[0 if t is None else t.data_ptr() for t in column] for column in extras]
+        columns += [[0] * len(none)] * (_STORES - len(names))
+        columns += [list(map(_format, *pair)) for pair in zip(stored, extras)]
+        columns += [[0] * len(none)] * (_STORES - len(names))
+        columns += [
+            [rounding.key_of(key, int(step), slot) for key, step in zip(shards.narrow.keys, shards.steps)]
+            for slot in range(_STORES)
+        ]
+        columns += [[int(at[i]) for at in shards.narrow.windows] for i in range(3)]
+        self._table += array("q", chain(*columns))
+
+
+def narrow_fits(shards: Shards) -> dict[torch.dtype, list[int]]:
+    """Returns the indices of the narrow shards that the kernels are for, by the dtype of their gradients.
+
+    They are for plain contiguous tensors on the CPU, of float32 or bfloat16.
+    """
+    found: dict[torch.dtype, list[int]] = {}
+    if cpu.library() is None or shards.narrow is None:
+        return found
+    extras = zip(*shards.narrow.extras.values())
+    for i, (row, extra) in enumerate(zip(zip(shards.params, shards.grads, *shards.buffers.values()), extras)):
+        if all(map(_readable, (*row, *(t for t in extra if t is not None)))):
+            found.setdefault(shards.grads[i].dtype, []).append(i)
+    return found
+
+
+def _readable(tensor: Tensor) -> bool:
+    known = tensor.dtype in (torch.float32, torch.bfloat16)
+    return known and type(tensor) in PLAIN and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _format(stored: Tensor, extra: Tensor | None) -> int:
+    if stored.dtype is torch.float32:
+        return _FLOAT32
+    return _BFLOAT16 if extra is None else _REMAINDER
