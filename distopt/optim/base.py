@@ -166,7 +166,7 @@ class ShardedOptimizer(LayoutOptimizer):
 
         shards = [replace(each, consumes_grads=consumes_grads) for each in self._collect(layout, params, clip)]
         adapt = self._measure(layout, shards)
-        updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
+        updates = self._updates(layout, shards)
 
         measured = [update for update in updates if dispatch.is_measured(update)]
         ratios = self._trust_ratios(layout, measured, clip)
@@ -205,6 +205,10 @@ class ShardedOptimizer(LayoutOptimizer):
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
         return lambda: None
+
+    def _updates(self, layout: ShardLayout, shards: list[Shards]) -> list[Update]:
+        """Returns the updates of the shards, in the order in which they are applied on every rank."""
+        return [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
     def _trust_ratios(self, layout: ShardLayout, updates: list[Update], clip: Clip | None) -> list[Tensor]:
         """Phase 2: exchanges the sums of the layers of these updates, and returns the trust ratios for each, or 1."""

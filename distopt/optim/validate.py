@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distopt.bounds import Bound, integer, is_number, number, or_null, pair, switch
+from distopt.bounds import Bound, choice, integer, is_number, number, or_null, pair, switch
 
 _DECAY = number(0.0, 1.0, below=True)  # 1 would keep the first value for ever
 # The bound of every option of a param group that is checked.
@@ -47,6 +47,14 @@ FACTORED: dict[str, Bound] = {
     "eps": Bound("two numbers >= 0, or null and a number >= 0", lambda eps: _are_two_epsilons(eps)),
     "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),  # type: ignore[operator]
     "d": number(1.0),
+}
+# Those of Muon, besides the others.
+MATRICES: dict[str, Bound] = {
+    "ns_coefficients": Bound("three numbers", lambda values: _are_numbers(values, 3)),
+    "ns_steps": Bound("an integer from 1 to 99", lambda steps: integer(1).accepts(steps) and steps < 100),  # type: ignore[operator]
+    "adjust_lr_fn": or_null(choice("original", "match_rms_adamw")),
+    "ns_dtype": choice("bfloat16", "float32"),
+    "exchange_mib": integer(1),
 }
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
 _CHANGED_LR = Bound("a finite number", is_number)
@@ -114,6 +122,10 @@ def _are_two_epsilons(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         return False
     return or_null(number(0.0)).accepts(value[0]) and number(0.0).accepts(value[1])
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return isinstance(values, Sequence) and len(values) == count and all(map(is_number, values))
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:
