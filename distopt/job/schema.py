@@ -13,7 +13,7 @@ from distopt import bounds
 from distopt.bounds import PATH, POSITIVE, Bound, choice, either, integer, number, or_null, switch, text, texts
 from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.init.scheme import BOUNDS as INIT
-from distopt.optim.validate import BOUNDS, FACTORED
+from distopt.optim.validate import BOUNDS, FACTORED, MATRICES
 
 
 class Key(NamedTuple):
@@ -122,6 +122,15 @@ SCHEMA: dict[str, Key] = {
     ),
     "optimizer.clip_exponent": Key(
         BOUNDS["clip_exponent"], "ADOPT bounds a scaled gradient by step to this power; null: no bound"
+    ),
+    "optimizer.ns_coefficients": Key(MATRICES["ns_coefficients"], "Muon's polynomial of the singular values"),
+    "optimizer.ns_steps": Key(MATRICES["ns_steps"], "Muon's Newton-Schulz iterations"),
+    "optimizer.adjust_lr_fn": Key(
+        MATRICES["adjust_lr_fn"], "Muon's factor of the step of a matrix; null: sqrt(max(1, rows / columns))"
+    ),
+    "optimizer.ns_dtype": Key(MATRICES["ns_dtype"], "the dtype of Muon's Newton-Schulz iterations"),
+    "optimizer.exchange_mib": Key(
+        MATRICES["exchange_mib"], "MiB of full matrices that Muon sends to a process at once; two are under way"
     ),
     "optimizer.centered": Key(BOUNDS["centered"], "subtract the squared average of the gradient"),
     "optimizer.lr_decay": Key(BOUNDS["lr_decay"], "lr / (1 + (step - 1) lr_decay)"),

@@ -49,7 +49,7 @@ class Matrix(NamedTuple):
 
 
 def matrices(layer: int, shape: Shape) -> list[Matrix]:
-    """Returns the matrices of a layer: itself, with the dimensions after the first one flattened, or those of a stack."""
+    """Returns the matrices of a layer: those of a stack, or itself, with the dimensions after the first flattened."""
     if len(shape) == 3:
         return [Matrix(layer, i, shape[1], shape[2], True) for i in range(shape[0])]
     return [Matrix(layer, 0, shape[0], math.prod(shape[1:]), False)]

@@ -68,9 +68,7 @@ class AllToAll:
         if self._group is None:
             return lambda: places
         incoming = torch.empty(sum(self._received), dtype=dtype, device=self._device)
-        work = dist.all_to_all_single(
-            incoming, outgoing, self._received, self._sent, group=self._group, async_op=True
-        )
+        work = dist.all_to_all_single(incoming, outgoing, self._received, self._sent, group=self._group, async_op=True)
 
         def arrived() -> list[Tensor]:
             work.wait()

@@ -49,7 +49,7 @@ class Region(NamedTuple):
         return _view(tensor, self.shape, self.start, self.size)
 
     def within(self, first: int, count: int) -> Region:
-        """Returns what is in `count` indices of dimension 0 of the full tensor, as a region of these; it may be empty."""
+        """Returns what is in `count` indices of dimension 0 of the full tensor, as a region of these; maybe empty."""
         start, end = max(self.start[0], first), min(self.start[0] + self.size[0], first + count)
         return Region(
             self.local_shape,

@@ -82,6 +82,11 @@ class MixedOptimizer(ShardedOptimizer):
         return found
 
 
+def split_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Returns the options of `param_groups` with which an optimizer's own rule gets the parameters that it is for."""
+    return {"matrices": optimizer.own} if isinstance(optimizer, MixedOptimizer) else {}
+
+
 @lru_cache
 def _of_class(cls: type[ShardedOptimizer]) -> ShardedOptimizer:
     return cls([torch.zeros(1)])

@@ -118,7 +118,10 @@ class Muon(MixedOptimizer):
 
     def own_rule(self, group: dict[str, Any]) -> Rule:
         return Rule(
-            buffers=("momentum_buffer",), scalars={"decoupled": group["weight_decay"]}, decay="decoupled"
+            buffers=("momentum_buffer",),
+            scalars={"decoupled": group["weight_decay"]},
+            decay="decoupled",
+            work=lambda rows, columns: group["ns_steps"] * newton_schulz_cost(rows, columns),
         )
 
     def directions(self, shards: Shards) -> list[Tensor]:
@@ -143,6 +146,10 @@ class Muon(MixedOptimizer):
         )
         found = self._exchanges_of(layout, layers, 2**20 * group["exchange_mib"] // dtype.itemsize)
         return matrix_updates(found, shards, momenta, orthogonal, self.directions, dtype)
+
+    def required(self, group: dict[str, Any]) -> tuple[str, ...]:
+        names = super().required(group)
+        return names if group["rule"] != self.own else tuple(name for name in names if name != "step")  # as torch's
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -69,6 +69,11 @@ def check_group(
         ValueError: With value and bound, for the first option that is out of bounds, mistyped or misspelt, and for
             complex parameters.
     """
+    if "rule" in group and "rule" not in defaults:
+        raise ValueError(
+            f"a param group names the rule {group['rule']!r}, and this optimizer has one rule for all groups: use "
+            "distopt.Muon, or param_groups without matrices"
+        )
     for name, value in group.items():
         if isinstance(value, Tensor) and name == "lr":
             _check_tensor_lr(value, group.get("capturable"))

@@ -93,7 +93,12 @@ class Stage(NamedTuple):
 
 
 def stages(
-    cluster: Cluster, flops: tuple[float, float], touched: float, sent: Iterable[Collective], passes: int
+    cluster: Cluster,
+    flops: tuple[float, float],
+    touched: float,
+    sent: Iterable[Collective],
+    passes: int,
+    products: float = 0.0,
 ) -> list[Stage]:
     """Return the stages forward, backward and step.
 
@@ -103,6 +108,7 @@ def stages(
         touched: The bytes that the optimizer's step reads and writes.
         sent: The collectives of a step.
         passes: The number of forward and backward passes of a step.
+        products: The operations of the optimizer's matrix products.
     """
     sent = list(sent)
 
@@ -112,5 +118,5 @@ def stages(
     return [
         Stage("forward", passes * cluster.compute_seconds(flops[0]), wire("forward")),
         Stage("backward", passes * cluster.compute_seconds(flops[1]), wire("backward")),
-        Stage("step", cluster.memory_seconds(touched), wire("step")),
+        Stage("step", cluster.memory_seconds(touched) + cluster.compute_seconds(products), wire("step")),
     ]

@@ -20,6 +20,7 @@ class Param:
         slots: The number of state buffers that the optimizer keeps for it, laid out as it.
         replicated: The number of elements of its other state buffers, which every rank keeps.
         end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
+        work: The multiplications of a rule on full matrices, as `Rule.work`; None for a rule on elements.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class Param:
     slots: int
     replicated: int = 0
     end: str = ""
+    work: Callable[[int, int], float] | None = None
 
     @property
     def numel(self) -> int:
@@ -81,7 +83,7 @@ class Collective(NamedTuple):
     """Equal collectives of a step.
 
     Attributes:
-        kind: all_reduce, all_gather or reduce_scatter.
+        kind: all_reduce, all_gather, reduce_scatter or all_to_all.
         size: The bytes of the unsharded tensors.
         ranks: The number of ranks of the group.
         times: How often a step starts it.
@@ -99,9 +101,12 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """The bytes that each rank sends in a step, by a ring: the tensor once, and twice for an all-reduce."""
+        """The bytes that each rank sends in a step.
+
+        By a ring the tensor once, and twice for an all-reduce; its own share of it for an all-to-all.
+        """
         share = (self.ranks - 1) / self.ranks
-        return self.times * self.size * share * (2 if self.kind == "all_reduce" else 1)
+        return self.times * self.size * share * {"all_reduce": 2.0, "all_to_all": 1 / self.ranks}.get(self.kind, 1.0)
 
 
 def numel(params: Iterable[Param], trained: bool = False) -> int:

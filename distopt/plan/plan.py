@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from distopt.job.errors import one_line_errors
 from distopt.models.language_model import LanguageModel
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, all_params, numel
+from distopt.plan.matrices import matrix_wire, work_of_ranks
 from distopt.plan.memory import footprint
 from distopt.plan.rehearsal import Rehearsal, rehearse
 from distopt.plan.wire import wire
@@ -75,6 +77,7 @@ class Plan:
     def wire(self) -> list[Collective]:
         """The collectives of a step."""
         once = wire(self.engine, self.rehearsal.units, self.cluster.gpus, self.accumulation)
+        once += matrix_wire(self.engine, self.rehearsal.units, self.cluster.gpus)
         if self.rehearsal.forward_only:
             once = [c for c in once if c.stage == "forward"]
         return [c if c.stage == "step" else c._replace(size=round(c.size * self.passes)) for c in once]
@@ -87,9 +90,20 @@ class Plan:
         # MeZO moves the weights four times: up, down, back, and by the update.
         times = 8 if self.rehearsal.forward_only else 2 + self.trusts
         touched = memory.gradients + times * (memory.parameters + memory.state)
+        products = 2.0 * max(self.work, default=0.0)  # a multiplication and an addition
         return stages(
-            self.cluster, (self.passes * forward, self.passes * backward), touched, self.wire, self.accumulation
+            self.cluster,
+            (self.passes * forward, self.passes * backward),
+            touched,
+            self.wire,
+            self.accumulation,
+            products,
         )
+
+    @functools.cached_property
+    def work(self) -> list[float]:
+        """The multiplications of each GPU for full matrices; empty without such a rule."""
+        return work_of_ranks(self.rehearsal.units, self.cluster.gpus)
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
@@ -192,6 +206,9 @@ def format_plan(plan: Plan) -> str:
         f"{'tokens/s':50}{cluster.gpus * plan.tokens / total:10,.0f}",
         "",
     ]
+    if plan.work:
+        balance = max(plan.work) * cluster.gpus / sum(plan.work)
+        lines[-1:] = [f"{'owners of matrices, work of the busiest / mean':50}{balance:10.2f}", ""]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
+from distopt.optim.mixed import split_of
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
 from distopt.plan.footprint import Footprint, Param
@@ -122,7 +123,7 @@ def rehearse(
         model.chunked_loss = language_model.chunked_loss
         trust_head(model)
         params = list(model.parameters())
-        optimizer = make_optimizer(make_groups(model))
+        optimizer = make_optimizer(make_groups(model, **split_of(make_optimizer([torch.zeros(2, 2)]))))
         forward_only = isinstance(optimizer, MeZO)
         entered: list[int] = []  # the events at which the blocks begin and end
         units, trusts = _units(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
@@ -175,5 +176,10 @@ def _param(param: Tensor, rule: Rule, end: str, trained: bool) -> Param:
     slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
     replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
     return Param(
-        tuple(param.shape), param.requires_grad and trained, len(slots) - len(replicated), sum(replicated), end
+        tuple(param.shape),
+        param.requires_grad and trained,
+        len(slots) - len(replicated),
+        sum(replicated),
+        end,
+        rule.work,
     )

@@ -215,7 +215,7 @@ ROWS = (
         oracles.adafactor,
         torch.optim.Adafactor,
     ),
-    # Each iteration multiplies small singular values, and what rounding adds to them, by 3.4: three show as much as five.
+    # Each iteration multiplies small singular values, and their rounding, by 3.4: three show as much as five.
     Row(
         "muon",
         Muon,
@@ -277,8 +277,8 @@ EDGES = (
     Row(
         "muon_match_rms",
         Muon,
-        dict(lr=0.05, nesterov=False, adjust_lr_fn="match_rms_adamw", ns_dtype="float32", weight_decay=0.0),
-        partial(oracles.muon, nesterov=False, adjust_lr_fn="match_rms_adamw"),
+        dict(lr=0.05, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw", ns_dtype="float32", weight_decay=0.0),
+        partial(oracles.muon, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
         may_trust=False,
     ),
     _row(

@@ -108,6 +108,8 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         inner.bind(zero1_layout(accelerator, model, inner))
         refuse_files(inner)
+    elif isinstance(model, DistributedDataParallel) and hasattr(inner := layout.unwrap_optimizer(optimizer), "bind"):
+        inner.bind(layout.ddp_layout(model))
     keep_in_folder(accelerator)
 
 
