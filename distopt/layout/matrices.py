@@ -21,7 +21,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         layer: The index of the layer.
-        index: Its index in a layer of three dimensions, which is a stack of matrices; else 0.
+        number: Its index in a layer of three dimensions, which is a stack of matrices; else 0.
         rows: The number of its rows.
         columns: The number of its columns, of all further dimensions together.
         stacked: Whether the layer is a stack.
@@ -29,7 +29,7 @@ class Matrix(NamedTuple):
     """
 
     layer: int
-    index: int
+    number: int
     rows: int
     columns: int
     stacked: bool
@@ -44,8 +44,8 @@ class Matrix(NamedTuple):
         if not self.stacked:
             return region
         if len(region.shape) == 1:
-            return region.within(self.index * self.numel, self.numel)
-        return region.within(self.index, 1)
+            return region.within(self.number * self.numel, self.numel)
+        return region.within(self.number, 1)
 
 
 def matrices(layer: int, shape: Shape) -> list[Matrix]:
@@ -71,7 +71,7 @@ def with_owners(found: Sequence[Matrix], held: Sequence[Held], cost: Cost) -> li
     everyone = list(range(len(held)))
     able = {m: [r for r in everyone if _has_all(held[r].get(m.layer, ()), m)] or everyone for m in found}
     owned = {}
-    for m in sorted(found, key=lambda m: (len(able[m]), -cost(m.rows, m.columns), m.layer, m.index)):
+    for m in sorted(found, key=lambda m: (len(able[m]), -cost(m.rows, m.columns), m.layer, m.number)):
         owner = min(able[m], key=lambda rank: (work[rank], rank))
         work[owner] += cost(m.rows, m.columns)
         owned[m] = m._replace(owner=owner)

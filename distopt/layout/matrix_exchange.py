@@ -236,7 +236,7 @@ def _once(m: Matrix, moves: Sequence[Move]) -> list[Move]:
     chosen = [same[replica % len(same)] for same in copies.values()]
     if (found := sum(move.region.numel for move in chosen)) != m.numel:
         raise ValueError(
-            f"the shards of matrix {m.index} of layer {m.layer} on the ranks that share it have {found} elements, the "
+            f"the shards of matrix {m.number} of layer {m.layer} on the ranks that share it have {found} elements, the "
             f"matrix {m.numel}: bind the layout that the engine made (distopt.layout)"
         )
     return chosen

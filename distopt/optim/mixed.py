@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,9 @@ from distopt.optim.adam import AdamW
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.lion import Lion
 
+# The rules of other optimizers that a param group may have.
+RULES: Mapping[str, Callable[[Any], ShardedOptimizer]] = {"adamw": AdamW, "lion": Lion}
+
 
 class MixedOptimizer(ShardedOptimizer):
     """An optimizer whose param groups may have the rule of another one: `rule="adamw"` or `rule="lion"`.
@@ -26,12 +29,10 @@ class MixedOptimizer(ShardedOptimizer):
     default.
 
     Attributes:
-        rules: The other rules, by name.
         own: The name of the optimizer's own rule.
         renamed: The options of the optimizer that are none of other rules, though these have options of that name.
     """
 
-    rules: Mapping[str, type[ShardedOptimizer]] = {"adamw": AdamW, "lion": Lion}
     own: str
     renamed: tuple[str, ...] = ()
 
@@ -51,7 +52,7 @@ class MixedOptimizer(ShardedOptimizer):
         name = param_group.get("rule", self.defaults["rule"])
         self._check_rule(name)
         if name != self.own:
-            defaults = _of_class(self.rules[name]).defaults
+            defaults = _of_rule(name).defaults
             own = {key: defaults[key] for key in defaults if key in self.renamed or key not in self.defaults}
             param_group = {**own, **param_group}
         super().add_param_group(param_group)
@@ -64,12 +65,12 @@ class MixedOptimizer(ShardedOptimizer):
             )
 
     def _check_rule(self, name: object) -> None:
-        if name != self.own and name not in self.rules:
-            raise ValueError(f"rule must be one of {', '.join((self.own, *self.rules))}, got {name!r}")
+        if name != self.own and name not in RULES:
+            raise ValueError(f"rule must be one of {', '.join((self.own, *RULES))}, got {name!r}")
 
     def _other(self, group: dict[str, Any]) -> ShardedOptimizer | None:
         """Returns an optimizer of the group's rule, which has no parameters of this one; None for the own rule."""
-        return None if group["rule"] == self.own else _of_class(self.rules[group["rule"]])
+        return None if group["rule"] == self.own else _of_rule(group["rule"])
 
     def _updates(self, layout: ShardLayout, shards: list[Shards]) -> list[Update]:
         found: list[Update] = []
@@ -88,5 +89,5 @@ def split_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 @lru_cache
-def _of_class(cls: type[ShardedOptimizer]) -> ShardedOptimizer:
-    return cls([torch.zeros(1)])
+def _of_rule(name: str) -> ShardedOptimizer:
+    return RULES[name]([torch.zeros(1)])

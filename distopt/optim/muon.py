@@ -91,6 +91,7 @@ class Muon(MixedOptimizer):
     bounds = BOUNDS | MATRICES
     own = "muon"
     renamed = ("eps",)
+    _exchanges: tuple[ShardLayout | None, dict[Any, list[MatrixExchange]]]  # of the layout of the last step
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class Muon(MixedOptimizer):
     def _exchanges_of(self, layout: ShardLayout, layers: tuple[int, ...], limit: int) -> list[MatrixExchange]:
         known, found = self._exchanges
         if known is not layout:
-            self._exchanges = known, found = layout, {}
+            self._exchanges = layout, (found := {})
         if (layers, limit) not in found:
             for layer in layers:
                 _check_matrix(layout.full_shape(layout.params[layer]), f"layer {layer}")
@@ -185,7 +186,7 @@ class Muon(MixedOptimizer):
 
     def _forget_layout(self) -> None:
         super()._forget_layout()
-        self._exchanges: tuple[ShardLayout | None, dict[Any, list[MatrixExchange]]] = None, {}
+        self._exchanges = None, {}
 
 
 def _check_matrix(shape: torch.Size, name: str) -> None:

@@ -16,8 +16,8 @@ SECOND = ("exp_avg_sq", "square_avg", "sum")
 def state_names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
     """Returns the names of the state buffers of each rule of an optimizer; none where only its state has them.
 
-    An optimizer of distopt declares them by param group. One of torch takes a trial step, with the options of each group, on a
-    parameter of four zeros.
+    An optimizer of distopt declares them by param group. One of torch takes a trial step, with the options of each
+    group, on a parameter of four zeros.
     """
     if hasattr(optimizer, "rule"):
         return [set(optimizer.rule(group).buffers) for group in optimizer.param_groups]
