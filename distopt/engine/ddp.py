@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distopt.bounds import switch
 from distopt.engine.base import Engine
 from distopt.layout import ddp_layout
+from distopt.optim.mixed import MixedOptimizer
 
 
 class DDP(Engine):
@@ -65,7 +66,7 @@ class DDP(Engine):
 
     def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
         assert isinstance(model, DistributedDataParallel)
-        if hasattr(optimizer, "bind"):
+        if isinstance(optimizer, MixedOptimizer):
             optimizer.bind(ddp_layout(model))
         return model
 
