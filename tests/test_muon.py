@@ -241,7 +241,8 @@ def test_a_group_has_the_options_of_its_own_rule() -> None:
 def test_a_group_with_another_rule_steps_as_the_optimizer_of_that_name(rule: str, cls: Any) -> None:
     """Bit for bit, and with its state; its neighbours are Muon's."""
     together, alone = ([p.requires_grad_() for p in initial((4, 3), (5,), dtype=torch.float32)] for _ in "ab")
-    opt = distopt.Muon([{"params": together, "rule": rule}, {"params": initial((3, 3))}], lr=0.1, betas=(0.8, 0.9))
+    named: list[dict[str, Any]] = [{"params": together, "rule": rule}, {"params": initial((3, 3))}]
+    opt = distopt.Muon(named, lr=0.1, betas=(0.8, 0.9))
     own = cls(alone, lr=0.1, betas=(0.8, 0.9), weight_decay=0.1)
     for step in range(3):
         for params, each in ((together, opt), (alone, own)):
