@@ -208,7 +208,6 @@ def test_a_checkpoint_resumes_on_another_engine(
         ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be one of original, match_rms_adamw or null"),
         ({"ns_dtype": "float16"}, "ns_dtype must be one of bfloat16, float32"),
         ({"exchange_mib": 0}, "exchange_mib must be an integer >= 1"),
-        ({"rule": "sgd"}, "rule must be one of muon, adamw, lion, got 'sgd'"),
         ({"trust_ratio": True}, "have a size of their own"),
         ({"cautious": True}, "have a size of their own"),
         ({"capturable": True}, "has no kernel"),

@@ -58,7 +58,7 @@ class Muon(MixedOptimizer):
     which loses nothing. Given equal gradients the weights have the same bits on every engine.
 
     Args:
-        params: Parameters, or param groups as dicts, each with its `rule`.
+        params: Parameters, or param groups as dicts, which may name their `rule`: `muon`, `adamw` or `lion`.
         lr: Learning rate, >= 0; a number, or a tensor with one element.
         weight_decay: Decoupled decay of the weights, >= 0.
         momentum: Decay of the momentum, in [0, 1).
@@ -68,7 +68,6 @@ class Muon(MixedOptimizer):
         ns_steps: Its iterations, from 1 to 99.
         adjust_lr_fn: `original` (None): scale = sqrt(max(1, rows / columns)); `match_rms_adamw`: scale = 0.2
             sqrt(max(rows, columns)), with which lr and weight decay may be AdamW's.
-        rule: The rule of groups that name none: `muon`, `adamw` or `lion`.
         betas: Those of groups with the rule `adamw` or `lion`.
         ns_dtype: The dtype of `newton_schulz`: `bfloat16`, as torch's, or `float32` (float64 for such weights).
         exchange_mib: The MiB of matrices that a rank receives or sends at most in one exchange, of which two are under
@@ -105,7 +104,6 @@ class Muon(MixedOptimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
-        rule: str = "muon",
         betas: tuple[float, float] = (0.9, 0.95),
         ns_dtype: str = "bfloat16",
         exchange_mib: int = 128,
@@ -115,7 +113,7 @@ class Muon(MixedOptimizer):
         capturable: bool = False,
         **torch_options: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(params, options(locals()), **torch_options)
+        super().__init__(params, options(locals()) | {"rule": self.own}, **torch_options)
 
     def own_rule(self, group: dict[str, Any]) -> Rule:
         return Rule(
