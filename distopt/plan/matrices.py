@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from distopt.engine import DDP, Engine, Zero1
+from distopt.engine import DDP, FSDP2, Engine, Zero1
 from distopt.layout.matrices import Matrix, matrices, with_owners
 from distopt.plan.footprint import Collective, Units, all_params
 
@@ -41,6 +41,12 @@ def matrix_wire(engine: Engine, units: Units, world: int) -> list[Collective]:
 
 
 matrix_wire.register(Zero1, _of_shards)  # a DDP whose momentum is sharded
+
+
+@matrix_wire.register
+def _(engine: FSDP2, units: Units, world: int) -> list[Collective]:
+    # One replica sends its shards to the owners, and every replica gets the results.
+    return [c._replace(size=c.size * (1 + engine.replicas) // 2) for c in _of_shards(engine, units, world)]
 
 
 @matrix_wire.register
