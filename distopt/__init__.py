@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DAdaptAdam,
         DAdaptSGD,
         Lion,
+        Muon,
         Prodigy,
         RMSprop,
         SGDScheduleFree,
@@ -69,6 +70,7 @@ __all__ = [
     "LookSAM",
     "MeZO",
     "MomentumSAM",
+    "Muon",
     "PreconditionedSAM",
     "Prodigy",
     "RMSprop",
@@ -98,8 +100,8 @@ __all__ = [
 
 # A name is imported when it is first used: `distopt --help` needs no torch, and an optimizer no checkpoints.
 _OPTIMIZERS = (
-    "ADOPT LAMB LARS SGD Adafactor Adagrad Adam AdamW AdamWScheduleFree AdEMAMix DAdaptAdam DAdaptSGD Lion Prodigy "
-    "RMSprop SGDScheduleFree"
+    "ADOPT LAMB LARS SGD Adafactor Adagrad Adam AdamW AdamWScheduleFree AdEMAMix DAdaptAdam DAdaptSGD Lion Muon "
+    "Prodigy RMSprop SGDScheduleFree"
 )
 _NAMES = {
     "distopt.checkpoint": "async_save_checkpoint load_checkpoint save_checkpoint",

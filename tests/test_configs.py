@@ -20,6 +20,7 @@ from distopt import SAM, param_groups
 from distopt.engine import Engine
 from distopt.job.components import Components
 from distopt.models.language_model import LanguageModel, blocks
+from distopt.optim.mixed import split_of
 from tests.harness.jobs import write_text
 from tests.harness.pretrained import chats, write_lines, write_tokenizer
 
@@ -129,7 +130,9 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     # Each by itself, which is composed already: neither file refers to the other's group.
     around, cfg = composed(f"sam={sam}").sam, composed(f"optimizer={choice}")
-    optimizer = instantiate(cfg.optimizer)(param_groups(model, weight_decay=cfg.optimizer.weight_decay))
+    make = instantiate(cfg.optimizer)
+    split = split_of(make([torch.zeros(2, 2)]))
+    optimizer = make(param_groups(model, weight_decay=cfg.optimizer.weight_decay, **split))
     if sam in BUFFERS and not BUFFERS[sam] & set(optimizer.rule(optimizer.param_groups[0]).buffers):
         with pytest.raises(ValueError, match="has no"):
             instantiate(around)(optimizer)

@@ -33,8 +33,8 @@ CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
     (0, 2, {}, ["lamb"]),
     (2, 1, {}, ["lamb"]),
     (3, 1, {}, ["lamb"]),
-    (1, 2, {}, SOME),
-    (3, 2, {"sub_group_size": 30}, SOME),  # several sub-groups, so several calls of step()
+    (1, 2, {}, [*SOME, "muon"]),
+    (3, 2, {"sub_group_size": 30}, [*SOME, "muon"]),  # several sub-groups, so several calls of step()
     (1, 4, {}, ["lamb"]),
     (3, 4, {}, ["lamb"]),
     # DeepSpeed 0.19.8's own map of the partitions is wrong with this; a parameter's address is right.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt.bounds import switch
 from distopt.engine.base import Engine
+from distopt.layout import ddp_layout
+from distopt.optim.mixed import MixedOptimizer
 
 
 class DDP(Engine):
@@ -60,6 +63,12 @@ class DDP(Engine):
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
         )
+
+    def attach(self, model: nn.Module, optimizer: Any, accumulation: int, max_grad_norm: float) -> nn.Module:
+        assert isinstance(model, DistributedDataParallel)
+        if isinstance(optimizer, MixedOptimizer):
+            optimizer.bind(ddp_layout(model))
+        return model
 
     def sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         assert isinstance(model, DistributedDataParallel)

@@ -22,6 +22,7 @@ from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.mixed import split_of
 from distopt.optim.mup import check_decoupled, rule_of
 from distopt.sam import SAM
 
@@ -170,10 +171,10 @@ class Components:
             independent_decay: Whether weight decay is independent of the learning rate.
             shapes: The shapes of muP's base model; None without muP.
         """
-        options: dict[str, Any] = {}
+        optimizer = self.make_optimizer([torch.zeros(2, 2, requires_grad=True)])
+        options: dict[str, Any] = split_of(optimizer)
         if shapes is not None:
-            rule = rule_of(self.make_optimizer([torch.zeros(2, 2, requires_grad=True)]))
-            options = {"mup": shapes, "rule": rule}
+            options |= {"mup": shapes, "rule": rule_of(optimizer)}
         if shapes is not None or independent_decay:
             options["lr"] = lr
         return self.make_groups(model, **options)

@@ -14,7 +14,7 @@ from distopt.bounds import POSITIVE, Bound, choice, either, integer, number, or_
 from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
-from distopt.optim.validate import BOUNDS, FACTORED
+from distopt.optim.validate import BOUNDS, FACTORED, MATRICES
 
 
 def _is_name(value: object) -> bool:
@@ -117,6 +117,15 @@ SCHEMA: dict[str, Key] = {
     ),
     "optimizer.clip_exponent": Key(
         BOUNDS["clip_exponent"], "ADOPT bounds a scaled gradient by step to this power; null: no bound"
+    ),
+    "optimizer.ns_coefficients": Key(MATRICES["ns_coefficients"], "Muon's polynomial of the singular values"),
+    "optimizer.ns_steps": Key(MATRICES["ns_steps"], "Muon's Newton-Schulz iterations"),
+    "optimizer.adjust_lr_fn": Key(
+        MATRICES["adjust_lr_fn"], "Muon's factor of the step of a matrix; null: sqrt(max(1, rows / columns))"
+    ),
+    "optimizer.ns_dtype": Key(MATRICES["ns_dtype"], "the dtype of Muon's Newton-Schulz iterations"),
+    "optimizer.exchange_mib": Key(
+        MATRICES["exchange_mib"], "MiB of full matrices that Muon sends to a process at once; two are under way"
     ),
     "optimizer.centered": Key(BOUNDS["centered"], "subtract the squared average of the gradient"),
     "optimizer.lr_decay": Key(BOUNDS["lr_decay"], "lr / (1 + (step - 1) lr_decay)"),

@@ -53,6 +53,8 @@ class Rule:
         slots: By name of a buffer that not every parameter has, or that has another shape than its parameter: a
             function of the parameter's full shape, None where it has no such buffer. Rules with such buffers have no
             kernel.
+        work: For a rule on full matrices, the multiplications for one of so many rows and columns, by which ranks get
+            equal shares of the work; None for a rule on elements.
     """
 
     kernel: str = ""
@@ -64,6 +66,7 @@ class Rule:
     penalty: str = ""
     sums: Mapping[str, OfStep] = field(default_factory=dict)
     slots: Mapping[str, OfShape] = field(default_factory=dict)
+    work: Callable[[int, int], float] | None = None
 
     def slot(self, name: str, shape: tuple[int, ...]) -> Slot | None:
         """Returns the slot of a buffer of a parameter of this full shape; None if it has no such buffer."""

@@ -1,6 +1,7 @@
 """Layouts: which rank has which part of each layer, the only thing that an engine has to tell an optimizer."""
 
 from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.ddp import ddp_layout
 from distopt.layout.deepspeed import deepspeed_layout
 from distopt.layout.deepspeed_private import full_shape
 from distopt.layout.fit import check_shape, fit
@@ -18,6 +19,7 @@ __all__ = [
     "Segment",
     "ShardLayout",
     "check_shape",
+    "ddp_layout",
     "deepspeed_layout",
     "fit",
     "full_shape",

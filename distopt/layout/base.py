@@ -132,6 +132,15 @@ class ShardLayout(LayerNorms):
         """Returns the index of the layer of each shard that `split` gives for these parameters, in the same order."""
         return [segment.layer for p in params for segment in self.segments[p]]
 
+    def members(self, params: Iterable[Tensor]) -> list[int]:
+        """Returns the layers of which these tensors have parts, on this rank or on others; the same on every rank."""
+        return sorted(set(self.layers(params)))
+
+    def sharers(self, param: Tensor) -> tuple[int, ...]:
+        """Returns the ranks that share a parameter of the model, by shards or equal copies; () for this one alone."""
+        mesh = getattr(param, "device_mesh", None)
+        return () if mesh is None else tuple(mesh.mesh.flatten().tolist())
+
     def rows(self, layers: Sequence[int]) -> list[int]:
         return [self._rows[layer] for layer in layers]
 

@@ -82,6 +82,14 @@ class FlatLayout(ShardLayout):
     def local_params(self, group: int, params: Iterable[Tensor]) -> list[Tensor]:
         return [partition.flat for partition in self.partitions if partition.group == group]
 
+    def members(self, params: Iterable[Tensor]) -> list[int]:
+        number = {p: i for i, p in enumerate(self.params)}
+        flats = set(params)
+        return sorted(number[p] for partition in self.partitions if partition.flat in flats for p in partition.members)
+
+    def sharers(self, param: Tensor) -> tuple[int, ...]:
+        return tuple(dist.get_process_group_ranks(self.groups[0])) if self.groups else ()
+
     def full_shape(self, param: Tensor) -> torch.Size:
         return full_shape(param)
 

@@ -57,6 +57,9 @@ class Zero1Layout(ShardLayout):
     def replicas(self) -> dist.ProcessGroup | None:
         return self.mesh.get_group() if self.mesh.size() < dist.get_world_size() else None
 
+    def sharers(self, param: Tensor) -> tuple[int, ...]:
+        return tuple(dist.get_process_group_ranks(self.mesh.get_group()))
+
     def split(self, param: Tensor, tensor: Tensor) -> list[Tensor]:
         """Returns a flat view of this rank's rows of a parameter or gradient, or of its shard of a state."""
         return [tensor.to_local().view(-1)] if hasattr(tensor, "to_local") else self.split_local(param, tensor)

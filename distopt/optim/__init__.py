@@ -13,6 +13,7 @@ from distopt.optim.dadaptation_sgd import DAdaptSGD
 from distopt.optim.lamb import LAMB
 from distopt.optim.lars import LARS
 from distopt.optim.lion import Lion
+from distopt.optim.muon import Muon
 from distopt.optim.prodigy import Prodigy
 from distopt.optim.rmsprop import RMSprop
 from distopt.optim.schedule_free import AdamWScheduleFree, SGDScheduleFree
@@ -32,6 +33,7 @@ __all__ = [
     "DAdaptAdam",
     "DAdaptSGD",
     "Lion",
+    "Muon",
     "Prodigy",
     "RMSprop",
     "Rule",

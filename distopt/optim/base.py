@@ -166,7 +166,7 @@ class ShardedOptimizer(LayoutOptimizer):
         shards = self._local.collect(self, layout, params, clip, consumes_grads)
         self._ratios.forget(layout, [p for group in params for p in group])
         adapt = self._measure(layout, shards)
-        updates = [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
+        updates = self._updates(layout, shards)
 
         measured = [update for update in updates if dispatch.is_measured(update)]
         ratios = self._ratios.measure(self, layout, measured, clip)
@@ -189,6 +189,10 @@ class ShardedOptimizer(LayoutOptimizer):
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
         return lambda: None
+
+    def _updates(self, layout: ShardLayout, shards: list[Shards]) -> list[Update]:
+        """Returns the updates of the shards, in the order in which they are applied on every rank."""
+        return [update for each in shards for update in dispatch.updates(self.directions, each, self.ratio_of)]
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Returns the trust ratio of each layer that this rank has a part of, in the last step, by parameter.

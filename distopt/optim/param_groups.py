@@ -17,6 +17,7 @@ from distopt.init import Width, widths
 from distopt.init.width import Shapes
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
+from distopt.optim.hidden import outside, summary
 from distopt.optim.mup import check_scaling, scale
 from distopt.optim.validate import BOUNDS
 
@@ -27,7 +28,7 @@ _VECTORS = re.compile(
     r"|(norm|(^|[._])ln)(_?\d+)?[._](weight|scale|gain|gamma)$"
     r"|(^|\.)parametrizations\.\w+\.original0$"  # its original1 is weight norm's direction
 )
-_OTHERS = {"trust_ratio", "trust_clip", "trust_coefficient", "sam_rho", "name"}
+_OTHERS = {"trust_ratio", "trust_clip", "trust_coefficient", "sam_rho", "name", "rule", "ns_dtype"}
 _MEANT = {"learning_rate": "lr", "initial_lr": "lr", "wd": "weight_decay"}
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def param_groups(
     mup: nn.Module | Shapes | None = None,
     rule: str = "adam",
     independent_decay: bool = False,
+    matrices: str | None = None,
+    others: str = "adamw",
 ) -> list[dict[str, Any]]:
     """Sorts a model's trainable parameters into param groups for any torch optimizer, each into exactly one.
 
@@ -78,6 +81,11 @@ def param_groups(
                 p <- p - lr_t * direction - s_t * weight_decay * p        s_t = lr_t / peak, the schedule's factor
 
             as in the paper of AdamW: another lr decays as much, and the decay follows the schedule. For AdamW only.
+        matrices: The rule of the hidden matrices, `muon` for `distopt.Muon`: groups have a `rule` then. Hidden are all
+            matrices, stacks of them (three dimensions) and filters but those of embeddings, of the output layer, also
+            a tied one, and of convolutions in one dimension. `overrides={"gate": {"rule": "adamw"}}` excepts more. How
+            many parameters have which rule, and why, is logged.
+        others: The rule of the other parameters, `adamw` or `lion`; has an effect with `matrices` alone.
 
     Returns:
         The param groups that are not empty. Groups that are added to the optimizer later need `param_names` too, which
@@ -97,31 +105,38 @@ def param_groups(
     sizes = {} if mup is None else widths(model, mup)
     kinds = list(dict.fromkeys([Width(), *sizes.values()]))
     default = {True: {"weight_decay": weight_decay}, False: {"weight_decay": 0.0, "trust_ratio": False}}
-    groups: dict[tuple[str | None, bool, Width], dict[str, Any]] = {
-        (pattern, decays, width): {**default[decays], **options, "params": [], "param_names": []}
+    rules: dict[bool, dict[str, Any]] = {True: {}}
+    if matrices is not None:
+        rules = {True: {"rule": matrices}, False: {"rule": others}}
+    groups: dict[tuple[str | None, bool, Width, bool], dict[str, Any]] = {
+        (pattern, decays, width, hidden): default[decays] | rules[hidden] | {**options, "params": [], "param_names": []}
         for pattern, options in [(None, {}), *overrides.items()]
         for decays in (True, False)
         for width in kinds
+        for hidden in rules
     }
     marked = _marked_as_not_decaying(model, trainable)
+    not_hidden = {} if matrices is None else outside(model, trainable, marked)
     for name, param in trainable.items():
         first = next((pattern for pattern, regex in patterns.items() if regex.search(name)), None)
         decays = len(full_shape(param)) > 1 and name not in marked
-        group = groups[first, decays, sizes.get(name, Width())]
+        group = groups[first, decays, sizes.get(name, Width()), name not in not_hidden]
         group["params"].append(param)
         group["param_names"].append(name)
     for pattern in overrides:
-        if not any(group["params"] for (of, _, _), group in groups.items() if of == pattern):
+        if not any(group["params"] for (of, *_), group in groups.items() if of == pattern):
             raise ValueError(
                 f"no trainable parameter matches the override {pattern!r}: it is found in none of the "
                 f"{len(trainable)} names, or an earlier override takes them all; the first names are "
                 f"{', '.join([*trainable][:5])}"
             )
     if lr is not None:
-        for (_, _, width), group in groups.items():
+        for (_, _, width, _), group in groups.items():
             scale(group, width, lr, rule, independent_decay)
     made = [group for group in groups.values() if group["params"]]
     log.info(_summary(made, trainable, marked))
+    if matrices is not None:
+        log.info(summary(made, not_hidden))
     return made
 
 

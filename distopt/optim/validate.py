@@ -49,6 +49,14 @@ FACTORED: dict[str, Bound] = {
     "beta2_decay": Bound("a number <= 0", lambda power: is_number(power) and power <= 0.0),  # type: ignore[operator]
     "d": number(1.0),
 }
+# Those of Muon, besides the others.
+MATRICES: dict[str, Bound] = {
+    "ns_coefficients": Bound("three numbers", lambda values: _are_numbers(values, 3)),
+    "ns_steps": Bound("an integer from 1 to 99", lambda steps: integer(1).accepts(steps) and steps < 100),  # type: ignore[operator]
+    "adjust_lr_fn": or_null(choice("original", "match_rms_adamw")),
+    "ns_dtype": choice("bfloat16", "float32"),
+    "exchange_mib": integer(1),
+}
 # An lr in mid-run: torch's recursive schedules round to values below 0 where they should end at 0.
 _CHANGED_LR = Bound("a finite number", is_number)
 
@@ -62,6 +70,11 @@ def check_group(
         ValueError: With value and bound, for the first option that is out of bounds, mistyped or misspelt, and for
             complex parameters.
     """
+    if "rule" in group and "rule" not in defaults:
+        raise ValueError(
+            f"a param group names the rule {group['rule']!r}, and this optimizer has one rule for all groups: use "
+            "distopt.Muon, or param_groups without matrices"
+        )
     for name, value in group.items():
         if isinstance(value, Tensor) and name == "lr":
             _check_tensor_lr(value, group.get("capturable"))
@@ -115,6 +128,10 @@ def _are_two_epsilons(value: object) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         return False
     return or_null(number(0.0)).accepts(value[0]) and number(0.0).accepts(value[1])
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    return isinstance(values, Sequence) and len(values) == count and all(map(is_number, values))
 
 
 def _check_tensor_lr(lr: Tensor, capturable: object) -> None:

@@ -21,6 +21,7 @@ class Param:
         replicated: The number of elements of its other state buffers, which every rank keeps.
         end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
         beside: The bytes that stand beside an element of 16-bit weights: 4 of a float32 master, 2 of a remainder.
+        work: The multiplications of a rule on full matrices, as `Rule.work`; None for a rule on elements.
     """
 
     shape: tuple[int, ...]
@@ -29,6 +30,7 @@ class Param:
     replicated: int = 0
     end: str = ""
     beside: int = 4
+    work: Callable[[int, int], float] | None = None
 
     @property
     def numel(self) -> int:
@@ -85,7 +87,7 @@ class Collective(NamedTuple):
     """Equal collectives of a step.
 
     Attributes:
-        kind: all_reduce, all_gather or reduce_scatter.
+        kind: all_reduce, all_gather, reduce_scatter or all_to_all.
         size: The bytes of the unsharded tensors.
         ranks: The number of ranks of the group.
         times: How often a step starts it.
@@ -103,9 +105,12 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """The bytes that each rank sends in a step, by a ring: the tensor once, and twice for an all-reduce."""
+        """The bytes that each rank sends in a step.
+
+        By a ring the tensor once, and twice for an all-reduce; its own share of it for an all-to-all.
+        """
         share = (self.ranks - 1) / self.ranks
-        return self.times * self.size * share * (2 if self.kind == "all_reduce" else 1)
+        return self.times * self.size * share * {"all_reduce": 2.0, "all_to_all": 1 / self.ranks}.get(self.kind, 1.0)
 
 
 def numel(params: Iterable[Param], trained: bool = False) -> int:

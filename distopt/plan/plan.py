@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from distopt.job.errors import one_line_errors
 from distopt.models.language_model import LanguageModel
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, all_params, numel
+from distopt.plan.matrices import matrix_wire, work_of_ranks
 from distopt.plan.memory import footprint
 from distopt.plan.rehearsal import Rehearsal, rehearse
 from distopt.plan.wire import wire
@@ -75,6 +77,7 @@ class Plan:
     def wire(self) -> list[Collective]:
         """The collectives of a step."""
         once = wire(self.engine, self.rehearsal.units, self.cluster.gpus, self.accumulation)
+        once += matrix_wire(self.engine, self.rehearsal.units, self.cluster.gpus)
         if self.rehearsal.forward_only:
             once = [c for c in once if c.stage == "forward"]
         return [c if c.stage == "step" else c._replace(size=round(c.size * self.passes)) for c in once]
@@ -90,8 +93,14 @@ class Plan:
             update = self.cluster.host_seconds(times * memory.host)
         else:
             update = self.cluster.memory_seconds(memory.gradients + times * (memory.parameters + memory.state))
+        update += self.cluster.compute_seconds(2.0 * max(self.work, default=0.0))  # a multiplication and an addition
         flops = self.passes * forward, self.passes * backward
         return stages(self.cluster, flops, update, self.wire, self.accumulation)
+
+    @functools.cached_property
+    def work(self) -> list[float]:
+        """The multiplications of each GPU for full matrices; empty without such a rule."""
+        return work_of_ranks(self.rehearsal.units, self.cluster.gpus)
 
 
 def smaller(plan: Plan) -> Iterator[Plan]:
@@ -195,6 +204,9 @@ def format_plan(plan: Plan) -> str:
         f"{'tokens/s':50}{cluster.gpus * plan.tokens / total:10,.0f}",
         "",
     ]
+    if plan.work:
+        balance = max(plan.work) * cluster.gpus / sum(plan.work)
+        lines[-1:] = [f"{'owners of matrices, work of the busiest / mean':50}{balance:10.2f}", ""]
     return "\n".join(lines)
 
 

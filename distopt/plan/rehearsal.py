@@ -16,6 +16,7 @@ from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
+from distopt.optim.mixed import split_of
 from distopt.optim.options import COMMON
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
@@ -123,7 +124,7 @@ def rehearse(
         model.chunked_loss = language_model.chunked_loss
         trust_head(model)
         params = list(model.parameters())
-        optimizer = make_optimizer(make_groups(model))
+        optimizer = make_optimizer(make_groups(model, **split_of(make_optimizer([torch.zeros(2, 2)]))))
         forward_only = isinstance(optimizer, MeZO)
         entered: list[int] = []  # the events at which the blocks begin and end
         units, trusts = units_of(model, optimizer), any(group.get("trust_ratio") for group in optimizer.param_groups)
@@ -187,4 +188,5 @@ def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[st
         replicated=sum(replicated),
         end=end,
         beside={"float32": 4, "remainder": 2, "none": 0}[group["master_weights"]],
+        work=rule.work,
     )

@@ -13,17 +13,18 @@ FIRST = ("momentum_buffer", "exp_avg")
 SECOND = ("exp_avg_sq", "square_avg", "sum")
 
 
-def state_names(optimizer: torch.optim.Optimizer) -> set[str] | None:
-    """Returns the names of the state buffers of an optimizer, or None where only its state after a step has them.
+def state_names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
+    """Returns the names of the state buffers of each rule of an optimizer; none where only its state has them.
 
-    An optimizer of distopt declares them. One of torch takes a trial step, with the options of each group, on a
-    parameter of four zeros.
+    An optimizer of distopt declares them by param group. One of torch takes a trial step, with the options of each
+    group, on a parameter of four zeros.
     """
     if hasattr(optimizer, "rule"):
-        return {name for group in optimizer.param_groups for name in optimizer.rule(group).buffers}
+        return [set(optimizer.rule(group).buffers) for group in optimizer.param_groups]
     if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
-        return None  # it may wrap others, and restrict its parameters
-    return _names_after_a_step(optimizer)
+        return []  # it may wrap others, and restrict its parameters
+    names = _names_after_a_step(optimizer)
+    return [] if names is None else [names]
 
 
 def moment_of(state: dict[str, Any], names: tuple[str, ...], param: Tensor) -> Tensor | None:

@@ -43,7 +43,7 @@ class MomentumSAM(SAM):
     def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.3, *, interval: int = 1) -> None:
         super().__init__(optimizer, rho, interval=interval)
         names = state_names(optimizer)
-        if names is not None and names.isdisjoint(FIRST):
+        if names and all(each.isdisjoint(FIRST) for each in names):
             raise self._no_momentum()
 
     def perturbed_params(self) -> list[Tensor]:

@@ -50,8 +50,7 @@ class PreconditionedSAM(SAM):
     ) -> None:
         super().__init__(optimizer, rho, interval=interval, model=model)
         self.eps = positive("eps", eps)
-        names = state_names(optimizer) if self.reads_optimizer_state else None
-        if names is not None and names.isdisjoint(SECOND):
+        if self.reads_optimizer_state and any(each.isdisjoint(SECOND) for each in state_names(optimizer)):
             raise self._no_moments()
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -24,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": distopt.AdamW,
     "lamb": distopt.LAMB,
     "adafactor": distopt.Adafactor,
+    "muon": lambda groups, lr: distopt.Muon([groups[0], groups[1] | {"rule": "adamw"}], lr=lr, ns_dtype="float32"),
     "torch adamw": torch.optim.AdamW,
     "torch sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, dampening=0.3),
 }

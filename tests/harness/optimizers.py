@@ -25,6 +25,7 @@ from distopt import (
     DAdaptAdam,
     DAdaptSGD,
     Lion,
+    Muon,
     Prodigy,
     RMSprop,
     SGDScheduleFree,
@@ -55,7 +56,7 @@ class Row:
     may_trust: bool = True
 
     def make(self, params: Any, **kwargs: Any) -> ShardedOptimizer:
-        return self.cls(params, **self.kwargs | kwargs)
+        return self.cls(self._with_rules([*params]), **self.kwargs | kwargs)
 
     def make_peer(self, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
         assert self.peer is not None
@@ -64,7 +65,7 @@ class Row:
     @property
     def compiled(self) -> bool:
         """Whether the rule has kernels."""
-        optimizer = self.make([torch.zeros(1)])
+        optimizer = self.make([torch.zeros(1, 1)])
         (group,) = optimizer.param_groups
         return bool(optimizer.rule(group).kernel) and not (group["cautious"] or group["cautious_decay"])
 
@@ -76,7 +77,7 @@ class Row:
 
     def names(self, shape: tuple[int, ...]) -> list[str]:
         """The names of the state of a parameter of this full shape."""
-        optimizer = self.make([torch.zeros(1)])
+        optimizer = self.make([torch.zeros(shape)])
         return [*self.counts, *optimizer.rule(optimizer.param_groups[0]).names(shape)]
 
     @property
@@ -98,10 +99,18 @@ class Row:
         """The factor of the rate of the second group."""
         return 1.0 if self.coupled else 0.5
 
+    def _with_rules(self, params: list[Any]) -> list[Any]:
+        """Param groups where vectors have a rule of their own; others as they are."""
+        if self.cls is not Muon or not all(isinstance(p, Tensor) for p in params):
+            return params
+        groups = [{**group, "params": [*group["params"]]} for group in self.groups(params)]
+        return [{key: group[key] for key in group.keys() & {"params", "rule"}} for group in groups if group["params"]]
+
     def groups(self, params: list[Tensor]) -> list[dict[str, Any]]:
         """Two param groups, as trainings have them: matrices decay, the others do not and have a rate of their own."""
-        others = {"weight_decay": 0.0, "trust_ratio": False}
+        others: dict[str, Any] = {"weight_decay": 0.0, "trust_ratio": False}
         others |= {} if self.coupled else {"lr": self.slower * self.kwargs["lr"]}
+        others |= {"rule": "adamw"} if self.cls is Muon else {}
         shapes = {p: getattr(p, "ds_shape", p.shape) for p in params}  # DeepSpeed's zero.Init leaves them empty
         return [
             {"params": [p for p in params if len(shapes[p]) > 1]},
@@ -136,7 +145,7 @@ def _row(
         kwargs,
         partial(oracle, **shared),
         peer,
-        not issubclass(cls, (ScheduleFree, DistanceAdapted, Adafactor)),
+        not issubclass(cls, (ScheduleFree, DistanceAdapted, Adafactor, Muon)),
     )
 
 
@@ -206,6 +215,14 @@ ROWS = (
         oracles.adafactor,
         torch.optim.Adafactor,
     ),
+    # Each iteration multiplies small singular values, and their rounding, by 3.4: three show as much as five.
+    Row(
+        "muon",
+        Muon,
+        dict(lr=0.05, momentum=0.8, ns_steps=3, betas=(0.8, 0.95), ns_dtype="float32", weight_decay=0.1),
+        partial(oracles.muon, momentum=0.8, ns_steps=3, betas=(0.8, 0.95)),
+        may_trust=False,
+    ),
     _row(
         "cautious_adamw",
         AdamW,
@@ -257,6 +274,13 @@ EDGES = (
     _row("adopt_defaults", ADOPT, _DEFAULT, oracles.adopt),
     # torch's divides by the number of elements of an empty parameter; `tests.test_adafactor` compares with it.
     _row("adafactor_defaults", Adafactor, dict(lr=0.05, weight_decay=0.0), oracles.adafactor),
+    Row(
+        "muon_match_rms",
+        Muon,
+        dict(lr=0.05, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw", ns_dtype="float32", weight_decay=0.0),
+        partial(oracles.muon, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
+        may_trust=False,
+    ),
     _row(
         "cautious_decay_lamb",
         LAMB,

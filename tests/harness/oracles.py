@@ -251,6 +251,56 @@ def adamw(
     return _run(params, grad, steps, update)
 
 
+def muon(
+    params: Params,
+    grad: Grad,
+    steps: int,
+    *,
+    lr: Each,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    betas: Betas = (0.9, 0.95),
+    weight_decay: Each = 0.1,
+) -> list[Params]:
+    """Muon for matrices, AdamW for vectors: the polynomial a s + b s^3 + c s^5 of the singular values s, by an SVD.
+
+    A stack (three dimensions) matrix by matrix; a filter (four) as [out, in * height * width].
+
+    K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/; J. Liu et al., "Muon is Scalable for LLM Training", 2025, equation 4,
+    https://arxiv.org/abs/2502.16982; momentum as an average, as torch 2.13 has it.
+    """
+    moments, m = _Moments(betas), defaultdict(float)
+    a, b, c = ns_coefficients
+
+    def orthogonal(x: Tensor) -> Tensor:
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        s = s / max(_norm(x), eps)
+        for _ in range(ns_steps):
+            s = a * s + b * s**3 + c * s**5
+        rows, columns = x.shape
+        factor = 0.2 * max(rows, columns) ** 0.5 if adjust_lr_fn == "match_rms_adamw" else max(1, rows / columns) ** 0.5
+        return factor * (u * s) @ v
+
+    def update(t: int, i: int, x: Tensor, g: Tensor) -> Tensor:
+        if x.ndim < 2:
+            m_hat, v_hat = moments(t, i, g)
+            return x - _of(lr, i) * (m_hat / (v_hat.sqrt() + 1e-8) + _of(weight_decay, i) * x)
+        m[i] = momentum * m[i] + (1 - momentum) * g
+        ahead = (1 - momentum) * g + momentum * m[i] if nesterov else m[i]
+        if not x.numel():
+            return x
+        stack = ahead if x.ndim == 3 else ahead.reshape(1, len(x), -1)
+        u = torch.stack([orthogonal(matrix) for matrix in stack]).view(x.shape)
+        return x - _of(lr, i) * (u + _of(weight_decay, i) * x)
+
+    return _run(params, grad, steps, update)
+
+
 def lamb(
     params: Params,
     grad: Grad,

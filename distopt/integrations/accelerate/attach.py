@@ -19,6 +19,7 @@ from distopt.integrations.accelerate.save_state import check_single, keep_in_fol
 from distopt.integrations.accelerate.zero1 import forget, zero1_layout
 from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
+from distopt.optim.mixed import MixedOptimizer
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         inner.bind(zero1_layout(accelerator, model, inner))
         refuse_files(inner)
+    elif isinstance(model, DistributedDataParallel) and isinstance(
+        inner := layout.unwrap_optimizer(optimizer), MixedOptimizer
+    ):
+        inner.bind(layout.ddp_layout(model))
     keep_in_folder(accelerator)
 
 
