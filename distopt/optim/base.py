@@ -14,6 +14,7 @@ from distopt.bounds import Bound
 from distopt.kernels import dispatch
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
+from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.clip import Clip, refuse_closure

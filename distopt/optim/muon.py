@@ -90,6 +90,7 @@ class Muon(MixedOptimizer):
     bounds = BOUNDS | MATRICES
     own = "muon"
     renamed = ("eps",)
+    needs_float32 = "sends full matrices of float32 weights or masters"
     _exchanges: tuple[ShardLayout | None, dict[Any, list[MatrixExchange]]]  # of the layout of the last step
 
     def __init__(
