@@ -29,6 +29,10 @@ GROUPS = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder 
 # What an experiment or a data source cannot do without.
 NEEDS = {"data": ["data.path=/text"]}
 
+
+def needs(group: str, choice: str, path: str = "/text") -> list[str]:
+    return [f"data.sources={{own: {{path: {path}, weight: 1}}}}"] if choice == "mixture" else NEEDS.get(group, [])
+
 every_choice = pytest.mark.parametrize(("group", "choice"), [(g, c) for g, names in GROUPS.items() for c in names])
 
 
@@ -73,7 +77,7 @@ def test_what_is_made_gets_lists_and_dictionaries_of_python(file: Path) -> None:
 
 @every_choice
 def test_composes_and_instantiates(group: str, choice: str) -> None:
-    cfg = composed(f"{group}={choice}", *NEEDS.get(group, []))
+    cfg = composed(f"{group}={choice}", *needs(group, choice))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for name in set(GROUPS) - {"experiment"}:
         if cfg[name]:
@@ -84,7 +88,7 @@ def test_composes_and_instantiates(group: str, choice: str) -> None:
 @every_choice
 def test_names_every_argument(group: str, choice: str) -> None:
     """Hydra refuses a key that the YAML lacks, so an argument that is missing there could only be set by `+`."""
-    cfg = composed(f"{group}={choice}", *NEEDS.get(group, []))[group] if group != "experiment" else None
+    cfg = composed(f"{group}={choice}", *needs(group, choice))[group] if group != "experiment" else None
     if not cfg:
         return
     parameters = inspect.signature(get_object(cfg._target_)).parameters
@@ -281,7 +285,7 @@ def test_no_model_sees_the_token_that_it_is_to_predict(family: str, names: tuple
 def source(choice: str, folder: Path) -> Path | None:
     """Something that a data source of this name can read; None needs nothing."""
     text = write_text(folder)
-    if choice == "text":
+    if choice in ("text", "mixture"):
         return text
     if choice == "jsonl":
         file = folder / "lines.jsonl"
@@ -299,14 +303,16 @@ def source(choice: str, folder: Path) -> Path | None:
 def test_every_data_source_gives_text(choice: str, tmp_path: Path) -> None:
     path = source(choice, tmp_path)
     where = [f"data.cache_dir={tmp_path / 'cache'}"] + ([] if path is None else [f"data.path={path}"])
+    where = [*where[:1], *needs("data", choice, str(path))] if choice == "mixture" else where
     data = made("data", choice, *where)
     data.check()
     corpus = data.build()
-    assert corpus.vocab_size == 256 and len(corpus.train) > len(corpus.validation) > 500
-    known = "def " if path is None else "the "
-    assert known in corpus.decode(corpus.train[:20000]) and known in corpus.decode(corpus.validation[:20000])
+    assert corpus.vocab_size == 256 and corpus.sizes["train"] > corpus.sizes["validation"] > 500
+    known, sizes = "def " if path is None else "the ", {"sequence_length": 64, "batch_size": 8}
+    batches = data.sequences(corpus, **sizes).batch(0), next(data.validation_sequences(corpus, **sizes).batches())
+    assert all(known in corpus.decode(batch.flatten()) for batch in batches)
     if path is not None:
-        with pytest.raises(ValueError, match="path"):
+        with pytest.raises(ValueError, match="path|sources"):
             made("data", choice).check()
 
 

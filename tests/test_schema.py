@@ -75,7 +75,8 @@ SOURCES = sorted(set(sources()))
 
 def test_every_leaf_has_a_row_and_every_row_a_leaf() -> None:
     keys = {key for _, _, key in SOURCES if key.rpartition(".")[2] not in HYDRA}
-    assert keys == set(SCHEMA) - {f"optimizer.{name}" for name in ("capturable", "cautious", "cautious_decay")}
+    of_all = ("capturable", "cautious", "cautious_decay", "master_weights")
+    assert keys == set(SCHEMA) - {f"optimizer.{name}" for name in of_all}
 
 
 @pytest.mark.parametrize("config", ["train", "plan"])

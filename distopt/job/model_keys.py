@@ -37,7 +37,7 @@ MODEL_KEYS: dict[str, Key] = {
     ),
     "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
     "data.sources": Key(
-        bounds.SOURCES,
+        or_null(bounds.SOURCES),
         "the texts of a mixture by name: `weight`, its share of all sequences, and `path`, `format`, `field`, "
         "`suffixes` as below",
         "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",

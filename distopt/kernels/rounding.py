@@ -27,7 +27,7 @@ _NAN = 0x7FC00000
 
 def key_of(*numbers: int) -> int:
     """Returns a hash of some integers >= 0, of 32 bits: of a layer, its step and a buffer."""
-    return reduce(lambda key, number: _mix(key ^ (number & _LOW)), numbers, 0x9E3779B9)
+    return reduce(lambda key, number: int(_mix(key ^ (number & _LOW))), numbers, 0x9E3779B9)
 
 
 def noise(key: int, places: Tensor) -> Tensor:
