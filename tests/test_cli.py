@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.conf import ConfigSourceInfo
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from PIL import Image
@@ -315,8 +316,8 @@ def recorded(words: list[str], processes: int = 1, folder: str = "runs/mine", **
     OmegaConf.set_readonly(cfg.hydra, False)
     cfg.hydra.runtime.choices, cfg.hydra.job.config_name = {}, "train"
     cfg.hydra.runtime.config_sources = [
-        {"path": str(CONF), "schema": "file", "provider": "main"},
-        {"path": str(Path("own conf").absolute()), "schema": "file", "provider": "command-line"},
+        ConfigSourceInfo(path=str(CONF), schema="file", provider="main"),
+        ConfigSourceInfo(path=str(Path("own conf").absolute()), schema="file", provider="command-line"),
     ]
     HydraConfig.instance().set_config(cfg)
     return shlex.split(runs.command(processes, Path(folder).absolute(), "mine", **changes))

@@ -33,6 +33,7 @@ NEEDS = {"data": ["data.path=/text"]}
 def needs(group: str, choice: str, path: str = "/text") -> list[str]:
     return [f"data.sources={{own: {{path: {path}, weight: 1}}}}"] if choice == "mixture" else NEEDS.get(group, [])
 
+
 every_choice = pytest.mark.parametrize(("group", "choice"), [(g, c) for g, names in GROUPS.items() for c in names])
 
 
@@ -312,7 +313,7 @@ def test_every_data_source_gives_text(choice: str, tmp_path: Path) -> None:
     batches = data.sequences(corpus, **sizes).batch(0), next(data.validation_sequences(corpus, **sizes).batches())
     assert all(known in corpus.decode(batch.flatten()) for batch in batches)
     if path is not None:
-        with pytest.raises(ValueError, match="path|sources"):
+        with pytest.raises(ValueError, match=r"path|sources"):
             made("data", choice).check()
 
 

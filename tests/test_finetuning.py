@@ -109,7 +109,9 @@ def test_a_model_says_what_it_was_taught(cwd: Path, name: str) -> None:
     losses = [row["validation_loss"] for row in metrics(cwd / "runs" / name) if "validation_loss" in row]
     assert losses[0] > 5.0 and losses[-1] < 0.3, losses
     assert ("packed 1" in out and "train examples into" in out) == (name == "full")
-    prompt, sampled = re.findall(r"^(?:prompt|sample): +(.*)$", out, re.MULTILINE)
+    found = re.search(r"^prompt: +(.*?)\nsample: +(.*?)\nvalidation loss: ", out, re.MULTILINE | re.DOTALL)
+    assert found, out
+    prompt, sampled = found.groups()
     assert "Say " in prompt and "Say " not in sampled  # the first held-out example's prompt
     assert sampled.endswith("  [end of text]"), sampled  # it was forbidden, and the rest was noise
     sampled_from(cwd / "runs" / name, chat=name == "full")

@@ -79,7 +79,7 @@ def test_torch_alone(probes: list[tuple[float, list[str]]]) -> None:
 
 def test_next_to_no_time(probes: list[tuple[float, list[str]]]) -> None:
     """A tenth of a second and some; and without what no optimizer needs, which takes as long again."""
-    assert statistics.median(seconds for seconds, _ in probes) < 0.3
+    assert statistics.median(seconds for seconds, _ in probes) < 0.6  # three times that of a quiet machine
     for _, added in probes:
         folders = {name.split(".")[1] for name in added if name.startswith("distopt.")}
         assert folders.isdisjoint({"checkpoint", "data", "engine", "health", "integrations", "job", "models"})

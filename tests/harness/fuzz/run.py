@@ -117,6 +117,7 @@ def _command(words: list[str], stderr: int) -> None:
     from distopt.job.check import check
     from distopt.job.components import Components
     from distopt.job.errors import one_line_errors
+    from distopt.job.terminal import Terminal
 
     @cli.program("train")
     def job(cfg: Any) -> None:
@@ -125,9 +126,9 @@ def _command(words: list[str], stderr: int) -> None:
             Components.of(cfg)
 
         def run() -> None:
-            with one_line_errors():
+            with one_line_errors(), Terminal() as terminal:
                 _stop_at_step_3()
-                build(cfg).run()
+                build(cfg, terminal).run()
 
         sys.exit(_forked(run, stderr))
 
