@@ -46,7 +46,7 @@ def add_parser(benchmarks: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print a table for each picture."""
-    pictures = {
+    pictures: dict[str, tuple[str, list[tuple[Any, ...]]]] = {
         "ranks": ("ms of a step with clipping, 723 tensors", [(by_ranks, n, options.rounds) for n in options.ranks]),
         "tensors": (
             f"ms of a step with clipping, {_RANKS_OF_TENSORS} ranks",

@@ -32,7 +32,7 @@ def best_checkpoint(folder: str | os.PathLike[str], metric: str) -> Any:
             value = dict(manifest.read(storage(join(folder, name)))["extra"]).get(metric)
         except (ValueError, TypeError):
             continue
-        if step_of(name) is not None and is_number(value):
+        if step_of(name) is not None and value is not None and is_number(value):
             values[name] = value
     return join(folder, min(values, key=values.__getitem__)) if values else None
 
