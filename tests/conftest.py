@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import distributed, forkserver, jobs, launcher
+from tests.harness import cpu_time, distributed, forkserver, jobs, launcher
 
 # Before anything asks: the tests never reach for a hub, and every process computes with one thread.
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -18,6 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--table", help="a file with the markers of `tests/harness/matrix_table.py`: write the matrix there"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(cpu_time.Meter())
 
 
 # The files that take a quarter of a minute or more, slowest first.
