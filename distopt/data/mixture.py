@@ -147,6 +147,7 @@ class MixedSequences:
         seed: The seed, >= 0.
 
     Attributes:
+        count: The number of sequences of all sources.
         notes: How often the sources are seen.
     """
 
@@ -154,7 +155,7 @@ class MixedSequences:
         self, orders: Mapping[str, Sequences], weights: Mapping[str, float], batch_size: int, seed: int = 0
     ) -> None:
         self.orders = [orders[name] for name in weights]
-        self.batch_size = batch_size
+        self.batch_size, self.count = batch_size, sum(order.count for order in self.orders)
         self._cycle = Order(CYCLE, batch_size, seed)
         self._counts = np.array(apportioned(list(weights.values()), CYCLE))
         self._ends = np.cumsum(self._counts)

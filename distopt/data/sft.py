@@ -203,6 +203,11 @@ class CompletionCorpus(Corpus):
 
     train: Examples  # type: ignore[assignment]  # in place of the base class's stream of tokens
     validation: Examples  # type: ignore[assignment]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train.tokens), "validation": len(self.validation.tokens)}
+
     encoder: Encoder = field(kw_only=True)
 
     @classmethod

@@ -19,12 +19,12 @@ def header(job: Job, planned_bytes: int | None) -> dict[str, str]:
         job: The job, before its first step.
         planned_bytes: The planned memory of a process without activations; None if it is not known.
     """
-    cfg, engine, corpus = job.cfg, job.engine, job.corpus
+    cfg, engine, corpus, sizes = job.cfg, job.engine, job.corpus, job.corpus.sizes
     memory = "" if planned_bytes is None else f"{_size(planned_bytes)} per process for weights, gradients and state"
     rows = {
         "run": f"{cfg.name}, distopt {__version__}",
         "model": _model(job),
-        "data": f"{corpus.source}: {len(corpus.train):,} training tokens, {len(corpus.validation):,} held out",
+        "data": f"{corpus.source}: {sizes['train']:,} training tokens, {sizes['validation']:,} held out",
         "training": _training(job),
         "optimizer": _optimizer(job),
         "devices": described(job.accelerator),
