@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distopt import collective
 from distopt.data.batch import Batch, next_token_loss
+from distopt.models.generation import sampling
 
 if TYPE_CHECKING:
     from distopt.engine import Engine
@@ -63,24 +64,14 @@ def sample(
     Returns:
         The tokens of the prompt and of its continuation.
     """
-    from transformers import GenerationConfig
-
     inner: Any = engine.unwrap(model)
-    config = GenerationConfig(
-        max_new_tokens=length,
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        pad_token_id=0,
-        eos_token_id=list(ends) or None,
-    )
     tokens = torch.tensor([prompt], device=device)
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), engine.autocast(device):
         torch.manual_seed(seed)
         # A rank whose logits differ in the last bit may end at another token: it computes until all have ended.
         mask, several = torch.ones_like(tokens), collective.world() > 1
-        out = inner.generate(tokens, attention_mask=mask, generation_config=config, synced_gpus=several)
+        out = inner.generate(tokens, attention_mask=mask, generation_config=sampling(length, ends), synced_gpus=several)
     model.train()
     engine.refresh(model)
     return out[0].tolist()

@@ -14,7 +14,7 @@ from distopt.models import pretrained
 from distopt.models.export import fitting_tokenizer, read_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 
 class Writer(NamedTuple):
@@ -138,6 +138,16 @@ class Streamed:
         self._shown = text
 
 
+def sampling(tokens: int, ends: Sequence[int], temperature: float = 0.8, top_k: int = 50) -> GenerationConfig:
+    """Returns how `generate` draws tokens, until one of `ends` or after so many; its arguments are those of `write`."""
+    from transformers import GenerationConfig
+
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    return GenerationConfig(max_new_tokens=tokens, eos_token_id=list(ends) or None, pad_token_id=0, **options)
+
+
 def write(
     writer: Writer, prompt: Sequence[int], show: Callable[[str], Any], tokens: int, temperature: float, top_k: int
 ) -> Streamed:
@@ -151,12 +161,7 @@ def write(
         temperature: The temperature of the sampling; 0 takes the most likely token.
         top_k: The number of tokens to sample from; 0 for all.
     """
-    from transformers import GenerationConfig
-
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    config = GenerationConfig(max_new_tokens=tokens, eos_token_id=writer.ends or None, pad_token_id=0, **options)
+    config = sampling(tokens, writer.ends, temperature, top_k)
     streamed = Streamed(writer.tokenizer, writer.ends, show)
     given = torch.tensor([list(prompt)], device=next(writer.model.parameters()).device)
     mask = torch.ones_like(given)

@@ -101,21 +101,24 @@ def _(engine: FSDP2, units: Units, world: int) -> Footprint:
     left_head = width * (until_head + head) + 4 * head
     if noise := _noise(units, ranks):  # no gradients
         bytes_of_units = [width * unit for unit in inner]
-        return _forward_only(engine, params, ranks, bytes_of_units, width * kept, width * until_head, noise)
-    found = Footprint(
-        parameters=4 * shards(params, ranks),
-        gradients=4 * shards(params, ranks, trained=True),
-        state=state_bytes(params, lambda param: param.shard(ranks)),
-        gathered=max(width * (kept + rest) + max(inside), left_head if head else 0),
-        outside=width * until_head,
-        ending=width * (kept + rest + embedding) + 4 * max(rest, embedding),
-        early=False,
-    )
+        found = _forward_only(engine, params, ranks, bytes_of_units, width * kept, width * until_head, noise)
+    else:
+        found = Footprint(
+            parameters=4 * shards(params, ranks),
+            gradients=4 * shards(params, ranks, trained=True),
+            state=state_bytes(params, lambda param: param.shard(ranks)),
+            gathered=max(width * (kept + rest) + max(inside), left_head if head else 0),
+            outside=width * until_head,
+            ending=width * (kept + rest + embedding) + 4 * max(rest, embedding),
+            early=False,
+        )
     if not engine.offload:
         return found
-    host = found.parameters + found.gradients + found.state
-    reduced = 4 * -(-max(inner, default=0) // ranks)  # the gradients of a unit that are not on the host yet
-    return replace(found, parameters=0, gradients=0, state=0, host=host, gathered=found.gathered + reduced)
+    host = found.parameters + found.gradients + found.state + found.noise
+    # The gradients of a unit that are not on the host yet.
+    reduced = 4 * -(-max(inner, default=0) // ranks) if found.gradients else 0
+    gathered = found.gathered + reduced
+    return replace(found, parameters=0, gradients=0, state=0, noise=0, host=host, gathered=gathered)
 
 
 def _forward_only(
@@ -124,10 +127,7 @@ def _forward_only(
     """Return the memory of MeZO: a unit, the next one and the buffer of its all-gather, and no gradients."""
     held = 0 if engine.reshard_after_forward else sum(inner)
     gathered = kept + held + (1 + 2 * engine.reshard_after_forward) * max(inner, default=0)
-    parameters = 4 * shards(params, ranks)
-    host = parameters + noise if engine.offload else 0
-    parameters, noise = (0, 0) if engine.offload else (parameters, noise)
-    return Footprint(parameters, 0, 0, gathered, outside, early=False, noise=noise, host=host)
+    return Footprint(4 * shards(params, ranks), 0, 0, gathered, outside, early=False, noise=noise)
 
 
 @footprint.register
