@@ -166,6 +166,7 @@ def _serve(rank: int, world: int, store: str, seconds: float, setup: RankSetup, 
         try:
             if not dist.is_initialized():
                 _join(rank, world, store, seconds, setup)
+            torch.manual_seed(0)  # whatever ran before: the same numbers, and equal ones on every rank
             answer = pickle.dumps((True, function(*args)))
         except BaseException as error:
             answer = pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc())))
