@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from distopt.layout.places import shard_dim
 from distopt.models import transformers_private
 from distopt.models.conversion import Conversion, dequantizer
+from distopt.models.safetensors_folder import SafetensorsFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,18 +28,21 @@ class Weights:
 
     Attributes:
         notes: Tensors that the model does not need, or initializes itself, one line each.
-        bytes_read: The size of the values that `read` has read from the files.
 
     Raises:
         ValueError: The files cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.notes, self.bytes_read = folder, list[str](), 0
-        self._files = _files(folder)
-        self._tensors = self._meta_tensors()
+        self.folder, self.notes, self._files = folder, list[str](), SafetensorsFolder(folder)
+        self._tensors = self._files.tensors()
         self._model: PreTrainedModel
         self._conversions: dict[str, Conversion]  # by target
+
+    @property
+    def bytes_read(self) -> int:
+        """The size of the values that `read` has read from the files."""
+        return self._files.bytes_read
 
     def compare(self, model: PreTrainedModel, quantization: Any = None) -> None:
         """Match the tensors of the files with those of a model.
@@ -81,8 +82,7 @@ class Weights:
             The name, the value on the CPU, and the first and the last row, exclusive, that it has.
         """
         wanted = {id(c): c for name in names if (c := self._conversions.get(name)) is not None}
-        with contextlib.ExitStack() as opened:
-            files = {}
+        with self._files.reading() as reader:
             for conversion in wanted.values():
                 readers, rows, stacked = {}, None, None
                 target = names.get(conversion.target)
@@ -92,10 +92,7 @@ class Weights:
                 if stacked and stacked[0] == stacked[1]:  # fewer experts than shares
                     continue
                 for _, name in conversion.sources:
-                    path = self._files[name]
-                    if path not in files:
-                        files[path] = opened.enter_context(_open(path))
-                    readers[name] = partial(self._value, files[path], name, rows)
+                    readers[name] = partial(reader, name, rows)
                 for name, value in conversion(self._model, readers).items():
                     if name in names:
                         yield name, value, rows or stacked or (0, len(value) if value.ndim else 1)
@@ -123,28 +120,6 @@ class Weights:
         fits = shapes == {conversion.target: (1, *target.shape[1:])}
         return (part(*rows), rows) if fits else (conversion, None)
 
-    def _value(self, file: Any, name: str, rows: tuple[int, int] | None) -> Tensor:
-        """Read a tensor of a file, or some of its rows."""
-        value: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
-        self.bytes_read += value.nbytes
-        return value
-
-    def _meta_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the files on the meta device, by name."""
-        dtypes = {**transformers_private.read("modeling_utils", "str_to_torch_dtype"), "F8_E8M0": torch.float8_e8m0fnu}
-        tensors = {}
-        for path in dict.fromkeys(self._files.values()):
-            with _open(path) as file:
-                available = set(file.keys())
-                for name in (name for name, other in self._files.items() if other == path):
-                    if name not in available:
-                        raise ValueError(f"{path} has no {name}, which the index says it has: download it again")
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in dtypes:
-                        raise ValueError(f"{name} is {part.get_dtype()} in {path}, which torch does not have")
-                    tensors[name] = torch.empty(part.get_shape(), dtype=dtypes[part.get_dtype()], device="meta")
-        return tensors
-
     def _plan(
         self, expected: dict[str, Tensor], unexpected: set[str], quantizer: HfQuantizer | None
     ) -> list[Conversion]:
@@ -162,7 +137,7 @@ class Weights:
         converters = [entry for entry in mapping if isinstance(entry, converter_class)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix, conversions = self._model.base_model_prefix, dict[str, Conversion]()
-        for name in sorted(self._files, key=key):
+        for name in sorted(self._tensors, key=key):
             target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
             if target not in expected and name in expected:
                 target, pattern = rename_source_key(name, [], [], prefix, expected)
@@ -177,7 +152,7 @@ class Weights:
 
     def _check(self, name: str, value: Tensor, expected: Tensor, conversion: Conversion) -> None:
         """Raise `ValueError` if a converted tensor does not fit that of the model."""
-        file = self._files[conversion.sources[0][1]]
+        file = self._files.paths[conversion.sources[0][1]]
         if value.shape != expected.shape:
             raise ValueError(f"{name} is {list(value.shape)} in {file}, {list(expected.shape)} in the model")
         # Quantized codes are meaningless without their scales, and copy_ would treat them as the weights themselves.
@@ -241,32 +216,6 @@ def _rows(tensor: Tensor, index: int, count: int) -> tuple[int, int] | None:
         return None
     size = -(-len(tensor) // count)
     return min(index * size, len(tensor)), min((index + 1) * size, len(tensor))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the file that contains each tensor, by the tensor's name."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        with _open(folder / "model.safetensors") as file:
-            return dict.fromkeys(file.keys(), folder / "model.safetensors")
-    if not index.is_file():
-        raise ValueError(f"model.path={folder}: no model.safetensors there; save the model with safetensors")
-    try:
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors files ({error!r}): download it again") from error
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; raise `ValueError` if that fails."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): download it again") from error
 
 
 def _listed(names: list[str]) -> str:

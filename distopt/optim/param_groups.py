@@ -6,7 +6,7 @@ import difflib
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -123,13 +123,7 @@ def param_groups(
         group = groups[first, decays, sizes.get(name, Width()), name not in not_hidden]
         group["params"].append(param)
         group["param_names"].append(name)
-    for pattern in overrides:
-        if not any(group["params"] for (of, *_), group in groups.items() if of == pattern):
-            raise ValueError(
-                f"no trainable parameter matches the override {pattern!r}: it is found in none of the "
-                f"{len(trainable)} names, or an earlier override takes them all; the first names are "
-                f"{', '.join([*trainable][:5])}"
-            )
+    _check_found(overrides, {of for (of, *_), group in groups.items() if group["params"]}, trainable)
     if lr is not None:
         for (_, _, width, _), group in groups.items():
             scale(group, width, lr, rule, independent_decay)
@@ -148,6 +142,16 @@ def _patterns(weight_decay: float, overrides: Mapping[str, Mapping[str, Any]]) -
     for pattern, options in overrides.items():
         _check_names(pattern, options)
     return patterns
+
+
+def _check_found(overrides: Iterable[str], found: Container[str | None], names: Collection[str]) -> None:
+    """Raises ValueError for an override that no parameter has taken."""
+    for pattern in overrides:
+        if pattern not in found:
+            raise ValueError(
+                f"no trainable parameter matches the override {pattern!r}: it is found in none of the {len(names)} "
+                f"names, or an earlier override takes them all; the first names are {', '.join([*names][:5])}"
+            )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

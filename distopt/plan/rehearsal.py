@@ -23,7 +23,7 @@ from distopt.plan.flops import Flops
 from distopt.plan.footprint import Footprint, Param
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Container, Mapping
 
     from distopt.engine import Engine
 
@@ -143,17 +143,25 @@ def rehearse(
         gradients = allocations.indices(p.grad for p in params if p.grad is not None)
         inner = {p for block in blocks(model) for p in block.parameters()}
         of_blocks = allocations.indices(p.grad for p in inner if p.grad is not None)
-    gradient_bytes = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
+    total = sum(p.numel() * p.element_size() for p in params if p.requires_grad)
+    moments = _backward(allocations.events, start, gradients, of_blocks, total)
+    return Rehearsal(units, (forward.total, backward.total), moments, trusts)
+
+
+def _backward(
+    events: list[tuple[int, int]], start: int, gradients: Container[int], of_blocks: Container[int], total: int
+) -> list[Moment]:
+    """Return the moments from event `start` on; `total` is the size of all gradients in bytes."""
     moments, activations, allocated, inside = [], 0, 0, False
-    for i, (index, change) in enumerate(allocations.events):
+    for i, (index, change) in enumerate(events):
         if index in gradients:
             allocated += change
         else:
             activations += change
         inside = inside or index in of_blocks
         if i >= start - 1:
-            moments.append(Moment(activations, allocated / gradient_bytes, inside))
-    return Rehearsal(units, (forward.total, backward.total), moments, trusts)
+            moments.append(Moment(activations, allocated / total, inside))
+    return moments
 
 
 def _forward(allocations: Allocations, entered: list[int]) -> list[Moment]:
