@@ -29,6 +29,8 @@ _IMPORTED_ONCE = [
     "torch.utils.tensorboard",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "torch._inductor.compile_fx",
+    "pydantic",
     "tests.harness.frozen",
 ]
 context = multiprocessing.get_context("forkserver")
