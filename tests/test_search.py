@@ -62,6 +62,14 @@ FOUND = (
         options={"d0": 0.01},
         legs=(Leg("plain", 1, (Step(), Step(), Step(unused=(0,)), Step())),),
     ),
+    # The state of a scalar was saved as one of the scalars, and looked for among the tensors, where it is a DTensor.
+    Case(
+        params=(Param(()), Param(())),
+        groups=(Group((0, 1)),),
+        optimizer="ADOPT",
+        options={},
+        legs=(Leg("plain", 1, (Step(),)), Leg("tensor", 2, (Step(),))),
+    ),
 )
 
 

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distopt.layout import local
+
 
 class Parts(NamedTuple):
     """What is written of a checkpoint's contents.
 
     Attributes:
         tensors: By name, those that the ranks write: `model.<name>` and `optimizer.state.<parameter>.<buffer>`.
-        scalars: The 0-D buffers of the optimizer's state (`step`), which are the same on every rank: one vector for
-            each buffer and dtype, with the names of its parameters.
+        scalars: The 0-D buffers of the optimizer's state (`step`, and those of 0-D parameters), which are the same on
+            every rank: one vector for each buffer and dtype, with the names of its parameters.
         objects: What is no tensor, by name.
     """
 
@@ -34,7 +36,7 @@ def split(contents: Mapping[str, Any]) -> Parts:
         if not isinstance(value, Tensor):
             objects[name] = value
         elif _is_scalar(path, value):
-            shared[path[-1], value.dtype][path[-2]] = value
+            shared[path[-1], value.dtype][path[-2]] = local(value)
         else:
             tensors[name] = value
     packed = [
@@ -56,14 +58,15 @@ def fill_rest(contents: Mapping[str, Any], scalars: list[dict[str, Any]], object
     for entry in scalars:
         for name, value in zip(entry["names"], entry["values"].unbind()):
             if entry["buffer"] in state.get(name, {}):
-                state[name][entry["buffer"]].copy_(value)
+                local(state[name][entry["buffer"]]).copy_(value)
     for path, holder in [*_places(contents)]:
         if (name := ".".join(path)) in objects:
             holder[path[-1]] = objects[name]
 
 
 def _is_scalar(path: tuple[str, ...], value: Tensor) -> bool:
-    return path[0] == "optimizer" and value.ndim == 0 and not hasattr(value, "placements")
+    # Also a DTensor, which the state of a scalar parameter is where another run has a plain tensor.
+    return path[0] == "optimizer" and value.ndim == 0
 
 
 def _places(contents: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
