@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from . import command, sweep
 from .config import AccelerateLauncherConf
 from .errors import LauncherError
+from .halving import Halving
 from .job import Job
 
 
@@ -43,6 +44,8 @@ class AccelerateLauncher(Launcher):
         """
         self.context, self.config = hydra_context, config
         check(self.options)
+        options = self.options
+        self.halving = Halving(options.metric, options.rungs, options.keep, options.greater_is_better)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs, numbered from `initial_job_idx`, and return their results.
@@ -68,7 +71,7 @@ class AccelerateLauncher(Launcher):
                         f"jobs #{same.number} and #{job.number} have the same folder {job.folder}: "
                         "hydra.sweep.subdir must differ between them, as '${hydra.job.num}' does"
                     )
-            return sweep.run(jobs, self.options)
+            return sweep.run(jobs, self.options, self.halving)
 
     def _job(self, number: int, overrides: list[str], sweep_folder: Path) -> Job:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -116,6 +119,10 @@ def check(options: AccelerateLauncherConf) -> None:
             raise LauncherError(f"hydra.launcher.{name} must be >= {low}, got {value}")
     if options.timeout_minutes is not None and not options.timeout_minutes > 0:
         raise LauncherError(f"hydra.launcher.timeout_minutes must be > 0, got {options.timeout_minutes}")
+    if options.rungs != sorted({rung for rung in options.rungs if rung > 0}):
+        raise LauncherError(f"hydra.launcher.rungs must be steps > 0 in increasing order, got {options.rungs}")
+    if not 0 < options.keep < 1:
+        raise LauncherError(f"hydra.launcher.keep must be > 0 and < 1, got {options.keep}: the share that goes on")
     if options.config_file is not None and not Path(options.config_file).is_file():
         raise LauncherError(f"hydra.launcher.config_file={options.config_file}: no such file")
     if options.prefix and shutil.which(options.prefix[0]) is None:

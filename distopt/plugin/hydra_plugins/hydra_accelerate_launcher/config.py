@@ -34,6 +34,12 @@ class AccelerateLauncherConf:
     env: dict[str, str] = field(default_factory=dict)
     # The time limit of a job, after which it has failed; null: none.
     timeout_minutes: float | None = None
+    # Successive halving: at each of these steps a job is stopped, and returns its metric, unless that is among the best
+    # `keep` of those that have come so far. The metric is a key of the rows of metrics.jsonl in the folder of the job.
+    rungs: list[int] = field(default_factory=list)
+    keep: float = 0.5
+    metric: str = "validation_loss"
+    greater_is_better: bool = False
     # The time between SIGTERM and SIGKILL, in which a job can save.
     grace_seconds: float = 60.0
 

@@ -41,6 +41,7 @@ class Job:
         words: The program and its arguments.
         tree: The processes of the job, once it was started.
         began: The time of the start, of the monotonic clock, in seconds.
+        started: The same moment, in seconds since the epoch.
         seconds: The duration of the job, once it has ended.
     """
 
@@ -52,6 +53,7 @@ class Job:
     words: list[str]
     tree: ProcessTree | None = field(default=None, init=False)
     began: float = field(default=0.0, init=False)
+    started: float = field(default=0.0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     @property
@@ -100,7 +102,7 @@ class Job:
         with self.log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
         own = {FILE: str(self._own / "result.pickle"), RESUME: "auto" if again else "never"}
-        self.began = time.monotonic()
+        self.began, self.started = time.monotonic(), time.time()
         self.tree = ProcessTree(command, {**os.environ, **env, **own}, self.log)
 
     def finish(self, code: int, late: bool = False) -> None:
@@ -110,7 +112,7 @@ class Job:
             code: The exit code of the job.
             late: Whether it was ended at its time limit.
         """
-        self.seconds = time.monotonic() - self.began
+        self._took()
         if code == 0 and not late and self.done():
             return
         (self._own / "result.pickle").unlink(missing_ok=True)
@@ -121,6 +123,16 @@ class Job:
         else:
             why = log.error(self.log, self._wrote + 1)
         self.result.status, self.result.return_value = JobStatus.FAILED, JobFailed(f"{why} (log: {self.log})")
+
+    def stop(self, value: float) -> None:
+        """Record that a job was stopped by the sweep, unless it has ended well by then: `value` is what it returns."""
+        self._took()
+        if not self.done():
+            (self._own / "result.pickle").write_bytes(pickle.dumps(value))
+            self.result.status, self.result.return_value = JobStatus.COMPLETED, value
+
+    def _took(self) -> None:
+        self.seconds = time.monotonic() - self.began
 
     @property
     def _own(self) -> Path:

@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from . import command, devices, log
 from .config import AccelerateLauncherConf
 from .errors import LauncherError
+from .halving import Halving
 from .job import Job
 from .processes import end
 from .result import PROCESSES
@@ -25,7 +26,7 @@ from .result import PROCESSES
 POLL_SECONDS = 0.1
 
 
-def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]:
+def run(jobs: Sequence[Job], options: AccelerateLauncherConf, halving: Halving) -> list[JobReturn]:
     """Run the jobs that are not done yet.
 
     A job that fails is marked, and the others continue. SIGINT and SIGTERM end the running jobs, and then this process.
@@ -33,6 +34,7 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
     Args:
         jobs: The jobs.
         options: The options of the launcher.
+        halving: Says which jobs are stopped; knows those of earlier calls.
 
     Returns:
         The results of all jobs, in their order.
@@ -43,6 +45,7 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
     slots = devices.deal(gpus, options.jobs)
     with _bar(len(jobs)) as bar, _signals() as received:
         for job in done:
+            halving.judge(job.number, job.folder)
             _say(bar, f"#{job.number} {job.label}: {_value(job)}, done before")
             bar.update()
         running: dict[int, Job] = {}
@@ -55,9 +58,9 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf) -> list[JobReturn]
                         _say(bar, f"#{running[slot].number} {running[slot].label}: started, {_near(running[slot].log)}")
                 time.sleep(POLL_SECONDS)
                 for slot, job in list(running.items()):
-                    if _ended(job, options):
+                    if how := _ended(job, options, halving):
                         del running[slot]
-                        _say(bar, f"#{job.number} {job.label}: {_value(job)}, {job.seconds:.1f} s")
+                        _say(bar, f"#{job.number} {job.label}: {how}, {job.seconds:.1f} s")
                         bar.update()
                 if running and not bar.disable:
                     written = log.lines(next(iter(running.values())).log, most=4096) or [""]
@@ -105,17 +108,24 @@ def _start(job: Job, options: AccelerateLauncherConf, gpus: list[str]) -> None:
     job.start(command.launch(options, gpus), {**env, **options.env}, options.resume)
 
 
-def _ended(job: Job, options: AccelerateLauncherConf) -> bool:
-    """Return whether a job has ended or reached its time limit; end the processes that it leaves behind."""
+def _ended(job: Job, options: AccelerateLauncherConf, halving: Halving) -> str:
+    """Return how a job has ended, by itself, at its time limit or at a rung; end the processes that it leaves behind.
+
+    It is empty while the job runs.
+    """
     assert job.tree is not None
-    code = job.tree.poll()
+    code, stop = job.tree.poll(), halving.judge(job.number, job.folder, job.started)
     late = options.timeout_minutes is not None and time.monotonic() - job.began > 60 * options.timeout_minutes
-    if code is None and not late:
-        return False
+    if code is None and not late and stop is None:
+        return ""
     if job.tree.alive:
-        end([job.tree], options.grace_seconds + 5 if late else 5)
+        end([job.tree], options.grace_seconds + 5 if code is None else 5)
+    if stop is not None and code is None:
+        job.stop(stop.value)
+        return str(stop)
     job.finish(1 if code is None else code, late)
-    return True
+    halving.judge(job.number, job.folder, job.started)  # its last rows, for those that follow
+    return _value(job) + halving.missing(job.number)
 
 
 @contextlib.contextmanager
