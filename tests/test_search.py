@@ -70,6 +70,17 @@ FOUND = (
         options={},
         legs=(Leg("plain", 1, (Step(),)), Leg("tensor", 2, (Step(),))),
     ),
+    # ADOPT's first step leaves the weights as they are; a cautious one decayed them.
+    *(
+        Case(
+            params=(Param(()),),
+            groups=(Group((0,)),),
+            optimizer="ADOPT",
+            options={option: True, "weight_decay": 0.1},
+            legs=(Leg("plain", 1, (Step(), Step())),),
+        )
+        for option in ("cautious", "cautious_decay")
+    ),
 )
 
 

@@ -103,10 +103,12 @@ def with_cautious_decay(directions: Directions) -> Directions:
 
 def decay(shards: Shards, directions: list[Tensor]) -> list[Tensor]:
     """Returns the decoupled weight decay of each shard; nothing if there is none."""
-    factor = shards.rule.scalars.get(shards.rule.decay, 0.0)
-    if not factor:
+    rule = shards.rule
+    of_step = rule.scales.get(rule.decay, lambda step: rule.scalars.get(rule.decay, 0.0))
+    factors = [of_step(step) for step in shards.steps]
+    if not any(factors):
         return []
-    decays = list(torch._foreach_mul(shards.params, factor))
+    decays = list(torch._foreach_mul(shards.params, factors))
     if shards.group["cautious_decay"]:
         for d, u, p in zip(decays, directions, shards.params):
             d.masked_fill_(u.sign() * p.sign() < 0, 0.0)
@@ -150,4 +152,6 @@ def _masked(directions: Directions, shards: Shards) -> list[Tensor]:
 
 def _undecayed(shards: Shards) -> Shards:
     rule = shards.rule
+    if rule.decay in rule.scales:
+        return replace(shards, rule=replace(rule, scales={**rule.scales, rule.decay: lambda step: 0.0}))
     return replace(shards, rule=replace(rule, scalars={**rule.scalars, rule.decay: 0.0})) if rule.decay else shards

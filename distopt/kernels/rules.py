@@ -46,7 +46,8 @@ class Rule:
         scales: Values that differ between tensors, as functions of the number of steps. `ratio` is special: where the
             trust ratio multiplies the gradient (LARS), it is that.
         divisors: As `scales`. Kernels multiply by the reciprocal, which they call `inverse_<name>`.
-        decay: The name of the scalar that is multiplied by the weights and added to the direction; "" if there is none.
+        decay: The name of the scalar, or of the scale, that is multiplied by the weights and added to the direction; ""
+            if there is none.
         penalty: As `decay`, where it is added to the gradient. Cautious updates need to know.
         sums: Running sums over the steps of a tensor, which are state: functions of the number of steps that return the
             addend of a step. The rule gets the sum with this step's addend.

@@ -29,7 +29,7 @@ def adopt(
     beta2: float,
     one_minus_beta2: float,
     eps: float,
-    decoupled: float,
+    decoupled: list[float],
     clip: list[float],
 ) -> list[Tensor]:
     """Computes the directions of `ADOPT`, and updates both moments in place.
@@ -43,7 +43,7 @@ def adopt(
         beta2: Decay of v.
         one_minus_beta2: 1 - beta2.
         eps: The least divisor.
-        decoupled: Weight decay that is added to the direction.
+        decoupled: Weight decay that is added to each tensor's direction.
         clip: The bound of each tensor's scaled gradient; 0 at its first step, which only sets v.
     """
     directions = [torch.zeros_like(g) for g in grads]
@@ -61,7 +61,7 @@ def adopt(
     torch._foreach_mul_(exp_avg_sq, beta2)
     torch._foreach_addcmul_(exp_avg_sq, grads, grads, one_minus_beta2)
     for i, m, p in zip(later, exp_avg, params):
-        torch.add(m, p, alpha=decoupled, out=directions[i])
+        torch.add(m, p, alpha=decoupled[i], out=directions[i])
     return directions
 
 
@@ -126,10 +126,12 @@ class ADOPT(ShardedOptimizer):
                 "beta2": beta2,
                 "one_minus_beta2": 1.0 - beta2,
                 "eps": group["eps"],
-                "decoupled": group["weight_decay"],
             },
             scales={
-                "clip": lambda step: 0.0 if step == 1.0 else unbounded if exponent is None else (step - 1.0) ** exponent
+                "clip": lambda step: (
+                    0.0 if step == 1.0 else unbounded if exponent is None else (step - 1.0) ** exponent
+                ),
+                "decoupled": lambda step: 0.0 if step == 1.0 else group["weight_decay"],
             },
         )
 
