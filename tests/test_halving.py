@@ -53,7 +53,7 @@ def test_a_job_is_at_a_rung_with_its_first_value_there_or_later(tmp_path: Path) 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_stops_even_when_it_comes_first(tmp_path: Path, value: float) -> None:
     stop = Halving("loss", [1]).judge(0, wrote(tmp_path / "0", value))
-    assert stop is not None and (stop.place, stop.count) == (1, 1)
+    assert stop is not None and (stop.place, stop.jobs) == (1, 1)
 
 
 def test_the_largest_is_the_best_where_it_is_said(tmp_path: Path) -> None:

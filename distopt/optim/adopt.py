@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,8 +117,11 @@ class ADOPT(ShardedOptimizer):
         super().__init__(params, options(locals()), **torch_options)
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        (beta1, beta2), exponent = group["betas"], group["clip_exponent"]
-        unbounded = float("inf")
+        (beta1, beta2), exponent, weight_decay = group["betas"], group["clip_exponent"], group["weight_decay"]
+
+        def clip(step: float) -> float:
+            return 0.0 if step == 1.0 else math.inf if exponent is None else (step - 1.0) ** exponent
+
         return Rule(
             buffers=("exp_avg", "exp_avg_sq"),
             decay="decoupled",
@@ -127,12 +131,7 @@ class ADOPT(ShardedOptimizer):
                 "one_minus_beta2": 1.0 - beta2,
                 "eps": group["eps"],
             },
-            scales={
-                "clip": lambda step: (
-                    0.0 if step == 1.0 else unbounded if exponent is None else (step - 1.0) ** exponent
-                ),
-                "decoupled": lambda step: 0.0 if step == 1.0 else group["weight_decay"],
-            },
+            scales={"clip": clip, "decoupled": lambda step: 0.0 if step == 1.0 else weight_decay},
         )
 
     def directions(self, shards: Shards) -> list[Tensor]:

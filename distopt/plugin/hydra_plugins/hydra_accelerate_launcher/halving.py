@@ -18,10 +18,10 @@ class Stop(NamedTuple):
     step: int
     value: float
     place: int
-    count: int
+    jobs: int
 
     def __str__(self) -> str:
-        return f"stopped at step {self.step}: {self.value:.6g}, number {self.place} of {self.count}"
+        return f"stopped at step {self.step}: {self.value:.6g}, number {self.place} of {self.jobs}"
 
 
 @dataclass
