@@ -1,6 +1,6 @@
 """Layouts: which rank has which part of each layer, the only thing that an engine has to tell an optimizer."""
 
-from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.base import ShardLayout
 from distopt.layout.ddp import ddp_layout
 from distopt.layout.deepspeed import deepspeed_layout
 from distopt.layout.deepspeed_private import full_shape
@@ -9,6 +9,7 @@ from distopt.layout.flat import FlatLayout
 from distopt.layout.foreign import refuse_foreign, refuse_replaced
 from distopt.layout.infer import infer_layout, layout_of
 from distopt.layout.param_sync import ParamSync
+from distopt.layout.places import Segment
 from distopt.layout.tensors import local, local_parts, trained, wide, with_gradient
 from distopt.layout.wrapped import unwrap_optimizer
 from distopt.layout.zero1 import zero1_layout

@@ -15,7 +15,7 @@ from distopt.kernels.device_lists import DeviceLists
 from distopt.kernels.shards import row_of
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
-from distopt.layout.places import Box, Place, Run, own_indices
+from distopt.layout.places import Box, Place, Run, Segment, own_indices
 from distopt.layout.tensors import local, local_parts, placements_of, trained, wide
 
 if TYPE_CHECKING:
@@ -23,23 +23,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Placement = tuple["DeviceMesh", tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of elements of one layer in a flattened local tensor.
-
-    Attributes:
-        layer: The index of the layer.
-        start: The first element in the flattened local tensor.
-        numel: The number of elements.
-        offset: The first element in the flattened full layer; 0 for DTensors, whose placements say that.
-    """
-
-    layer: int
-    start: int
-    numel: int
-    offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +46,8 @@ class ShardLayout(LayerNorms):
             tensors. Clipping and SAM, which work on those, use it.
         wire: The device that the groups communicate from, where it is not `device` (shards offloaded to the host).
         gradients_hidden: Why gradients cannot be read after a backward pass, and what to do instead; "" if they can.
+        copies: The ranks with equal copies of all parameters, where it is known. Plain parameters alone do not say so:
+            those that FSDP2 ignores may differ between ranks.
         sync: Brings updated parameters to the ranks that have copies of them; neutral but under ZeRO-1.
     """
 
@@ -75,6 +60,7 @@ class ShardLayout(LayerNorms):
     gradients: ShardLayout | None = None
     wire: torch.device | None = None
     gradients_hidden: str = ""
+    copies: dist.ProcessGroup | None = None
     sync: ParamSync = ParamSync()  # noqa: RUF009  (has no state)
     _indices: DeviceLists = field(default_factory=DeviceLists, init=False, repr=False)
 
@@ -138,6 +124,8 @@ class ShardLayout(LayerNorms):
 
     def sharers(self, param: Tensor) -> tuple[int, ...]:
         """Returns the ranks that share a parameter of the model, by shards or equal copies; () for this one alone."""
+        if self.copies is not None:
+            return tuple(dist.get_process_group_ranks(self.copies))
         mesh = getattr(param, "device_mesh", None)
         return () if mesh is None else tuple(mesh.mesh.flatten().tolist())
 

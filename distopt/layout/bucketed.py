@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Placement, Segment
+from distopt.layout.base import Placement
 from distopt.layout.bucket import Bucket, make_buckets
 from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.host_range import HostRange
 from distopt.layout.infer import infer_layout
 from distopt.layout.messages import others, over_gloo, receive, send
 from distopt.layout.param_sync import ParamSync
+from distopt.layout.places import Segment
 from distopt.layout.range_shard import Range, RangeShard
 from distopt.layout.zero1 import Zero1Layout
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.layout.base import ShardLayout
@@ -15,23 +13,7 @@ from distopt.layout.names import bare_parameters
 from distopt.layout.tensors import trained
 
 
-@dataclass(frozen=True, eq=False)
-class CopiedLayout(ShardLayout):
-    """Full parameters, of which the ranks of a group have equal copies.
-
-    Plain parameters alone do not say so: those that FSDP2 ignores may differ between ranks.
-
-    Attributes:
-        copies: The ranks.
-    """
-
-    copies: dist.ProcessGroup = None  # type: ignore[assignment]
-
-    def sharers(self, param: Tensor) -> tuple[int, ...]:
-        return tuple(dist.get_process_group_ranks(self.copies))
-
-
-def ddp_layout(model: DistributedDataParallel) -> CopiedLayout:
+def ddp_layout(model: DistributedDataParallel) -> ShardLayout:
     """Makes the layout of a DDP model, with which its ranks divide the matrices of Muon among themselves.
 
         optimizer.bind(distopt.layout.ddp_layout(ddp))
@@ -57,5 +39,4 @@ def ddp_layout(model: DistributedDataParallel) -> CopiedLayout:
             "rank updates what it has"
         )
     layout = infer_layout(trained(bare_parameters(model).values()))
-    values = {field.name: getattr(layout, field.name) for field in fields(ShardLayout) if field.init}
-    return CopiedLayout(**values, copies=model.process_group)
+    return replace(layout, copies=model.process_group)

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.base import ShardLayout
 from distopt.layout.deepspeed_private import flat_groups, partition_group, position, read, sub_groups
 from distopt.layout.flat import FlatLayout, Partition, Piece, own_piece
 from distopt.layout.infer import infer_layout
+from distopt.layout.places import Segment
 from distopt.layout.tensors import trained
 
 _HIDDEN = (

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.base import ShardLayout
 from distopt.layout.deepspeed_private import full_shape, is_partitioned, own_part
+from distopt.layout.places import Segment
 
 
 class Piece(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distopt.layout.base import Segment, ShardLayout
+from distopt.layout.base import ShardLayout
 from distopt.layout.foreign import refuse_foreign
+from distopt.layout.places import Segment
 from distopt.layout.tensors import local, local_parts, same, trained
 from distopt.layout.wrapped import unwrap_optimizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,23 @@ Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
 
 _PADDING = 1.05  # of the elements that a rank would have without padding
 _CHUNK = 2**20  # elements at once, whose indices take some 40 MB of scratch memory
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of elements of one layer in a flattened local tensor.
+
+    Attributes:
+        layer: The index of the layer.
+        start: The first element in the flattened local tensor.
+        numel: The number of elements.
+        offset: The first element in the flattened full layer; 0 for DTensors, whose placements say that.
+    """
+
+    layer: int
+    start: int
+    numel: int
+    offset: int = 0
 
 
 class Run(NamedTuple):

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.layout.base import Placement, Segment, ShardLayout
+from distopt.layout.base import Placement, ShardLayout
 from distopt.layout.bucket_gradients import BucketGradients
 from distopt.layout.exchange import GradientExchange, refuse_join
 from distopt.layout.foreign import refuse_foreign
 from distopt.layout.infer import infer_layout
 from distopt.layout.param_sync import RowSync, overlapped
+from distopt.layout.places import Segment
 from distopt.layout.reduce_scatter import hookable, reduce_scatter_gradients
 from distopt.layout.row_sharding import row_count, span
 from distopt.layout.tensors import trained, wide
