@@ -112,10 +112,10 @@ class Standing:
         match event:
             case ("add", group):
                 self.groups.append(group)
-            case ("set", i, "momentum", value):  # which decides what state there is, and so what a checkpoint is for
-                self.groups[i] = replace(self.groups[i], options=self.groups[i].options | {"momentum": value})
             case ("set", None, name, value):  # a group that comes later has to have it too
                 self.groups = [replace(group, options=group.options | {name: value}) for group in self.groups]
+            case ("set", i, "momentum", value):  # which decides what state there is, and so what a checkpoint is for
+                self.groups[i] = replace(self.groups[i], options=self.groups[i].options | {"momentum": value})
             case ("freeze", i):
                 self.frozen.add(i)
             case ("thaw", i):

@@ -142,7 +142,8 @@ class Run:
 
     def _renew(self, state: dict[str, Any]) -> None:
         """A new optimizer that is given a copy of the state of the old one."""
-        groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
+        kept = ("params", "rule")  # a group of vectors is Muon's by its rule alone
+        groups = [{name: group[name] for name in kept if name in group} for group in self.optimizer.param_groups]
         self.optimizer, self.stepper = self._made(groups)
         self.stepper.load_state_dict(copy.deepcopy(state))
 

@@ -41,7 +41,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "AdamWScheduleFree": _ADAM | dict(lr=2.5e-3, **_AVERAGE),
     "Prodigy": _ADAPTED,
     "DAdaptAdam": _ADAPTED,
+    "DAdaptSGD": dict(lr=1.0, momentum=0.0, weight_decay=0.0, d0=1e-6, d_coef=1.0),
+    "Adafactor": dict(lr=1e-2, beta2_decay=-0.8, eps=(None, 1e-3), d=1.0, weight_decay=0.0),
+    "Muon": dict(lr=1e-3, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5, eps=1e-7, betas=(0.9, 0.95)),
 }
+OF_RULES = {"adamw": dict(eps=1e-8)}  # what a group with another rule than the optimizer's does not take from it
 SAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "SAM": dict(rho=0.05),
     "ASAM": dict(rho=0.5, eta=0.01),
@@ -93,7 +97,8 @@ class Reference:
         return list(self.weights)
 
     def _add(self, group: Group) -> None:
-        self.groups.append({**DEFAULTS[self.case.optimizer], **self.case.options, **group.options})
+        own = OF_RULES.get(group.options.get("rule", ""), {})
+        self.groups.append({**DEFAULTS[self.case.optimizer], **self.case.options, **own, **group.options})
         self.groups[-1]["params"] = group.params
 
     def _event(self, kind: str, *args: Any) -> None:

@@ -18,11 +18,13 @@ State = dict[str, Any]
 
 PENALTY = ("SGD", "LARS", "Adagrad", "RMSprop", "Adam")  # whose weight decay is a part of the gradient
 AVERAGING = ("SGDScheduleFree", "AdamWScheduleFree")
-COUPLED = ("Prodigy", "DAdaptAdam")  # whose steps depend on all parameters together
+COUPLED = ("Prodigy", "DAdaptAdam", "DAdaptSGD")  # whose steps depend on all parameters together
+OTHERS = {"adamw": "AdamW", "lion": "Lion"}  # the rules of Muon's groups beside its own
 
 
 def moved(kind: str, group: Group, state: State, x: Tensor, g: Tensor) -> Tensor:
     """x after one step of a rule that knows one parameter at a time."""
+    kind = OTHERS.get(group.get("rule", ""), kind)
     state["t"] = t = state.get("t", 0) + 1
     g = -g if group.get("maximize") else g
     decay = group["weight_decay"]
@@ -34,6 +36,8 @@ def moved(kind: str, group: Group, state: State, x: Tensor, g: Tensor) -> Tensor
     penalized = g + decay * x if kind in PENALTY else g
     if kind in ("SGD", "LARS"):
         u = _momentum(kind, group, state, x, penalized, g)
+    elif kind == "Adafactor":
+        u = _adafactor(group, state, x, g)
     else:
         u = _DIRECTIONS[kind](group, state, penalized)
     if group.get("cautious") and x.numel():
@@ -121,6 +125,49 @@ def _adopt(group: Group, state: State, g: Tensor) -> Tensor:
     return state["v"]
 
 
+def _muon(group: Group, state: State, g: Tensor) -> Tensor:
+    """Of the SVD u s v of the momentum, divided by its norm, only s changes."""
+    momentum = group["momentum"]
+    state["v"] = momentum * state.get("v", 0.0) + (1 - momentum) * g
+    ahead = (1 - momentum) * g + momentum * state["v"] if group["nesterov"] else state["v"]
+    if not g.numel():
+        return g
+    a, b, c = 3.4445, -4.7750, 2.0315
+    matrices = ahead if ahead.ndim == 3 else ahead.reshape(1, len(ahead), -1)
+    directions = []
+    for matrix in matrices:
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / max(length(matrix), group["eps"])
+        for _ in range(group["ns_steps"]):
+            s = a * s + b * s**3 + c * s**5
+        directions.append(max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5 * (u * s) @ v)
+    return torch.stack(directions).view(g.shape)
+
+
+def _adafactor(group: Group, state: State, x: Tensor, g: Tensor) -> Tensor:
+    """The direction, whose rate is relative to the weights."""
+    t, (least, least_size) = state["t"], group["eps"]
+    least = 2.0**-52 if least is None else least
+    beta2 = 1 - t ** group["beta2_decay"]
+    if g.ndim < 2:
+        state["s"] = variance = beta2 * state.get("s", 0.0) + (1 - beta2) * g**2
+    else:
+        rows = state["rows"] = beta2 * state.get("rows", 0.0) + (1 - beta2) * _mean(g**2, -1)
+        columns = state["columns"] = beta2 * state.get("columns", 0.0) + (1 - beta2) * _mean(g**2, -2)
+        variance = rows * columns / _mean(rows, -2).clamp(min=least)
+    u = g / variance.sqrt().clamp(min=least)
+    relative = min(1.0, t**-0.5 / group["lr"]) if group["lr"] else 1.0
+    return relative * max(least_size, _rms(x)) / max(1.0, _rms(u) / group["d"]) * u
+
+
+def _mean(t: Tensor, dim: int) -> Tensor:
+    return t.sum(dim, keepdim=True) / max(1, t.shape[dim])
+
+
+def _rms(t: Tensor) -> float:
+    return length(t) / math.sqrt(max(1, t.numel()))
+
+
 _DIRECTIONS: dict[str, Callable[[Group, State, Tensor], Tensor]] = {
     "Adagrad": _adagrad,
     "RMSprop": _rmsprop,
@@ -130,6 +177,7 @@ _DIRECTIONS: dict[str, Callable[[Group, State, Tensor], Tensor]] = {
     "Lion": _lion,
     "AdEMAMix": _ademamix,
     "ADOPT": _adopt,
+    "Muon": _muon,
 }
 
 
@@ -159,6 +207,8 @@ def adapted(
     every: options, state, value and gradient of each parameter with a gradient. first: the options that all have in
     common. shared: d and its numerator r, which are updated.
     """
+    if kind == "DAdaptSGD":
+        return _adapted_sgd(every, first, shared)
     (beta1, beta2), lr, d = first["betas"], first["lr"], shared.setdefault("d", first["d0"])
     beta3 = math.sqrt(beta2)
     after, inner, norm = [], 0.0, 0.0
@@ -184,6 +234,25 @@ def adapted(
     if norm:
         found = first["d_coef"] * shared["r"] / norm / (1.0 if kind == "Prodigy" else 1 - beta3)
         shared["d"] = max(d, found)
+    return after
+
+
+def _adapted_sgd(
+    every: list[tuple[Group, State, Tensor, Tensor]], first: Group, shared: dict[str, float]
+) -> list[Tensor]:
+    momentum, lr, d = first["momentum"], first["lr"], shared.setdefault("d", first["d0"])
+    grads = [(-g if group.get("maximize") else g) + group["weight_decay"] * x for group, _, x, g in every]
+    shared["norm"] = norm = shared.get("norm", 0.0) or math.sqrt(sum(length(g) ** 2 for g in grads))
+    after, size = [], 0.0
+    for (_, state, x, _), g in zip(every, grads):
+        before = state.get("sum", torch.zeros_like(x))
+        shared["r"] = shared.get("r", 0.0) + lr * d * float((g * before).sum())
+        state["sum"] = before + lr * d * g
+        size += length(state["sum"]) ** 2
+        state["v"] = momentum * state.get("v", 0.0) + (1 - momentum) * (d / norm * g if norm else 0.0 * g)
+        after.append(x - lr * state["v"])
+    if size:
+        shared["d"] = max(d, first["d_coef"] * 2 * shared["r"] / (norm * math.sqrt(size)))
     return after
 
 
