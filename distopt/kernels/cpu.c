@@ -306,13 +306,13 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
                 float *state[] = {(float *)column[2] + from, (float *)column[3] + from, (float *)column[4] + from};
                 for (int i = 0; narrow && i < STORES; i++) {
                     if (stores[i].data == 0 || (stores[i].format == FLOAT32 && mode == STEP)) continue;
-                    load(stores + i, from, n, read[i]);
+                    load(stores + i, from, n, row, read[i]);
                     *(i == 0 ? &p : state + i - 1) = read[i];
                 }
                 rows(!by_block ? mode : mode == KEEP ? SUM_KEEP : SUM, hyper, s, p, g, state[0], state[1], state[2], n,
                      direction);
                 for (int i = 0; narrow && mode == STEP && i < STORES; i++)
-                    if (stores[i].data != 0) save(stores + i, window, from, n, read[i]);
+                    if (stores[i].data != 0) save(stores + i, window, from, n, row, read[i]);
                 if (by_block) {
                     add(&weights, direction[0]);
                     add(&updates, direction[1]);

@@ -104,6 +104,11 @@ class ShardLayout(LayerNorms):
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option of a param group that cannot be had on this layout."""
 
+    def cuts(self, param: Tensor, block: int) -> bool:
+        """Whether some rank's elements of a parameter are not whole blocks of consecutive ones; the same on each."""
+        by: tuple[Any, ...] = getattr(param, "placements", ())
+        return any(not p.is_replicate() and (p.dim != 0 or hasattr(p, "split_factor")) for p in by)
+
     def check_copyable(self) -> None:
         """Raises ValueError if a copy of an optimizer could not have this layout."""
 
@@ -205,8 +210,8 @@ class ShardLayout(LayerNorms):
                 p.grad = grads[i] = grads[i].redistribute(placements=p.placements)  # type: ignore[attr-defined]
         return self.shards(params, grads)
 
-    def placement(self, param: Tensor) -> Placement | None:
-        """Returns the mesh and the placements of a parameter's state; None where the state is a plain tensor."""
+    def placement(self, param: Tensor, per: int = 1) -> Placement | None:
+        """Returns mesh and placements of state with an element for `per` of a parameter; None: it is a plain tensor."""
         if not hasattr(param, "placements"):
             return None
         return param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
