@@ -168,7 +168,8 @@ def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Map
     made from another, or from the weights.
     """
     there, here = (
-        sorted({buffer_of(name) for buffers in states.values() for name in buffers}) for states in (saved["state"], state)
+        sorted({buffer_of(name) for buffers in states.values() for name in buffers})
+        for states in (saved["state"], state)
     )
     # torch's optimizers have no state before their first step, so that an empty state says nothing.
     differ = set(there).symmetric_difference(here).difference(BESIDE)

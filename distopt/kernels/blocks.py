@@ -59,6 +59,11 @@ class Form(NamedTuple):
         return 4 if (self.kind, self.bits) == (SQUARES, 4) else 2
 
     @property
+    def nbytes(self) -> float:
+        """The bytes of an element, with its share of the scale."""
+        return self.bits / 8 + (4 / self.block if self.bits < 16 else 0.0)
+
+    @property
     def per_code(self) -> int:
         """The elements of the parameter in a byte of codes."""
         return 8 // self.bits
@@ -108,10 +113,10 @@ def encode(values: Tensor, form: Form, noise: Tensor | None = None) -> tuple[Ten
     below = torch.where(root < form.top, root, float(form.top)).floor()  # nan is the largest
     low = below**2 if form.power == 2 else below**2 * below**2
     gap = 2.0 * below + 1.0 if form.power == 2 else ((4.0 * below + 6.0) * below + 4.0) * below + 1.0
-    share = 0.5 if noise is None else (noise.view_as(x) >> 8).float() * 2.0**-24
+    share = 0.5 if noise is None else (noise.reshape(x.shape) >> 8).float() * 2.0**-24
     number = (below + (share * gap < magnitude - low)).clamp_(max=form.top).int()
     code = torch.where(x < 0, -number, number) if form.kind == SIGNED else number.clamp_(min=1) - 1
-    code = code.view(-1)
+    code = code.reshape(-1)
     if form.bits == 4:
         code = (code[::2] & 15) | (code[1::2] & 15) << 4
     return (code & 255).to(torch.uint8), scale

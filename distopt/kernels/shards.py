@@ -32,8 +32,8 @@ class Shards:
         params: The weights, or their float32 masters, of any shape; as they are stored, like the buffers.
         grads: The gradients, of the shape of the params; possibly of 16 bits where the params are masters. `slices`,
             which rules get, has them in the dtype of the params.
-        buffers: The state by name, of the shape of the params, or codes of it, flat; of a buffer with a slot of its own (`Rule.slots`) the
-            full tensor, or None for a parameter that has none.
+        buffers: The state by name, of the shape of the params, or flat codes of it (`form`); of a buffer with a slot of
+            its own (`Rule.slots`) the full tensor, or None for a parameter that has none.
         steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
             device.
         sums: The running sums of the rule by name, floats in the order of the tensors.

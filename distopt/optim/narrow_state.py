@@ -107,7 +107,7 @@ def settle_buffer(
             return
         codes, scale = (local(state.pop(name + part)) for part in (CODES, SCALE))
         value = layout.zeros(param)
-        local(value).view(-1).copy_(blocks.decode(codes, scale, found))
+        local(value).copy_(blocks.decode(codes, scale, found).view(local(value).shape))
     if wanted is None:
         state[name] = value if slot is None or slot.dtype is None else value.to(slot.dtype)
         return

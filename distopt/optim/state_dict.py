@@ -27,8 +27,8 @@ def read_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) 
 
     Parameters are matched by name where the groups of both have `param_names`, else by position, as in torch. Options
     that the state dict lacks keep their values, and so do those that say how a step runs and what its numbers are
-    stored in (`capturable`, `master_weights`, `state_bits`). Floating-point buffers are cast to the dtype of state (float32 or
-    wider); they are laid out at the next step.
+    stored in (`capturable`, `master_weights`, `state_bits`). Floating-point buffers are cast to the dtype of state
+    (float32 or wider); they are laid out, and rounded where they are to have fewer bits, at the next step.
 
     Args:
         optimizer: The optimizer whose param groups and parameters the result has.

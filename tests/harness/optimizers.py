@@ -253,6 +253,7 @@ ROWS = (
     _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
+
 def _narrow(name: str, bits: int) -> Row:
     row = next(row for row in ROWS if row.name == name)
     return replace(row, name=f"{name}_{bits}_bits", kwargs=row.kwargs | {"state_bits": bits})
