@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import distopt
 from distopt.kernels import blocks, narrow_cpu, rounding
@@ -254,21 +254,30 @@ def test_a_proof_looks_at_codes_and_scales() -> None:
         assert ["exp_avg_codes" in said[0], "exp_avg_scale" in said[1]] == [True, True]
 
 
-def cut() -> str:
-    ranks = mesh((dist.get_world_size(),), ("shard",))
-    weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 32), ranks, [Shard(1)]))
-    try:
-        distopt.AdamW([weight], lr=0.1, state_bits=8).init_state()
-    except ValueError as error:
-        return str(error)
-    return ""
+def in_columns(width: int) -> list[Tensor] | str:
+    """Weights and state, of a parameter that is sharded along dimension 1, or why it is refused."""
+    ranks = mesh((dist.get_world_size(),), ("shard",)) if dist.is_initialized() else None
+    full_weight = numbers(5, 2 * width, 3)
+    weight = full_weight if ranks is None else distribute_tensor(full_weight, ranks, [Shard(1)])
+    param = nn.Parameter(weight)
+    optimizer = distopt.AdamW([param], lr=0.1, state_bits=8)
+    for at in range(3):
+        grad = numbers(*full_weight.shape, seed=at)
+        param.grad = grad if ranks is None else distribute_tensor(grad, ranks, [Shard(1)], src_data_rank=None)
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+    distopt.prove(optimizer, state=True) if ranks is not None else None
+    return [full(t) for t in (param, *optimizer.state[param].values())]
 
 
-def test_rows_that_are_cut_are_refused() -> None:
-    for said in run(2, cut):
-        assert (
-            "state_bits=8: a parameter of shape (4, 64) is sharded within its rows" in said and "state_bits=32" in said
-        )
+def test_columns_of_whole_blocks_have_the_same_bits_and_others_are_refused() -> None:
+    """FSDP2 shards stacked experts so, where they are fewer than the ranks."""
+    for found in run(2, in_columns, 128):
+        assert all(map(torch.equal, found, in_columns(128)))
+    for said in run(2, in_columns, 16):
+        assert "state_bits=8: a parameter of shape (5, 32, 3)" in said and "within blocks of 32 elements" in said
 
 
 def test_a_bucket_knows_whether_a_range_of_any_rank_ends_within_a_block() -> None:

@@ -270,7 +270,7 @@ static Window find(const int64_t *table, int64_t tensors, int64_t tensor, Store 
         stores[i] = (Store){(char *)own[addresses[i] * tensors], (char *)own[(7 + i) * tensors],
                             own[(7 + STORES + i) * tensors], (uint32_t)own[(7 + 2 * STORES + i) * tensors]};
     own += (7 + 3 * STORES) * tensors;
-    return (Window){own[0], own[tensors], own[2 * tensors]};
+    return (Window){own[0], own[tensors], own[2 * tensors], 0};
 }
 
 /* Calls `rows` on every chunk of every piece. totals: for each tensor the sums of weights and of directions. */
@@ -288,7 +288,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 2) * tensors + tensor];
             float s[SCALES], widened[CHUNK], direction[CHUNK], read[STORES][CHUNK];
             Store stores[STORES];
-            const Window window = narrow ? find(table, tensors, tensor, stores) : (Window){0, 1, 1};
+            const Window window = narrow ? find(table, tensors, tensor, stores) : (Window){0, 1, 1, 0};
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
             const int measures = mode == MEASURE || mode == KEEP;

@@ -12,7 +12,7 @@ enum { CHUNK = 1024, STORES = 4 }; /* elements that are converted at once; weigh
 enum { FLOAT32, BFLOAT16, REMAINDER, SIGNED8, SQUARES8, SIGNED4, SQUARES4 };
 
 typedef struct { char *data, *extra; int64_t format; uint32_t key; } Store;
-typedef struct { int64_t start, width, stride; } Window; /* distopt/kernels/window.py */
+typedef struct { int64_t start, width, stride, first; } Window; /* distopt/kernels/window.py */
 
 static inline uint32_t mix(uint32_t x) {
     x = (x ^ x >> 16) * 0x7FEB352Du;
@@ -23,8 +23,8 @@ static inline uint32_t mix(uint32_t x) {
 /* Writes the random bits of n elements of a shard. */
 static void fill_noise(uint32_t key, Window window, int64_t from, int64_t n, uint32_t *restrict to) {
     for (int64_t i = 0; i < n;) {
-        const int64_t column = (from + i) % window.width;
-        const int64_t place = window.start + (from + i) / window.width * window.stride + column;
+        const int64_t at = window.first + from + i, column = at % window.width;
+        const int64_t place = window.start + at / window.width * window.stride + column;
         int64_t run = ((int64_t)1 << 32) - (int64_t)(uint32_t)place; /* the upper half of the place is the same */
         if (run > window.width - column) run = window.width - column;
         if (run > n - i) run = n - i;
@@ -188,12 +188,11 @@ static void save(const Store *store, Window window, int64_t from, int64_t n, int
     if (store->format >= SIGNED8) save_blocks(store, window, from, n, row, values);
 }
 
-/* Converts the n elements of a shard, consecutive ones of its layer from `start` on, to float32 or, if it `saves`, from
- * it: for rules without a kernel. */
-void convert(char *data, char *extra, float *values, int64_t format, int64_t start, int64_t n, int64_t row,
-             uint32_t key, int saves, int threads) {
+/* Converts the n elements of a shard to float32 or, if it `saves`, from it: for rules without a kernel. */
+void convert(char *data, char *extra, float *values, int64_t start, int64_t width, int64_t stride, int64_t first,
+             int64_t format, int64_t n, int64_t row, uint32_t key, int saves, int threads) {
     const Store store = {data, extra, format, key};
-    const Window window = {start, n, n};
+    const Window window = {start, width, stride, first};
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 8 * CHUNK)
     for (int64_t from = 0; from < n; from += CHUNK / 2) {
         const int64_t count = n - from < CHUNK / 2 ? n - from : CHUNK / 2;

@@ -18,7 +18,7 @@ from distopt.kernels.narrow import WEIGHTS
 from distopt.kernels.shards import Shards
 from distopt.kernels.window import Window
 
-_STEP, _STORES = 0, 4  # as cpu.c counts them
+_STEP, _MEASURE, _STORES = 0, 1, 4  # as cpu.c counts them
 _FLOAT32, _BFLOAT16, _REMAINDER = range(3)
 _OF_BLOCKS = {(SIGNED, 8): 3, (SQUARES, 8): 4, (SIGNED, 4): 5, (SQUARES, 4): 6}
 
@@ -36,7 +36,7 @@ class NarrowCompiledUpdate(CompiledUpdate):
         super().__init__(shards.rule, shards)
         assert shards.narrow is not None
         self._flags |= NARROW
-        self._apply = _STEP
+        self._measure, self._apply = _MEASURE, _STEP
         names = [WEIGHTS, *shards.rule.buffers]
         stored = [shards.params, *(shards.buffers[name] for name in shards.rule.buffers)]
         none: list[Any] = [None] * len(shards.params)
@@ -79,23 +79,23 @@ def _readable(tensor: Tensor) -> bool:
 def load(codes: Tensor, scale: Tensor, form: Form, row: int) -> Tensor | None:
     """Returns the float32 values, flat, of codes and scales on the CPU; None without a compiler."""
     values = torch.empty(codes.numel() * form.per_code)
-    return values if _convert(codes, scale, form, row, values, False) else None
+    return values if _convert(codes, scale, values, form, row, 0, Window.run(0, 1), False) else None
 
 
 def save(values: Tensor, codes: Tensor, scale: Tensor, form: Form, row: int, key: int, window: Window) -> bool:
     """Writes the codes and scales of float32 values on the CPU; returns whether it can."""
-    return _convert(codes, scale, form, row, values, True, key, window.start + window.first)
+    return _convert(codes, scale, values, form, row, key, window, True)
 
 
 def _convert(
-    codes: Tensor, scale: Tensor, form: Form, row: int, values: Tensor, saves: bool, key: int = 0, start: int = 0
+    codes: Tensor, scale: Tensor, values: Tensor, form: Form, row: int, key: int, window: Window, saves: bool
 ) -> bool:
     tensors = (codes, scale, values)
     if cpu.library() is None or not all(map(_readable, tensors)) or values.dtype is not torch.float32:
         return False
     function: Any = cpu.library().convert  # type: ignore[union-attr]
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    integers = [ctypes.c_int64(n) for n in (_OF_BLOCKS[form.kind, form.bits], start, values.numel(), row)]
+    integers = [ctypes.c_int64(n) for n in (*window, _OF_BLOCKS[form.kind, form.bits], values.numel(), row)]
     function(*addresses, *integers, ctypes.c_uint32(key), int(saves), torch.get_num_threads())
     return True
 

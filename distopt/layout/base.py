@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -106,8 +107,12 @@ class ShardLayout(LayerNorms):
 
     def cuts(self, param: Tensor, block: int) -> bool:
         """Whether some rank's elements of a parameter are not whole blocks of consecutive ones; the same on each."""
-        by: tuple[Any, ...] = getattr(param, "placements", ())
-        return any(not p.is_replicate() and (p.dim != 0 or hasattr(p, "split_factor")) for p in by)
+        width, by = row_of(self.full_shape(param)), list(enumerate(getattr(param, "placements", ())))
+        sharded = [(axis, placement) for axis, placement in by if not placement.is_replicate()]
+        if any(placement.dim > 1 or hasattr(placement, "split_factor") for _, placement in sharded):
+            return True
+        parts = math.prod(param.device_mesh.size(axis) for axis, placement in sharded if placement.dim)  # type: ignore[attr-defined]
+        return parts > 1 and (param.shape[1] % parts > 0 or width // parts % block > 0)
 
     def check_copyable(self) -> None:
         """Raises ValueError if a copy of an optimizer could not have this layout."""

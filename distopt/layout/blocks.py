@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def blocks_shape(shape: Sequence[int], per: int) -> tuple[int, int]:
 
 
 def zeros_per(layout: ShardLayout, param: Tensor, per: int, dtype: torch.dtype) -> Any:
-    """Returns zeros of shape `blocks_shape`, sharded as this rank updates the parameter."""
+    """Returns zeros of shape `blocks_shape`, sharded as this rank updates the parameter: by rows, or evenly by columns."""
     shape = blocks_shape(layout.full_shape(param), per)
     numel = layout.state_numel(param) // per
     own, placement = torch.zeros(numel, dtype=dtype, device=layout.state_device(param)), layout.placement(param, per)
@@ -31,8 +32,9 @@ def zeros_per(layout: ShardLayout, param: Tensor, per: int, dtype: torch.dtype) 
         return RangeShard(own, torch.Size(shape), placements[0], mesh)
     from torch.distributed.tensor import DTensor
 
+    columns = shape[1] // math.prod(mesh.size(i) for i, placement in enumerate(placements) if placement.is_shard(1))
     full: dict[str, Any] = {"shape": torch.Size(shape), "stride": (shape[1], 1)}
-    return DTensor.from_local(own.view(-1, shape[1]), mesh, placements, run_check=False, **full)
+    return DTensor.from_local(own.view(-1, columns), mesh, placements, run_check=False, **full)
 
 
 def check_blocks(layout: ShardLayout, group: Mapping[str, Any]) -> None:
@@ -44,6 +46,6 @@ def check_blocks(layout: ShardLayout, group: Mapping[str, Any]) -> None:
         if block and p in layout and layout.cuts(p, block):
             raise ValueError(
                 f"state_bits={group['state_bits']}: a parameter of shape {tuple(layout.full_shape(p))} is sharded "
-                f"within its rows ({getattr(p, 'placements', 'ranges of a buffer')}), and so within blocks of {block} "
-                "elements: shard it along dimension 0, or give its param group state_bits=32"
+                f"in strides or within blocks of {block} elements of its rows ({getattr(p, 'placements', 'by ranges')}): "
+                "shard it along dimension 0, or give its param group state_bits=32"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,7 +69,10 @@ def _of_blocks(layout: ShardLayout, owner: Tensor, mine: Tensor, per: int) -> Pa
     shape = blocks_shape(layout.full_shape(owner), per)
     if isinstance(place, Run):
         return Part(segment.layer, mine, shape, Run(place.start // per, place.length // per))
-    return Part(segment.layer, mine, shape, Box((place.indices[0], range(shape[1]))))
+    columns, inner = place.indices[1], math.prod(layout.full_shape(owner)[2:])
+    assert isinstance(columns, range)  # `check_blocks`
+    own = range(columns.start * inner // per, columns.stop * inner // per)
+    return Part(segment.layer, mine, shape, Box((place.indices[0], own)))
 
 
 def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
