@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def gradient_norms(shards: Shards) -> SquaredNorms:
 def read(part: Shards) -> Shards:
     """Returns shards with float32 copies of those columns that are narrow, in new memory."""
     columns = {WEIGHTS: part.params, **part.buffers}
-    wide = {name: [_read(part, name, i, t) for i, t in enumerate(column)] for name, column in columns.items()}
+    wide: dict[str, Any] = {name: [_read(part, name, i, t) for i, t in enumerate(of)] for name, of in columns.items()}
     return replace(part, params=wide.pop(WEIGHTS), buffers=wide, narrow=None)
 
 

@@ -21,7 +21,7 @@ def blocks_shape(shape: Sequence[int], per: int) -> tuple[int, int]:
 
 
 def zeros_per(layout: ShardLayout, param: Tensor, per: int, dtype: torch.dtype) -> Any:
-    """Returns zeros of shape `blocks_shape`, sharded as this rank updates the parameter: by rows, or evenly by columns."""
+    """Returns zeros of shape `blocks_shape`, sharded as this rank updates the parameter: by rows or, evenly, columns."""
     shape = blocks_shape(layout.full_shape(param), per)
     numel = layout.state_numel(param) // per
     own, placement = torch.zeros(numel, dtype=dtype, device=layout.state_device(param)), layout.placement(param, per)
@@ -45,7 +45,7 @@ def check_blocks(layout: ShardLayout, group: Mapping[str, Any]) -> None:
         block = block_of(layout.full_shape(p))
         if block and p in layout and layout.cuts(p, block):
             raise ValueError(
-                f"state_bits={group['state_bits']}: a parameter of shape {tuple(layout.full_shape(p))} is sharded "
-                f"in strides or within blocks of {block} elements of its rows ({getattr(p, 'placements', 'by ranges')}): "
+                f"state_bits={group['state_bits']}: a parameter of shape {tuple(layout.full_shape(p))} is sharded in "
+                f"strides or within blocks of {block} elements of its rows ({getattr(p, 'placements', 'in ranges')}): "
                 "shard it along dimension 0, or give its param group state_bits=32"
             )

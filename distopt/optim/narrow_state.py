@@ -130,6 +130,7 @@ def columns_of(
     scales: list[Tensor | None] = []
     for p, state in zip(params, states):
         slot = rule.slot(name, p.shape)
+        own: list[Any]
         if slot is None or slot.replicated:
             own = [state.get(name)] * len(layout.segments[p])
         elif name in state:
