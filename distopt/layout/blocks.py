@@ -21,7 +21,7 @@ def blocks_shape(shape: Sequence[int], per: int) -> tuple[int, int]:
 
 
 def zeros_per(layout: ShardLayout, param: Tensor, per: int, dtype: torch.dtype) -> Any:
-    """Returns zeros of shape `blocks_shape`, sharded as this rank updates the parameter: by rows or, evenly, columns."""
+    """Returns zeros of shape `blocks_shape`, sharded as the parameter: by rows, or evenly by columns."""
     shape = blocks_shape(layout.full_shape(param), per)
     numel = layout.state_numel(param) // per
     own, placement = torch.zeros(numel, dtype=dtype, device=layout.state_device(param)), layout.placement(param, per)
