@@ -18,8 +18,6 @@ QUICK = [
     ("fsdp2", 2, "rules", "some"),
     ("zero1", 2, "kernels", "some_narrow"),
     ("buckets", 3, "rules", "some_narrow"),
-    ("fsdp2", 3, "kernels", "some_narrow"),
-    ("hsdp", 4, "rules", "some_narrow"),
 ]
 JOBS_OF = ("every", "every_narrow")
 EVERY = [(kind, world, by, jobs) for kind, world in WORLDS for by in ("kernels", "rules") for jobs in JOBS_OF]

@@ -23,8 +23,8 @@ from tests.harness.engines import CPU, DEEPSPEED, ENGINES, full
 from tests.harness.optimizers import named
 
 # A form of each rule, by kernels and without; given equal gradients all of them are in `tests.test_bits`.
-NAMES = ("adamw_8_bits", "lamb_4_bits", "adamw_16_bits", "lars_8_bits", "lion_4_bits", "muon_8_bits")
-STEPS = 4
+NAMES = ("adamw_8_bits", "lamb_4_bits", "lars_16_bits", "lion_4_bits", "muon_8_bits")
+STEPS = 3
 NATIVE = [kind for kind in ENGINES if kind not in DEEPSPEED]
 
 
@@ -74,7 +74,7 @@ def trained(kind: str, name: str) -> list[Tensor]:
     samples = torch.tensor(6.0 + 2 * rank - (world - 1))
     for step in range(STEPS):
         update(engine, model, optimizer, [samples], 100.0, lambda of, sample, _: of(sample, step))  # noqa: B023
-        distopt.prove(optimizer, engine.unwrap(model), state=True)
+    distopt.prove(optimizer, engine.unwrap(model), state=True)
     return [*full(model).values()]
 
 
@@ -106,7 +106,7 @@ def unsharded() -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize(
     ("kind", "world"),
     some(
-        [("zero1", 3), ("hsdp", 4), ("ddp", 2), ("zero2", 2)],
+        [("zero1", 3), ("fsdp2", 2)],
         [(kind, world) for kind in NATIVE for world in (1, 2, 3, 4) if kind != "hsdp" or world % 2 == 0],
     ),
 )

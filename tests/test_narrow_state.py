@@ -151,7 +151,13 @@ def run_of(kind: str, bits: int, folder: Any, saves: bool) -> list[Tensor]:
         distopt.load_checkpoint(folder, model, optimizer)
     step(model, optimizer, 3, 6)
     distopt.prove(optimizer, model, state=True)
-    return [full(t) for p in model.all for t in (p, *optimizer.state[p].values())]
+    marks = distopt.fingerprint(model, optimizer)
+    numbers_of = [
+        int(mark, 16) - 2**63 for of in (marks.params, *marks.state.values()) for mark in of.values() if len(mark) > 9
+    ]
+    assert len(numbers_of) > 2 * len(MATRICES)
+    state = [full(t) for p in model.all for t in (p, *optimizer.state[p].values())]
+    return [*state, torch.tensor(numbers_of)]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +204,41 @@ def test_each_form_is_loaded_into_another(tmp_path: Any) -> None:
                 expected = wide(state, name, p)
                 apart = (from_dict[name] - expected).abs() / expected.abs().amax()
                 assert apart.max() <= 2.0 / top if blocks.block_of(p.shape) and now < 32 else not apart.any()
+
+
+def loaded_elsewhere(kind: str, folder: Any) -> list[Tensor]:
+    """The moments, in 4 bits, of runs that were saved in 8 bits and in float32."""
+    found = []
+    for name in ("8", "32"):
+        model, optimizer = make(kind, cls=partial(distopt.AdamW, state_bits=4), shapes=MATRICES)
+        distopt.load_checkpoint(folder / name, model, optimizer)
+        optimizer.init_state()
+        found += [full(t) for p in model.all for t in optimizer.state[p].values()]
+    return found
+
+
+def test_another_form_is_loaded_on_any_layout(tmp_path: Any) -> None:
+    for bits in (8, 32):
+        model, optimizer = make("plain", cls=partial(distopt.AdamW, state_bits=bits), shapes=MATRICES)
+        step(model, optimizer, 0, 2)
+        distopt.save_checkpoint(tmp_path / str(bits), model, optimizer)
+    expected = loaded_elsewhere("plain", tmp_path)
+    for kind in ("buckets", "fsdp2"):
+        for found in run(2, loaded_elsewhere, kind, tmp_path):
+            assert all(map(torch.equal, found, expected))
+
+
+def test_bits_may_change_in_mid_run() -> None:
+    """From float32 to bfloat16 the names stay, so that a step that looked at names alone went on as before."""
+    model, optimizer = make("plain", cls=distopt.AdamW, shapes=MATRICES)
+    for at, bits in enumerate((32, 16, 8, 4, 32)):
+        optimizer.param_groups[0]["state_bits"] = bits
+        step(model, optimizer, at, at + 1)
+        names = {name for name in optimizer.state[model.all[0]] if name.startswith("exp_avg_sq")}
+        assert names == ({"exp_avg_sq_codes", "exp_avg_sq_scale"} if bits < 16 else {"exp_avg_sq"})
+        dtypes = {32: torch.float32, 16: torch.bfloat16}
+        assert bits < 16 or optimizer.state[model.all[0]]["exp_avg_sq"].dtype is dtypes[bits]
+        assert optimizer.state[model.all[2]]["exp_avg_sq"].dtype is torch.float32
 
 
 def wide(state: dict[str, Tensor], name: str, param: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def zeros_per(layout: ShardLayout, param: Tensor, per: int, dtype: torch.dtype) 
 
 def check_blocks(layout: ShardLayout, group: Mapping[str, Any]) -> None:
     """Raises ValueError, the same on every rank, if a parameter of a param group is sharded within its blocks."""
-    if layout.flat or group.get("state_bits", 32) == 32:  # `FlatLayout.check_group`
+    if layout.flat or group.get("state_bits", 32) >= 16:  # `FlatLayout.check_group`
         return
     for p in group["params"]:
         block = block_of(layout.full_shape(p))

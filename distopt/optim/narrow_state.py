@@ -22,13 +22,17 @@ from torch import Tensor
 
 from distopt.kernels import blocks
 from distopt.kernels.blocks import CODES, SCALE, SIGNED, SQUARES, Form
+from distopt.kernels.narrow import WEIGHTS, Narrow
 from distopt.kernels.rules import Rule, Slot
+from distopt.kernels.window import Window
 from distopt.layout import ShardLayout, blocks_shape, check_shape, fit, local, zeros_per
+from distopt.layout.windows import windows
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
 
 Group = dict[str, Any]
+_AT_ONCE = 2**22  # elements
 
 
 def check_bits(optimizer: ShardedOptimizer, group: Group) -> None:
@@ -112,9 +116,10 @@ def settle_buffer(
         state[name] = value if slot is None or slot.dtype is None else value.to(slot.dtype)
         return
     state.pop(name, None)
-    for (part, of_part), numbers in zip(_slots(wanted, param).items(), blocks.encode(local(value).float(), wanted)):
-        state[name + part] = zeros_per(layout, param, of_part.per, numbers.dtype)
-        local(state[name + part]).view(-1).copy_(numbers)
+    state[name + CODES] = zeros_per(layout, param, wanted.per_code, torch.uint8)
+    state[name + SCALE] = zeros_per(layout, param, wanted.block, torch.float32)
+    if local(value).any():  # not at the start, but for Adagrad
+        _store(local(value), wanted, *(local(state[name + part]).view(-1) for part in (CODES, SCALE)))
 
 
 def columns_of(
@@ -140,6 +145,44 @@ def columns_of(
         found += own
         scales += [local(state[name + SCALE]).view(-1)] if name + SCALE in state else [None] * len(own)
     return found, scales if any(scale is not None for scale in scales) else []
+
+
+def narrow_of(
+    optimizer: ShardedOptimizer,
+    layout: ShardLayout,
+    index: int,
+    params: Sequence[Tensor],
+    scales: dict[str, list[Tensor | None]],
+) -> Narrow:
+    """Returns what is known of the shards of parameters of a param group, some of which are narrow.
+
+    A layer's key is its position among the parameters of the optimizer, which no engine changes.
+    """
+    group = optimizer.param_groups[index]
+    before = sum(len(group["params"]) for group in optimizer.param_groups[:index])
+    position = {id(p): before + i for i, p in enumerate(group["params"])}
+    of = [p for p in params for _ in layout.segments[p]]
+    extras: list[Any] = []
+    for p in params:
+        remainder = optimizer.state[p].get("remainder")
+        extras += [None] * len(layout.segments[p]) if remainder is None else layout.shards([p], [remainder])
+    places = [window for p in params for window in _windows(layout, group, p)]
+    return Narrow(places, [position[id(p)] for p in of], {WEIGHTS: extras, **scales})
+
+
+def _windows(layout: ShardLayout, group: Group, param: Tensor) -> list[Window]:
+    """Returns the windows of a parameter's shards; any where nothing of it is rounded."""
+    if param.dtype.itemsize >= 4 and (group["state_bits"] == 32 or not blocks.block_of(layout.full_shape(param))):
+        return [Window.run(0, segment.numel) for segment in layout.segments[param]]
+    return windows(layout, param)
+
+
+def _store(values: Tensor, form: Form, codes: Tensor, scale: Tensor) -> None:
+    """Writes values to the nearest codes, some at once, since that takes 50 bytes of each."""
+    pieces = zip(*(t.split(_AT_ONCE // per) for t, per in ((codes, form.per_code), (scale, form.block))))
+    for piece, stored in zip(values.reshape(-1).split(_AT_ONCE), pieces):
+        for tensor, found in zip(stored, blocks.encode(piece.float(), form)):
+            tensor.copy_(found)
 
 
 def _form_in(state: Mapping[str, Any], rule: Rule, name: str, param: Tensor, of: str) -> Form:

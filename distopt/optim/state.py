@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import dispatch
-from distopt.kernels.narrow import WEIGHTS, Narrow
+from distopt.kernels.narrow import WEIGHTS
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout, check_blocks, trained
 from distopt.layout.tensors import same
-from distopt.layout.windows import windows
 from distopt.optim.clip import Clip
 from distopt.optim.kept import KeptShards
 from distopt.optim.masters import BESIDE, Masters, beside, settle_beside
-from distopt.optim.narrow_state import columns_of, settle_buffer, tensors_of
+from distopt.optim.narrow_state import columns_of, narrow_of, settle_buffer, tensors_of
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
@@ -40,6 +39,7 @@ class LocalState:
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._kept: dict[int, KeptShards] = {}  # by param group
         self._has_masters: dict[int, bool] = {}
+        self._bits: dict[int, int] = {}
         self._masters = Masters()
 
     def settle(self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> None:
@@ -148,7 +148,9 @@ class LocalState:
             return found | {WEIGHTS: weights}
 
         kept = self._kept.get(index)
-        if kept is None or not kept.hold(layout, params, sources()):
+        known = self._bits.get(index) == group["state_bits"]  # which may change from 32 to 16 and leave all names
+        if kept is None or not known or not kept.hold(layout, params, sources()):
+            self._bits[index] = group["state_bits"]
             self.settle(optimizer, layout, index, params)
             weights = layout.shards(params, sources()[WEIGHTS])
             columns = {name: columns_of(layout, rule, name, params, states) for name in rule.buffers}
@@ -156,7 +158,7 @@ class LocalState:
             narrow = None
             if kinds & {"remainder", ""} or group["state_bits"] < 32:
                 scales = {name: own for name, (_, own) in columns.items() if own}
-                narrow = _narrow(optimizer, layout, index, params, scales)
+                narrow = narrow_of(optimizer, layout, index, params, scales)
             kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers}, narrow)
         kept.states = states
         return kept
@@ -213,28 +215,6 @@ def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
 def running_sum(value: Any) -> Tensor:
     """Returns a running sum of a rule: a new 0-D float64 tensor on the host."""
     return torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True).reshape(())
-
-
-def _narrow(
-    optimizer: ShardedOptimizer,
-    layout: ShardLayout,
-    index: int,
-    params: Sequence[Tensor],
-    scales: dict[str, list[Tensor | None]],
-) -> Narrow:
-    """Returns what is known of the shards of parameters of a param group, some of which are narrow.
-
-    A layer's key is its position among the parameters of the optimizer, which no engine changes.
-    """
-    before = sum(len(group["params"]) for group in optimizer.param_groups[:index])
-    position = {id(p): before + i for i, p in enumerate(optimizer.param_groups[index]["params"])}
-    of = [p for p in params for _ in layout.segments[p]]
-    extras: list[Any] = []
-    for p in params:
-        remainder = optimizer.state[p].get("remainder")
-        extras += [None] * len(layout.segments[p]) if remainder is None else layout.shards([p], [remainder])
-    places = [window for p in params for window in windows(layout, p)]
-    return Narrow(places, [position[id(p)] for p in of], {WEIGHTS: extras, **scales})
 
 
 def _tensors(states: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:
