@@ -41,17 +41,15 @@ class NarrowCompiledUpdate(CompiledUpdate):
         stored = [shards.params, *(shards.buffers[name] for name in shards.rule.buffers)]
         none: list[Any] = [None] * len(shards.params)
         extras = [shards.narrow.extras.get(name, none) for name in names]
-        columns = [[0 if t is None else t.data_ptr() for t in column] for column in extras]
-        columns += [[0] * len(none)] * (_STORES - len(names))
-        columns += [
+        pairs = list(zip(shards.narrow.keys, map(int, shards.steps)))
+        addresses = [[0 if t is None else t.data_ptr() for t in column] for column in extras]
+        formats = [
             [_format(shards.form(name, i), *pair) for i, pair in enumerate(zip(*both))]
             for name, *both in zip(names, stored, extras)
         ]
-        columns += [[0] * len(none)] * (_STORES - len(names))
-        columns += [
-            [rounding.key_of(key, int(step), slot) for key, step in zip(shards.narrow.keys, shards.steps)]
-            for slot in range(_STORES)
-        ]
+        keys = [[rounding.key_of(*pair, slot) for pair in pairs] for slot in range(len(names))]
+        unused = [[0] * len(none)] * (_STORES - len(names))
+        columns = [column for of_stores in (addresses, formats, keys) for column in (*of_stores, *unused)]
         columns += [[int(at[i]) for at in shards.narrow.windows] for i in range(3)]
         self._table += array("q", chain(*columns))
 
