@@ -46,6 +46,17 @@ _FAMILIES: dict[str, list[tuple[str, int, str, dict[str, Any], tuple[str, ...]]]
         ("RMSprop", 20, "RMSprop", {"lr": 1e-4}, ("foreach",)),
         ("RMSprop centered momentum", 36, "RMSprop", dict(lr=1e-4, **_CENTERED), ("foreach",)),
     ],
+    # The state in fewer bits; the bytes without those of scales.
+    "narrow": [
+        ("AdamW, 32 bits", 28, "AdamW", _ADAM, ()),
+        ("AdamW, 16 bits", 20, "AdamW", {**_ADAM, "state_bits": 16}, ()),
+        ("AdamW, 8 bits", 16, "AdamW", {**_ADAM, "state_bits": 8}, ()),
+        ("AdamW, 4 bits", 14, "AdamW", {**_ADAM, "state_bits": 4}, ()),
+        ("LAMB, 32 bits", 40, "LAMB", _ADAM, ()),
+        ("LAMB, 8 bits", 26, "LAMB", {**_ADAM, "state_bits": 8}, ()),
+        ("Lion, 32 bits", 20, "Lion", {"lr": 1e-4}, ()),
+        ("Lion, 8 bits", 14, "Lion", {"lr": 1e-4, "state_bits": 8}, ()),
+    ],
 }
 
 # LAMBs of other packages: name, module, class, whether it needs a GPU.

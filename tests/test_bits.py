@@ -16,13 +16,19 @@ QUICK = [
     ("buckets", 3, "kernels", "some"),
     ("hsdp", 4, "kernels", "some"),
     ("fsdp2", 2, "rules", "some"),
+    ("zero1", 2, "kernels", "some_narrow"),
+    ("buckets", 3, "rules", "some_narrow"),
 ]
-EVERY = [(kind, world, by, "every") for kind, world in WORLDS for by in ("kernels", "rules")]
+JOBS_OF = ("every", "every_narrow")
+EVERY = [(kind, world, by, jobs) for kind, world in WORLDS for by in ("kernels", "rules") for jobs in JOBS_OF]
 
 
-@pytest.mark.parametrize(("kind", "world", "by", "which"), some(QUICK, QUICK + EVERY))
+@pytest.mark.parametrize(("kind", "world", "by", "which"), some(QUICK, dict.fromkeys(QUICK + EVERY)))
 def test_the_same_bits(kind: str, world: int, by: str, which: str) -> None:
-    """Weights, perturbed weights and state, of every optimizer and of SAM's family around it, with clipping."""
+    """Weights, perturbed weights and state, of every optimizer and of SAM's family around it, with clipping.
+
+    "narrow" ones: with moments in 16, 8 and 4 bits.
+    """
     for found in filter(None, run(world, on_ranks, kind, by, which)):
         wrong: dict[str, Any] = {}
         for job in JOBS[which]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distopt.checkpoint.shards import checksum
 from distopt.checkpoint.storage import Storage
+from distopt.kernels.blocks import CODES, buffer_of, is_of_blocks
 from distopt.kernels.rounding import BESIDE
 
 # The version of the format of the folder, not of distopt. Format 1, which is read too, has its tensors as torch's
@@ -163,10 +164,12 @@ def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError unless a checkpoint is of this class of optimizer and has the same state buffers.
 
-    What stands beside 16-bit weights may differ, since each form can be made from another, or from the weights.
+    What stands beside 16-bit weights may differ, and the form of the moments (`state_bits`), since each form can be
+    made from another, or from the weights.
     """
     there, here = (
-        sorted({buffer for buffers in states.values() for buffer in buffers}) for states in (saved["state"], state)
+        sorted({buffer_of(name) for buffers in states.values() for name in buffers})
+        for states in (saved["state"], state)
     )
     # torch's optimizers have no state before their first step, so that an empty state says nothing.
     differ = set(there).symmetric_difference(here).difference(BESIDE)
@@ -190,9 +193,12 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mappi
         there = saved.get(name, {})
         for buffer, description in buffers.items() if there else ():
             if buffer not in there:
-                if buffer in BESIDE:
+                other = buffer_of(buffer)
+                if buffer in BESIDE or other in there or other + CODES in there:
                     continue
                 raise ValueError(f"the state of {name} has no {buffer} in the checkpoint, only {', '.join(there)}")
+            if is_of_blocks(buffer):  # of 8 bits or of 4
+                continue
             shapes = [None if each is None else each[0] for each in (there[buffer], description)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{buffer} of {name} is {shapes[0]} in the checkpoint, {shapes[1]} in the optimizer")

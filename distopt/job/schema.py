@@ -154,6 +154,10 @@ SCHEMA: dict[str, Key] = {
         BOUNDS["master_weights"],
         "beside bfloat16 weights: float32 masters; remainder, the 16 bits that they lack; none, to round at random",
     ),
+    "optimizer.state_bits": Key(
+        BOUNDS["state_bits"],
+        "bits of each moment of a matrix: 32, or 16, 8 or 4, rounded at random in blocks of its rows",
+    ),
     "optimizer.maximize": Key(BOUNDS["maximize"], "ascend instead of descend"),
     "param_groups.weight_decay": Key(
         BOUNDS["weight_decay"], "weight decay of matrices and embeddings; biases and norms have none"

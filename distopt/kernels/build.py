@@ -24,8 +24,8 @@ import torch
 _log = logging.getLogger(__name__)
 _FORMATS, _SOURCE = (Path(__file__).with_name(name) for name in ("formats.c", "cpu.c"))
 # No contraction: the compiler would fuse a multiply-add in a vector loop and not in its remainder, so that the bits of
-# an element would depend on where its shard ends.
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-fopenmp", "-fPIC")
+# an element would depend on where its shard ends. With trapping math, loops with comparisons would not be vectorized.
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-fPIC")
 
 
 @functools.cache

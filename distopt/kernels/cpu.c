@@ -270,7 +270,7 @@ static Window find(const int64_t *table, int64_t tensors, int64_t tensor, Store 
         stores[i] = (Store){(char *)own[addresses[i] * tensors], (char *)own[(7 + i) * tensors],
                             own[(7 + STORES + i) * tensors], (uint32_t)own[(7 + 2 * STORES + i) * tensors]};
     own += (7 + 3 * STORES) * tensors;
-    return (Window){own[0], own[tensors], own[2 * tensors]};
+    return (Window){own[0], own[tensors], own[2 * tensors], 0};
 }
 
 /* Calls `rows` on every chunk of every piece. totals: for each tensor the sums of weights and of directions. */
@@ -288,7 +288,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 2) * tensors + tensor];
             float s[SCALES], widened[CHUNK], direction[CHUNK], read[STORES][CHUNK];
             Store stores[STORES];
-            const Window window = narrow ? find(table, tensors, tensor, stores) : (Window){0, 1, 1};
+            const Window window = narrow ? find(table, tensors, tensor, stores) : (Window){0, 1, 1, 0};
             for (int i = 0; i < SCALES; i++) s[i] = scales[i * tensors + tensor];
             Sum weights = {{0}, 0.0}, updates = {{0}, 0.0};
             const int measures = mode == MEASURE || mode == KEEP;
@@ -306,13 +306,13 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
                 float *state[] = {(float *)column[2] + from, (float *)column[3] + from, (float *)column[4] + from};
                 for (int i = 0; narrow && i < STORES; i++) {
                     if (stores[i].data == 0 || (stores[i].format == FLOAT32 && mode == STEP)) continue;
-                    load(stores + i, from, n, read[i]);
+                    load(stores + i, from, n, row, read[i]);
                     *(i == 0 ? &p : state + i - 1) = read[i];
                 }
                 rows(!by_block ? mode : mode == KEEP ? SUM_KEEP : SUM, hyper, s, p, g, state[0], state[1], state[2], n,
                      direction);
                 for (int i = 0; narrow && mode == STEP && i < STORES; i++)
-                    if (stores[i].data != 0) save(stores + i, window, from, n, read[i]);
+                    if (stores[i].data != 0) save(stores + i, window, from, n, row, read[i]);
                 if (by_block) {
                     add(&weights, direction[0]);
                     add(&updates, direction[1]);

@@ -18,8 +18,9 @@ class Narrow:
 
         float32     as it is
         bfloat16    rounded at random; with an extra tensor, the remainder, without any rounding
+        uint8       codes of blocks, flat, with the scales as extra tensor
 
-    See `distopt.kernels.rounding`.
+    See `distopt.kernels.rounding` and `distopt.kernels.blocks`.
 
     Attributes:
         windows: Where the elements of each shard are in its full layer.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distopt.kernels import exact, rounding
+from distopt.kernels import blocks, exact, narrow_cpu, rounding
 from distopt.kernels.narrow import WEIGHTS
 from distopt.kernels.norms import squared_norms
-from distopt.kernels.shards import Shards
+from distopt.kernels.shards import Shards, computed
 from distopt.kernels.update import Directions, SquaredNorms, ratio_of_each
 
 
@@ -84,7 +85,7 @@ def gradient_norms(shards: Shards) -> SquaredNorms:
 def read(part: Shards) -> Shards:
     """Returns shards with float32 copies of those columns that are narrow, in new memory."""
     columns = {WEIGHTS: part.params, **part.buffers}
-    wide = {name: [_read(part, name, i, t) for i, t in enumerate(column)] for name, column in columns.items()}
+    wide: dict[str, Any] = {name: [_read(part, name, i, t) for i, t in enumerate(of)] for name, of in columns.items()}
     return replace(part, params=wide.pop(WEIGHTS), buffers=wide, narrow=None)
 
 
@@ -102,19 +103,30 @@ def _extra(part: Shards, name: str, i: int) -> Tensor | None:
     return part.narrow.extras[name][i] if name in part.narrow.extras else None
 
 
-def _read(part: Shards, name: str, i: int, stored: Tensor) -> Tensor:
-    if stored.dtype is not torch.bfloat16:
+def _read(part: Shards, name: str, i: int, stored: Tensor | None) -> Tensor | None:
+    if stored is None or stored.dtype not in (torch.bfloat16, torch.uint8):
         return stored
-    extra = _extra(part, name, i)
-    return stored.float() if extra is None else rounding.join(stored, extra)
+    extra, form, like = _extra(part, name, i), part.form(name, i), part.params[i]
+    if form is not None and extra is not None:
+        values = narrow_cpu.load(stored, extra, form, part.rows[i])
+        values = blocks.decode(stored, extra, form) if values is None else values
+        return values.view(like.shape).to(computed(like))
+    return stored.to(computed(like)) if extra is None else rounding.join(stored, extra)
 
 
 def _write(part: Shards, name: str, i: int, stored: Tensor, value: Tensor, slot: int) -> None:
     assert part.narrow is not None
-    extra = _extra(part, name, i)
-    if extra is None:
-        key = rounding.key_of(part.narrow.keys[i], int(part.steps[i]), slot)
-        stored.copy_(rounding.at_random(value, key, part.narrow.windows[i].places(value.numel(), value.device)))
+    extra, form, window = _extra(part, name, i), part.form(name, i), part.narrow.windows[i]
+    value = value.float()
+    key = rounding.key_of(part.narrow.keys[i], int(part.steps[i]), slot)
+    if form is not None and extra is not None:
+        if narrow_cpu.save(value.contiguous(), stored, extra, form, part.rows[i], key, window):
+            return
+        noise = rounding.noise(key, window.places(value.numel(), value.device))
+        for tensor, found in zip((stored, extra), blocks.encode(value, form, noise)):
+            tensor.copy_(found)
+    elif extra is None:
+        stored.copy_(rounding.at_random(value, key, window.places(value.numel(), value.device)))
     else:
         for tensor, half in zip((stored, extra), rounding.split(value)):
             tensor.copy_(half)

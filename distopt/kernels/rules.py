@@ -24,11 +24,13 @@ class Slot(NamedTuple):
         replicated: Whether every rank has all of it, in a plain tensor, and makes it equal to those of the others.
             Otherwise it has the shape of its parameter and is laid out as it.
         dtype: The dtype; None for float32, or the parameter's own if that is wider.
+        per: The consecutive elements of the parameter for each element of the buffer, which has as many rows then.
     """
 
     shape: tuple[int, ...]
     replicated: bool = False
     dtype: torch.dtype | None = None
+    per: int = 1
 
 
 OfShape = Callable[[tuple[int, ...]], "Slot | None"]
@@ -54,6 +56,9 @@ class Rule:
         slots: By name of a buffer that not every parameter has, or that has another shape than its parameter: a
             function of the parameter's full shape, None where it has no such buffer. Rules with such buffers have no
             kernel.
+        signed: The names of the buffers that may be stored in fewer bits (`distopt.kernels.blocks`) as first moments,
+            of either sign.
+        squares: Those that may be as second moments, which are >= 0 and whose roots are denominators.
         work: For a rule on full matrices, the multiplications for one of so many rows and columns, by which ranks get
             equal shares of the work; None for a rule on elements.
     """
@@ -67,6 +72,8 @@ class Rule:
     penalty: str = ""
     sums: Mapping[str, OfStep] = field(default_factory=dict)
     slots: Mapping[str, OfShape] = field(default_factory=dict)
+    signed: tuple[str, ...] = ()
+    squares: tuple[str, ...] = ()
     work: Callable[[int, int], float] | None = None
 
     def slot(self, name: str, shape: tuple[int, ...]) -> Slot | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.kernels.blocks import SIGNED, SQUARES, Form
 from distopt.kernels.columns import Column
 from distopt.kernels.narrow import Narrow
 from distopt.kernels.rules import Rule
@@ -31,8 +32,8 @@ class Shards:
         params: The weights, or their float32 masters, of any shape; as they are stored, like the buffers.
         grads: The gradients, of the shape of the params; possibly of 16 bits where the params are masters. `slices`,
             which rules get, has them in the dtype of the params.
-        buffers: The state by name, of the shape of the params; of a buffer with a slot of its own (`Rule.slots`) the
-            full tensor, or None for a parameter that has none.
+        buffers: The state by name, of the shape of the params, or flat codes of it (`form`); of a buffer with a slot of
+            its own (`Rule.slots`) the full tensor, or None for a parameter that has none.
         steps: How many steps each tensor has taken, this one included; for a capturable group 0-D tensors on the
             device.
         sums: The running sums of the rule by name, floats in the order of the tensors.
@@ -77,6 +78,16 @@ class Shards:
         values = {name: [scale(step) for step in self.steps] for name, scale in scales.items() if name != "ratio"}
         ratio = {"ratio": self.ratios} if "ratio" in scales else {}
         return {**self.buffers, **self.rule.scalars, **values, **self.sums, **ratio}
+
+    def form(self, name: str, i: int) -> Form | None:
+        """Returns the form of a state buffer of one tensor, if it is stored as codes of blocks."""
+        stored = self.buffers[name][i] if name in self.buffers else None
+        if stored is None or stored.dtype is not torch.uint8 or self.narrow is None:
+            return None
+        scale, numel = self.narrow.extras[name][i], self.params[i].numel()
+        assert scale is not None
+        kind = SIGNED if name in self.rule.signed else SQUARES
+        return Form(kind, 8 * stored.numel() // numel, numel // scale.numel())
 
     def slices(self) -> Iterator[Shards]:
         """Yields the same tensors in slices that fit in the cache; on a GPU all at once."""

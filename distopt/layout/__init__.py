@@ -1,6 +1,7 @@
 """Layouts: which rank has which part of each layer, the only thing that an engine has to tell an optimizer."""
 
 from distopt.layout.base import ShardLayout
+from distopt.layout.blocks import blocks_shape, check_blocks, zeros_per
 from distopt.layout.ddp import ddp_layout
 from distopt.layout.deepspeed import deepspeed_layout
 from distopt.layout.deepspeed_private import full_shape
@@ -19,6 +20,8 @@ __all__ = [
     "ParamSync",
     "Segment",
     "ShardLayout",
+    "blocks_shape",
+    "check_blocks",
     "check_shape",
     "ddp_layout",
     "deepspeed_layout",
@@ -35,4 +38,5 @@ __all__ = [
     "wide",
     "with_gradient",
     "zero1_layout",
+    "zeros_per",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,15 @@ class ShardLayout(LayerNorms):
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError for an option of a param group that cannot be had on this layout."""
+
+    def cuts(self, param: Tensor, block: int) -> bool:
+        """Whether some rank's elements of a parameter are not whole blocks of consecutive ones; the same on each."""
+        width, by = row_of(self.full_shape(param)), list(enumerate(getattr(param, "placements", ())))
+        sharded = [(axis, placement) for axis, placement in by if not placement.is_replicate()]
+        if any(placement.dim > 1 or hasattr(placement, "split_factor") for _, placement in sharded):
+            return True
+        parts = math.prod(param.device_mesh.size(axis) for axis, placement in sharded if placement.dim)  # type: ignore[attr-defined]
+        return parts > 1 and (param.shape[1] % parts > 0 or width // parts % block > 0)
 
     def check_copyable(self) -> None:
         """Raises ValueError if a copy of an optimizer could not have this layout."""
@@ -193,8 +203,8 @@ class ShardLayout(LayerNorms):
                 p.grad = grads[i] = grads[i].redistribute(placements=p.placements)  # type: ignore[attr-defined]
         return self.shards(params, grads)
 
-    def placement(self, param: Tensor) -> Placement | None:
-        """Returns the mesh and the placements of a parameter's state; None where the state is a plain tensor."""
+    def placement(self, param: Tensor, per: int = 1) -> Placement | None:
+        """Returns mesh and placements of state with an element for `per` of a parameter; None: it is a plain tensor."""
         if not hasattr(param, "placements"):
             return None
         return param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]

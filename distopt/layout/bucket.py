@@ -96,7 +96,7 @@ class Bucket:
         self.weights = self.params[0].detach().new_zeros(world * plan.share)
         self.grads = torch.zeros_like(self.weights)
         self.own = slice(rank * plan.share, (rank + 1) * plan.share)
-        self._world = world
+        self._world, self._offsets = world, dict(zip(self.params, plan.offsets))
         self.views, self._addresses, self.ranges = [], [], []
         for p, offset in zip(self.params, plan.offsets):
             at = slice(offset, offset + p.numel())
@@ -115,6 +115,14 @@ class Bucket:
     def rows(self, buffer: Tensor) -> list[Tensor]:
         """Returns the range of each rank in a buffer of this bucket."""
         return list(buffer.view(self._world, -1).unbind())
+
+    def cuts(self, param: Tensor, block: int) -> bool:
+        """Whether a range, of any rank, ends within one of a parameter's blocks of so many elements."""
+        if (first := self._offsets.get(param)) is None:
+            return False
+        share = len(self.weights) // self._world
+        ends = range(-(-first // share) * share, first + param.numel(), share)
+        return any((end - first) % block for end in ends)
 
     def adopt(self) -> None:
         """Moves the gradients that autograd has made into the buffer."""

@@ -42,9 +42,12 @@ class BucketLayout(Zero1Layout):
     exchange: BucketGradients = None  # type: ignore[assignment]
     buckets: tuple[Bucket, ...] = ()
 
-    def placement(self, param: Tensor) -> Placement | None:
+    def placement(self, param: Tensor, per: int = 1) -> Placement | None:
         (segment,) = self.segments[param]
-        return self.mesh, (Range(segment.offset, segment.numel),)
+        return self.mesh, (Range(segment.offset // per, segment.numel // per),)
+
+    def cuts(self, param: Tensor, block: int) -> bool:
+        return any(bucket.cuts(param, block) for bucket in self.buckets)
 
     def check_copyable(self) -> None:
         raise ValueError(

@@ -30,7 +30,10 @@ def fit(layout: ShardLayout, param: Tensor, value: Tensor, name: str, slot: Slot
         ValueError: For a tensor of another full shape.
     """
     check_shape(param, value, name, slot)
-    mesh, to = getattr(value, "device_mesh", None), None if slot and slot.replicated else layout.placement(param)
+    mesh, to = (
+        getattr(value, "device_mesh", None),
+        None if slot and slot.replicated else layout.placement(param, slot.per if slot else 1),
+    )
     now = None if mesh is None else (mesh, tuple(value.placements))  # type: ignore[attr-defined]
     if now != to:
         full = value if now is None else value.full_tensor()  # type: ignore[attr-defined]

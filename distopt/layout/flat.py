@@ -61,13 +61,19 @@ class FlatLayout(ShardLayout):
         return {p: part.flat for part in self.partitions for p in part.members}
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for a capturable group, whose partitions share one step count, and for narrow weights."""
+        """Raises ValueError for a capturable group, whose partitions share one step count, and for narrow tensors."""
         if group["capturable"]:
             raise ValueError("capturable=True under DeepSpeed, which calls step() once for each partition: give False")
         if group["master_weights"] != "float32":
             raise ValueError(
                 f"master_weights={group['master_weights']!r} under DeepSpeed, which keeps float32 masters of its own: "
                 "give 'float32', or use zero1 or FSDP2"
+            )
+
+        if group["state_bits"] != 32:
+            raise ValueError(
+                f"state_bits={group['state_bits']} under DeepSpeed, whose partitions end within rows and so within "
+                "blocks: give 32, or use zero1 or FSDP2"
             )
 
     def check_copyable(self) -> None:

@@ -29,7 +29,7 @@ def _window(place: Place, shape: Sequence[int]) -> Window:
         raise ValueError(
             f"a parameter of shape {tuple(shape)} is sharded in strides, or along several dimensions besides the "
             "first, and numbers are rounded by the place of an element in runs: shard it along one dimension, or give "
-            "master_weights='float32'"
+            "master_weights='float32' and state_bits=32"
         )
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     start = sum(index.start * stride for index, stride in zip(place.indices, strides) if isinstance(index, range))

@@ -79,7 +79,7 @@ class Zero1Layout(ShardLayout):
             self.exchange.check(params)
         return super().grads(params)
 
-    def placement(self, param: Tensor) -> Placement | None:
+    def placement(self, param: Tensor, per: int = 1) -> Placement | None:
         from torch.distributed.tensor import Shard
 
         return (self.mesh, (Shard(0),)) if param.ndim else None

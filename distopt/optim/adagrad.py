@@ -97,6 +97,7 @@ class Adagrad(ShardedOptimizer):
         return Rule(
             kernel="adagrad",
             buffers=("sum",),
+            squares=("sum",),
             scalars={"weight_decay": group["weight_decay"], "eps": group["eps"]},
             penalty="weight_decay",
             divisors={"rate_decay": lambda step: 1.0 + (step - 1.0) * group["lr_decay"]},

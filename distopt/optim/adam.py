@@ -139,6 +139,8 @@ class Adam(ShardedOptimizer):
             },
             decay=decay,
             penalty=penalty,
+            signed=("exp_avg",),
+            squares=("exp_avg_sq",),
         )
 
 

@@ -133,6 +133,8 @@ class AdEMAMix(ShardedOptimizer):
         warmup = group["slow_warmup"] or 1
         return Rule(
             buffers=("exp_avg", "exp_avg_sq", "exp_avg_slow"),
+            signed=("exp_avg", "exp_avg_slow"),
+            squares=("exp_avg_sq",),
             decay="decoupled",
             scalars={
                 "one_minus_beta1": 1.0 - beta1,

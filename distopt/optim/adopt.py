@@ -124,6 +124,8 @@ class ADOPT(ShardedOptimizer):
 
         return Rule(
             buffers=("exp_avg", "exp_avg_sq"),
+            signed=("exp_avg",),
+            squares=("exp_avg_sq",),
             decay="decoupled",
             scalars={
                 "one_minus_beta1": 1.0 - beta1,

@@ -116,6 +116,7 @@ class ScheduleFree(ShardedOptimizer):
             scalars={**rule.scalars, "lr": lr, "beta": self.beta(group)},
             scales={"weight": weight},
             divisors=rule.divisors,
+            squares=rule.squares,
             sums={"weight_sum": weight},
         )
 

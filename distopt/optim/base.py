@@ -54,8 +54,8 @@ class ShardedOptimizer(LayoutOptimizer):
     Every param group may set the following options, also where a subclass does not name them: `maximize`, ascend
     instead of descend; `trust_ratio`, multiply each layer's direction by |p| / |direction|; `trust_clip`, bounds (low,
     high) of that ratio, or None; `cautious` and `cautious_decay`, as `distopt.kernels.cautious`; `master_weights`, as
-    `distopt.optim.masters`; `capturable`, count the steps on the GPU, so that a CUDA graph may capture `step` (lr may
-    be a tensor there then).
+    `distopt.optim.masters`; `state_bits`, as `distopt.optim.narrow_state`; `capturable`, count the steps on the GPU, so
+    that a CUDA graph may capture `step` (lr may be a tensor there then).
 
     Args:
         params: Parameters, or param groups as dicts.

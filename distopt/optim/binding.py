@@ -40,6 +40,7 @@ class LayoutOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             layout.check_group(group)
+            layouts.check_blocks(layout, group)
         self._refuse_lost_state(layout)
         if self._bound is not None:
             self._bound.sync.wait()
@@ -75,6 +76,8 @@ class LayoutOptimizer(torch.optim.Optimizer):
                 layouts.refuse_replaced(params, {id(p) for ref in self._given if (p := ref()) is not None})
             inferred = layouts.infer_layout(params)
             self._refuse_lost_state(inferred)
+            for group in self.param_groups:
+                layouts.check_blocks(inferred, group)
             self._inferred = inferred
         return self._inferred
 

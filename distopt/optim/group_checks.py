@@ -8,6 +8,7 @@ import torch
 
 from distopt.kernels.cautious import check_cautious
 from distopt.optim.masters import check_beside
+from distopt.optim.narrow_state import check_bits
 from distopt.optim.options import check_torch_options, drop_torch_options
 from distopt.optim.validate import check_group, check_values
 
@@ -41,6 +42,7 @@ def check_before_step(optimizer: ShardedOptimizer) -> None:
 def _check_together(optimizer: ShardedOptimizer, group: dict[str, Any]) -> None:
     check_cautious(optimizer, group)
     check_beside(optimizer, group)
+    check_bits(optimizer, group)
 
 
 def _refuse_host_counts_in_graph(optimizer: ShardedOptimizer) -> None:

@@ -93,6 +93,7 @@ class Lion(ShardedOptimizer):
         beta1, beta2 = group["betas"]
         return Rule(
             buffers=("exp_avg",),
+            signed=("exp_avg",),
             decay="decoupled",
             scalars={
                 "one_minus_beta1": 1.0 - beta1,

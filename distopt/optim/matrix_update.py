@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.kernels.narrow_update import read, write
 from distopt.kernels.shards import Shards
 from distopt.kernels.update import Directions, ForeachUpdate, SquaredNorms, Update
 from distopt.layout.matrix_exchange import MatrixExchange
@@ -46,7 +47,10 @@ def matrix_updates(
 
     def prepared(exchange: MatrixExchange) -> dict[int, Tensor]:
         some = part(exchange).scaled()
-        return dict(zip(some.layers, prepare(some))) if some.layers else {}
+        wide = read(some)  # of narrow momentum, a copy
+        found = prepare(wide) if some.layers else ()
+        write(some, wide)
+        return dict(zip(some.layers, found))
 
     steps = _pipeline(exchanges, prepared, compute, dtype)
 
@@ -54,7 +58,7 @@ def matrix_updates(
         some, fill = part(exchange), next(steps)
         grads = [torch.empty_like(p, dtype=dtype) for p in some.params]
         fill(dict(zip(some.layers, grads)))
-        return replace(some, grads=grads, buffers={}, grad_factor=1.0)
+        return replace(some, grads=grads, buffers={}, grad_factor=1.0, narrow=None)
 
     return [MatrixUpdate(directions, shards.group, lambda e=e: results(e)) for e in exchanges]  # type: ignore[misc]
 

@@ -119,6 +119,7 @@ class Muon(MixedOptimizer):
     def own_rule(self, group: dict[str, Any]) -> Rule:
         return Rule(
             buffers=("momentum_buffer",),
+            signed=("momentum_buffer",),
             scalars={"decoupled": group["weight_decay"]},
             decay="decoupled",
             work=lambda rows, columns: group["ns_steps"] * newton_schulz_cost(rows, columns),

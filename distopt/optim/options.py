@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
         cautious: bool
         cautious_decay: bool
         master_weights: Literal["float32", "remainder", "none"]
+        state_bits: Literal[32, 16, 8, 4]
 
         foreach: bool | None
         fused: bool | None
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # typing has Unpack from Python 3.11 on
 
 
 # The defaults of distopt's own options, for rules that do not name them.
-OWN: dict[str, Any] = {"cautious": False, "cautious_decay": False, "master_weights": "float32"}
+OWN: dict[str, Any] = {"cautious": False, "cautious_decay": False, "master_weights": "float32", "state_bits": 32}
 COMMON: dict[str, Any] = {
     "maximize": False,
     "trust_ratio": False,

@@ -129,6 +129,9 @@ class RMSprop(ShardedOptimizer):
                 "momentum": group["momentum"],
             },
             penalty="weight_decay",
+            # A variance is the difference of two moments, in which the rounding of both would be larger than itself.
+            signed=() if centered else ("momentum_buffer",) * momentum,
+            squares=() if centered else ("square_avg",),
         )
 
     @compiled

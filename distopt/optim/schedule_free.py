@@ -150,11 +150,11 @@ class AdamWScheduleFree(ScheduleFree):
         return float(group["betas"][0])
 
     def rule(self, group: dict[str, Any]) -> Rule:
-        beta2 = group["betas"][1]
+        beta2, names = group["betas"][1], ("exp_avg_sq",)
         scalars = {"beta2": beta2, "one_minus_beta2": 1.0 - beta2, "eps": group["eps"]}
         scalars["weight_decay"] = group["weight_decay"]
         corrections = {"bias_correction2_sqrt": lambda step: (1.0 - beta2**step) ** 0.5}
-        return self.weighted(group, Rule(buffers=("exp_avg_sq",), scalars=scalars, divisors=corrections))
+        return self.weighted(group, Rule(buffers=names, scalars=scalars, divisors=corrections, squares=names))
 
     def directions(self, shards: Shards) -> list[Tensor]:
         inputs = dict(shards.inputs)

@@ -119,7 +119,8 @@ class SGD(ShardedOptimizer):
         dampened: dict[str, OfStep] = {"one_minus_dampening": lambda step: 1.0 - dampening * (step != 1.0)}
         kernel = "nesterov" if group["nesterov"] else "momentum"
         scalars = scalars | {"momentum": group["momentum"]}
-        return Rule(kernel, ("momentum_buffer",), scalars, scales | dampened, penalty="weight_decay")
+        names = ("momentum_buffer",)
+        return Rule(kernel, names, scalars, scales | dampened, penalty="weight_decay", signed=names)
 
     @compiled
     def directions(self, shards: Shards) -> list[Tensor]:

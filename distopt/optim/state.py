@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import dispatch
-from distopt.kernels.narrow import WEIGHTS, Narrow
+from distopt.kernels.narrow import WEIGHTS
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
-from distopt.layout import ShardLayout, fit, trained
+from distopt.layout import ShardLayout, check_blocks, trained
 from distopt.layout.tensors import same
-from distopt.layout.windows import windows
 from distopt.optim.clip import Clip
 from distopt.optim.kept import KeptShards
 from distopt.optim.masters import BESIDE, Masters, beside, settle_beside
+from distopt.optim.narrow_state import columns_of, narrow_of, settle_buffer, tensors_of
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
@@ -39,6 +39,7 @@ class LocalState:
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._kept: dict[int, KeptShards] = {}  # by param group
         self._has_masters: dict[int, bool] = {}
+        self._bits: dict[int, int] = {}
         self._masters = Masters()
 
     def settle(self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> None:
@@ -49,21 +50,21 @@ class LocalState:
         """
         group = optimizer.param_groups[index]
         rule = optimizer.rule(group)
-        names = rule.buffers
         states = [optimizer.state[p] for p in params]
         before, tensors = self._seen.get(index, (None, []))
-        form, now = (layout, group["master_weights"]), [*params, *_tensors(states, names)]
+        names = tensors_of(rule, group)
+        form = layout, group["master_weights"], group["state_bits"]
+        now = [*params, *_tensors(states, names)]
         if form == before and same(now, tensors):
             return
+        check_blocks(layout, group)
         for i, (p, state) in enumerate(zip(params, states)):
             if "step" not in state:
                 state["step"] = step_count(p, group)
             for name in rule.sums:
                 state.setdefault(name, running_sum(0.0))
             for name in rule.names(p.shape):
-                value, label = state.get(name), f"{name} of parameter {i} of {len(params)}"
-                new, slot = value is None, rule.slot(name, p.shape)
-                state[name] = optimizer.init_slot(layout, group, name, p) if new else fit(layout, p, value, label, slot)
+                settle_buffer(optimizer, layout, group, p, name, f"parameter {i} of {len(params)}")
             settle_beside(layout, group, p, state, f"parameter {i} of {len(params)}")
         self._seen[index] = form, [*params, *_tensors(states, names)]
 
@@ -135,10 +136,10 @@ class LocalState:
         group = optimizer.param_groups[index]
         kinds = {beside(p, group) for p in params if p.dtype.itemsize < 4}
         self._has_masters[index] = "master" in kinds
-        states = [optimizer.state[p] for p in params]
+        states, names = [optimizer.state[p] for p in params], tensors_of(rule, group)
 
         def sources() -> dict[str, list[Any]]:
-            found = {name: [state.get(name) for state in states] for name in rule.buffers}
+            found = {name: [state.get(name) for state in states] for name in names}
             if "remainder" in kinds:
                 found["remainder"] = [state.get("remainder") for state in states]
             if "master" not in kinds:
@@ -147,11 +148,17 @@ class LocalState:
             return found | {WEIGHTS: weights}
 
         kept = self._kept.get(index)
-        if kept is None or not kept.hold(layout, params, sources()):
+        known = self._bits.get(index) == group["state_bits"]  # which may change from 32 to 16 and leave all names
+        if kept is None or not known or not kept.hold(layout, params, sources()):
+            self._bits[index] = group["state_bits"]
             self.settle(optimizer, layout, index, params)
             weights = layout.shards(params, sources()[WEIGHTS])
-            buffers = {name: _buffers(layout, rule, name, params, states) for name in rule.buffers}
-            narrow = _narrow(optimizer, layout, index, params) if kinds & {"remainder", ""} else None
+            columns = {name: columns_of(layout, rule, name, params, states) for name in rule.buffers}
+            buffers = {name: column for name, (column, _) in columns.items()}
+            narrow = None
+            if kinds & {"remainder", ""} or group["state_bits"] < 32:
+                scales = {name: own for name, (_, own) in columns.items() if own}
+                narrow = narrow_of(optimizer, layout, index, params, scales)
             kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers}, narrow)
         kept.states = states
         return kept
@@ -208,36 +215,6 @@ def step_count(param: Tensor, group: Group, steps: Any = 0.0) -> Tensor:
 def running_sum(value: Any) -> Tensor:
     """Returns a running sum of a rule: a new 0-D float64 tensor on the host."""
     return torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True).reshape(())
-
-
-def _buffers(
-    layout: ShardLayout, rule: Rule, name: str, params: Sequence[Tensor], states: Sequence[Mapping[str, Any]]
-) -> list[Any]:
-    """Returns a buffer of each shard: its own shard, or the full tensor where it is replicated, or None without one."""
-    if name not in rule.slots:
-        return layout.shards(params, [state[name] for state in states])
-    found: list[Any] = []
-    for p, state in zip(params, states):
-        slot = rule.slot(name, p.shape)
-        like_param = slot is not None and not slot.replicated
-        found += layout.shards([p], [state[name]]) if like_param else [state.get(name)] * len(layout.segments[p])
-    return found
-
-
-def _narrow(optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> Narrow:
-    """Returns what is known of the shards of parameters of a param group, some of which are narrow.
-
-    A layer's key is its position among the parameters of the optimizer, which no engine changes.
-    """
-    before = sum(len(group["params"]) for group in optimizer.param_groups[:index])
-    position = {id(p): before + i for i, p in enumerate(optimizer.param_groups[index]["params"])}
-    of = [p for p in params for _ in layout.segments[p]]
-    extras: list[Any] = []
-    for p in params:
-        remainder = optimizer.state[p].get("remainder")
-        extras += [None] * len(layout.segments[p]) if remainder is None else layout.shards([p], [remainder])
-    places = [window for p in params for window in windows(layout, p)]
-    return Narrow(places, [position[id(p)] for p in of], {WEIGHTS: extras})
 
 
 def _tensors(states: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distopt.layout import check_shape, wide
 from distopt.optim.masters import BESIDE, check_beside
+from distopt.optim.narrow_state import check_bits, check_buffer, every_tensor_of, lacks
 from distopt.optim.options import check_torch_options, drop_torch_options
 from distopt.optim.state import Group, running_sum, step_count
 from distopt.optim.validate import check_values
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
 
 
-_OWN = ("capturable", "master_weights")  # options of this optimizer, whatever a state dict says
+_OWN = ("capturable", "master_weights", "state_bits")  # options of this optimizer, whatever a state dict says
 
 
 def read_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,8 +27,8 @@ def read_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) 
 
     Parameters are matched by name where the groups of both have `param_names`, else by position, as in torch. Options
     that the state dict lacks keep their values, and so do those that say how a step runs and what its numbers are
-    stored in (`capturable`, `master_weights`). Floating-point buffers are cast to the dtype of state (float32 or
-    wider); they are laid out at the next step.
+    stored in (`capturable`, `master_weights`, `state_bits`). Floating-point buffers are cast to the dtype of state
+    (float32 or wider); they are laid out, and rounded where they are to have fewer bits, at the next step.
 
     Args:
         optimizer: The optimizer whose param groups and parameters the result has.
@@ -96,6 +97,7 @@ def _complete(optimizer: ShardedOptimizer, group: Group, own: Group) -> None:
     check_values(group, optimizer.bounds)
     optimizer.check(group)
     check_beside(optimizer, group)
+    check_bits(optimizer, group)
 
 
 def _read(
@@ -104,21 +106,26 @@ def _read(
     """Returns the state of one parameter: complete, or empty."""
     rule = optimizer.rule(group)
     buffers = rule.names(param.shape)
-    read = {name: value if name in rule.sums else _cast(param, name, value) for name, value in values.items()}
+    parts = every_tensor_of(rule)[len(rule.buffers) :]  # codes are no numbers, and scales float32 for any parameter
+    kept = ("step", "remainder", *parts)
+    read = {name: value if name in rule.sums else _cast(param, name, value, kept) for name, value in values.items()}
     if param.dtype == wide(param.dtype):
         for name in BESIDE:
             read.pop(name, None)  # of a run with 16-bit weights: here the weights themselves are updated
-    for name in buffers if read else ():
-        if read.get(name) is None:
+    for name in (*buffers, *parts) if read else ():
+        if name in read and read.get(name) is None:
             read.pop(name, None)
     if read:
         others = set(rule.buffers).difference(buffers)
-        if lacking := [name for name in optimizer.required(group) if name not in others and name not in read]:
+        if lacking := [name for name in optimizer.required(group) if name not in others and lacks(read, name)]:
             raise ValueError(
                 f"the state of {label} lacks {', '.join(lacking)} (it has {', '.join(sorted(read))}): load the "
                 f"state of a {type(optimizer).__name__} with these options, or none for this parameter"
             )
-        for name in (*buffers, *BESIDE):
+        for name in buffers:
+            if not lacks(read, name):
+                check_buffer(rule, param, read, name, label)
+        for name in BESIDE:
             if name in read:
                 check_shape(param, read[name], f"{name} of {label}", rule.slot(name, param.shape))
         for name in rule.sums:
@@ -128,9 +135,10 @@ def _read(
     return read
 
 
-def _cast(param: Tensor, name: str, value: Any) -> Any:
+def _cast(param: Tensor, name: str, value: Any, kept: tuple[str, ...]) -> Any:
+    """Returns a tensor of the state on the parameter's device, in the dtype of state, but for those that are kept."""
     if not isinstance(value, Tensor) or name == "step":
         return value
-    if name == "remainder":  # no number
+    if name in kept:
         return value.to(param.device)
     return value.to(param.device, wide(param.dtype)) if value.is_floating_point() else value.to(param.device)

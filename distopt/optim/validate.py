@@ -35,6 +35,7 @@ BOUNDS: dict[str, Bound] = {
     "weight_lr_power": number(0.0),
     "trust_clip": or_null(pair("two numbers 0 <= low <= high", lambda low, high: 0.0 <= low <= high, infinite=True)),
     "master_weights": choice("float32", "remainder", "none"),
+    "state_bits": choice(32, 16, 8, 4),
     **{
         name: switch()
         for name in (

@@ -17,7 +17,8 @@ class Param:
     Attributes:
         shape: The shape of the unsharded parameter.
         trained: Whether it requires a gradient.
-        slots: The number of state buffers that the optimizer keeps for it, laid out as it.
+        slots: The state buffers that the optimizer keeps for it, laid out as it, in float32 numbers per element: one
+            of 8 bits in blocks of 128 is 1/4 + 1/128.
         replicated: The number of elements of its other state buffers, which every rank keeps.
         end: `embedding` or `head` if it is of one that FSDP2 makes a unit of its own.
         beside: The bytes that stand beside an element of 16-bit weights: 4 of a float32 master, 2 of a remainder.
@@ -26,7 +27,7 @@ class Param:
 
     shape: tuple[int, ...]
     trained: bool
-    slots: int
+    slots: float
     replicated: int = 0
     end: str = ""
     beside: int = 4
@@ -129,8 +130,8 @@ def shards(params: Iterable[Param], ranks: int, trained: bool = False) -> int:
 
 
 def state_bytes(params: Iterable[Param], local: Callable[[Param], int]) -> int:
-    """Return the bytes of the float32 state of parameters, given the local elements of one of them."""
-    return sum(4 * (param.slots * local(param) + param.replicated) for param in params)
+    """Return the bytes of the state of parameters, given the local elements of one of them."""
+    return int(sum(4 * (param.slots * local(param) + param.replicated) for param in params))
 
 
 def all_params(units: Units) -> list[Param]:

@@ -55,18 +55,18 @@ def _(engine: Zero1, units: Units, world: int) -> Footprint:
     trained = [param for param in params if param.trained]
     plans = plan_buckets([param.shape for param in trained], world)
     buffers = width * world * sum(plan.share for plan in plans)  # of the weights, and of the gradients
-    state = [4 * sum(param.replicated for param in trained)] * world
+    state = [4.0 * sum(param.replicated for param in trained)] * world
     for plan in plans:
         for i, offset in zip(plan.members, plan.offsets):
             end = offset + trained[i].numel
             for rank in range(offset // plan.share, -(-end // plan.share)):
                 own = min(end, (rank + 1) * plan.share) - max(offset, rank * plan.share)
                 state[rank] += (4 * trained[i].slots + (trained[i].beside if engine.param_dtype else 0)) * own
-    frozen = 4 * (numel(params) - numel(trained))
+    most, frozen = int(max(state)), 4 * (numel(params) - numel(trained))
     fresh = width * _fresh(trained, plans)
     if engine.offload:  # and this rank's ranges of the buffers
-        return Footprint(buffers + frozen, buffers, 0, fresh, host=max(state) + 2 * buffers // world)
-    return Footprint(buffers + frozen, buffers, max(state), fresh)
+        return Footprint(buffers + frozen, buffers, 0, fresh, host=most + 2 * buffers // world)
+    return Footprint(buffers + frozen, buffers, most, fresh)
 
 
 def _fresh(trained: list[Param], plans: list[Plan]) -> int:

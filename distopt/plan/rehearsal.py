@@ -17,6 +17,7 @@ from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
 from distopt.optim.mixed import split_of
+from distopt.optim.narrow_state import form_of
 from distopt.optim.options import COMMON
 from distopt.plan.allocations import Allocations
 from distopt.plan.flops import Flops
@@ -187,12 +188,14 @@ def units_of(model: Any, optimizer: Any) -> list[list[Param]]:
 
 
 def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[str, Any]) -> Param:
-    slots = [slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None]
-    replicated = [math.prod(slot.shape) for slot in slots if slot.replicated]
+    slots = {name: slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None}
+    replicated = [math.prod(slot.shape) for slot in slots.values() if slot.replicated]
+    forms = [form_of(rule, group, name, tuple(param.shape)) for name, slot in slots.items() if not slot.replicated]
+    bytes_of = [4.0 if form is None else form.nbytes for form in forms]
     return Param(
         tuple(param.shape),
         param.requires_grad and trained,
-        slots=len(slots) - len(replicated),
+        slots=sum(bytes_of) / 4,
         replicated=sum(replicated),
         end=end,
         beside={"float32": 4, "remainder": 2, "none": 0}[group["master_weights"]],

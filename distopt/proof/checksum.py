@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt import layout as layouts
+from distopt.kernels.blocks import is_of_blocks
 from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
 from distopt.layout.deepspeed_private import is_partitioned, partition_group
 from distopt.layout.flat import own_piece
@@ -114,7 +115,7 @@ def _state(optimizer: Any, names: dict[Tensor, str]) -> dict[str, dict[str, str]
             if is_replicated(owner, name):
                 number = int(content(value, value.shape, full_place(value.shape)))
                 state.setdefault(names[param], {})[name] = _hexadecimal(number)
-            elif isinstance(value, Tensor) and value.shape == owner.shape and name != "step":
+            elif isinstance(value, Tensor) and (value.shape == owner.shape or is_of_blocks(name)) and name != "step":
                 buffers.setdefault(name, {})[owner] = value
             elif value is not None:
                 said = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value

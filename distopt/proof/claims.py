@@ -17,7 +17,7 @@ from distopt.layout.names import bare_parameters
 from distopt.layout.places import full_place
 from distopt.proof.content import balanced, cover
 from distopt.proof.faults import check_locally
-from distopt.proof.places import counted, coverage, full_sums, parts, replicated, sums
+from distopt.proof.places import counted, coverage, elements_per, full_sums, parts, replicated, sums
 
 COVERAGE = "coverage"
 WHETHER = "whether there is a gradient"
@@ -161,7 +161,8 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
                 found.buffers.append((index, name, str(value.dtype)))
     for name, buffers in sorted(held.items()):
         for owner, value in buffers.items():
-            has, wanted = local(value).numel(), sum(s.numel for s in layout.segments[owner])
+            per = elements_per(layout, owner, value)
+            has, wanted = local(value).numel() * per, sum(s.numel for s in layout.segments[owner])
             if has != layout.state_numel(owner):
                 raise ValueError(
                     f"the state's {name} of a parameter of shape {tuple(owner.shape)} has {has} elements on this rank, "

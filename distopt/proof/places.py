@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distopt.layout import ShardLayout, local
-from distopt.layout.places import Place, full_place
+from distopt.layout import ShardLayout, blocks_shape, local
+from distopt.layout.places import Box, Place, Run, full_place
 from distopt.proof.content import content, cover, signed
 
 
 class Part(NamedTuple):
-    """A local shard: the index of the parameter, the tensor, and the elements of the parameter that it has."""
+    """A local shard of a parameter, or of state with an element for each few of its elements.
+
+    Attributes:
+        layer: The index of the parameter.
+        tensor: The local tensor.
+        shape: The full shape.
+        place: The elements of the full tensor that the local one has.
+    """
 
     layer: int
     tensor: Tensor
+    shape: Sequence[int]
     place: Place
 
 
@@ -36,6 +45,9 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
         tensor = of(owner)
         if tensor is None or tensor.is_sparse:
             continue
+        if (per := elements_per(layout, owner, tensor)) > 1:
+            found.append(_of_blocks(layout, owner, local(tensor).view(-1), per))
+            continue
         wanted = layout.state_numel(owner)
         if not hasattr(owner, "placements") and local(tensor).numel() not in (wanted, owner.numel()):
             raise ValueError(
@@ -43,15 +55,31 @@ def parts(layout: ShardLayout, of: Callable[[Tensor], Tensor | None] = Tensor.de
                 f"of which this rank steps {wanted}"
             )
         for segment, shard, place in zip(segments, layout.split(owner, tensor), layout.places(owner)):
-            found.append(Part(segment.layer, shard, place))
+            found.append(Part(segment.layer, shard, layout.full_shape(layout.params[segment.layer]), place))
     return found
+
+
+def elements_per(layout: ShardLayout, owner: Tensor, tensor: Tensor) -> int:
+    """Returns the elements of a parameter for each element of its state: 1, but for codes and scales of blocks."""
+    return 1 if layout.flat or not tensor.numel() else max(1, owner.numel() // tensor.numel())
+
+
+def _of_blocks(layout: ShardLayout, owner: Tensor, mine: Tensor, per: int) -> Part:
+    (segment,), (place,) = layout.segments[owner], layout.places(owner)
+    shape = blocks_shape(layout.full_shape(owner), per)
+    if isinstance(place, Run):
+        return Part(segment.layer, mine, shape, Run(place.start // per, place.length // per))
+    columns, inner = place.indices[1], math.prod(layout.full_shape(owner)[2:])
+    assert isinstance(columns, range)  # `check_blocks`
+    own = range(columns.start * inner // per, columns.stop * inner // per)
+    return Part(segment.layer, mine, shape, Box((place.indices[0], own)))
 
 
 def sums(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
     """Returns the hash of the local shards of each parameter: int64, shape [num_layers]."""
     total, held = torch.zeros(layout.num_layers, dtype=torch.int64, device=layout.device), list(some)
     if held:
-        hashes = [content(part.tensor, layout.full_shape(layout.params[part.layer]), part.place) for part in held]
+        hashes = [content(part.tensor, part.shape, part.place) for part in held]
         layers = torch.tensor([part.layer for part in held], device=total.device)
         total.index_add_(0, layers, torch.stack(hashes).to(total.device))
     return total
@@ -82,7 +110,7 @@ def coverage(layout: ShardLayout, some: Iterable[Part]) -> Tensor:
     """Returns the hash of ones at the local places; over all ranks they sum up to that of each full parameter."""
     total = [0] * layout.num_layers
     for part in some:
-        total[part.layer] += cover(layout.full_shape(layout.params[part.layer]), part.place)
+        total[part.layer] += cover(part.shape, part.place)
     return torch.tensor([signed(number) for number in total], dtype=torch.int64, device=layout.device)
 
 

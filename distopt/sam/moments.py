@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.kernels.blocks import CODES
+
 FIRST = ("momentum_buffer", "exp_avg")
 SECOND = ("exp_avg_sq", "square_avg", "sum")
+
+
+_CODED = "this SAM reads the moments, which are codes of blocks: give state_bits=32 or 16, or use another SAM"
 
 
 def state_names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
@@ -18,8 +23,13 @@ def state_names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
 
     An optimizer of distopt declares them by param group. One of torch takes a trial step, with the options of each
     group, on a parameter of four zeros.
+
+    Raises:
+        ValueError: For moments that are stored in 8 or 4 bits.
     """
     if hasattr(optimizer, "rule"):
+        if bits := [group["state_bits"] for group in optimizer.param_groups if group["state_bits"] < 16]:
+            raise ValueError(f"state_bits={bits[0]}: {_CODED}")
         return [set(optimizer.rule(group).buffers) for group in optimizer.param_groups]
     if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
         return []  # it may wrap others, and restrict its parameters
@@ -29,6 +39,8 @@ def state_names(optimizer: torch.optim.Optimizer) -> list[set[str]]:
 
 def moment_of(state: dict[str, Any], names: tuple[str, ...], param: Tensor) -> Tensor | None:
     """Returns the first buffer with one of these names in a parameter's state, if it has the parameter's shape."""
+    if any(name + CODES in state for name in names):
+        raise ValueError(f"the moments were stored in fewer bits since: {_CODED}")
     found = (state[name] for name in names if isinstance(state.get(name), Tensor))
     return next((moment for moment in found if moment.shape == param.shape), None)
 

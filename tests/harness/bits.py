@@ -17,12 +17,14 @@ import distopt
 from distopt import FunctionalSAM, layout
 from distopt.kernels import cpu, dispatch
 from distopt.layout.bucketed import bucket_layout
-from tests.harness.optimizers import ROWS, initial
+from tests.harness.optimizers import NARROW, ROWS, initial, named
 from tests.harness.sams import EVERYONE, MEMBERS
 from tests.harness.sharded import mesh
 
 # Rows shorter and longer than a block of a sum and no multiple of it, of one element, fewer rows than ranks, long ones.
 SHAPES = ((97, 89), (13, 300), (3, 700), (1031,), (7, 5, 3), (2, 1), (1,), (5000, 4))
+# For moments in fewer bits: blocks of 32, 64 and 128, several in a row, fewer rows than ranks, and some without blocks.
+BLOCKS = ((13, 96), (40, 64), (5, 8, 3, 16), (3, 1152), (2, 4128), (7, 5), (64,))
 STEPS = 3
 KINDS = {"ddp": (2, 3, 4), "zero1": (1, 2, 3, 4), "buckets": (1, 2, 3, 4), "fsdp2": (1, 2, 3, 4), "hsdp": (2, 4)}
 WORLDS = [(kind, world) for kind, worlds in KINDS.items() for world in worlds]
@@ -32,6 +34,8 @@ JOBS = {
     "every": [row.name for row in ROWS] + [f"{member.name} {base}" for member in _MEMBERS for base in member.bases],
     "some": [row.name for row in ROWS]
     + [f"{member.name} {member.bases[i % len(member.bases)]}" for i, member in enumerate(_MEMBERS)],
+    "every_narrow": [row.name for row in NARROW],
+    "some_narrow": [row.name for i, row in enumerate(NARROW) if i % 3 == i // 3 % 3],  # each rule in a form
 }
 
 
@@ -46,10 +50,14 @@ def way(name: str) -> Iterator[None]:
 
 
 @lru_cache
-def numbers(step: int, which: int) -> list[Tensor]:
+def numbers(step: int, which: int, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Tensor]:
     """The full gradients of a pass of a step: over many orders of magnitude, so that every order of a sum shows."""
     source = torch.Generator().manual_seed(10 * step + which)
-    return [torch.randn(s, generator=source) * torch.exp(2.0 * torch.randn(s, generator=source)) for s in SHAPES]
+    return [torch.randn(s, generator=source) * torch.exp(2.0 * torch.randn(s, generator=source)) for s in shapes]
+
+
+def shapes_of(job: str) -> tuple[tuple[int, ...], ...]:
+    return BLOCKS if job in JOBS["every_narrow"] else SHAPES
 
 
 def trained(kind: str, job: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
@@ -75,9 +83,9 @@ def optimized(
         by = [Shard(0)] if kind == "columns" and full.ndim < 2 else how
         return distribute_tensor(full, where, by, src_data_rank=None) if by else full.clone()
 
-    params = [nn.Parameter(placed(p)) for p in initial(*SHAPES, dtype=dtype)]
+    params = [nn.Parameter(placed(p)) for p in initial(*shapes_of(job), dtype=dtype)]
     member, row = next(((m, r) for m, r in EVERYONE if f"{m.name} {r.name}" == job), (None, None))
-    row = row or next(row for row in ROWS if row.name == job)
+    row = row or named(job)
     opt = row.make(row.groups(params), **options)
     if kind == "zero1":
         opt.bind(layout.zero1_layout(nn.ParameterList(params), where))
@@ -87,7 +95,7 @@ def optimized(
     seen: list[Tensor] = []
 
     def gradients(step: int, which: int) -> None:
-        for i, (p, grad) in enumerate(zip(params, numbers(step, which))):
+        for i, (p, grad) in enumerate(zip(params, numbers(step, which, shapes_of(job)))):
             p.grad = placed(grad.to(dtype)) if (step + i) % 5 else None  # not every one in every step
 
     for step in range(STEPS):

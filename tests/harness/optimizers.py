@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -253,6 +253,20 @@ ROWS = (
     _row("prodigy", Prodigy, dict(lr=0.8, d0=0.02, d_coef=1.5, **_MOMENTS), oracles.prodigy),
 )
 
+
+def _narrow(name: str, bits: int) -> Row:
+    row = next(row for row in ROWS if row.name == name)
+    return replace(row, name=f"{name}_{bits}_bits", kwargs=row.kwargs | {"state_bits": bits})
+
+
+# Rules with moments, in fewer bits. Not among ROWS, whose parameters have no rows long enough for a block: where these
+# do, rounding differs wherever gradients do in their last bit, so that these are compared given equal gradients.
+_ROUNDED = (
+    *("momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lamb", "lars", "lion", "ademamix", "adopt"),
+    *("muon", "adamw_schedule_free"),
+)
+NARROW = tuple(_narrow(name, bits) for name in _ROUNDED for bits in (16, 8, 4))
+
 # The hyper-parameters that users have (but lr, lest 20 steps move nothing), and edges. Not all that is asked of ROWS is
 # asked of them, which would take long: they are compared with their oracles, and two are rows of the matrix.
 _DEFAULT = dict(lr=0.05, weight_decay=0.0)
@@ -315,7 +329,7 @@ every_peer = pytest.mark.parametrize("row", [row for row in ROWS if row.peer], i
 
 
 def named(name: str) -> Row:
-    return next(row for row in ROWS + EDGES if row.name == name)
+    return next(row for row in ROWS + EDGES + NARROW if row.name == name)
 
 
 def pull(params: list[Tensor], step: int) -> Tensor:
