@@ -17,7 +17,7 @@ from distopt.data.text_data import TextData
 from distopt.data.token_cache import Corpus, Split
 
 CYCLE = 4096  # sequences in which every source has its exact share
-_ITS_OWN = ("path", "format", "field", "suffixes", "weight")  # what a source may set
+_ITS_OWN = ("path", "format", "field", "suffixes", "files", "weight")  # what a source may set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Mixture:
     source with a large weight the epochs come sooner. Which source is next is a pure function of seed and step.
 
     Args:
-        sources: By name: `weight`, > 0, and `path`, `format`, `field`, `suffixes` as in `TextData`.
+        sources: By name: `weight`, > 0, and `path`, `format`, `field`, `suffixes`, `files` as in `TextData`.
         tokenizer, validation_fraction, cache_dir: As in `TextData`, for all of them.
     """
 

@@ -7,10 +7,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null
-from distopt.data import sources, token_cache, tokenizers, tokenizing
+from distopt.data import hub, sources, token_cache, tokenizers, tokenizing
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.token_cache import Corpus
 
@@ -22,12 +21,15 @@ class TextData:
     """Text to train on, split by document into train and validation, tokenized once and cached.
 
     Args:
-        path: A file or a folder (searched recursively); None for the sources of Python's standard library, about 30 MB.
-        format: "text" (UTF-8, one document per file), "jsonl", "datasets" (a folder that `Dataset.save_to_disk` wrote),
-            or "auto": jsonl for a .jsonl file, datasets for such a folder, text for anything else.
-        field: The JSONL field or the dataset column that contains the text.
+        path: A file, a folder (searched recursively), or the name of a dataset on the hub; None for the sources of
+            Python's standard library, about 30 MB.
+        format: "text" (UTF-8, one document per file), "jsonl", "json" (a list of objects), "csv", "parquet", "datasets"
+            (a folder that `Dataset.save_to_disk` wrote), or "auto": what the ending of a file says, datasets for such a
+            folder, text for another folder with text files, else what the endings of its files say.
+        field: The field or column that contains the text of a row.
         suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
-        tokenizer: A Hugging Face tokenizer folder; None for bytes, 256 tokens.
+        files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
+        tokenizer: A Hugging Face tokenizer folder, or its name on the hub; None for bytes, 256 tokens.
         validation_fraction: The fraction of the documents used for validation, in (0, 1); or of the bytes of each
             document if there are too few documents.
         cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
@@ -35,9 +37,10 @@ class TextData:
     """
 
     path: str | None = None
-    format: Literal["auto", "text", "jsonl", "datasets"] = "auto"
+    format: sources.Format = "auto"
     field: str = "text"
     suffixes: str | Sequence[str] = _SUFFIXES
+    files: str | None = None
     tokenizer: str | None = None
     validation_fraction: float = 0.02
     cache_dir: str | None = None
@@ -62,7 +65,7 @@ class TextData:
             ValueError: An argument is invalid, or the text cannot be read.
         """
         source, tokenizer, key = self._open()
-        folder = cache_folder(self.cache_dir) / f"{source.root.stem if self.path else 'stdlib'}-{key}"
+        folder = cache_folder(self.cache_dir) / f"{Path(hub.origin(source.root)).stem if self.path else 'stdlib'}-{key}"
         if not folder.is_dir():
             tokenizing.write(folder, source, tokenizer, self.validation_fraction, processes)
         return Corpus.open(folder, tokenizer)
@@ -86,9 +89,9 @@ class TextData:
         FIELD.check("data.field", self.field)
         or_null(PATH).check("data.tokenizer", self.tokenizer)
         or_null(PATH).check("data.cache_dir", self.cache_dir)
-        tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
+        tokenizer = tokenizers.locate(self.tokenizer)
         tokenizer_digest = tokenizers.digest(tokenizer)
-        source = sources.Source.open(self.path, self.format, self.suffixes, self.field)
+        source = sources.Source.open(self.path, self.format, self.suffixes, self.field, pattern=self.files)
         first = next(source.documents(), None)
         if first is None:
             raise ValueError(f"{source} contains no text; give another path")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from distopt.data import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,6 +107,15 @@ class Tokenizer:
     def pretrained(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of transformers."""
         return self._tokenizer
+
+
+def locate(tokenizer: str | None, key: str = "data.tokenizer") -> str | None:
+    """Return the full path of a tokenizer folder, downloaded if it is a name on the hub; None for None.
+
+    Raises:
+        ValueError: The name is not on the hub, or cannot be downloaded.
+    """
+    return None if tokenizer is None else os.path.abspath(hub.folder(key, tokenizer, hub.TOKENIZER))
 
 
 def load(tokenizer: str | None) -> Bytes | Tokenizer:

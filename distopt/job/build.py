@@ -24,9 +24,10 @@ from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
-from distopt.job.config import check_best, max_grad_norm, micro_batch_size, refuse_swept_ranks
+from distopt.job.config import check_best, instantiate, max_grad_norm, micro_batch_size, refuse_swept_ranks
 from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.device import watch
+from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job
@@ -83,9 +84,15 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     terminal.phase("checking the configuration")
     check(cfg, "train")
     check_best(cfg)
-    parts = Components.of(cfg)
-    terminal.phase("waiting for the other processes")
-    accelerator = join(cfg, parts.engine)
+    engine, downloaded, names = instantiate(cfg, "engine", Engine), list[str](), hub_names(cfg)
+    if names:
+        accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
+        terminal.phase("asking the hub")
+        downloaded = download(names)
+    parts = Components.of(cfg, engine)
+    if not names:
+        terminal.phase("waiting for the other processes")
+        accelerator = join(cfg, engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
     lock, restarted, taken = claim(folder)
     start, notes = find_start(folder / "checkpoints", options.resume, restarted)
@@ -133,7 +140,15 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         identity=identity,
         micro_batch=micro_batch,
         notes=[
-            *(*taken, *moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes),
+            *(
+                *downloaded,
+                *taken,
+                *moved,
+                *notes,
+                *parts.language_model.notes,
+                *text.sequences.notes,
+                *text.validation.notes,
+            ),
             *(*_decay_unneeded(trainee, options.steps), *resumed),
         ],
         step=step,
@@ -153,7 +168,8 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
     """Joins the processes of the launch, with the trackers of the run."""
     accelerator = engine.start(cfg.train.timeout_minutes)
     accelerator.wait_for_everyone()  # gloo fails a rank that still connects when one that has connected ends
-    check_agreement(environment(cfg), "start all with the same command, in the same environment")
+    names = {"what is named on the hub": [name.value for name in hub_names(cfg)]}
+    check_agreement(environment(cfg) | names, "start all with the same command, in the same environment")
     accelerator.log_with = check_trackers(cfg.trackers)
     return accelerator
 

@@ -74,14 +74,18 @@ class Components:
     make_health: Callable[..., Monitor] | None
 
     @classmethod
-    def of(cls, cfg: Config) -> Components:
+    def of(cls, cfg: Config, engine: Engine | None = None) -> Components:
         """Instantiates and checks the components.
+
+        Args:
+            cfg: The configuration.
+            engine: The engine, if it is there already.
 
         Raises:
             ValueError: If one of them refuses its options, with the section of the configuration at fault.
         """
         parts = cls(
-            engine=instantiate(cfg, "engine", Engine),
+            engine=engine or instantiate(cfg, "engine", Engine),
             language_model=instantiate(cfg, "model", LanguageModel),
             data=instantiate(cfg, "data", Data),
             init=instantiate(cfg, "init", Initialization) if cfg.get("init") else None,

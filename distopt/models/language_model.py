@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, or_null, switch
-from distopt.data import tokenizers
+from distopt.data import hub, tokenizers
 from distopt.models import lora
 from distopt.models.configuration import attention_options, new_config, pretrained_config
 from distopt.models.meta import check_initialized, on_meta, own_modules
@@ -34,8 +35,8 @@ class LanguageModel:
         family: A model type of transformers, such as `gpt2` or `llama`; None with a path.
         config: Arguments of the model's configuration (sizes, `rope_parameters`, `attn_implementation`, ...), with the
             defaults of the family. With a path they replace values of its config.json, sizes excepted.
-        path: A folder written by `save_pretrained`, with config.json and safetensors. Quantized weights that
-            transformers can dequantize while loading (fp8, mxfp4) become plain ones.
+        path: A folder written by `save_pretrained`, with config.json and safetensors, or its name on the hub. Quantized
+            weights that transformers can dequantize while loading (fp8, mxfp4) become plain ones.
         seed: The seed of the initial values.
         attention: The implementation of attention: `sdpa` (`torch.nn.functional.scaled_dot_product_attention`), `flash`
             (the package flash-attn, on GPUs and in 16 bits), or `eager` (matrix products and a softmax). None is the
@@ -63,7 +64,7 @@ class LanguageModel:
         or_null(FAMILY).check("model.family", family)
         or_null(PATH).check("model.path", path)
         self.family, self.config, self.seed = family, attention_options(attention, config or {}), seed
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else hub.folder("model.path", path, hub.MODEL)
         if self.path is not None and not (self.path / "config.json").is_file():
             raise ValueError(f"model.path={path}: no config.json there; give a folder written by save_pretrained")
         self.attention, self.chunked_loss = attention, chunked_loss
@@ -97,7 +98,10 @@ class LanguageModel:
         Raises:
             ValueError: A token of the model's own tokenizer has another id.
         """
-        if self.path is None or tokenizer == str(self.path) or not tokenizers.has_tokenizer(self.path):
+        if self.path is None or not tokenizers.has_tokenizer(self.path):
+            return
+        tokenizer = tokenizers.locate(tokenizer)
+        if tokenizer == os.path.abspath(self.path):
             return
         own, other = (tokenizers.load(folder).pretrained().get_vocab() for folder in (str(self.path), tokenizer))
         if differ := [token for token, index in own.items() if other.get(token) != index]:
