@@ -101,7 +101,7 @@ def test_without_a_network_the_command_to_run_is_named(cache: Path, base: Path, 
     # A tokenizer that was downloaded alone is no model.
     (snapshot := cached(cache, "me/base", base)).joinpath("model.safetensors").unlink()
     assert hub.folder("data.tokenizer", "me/base", hub.TOKENIZER) == snapshot
-    with pytest.raises(ValueError, match="it is not with model.safetensors in the hub's cache"):
+    with pytest.raises(ValueError, match=r"it is not with model\.safetensors in the hub's cache"):
         LanguageModel(path="me/base")
 
 
@@ -155,6 +155,8 @@ def test_the_first_process_of_a_machine_downloads(
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert download(hub_names(cfg)) == lines and len(requests) == before
         monkeypatch.setenv("LOCAL_RANK", "0")
-        with pytest.raises(ValueError, match="model.path=me/bsae: .* the hub has no model of this name, or it is priv"):
+        with pytest.raises(
+            ValueError, match=r"model.path=me/bsae: .* the hub has no model of this name, or it is priv"
+        ):
             hub.folder("model.path", "me/bsae", hub.MODEL)
     assert os.listdir(cache)

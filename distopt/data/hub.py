@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub in place of folders: downloaded once into its cache, or found there without a network."""
+"""Names on the Hugging Face hub in place of folders: downloaded into its cache, or found there without a network."""
 
 from __future__ import annotations
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from distopt.bounds import PATH, VALIDATION_FRACTION, or_null, switch
 from distopt.data import hub, tokenizers
 from distopt.data.chat import EncodedExample, Encoder
+from distopt.data.completion_corpus import CompletionCorpus
 from distopt.data.examples import ExampleReader
-from distopt.data.packing import Examples, PackedSequences, PackedValidationSequences
+from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.rows import Row
 from distopt.data.sources import Source
 from distopt.data.text_data import cache_folder
-from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, map_file
+from distopt.data.token_cache import SPLITS, atomic_directory, in_validation
 
 VERSION = 2  # of the cache: increment it when the same lines would give different tokens
 _BATCH = 512  # examples tokenized in one call
@@ -31,7 +31,7 @@ class CompletionData:
     """Conversations, or prompts and completions, to fine-tune a causal language model on, with the loss on completions.
 
     Args:
-        path: A file of rows (JSONL, JSON, CSV, Parquet, by its ending), a folder of them (searched recursively) or of
+        path: A file of rows (JSONL, JSON, CSV or Parquet, by its ending), a folder of them (searched recursively) or of
             `Dataset.save_to_disk`, or the name of a dataset on the hub. Each row is an example, such as {"messages":
             [{"role": ..., "content": ...}, ...]}, whose targets are the turns of the assistant, or {"prompt": ...,
             "completion": ...}.
@@ -205,54 +205,3 @@ def _split_keys(sources: Sequence[Source], fraction: float) -> tuple[set[str], s
     if len(validation) in (0, len(keys)):
         validation = set(keys[-min(max(1, round(len(keys) * fraction)), len(keys) - 1) :])
     return set(keys) - validation, validation
-
-
-@dataclass(frozen=True, eq=False)
-class CompletionCorpus(Corpus):
-    """The memory-mapped examples of both splits, with their encoder.
-
-    Attributes:
-        train: The training examples.
-        validation: The validation examples.
-        bytes_per_token: The mean size of a target of the validation examples, where a special token counts as one byte.
-        encoder: The tokenizer and chat template of the examples.
-        notes: What of the rows was not read, one line each.
-    """
-
-    train: Examples  # type: ignore[assignment]  # in place of the base class's stream of tokens
-    validation: Examples  # type: ignore[assignment]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"train": len(self.train.tokens), "validation": len(self.validation.tokens)}
-
-    encoder: Encoder = field(kw_only=True)
-    notes: list[str] = field(kw_only=True)
-
-    @classmethod
-    def read(cls, folder: Path, encoder: Encoder) -> CompletionCorpus:
-        """Map the files of a folder that `CompletionData.build` wrote."""
-        meta = json.loads((folder / "meta.json").read_text())
-        train, validation = (
-            Examples(
-                map_file(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]),
-                map_file(folder / f"{split}.targets", "uint8", meta[split]["tokens"]),
-                np.load(folder / f"{split}.starts.npy"),
-            )
-            for split in SPLITS
-        )
-        ratio = meta["validation"]["bytes"] / max(1, int(validation.targets.sum()))
-        digest = "".join(meta[split]["digest"] for split in SPLITS)
-        shared = meta["vocab_size"], ratio, encoder.folder, meta["source"], digest
-        return cls(train, validation, *shared, encoder=encoder, notes=meta["notes"])
-
-    def encode(self, prompt: str) -> list[int]:
-        """Tokenize a prompt (a user's message, if there is a chat template); "" is the first validation prompt."""
-        if not prompt:
-            first_target = int(np.flatnonzero(self.validation.targets)[0])
-            return self.validation.tokens[:first_target].tolist()
-        return self.encoder.prompt(prompt)
-
-    def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
-        """Return the text of some tokens."""
-        return str(self.encoder.tokenizer.decode(np.asarray(tokens).tolist()))

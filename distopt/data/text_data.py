@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null
+from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null, switch
 from distopt.data import hub, sources, token_cache, tokenizers, tokenizing
 from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.separate import SeparateSequences, SeparateValidationSequences
 from distopt.data.token_cache import Corpus
 
 _SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
@@ -30,6 +31,7 @@ class TextData:
         suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
         files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
         tokenizer: A Hugging Face tokenizer folder, or its name on the hub; None for bytes, 256 tokens.
+        separate: Keep the documents of a sequence apart: none attends to another, and none is predicted from another.
         validation_fraction: The fraction of the documents used for validation, in (0, 1); or of the bytes of each
             document if there are too few documents.
         cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
@@ -42,6 +44,7 @@ class TextData:
     suffixes: str | Sequence[str] = _SUFFIXES
     files: str | None = None
     tokenizer: str | None = None
+    separate: bool = False
     validation_fraction: float = 0.02
     cache_dir: str | None = None
 
@@ -68,29 +71,38 @@ class TextData:
         folder = cache_folder(self.cache_dir) / f"{Path(hub.origin(source.root)).stem if self.path else 'stdlib'}-{key}"
         if not folder.is_dir():
             tokenizing.write(folder, source, tokenizer, self.validation_fraction, processes)
-        return Corpus.open(folder, tokenizer)
+        corpus = Corpus.open(folder, tokenizer)
+        # The digest identifies the batches, since a run must not resume with others.
+        return replace(corpus, digest=f"{corpus.digest} separate") if self.separate else corpus
 
-    def sequences(self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Sequences:
+    def sequences(
+        self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0
+    ) -> Sequences | SeparateSequences:
         """Return the training sequences of a corpus."""
-        return Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        sequences = Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        return SeparateSequences(sequences, corpus.end) if self.separate else sequences
 
     def validation_sequences(
         self, corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
-    ) -> ValidationSequences:
+    ) -> ValidationSequences | SeparateValidationSequences:
         """Return the validation sequences of a corpus."""
-        return ValidationSequences(
+        sequences = ValidationSequences(
             corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
         )
+        return SeparateValidationSequences(sequences, corpus.end) if self.separate else sequences
 
     def _open(self) -> tuple[sources.Source, str | None, str]:
         """Return the checked source, the tokenizer folder, and a hash of everything that determines the tokens."""
         VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.02 is usual")
         SUFFIXES.check("data.suffixes", self.suffixes)
         FIELD.check("data.field", self.field)
+        switch().check("data.separate", self.separate)
         or_null(PATH).check("data.tokenizer", self.tokenizer)
         or_null(PATH).check("data.cache_dir", self.cache_dir)
         tokenizer = tokenizers.locate(self.tokenizer)
         tokenizer_digest = tokenizers.digest(tokenizer)
+        if self.separate:
+            tokenizers.end_of(tokenizer)
         source = sources.Source.open(self.path, self.format, self.suffixes, self.field, pattern=self.files)
         first = next(source.documents(), None)
         if first is None:

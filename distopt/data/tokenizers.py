@@ -123,6 +123,21 @@ def load(tokenizer: str | None) -> Bytes | Tokenizer:
     return Bytes() if tokenizer is None or _is_byte_model(tokenizer) else Tokenizer(tokenizer)
 
 
+def end_of(tokenizer: str | None) -> int:
+    """Return the token that ends a document.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    separator = load(tokenizer).separator
+    if not len(separator):
+        raise ValueError(
+            f"data.separate=true: tokenizer {tokenizer} has no token that ends a text, by which documents are told "
+            "apart: set its eos_token and save it"
+        )
+    return int(separator[0])
+
+
 def has_tokenizer(folder: str | Path) -> bool:
     """Return whether a folder contains tokenizer files."""
     files = Path(folder).expanduser().glob("*")

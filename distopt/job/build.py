@@ -24,7 +24,15 @@ from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components, Data
-from distopt.job.config import check_best, instantiate, max_grad_norm, micro_batch_size, refuse_swept_ranks
+from distopt.job.config import (
+    check_best,
+    check_steps,
+    instantiate,
+    max_grad_norm,
+    micro_batch_size,
+    refuse_swept_ranks,
+    steps_of,
+)
 from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.device import watch
 from distopt.job.downloads import download, hub_names
@@ -83,6 +91,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     refuse_swept_ranks()
     terminal.phase("checking the configuration")
     check(cfg, "train")
+    check_steps(cfg)
     check_best(cfg)
     engine, downloaded, names = instantiate(cfg, "engine", Engine), list[str](), hub_names(cfg)
     if names:
@@ -102,6 +111,9 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         start.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
     text = open_text(cfg, parts.data, sizes)
+    if options.steps is None:
+        options.steps = steps_of(options.epochs, text.sequences.count, options.batch_size)
+        parts = parts.of_steps(cfg)
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
@@ -202,8 +214,9 @@ def _trainee(
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
     model = engine.attach(model, optimizer, accumulation, max_norm)
-    if getattr(parts.data, "packing", False):
-        check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size)
+    for switch in ("packing", "separate"):
+        if getattr(parts.data, switch, False):
+            check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size, f"data.{switch}")
     return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
 
 

@@ -82,7 +82,7 @@ def model_words(words: list[str]) -> list[str]:
 
     `model.path=` chooses model=pretrained unless a model is chosen: the sizes of the default model are not those of the
     folder. `model.config` takes any option of a family; with `model.family=`, `model.config={...}` replaces the options
-    of the choice, and without it is merged over them.
+    of the choice, and without it is merged over them. `train.epochs=` takes the place of the default `train.steps`.
 
     Raises:
         ValueError: For a name of a run that leads out of runs/.
@@ -96,6 +96,8 @@ def model_words(words: list[str]) -> list[str]:
     path = [word for word in words if word.startswith("model.path=")][-1:]
     chosen = any(word.startswith("model=") for word in words)
     implied = [] if chosen or path in ([], ["model.path="], ["model.path=null"]) else ["model=pretrained"]
+    given = {word.partition("=")[0] for word in words if word != "train.epochs=null"}
+    implied += ["train.steps=null"] if "train.epochs" in given and "train.steps" not in given else []
     for word in words:
         implied += ["~model.config"] if family and word.startswith("model.config={") else []
         implied.append(f"++{word}" if word.startswith(config) else word)

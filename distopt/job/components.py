@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -28,6 +28,9 @@ from distopt.sam import SAM
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+_MANY = 10**9  # steps, while it is not known how many epochs make
 
 
 @runtime_checkable
@@ -96,7 +99,7 @@ class Components:
             make_sam=instantiate(cfg, "sam") if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
         )
-        parts.dry_run(cfg.train.steps)
+        parts.dry_run(cfg.train.steps or _MANY)
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -104,6 +107,17 @@ class Components:
         with named("data"):
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
+        return parts
+
+    def of_steps(self, cfg: Config) -> Components:
+        """Returns the components with an optimizer and a schedule of the number of steps, which is known now.
+
+        Raises:
+            ValueError: If one of them refuses it.
+        """
+        made = {"make_optimizer": instantiate(cfg, "optimizer"), "make_schedule": instantiate(cfg, "schedule")}
+        parts = replace(self, **made)
+        parts.dry_run(cfg.train.steps)
         return parts
 
     @property

@@ -64,6 +64,7 @@ MODEL_KEYS: dict[str, Key] = {
     "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
+    "data.separate": Key(switch(), "keep the documents of a sequence apart, in attention, positions and loss"),
     "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
     "data.ignore": Key(bounds.IGNORE, "fields of the lines that are not read"),
     "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),

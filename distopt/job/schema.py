@@ -56,7 +56,10 @@ SCHEMA: dict[str, Key] = {
     "sequence_length": Key(integer(1), "tokens in a sequence"),
     "micro_batch_size": Key(integer(1), "sequences in one forward pass of a GPU"),
     "accumulation": Key(integer(1), "forward passes of a GPU in a step"),
-    "train.steps": Key(integer(1), "optimizer steps in all"),
+    "train.steps": Key(or_null(integer(1)), "optimizer steps in all; null if `train.epochs` says how many"),
+    "train.epochs": Key(
+        or_null(POSITIVE), "passes over the training sequences, or a fraction of one; null if `train.steps` says"
+    ),
     "train.batch_size": Key(integer(1), "sequences per step, over all processes"),
     "train.micro_batch_size": Key(
         or_null(integer(1)), "sequences in one forward pass of a process; null: its whole share, without accumulation"

@@ -1,4 +1,4 @@
-"""A hub of one's own: a server with the answers of the Hugging Face hub that its client needs, and its cache by hand."""
+"""A hub of one's own: a server with the answers that the client of the hub needs, and the client's cache by hand."""
 
 from __future__ import annotations
 
