@@ -159,8 +159,8 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"instruction": "Greet", "input": "", "output": "Hello!"},
         {"chat": False, "format": "alpaca"},
         {
-            "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes the "
-            "request.\n\n### Instruction:\nGreet\n\n### Response:\n",
+            "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes "
+            "the request.\n\n### Instruction:\nGreet\n\n### Response:\n",
             "completion": "Hello!",
         },
     ),

@@ -162,7 +162,10 @@ class Encoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                    list(messages),
+                    tools=list(tools or []) or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
         except (TemplateError, TypeError) as error:  # the latter of a template that adds what a message lacks

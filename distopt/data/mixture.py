@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,12 @@ class Mixture:
 
     Args:
         sources: By name: `weight`, > 0, and `path`, `format`, `field`, `suffixes`, `files` as in `TextData`.
-        tokenizer, separate, validation_fraction, cache_dir: As in `TextData`, for all of them.
+        tokenizer, add_tokens, separate, validation_fraction, cache_dir: As in `TextData`, for all of them.
     """
 
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
     separate: bool = False
     validation_fraction: float = 0.02
     cache_dir: str | None = None
@@ -83,12 +84,8 @@ class Mixture:
 
     def _texts(self) -> dict[str, TextData]:
         SOURCES.check("data.sources", self.sources, "give data.sources={web: {path: web.jsonl, weight: 0.7}, ...}")
-        common = dict(
-            tokenizer=self.tokenizer,
-            separate=self.separate,
-            validation_fraction=self.validation_fraction,
-            cache_dir=self.cache_dir,
-        )
+        shared = ("tokenizer", "add_tokens", "separate", "validation_fraction", "cache_dir")
+        common = {name: getattr(self, name) for name in shared}
         texts = {}
         for name, source in self.sources.items():
             with _named(name):
@@ -96,7 +93,7 @@ class Mixture:
                     raise ValueError(f"{unknown[0]!r} is no option of a source; it has {', '.join(_ITS_OWN)}")
                 POSITIVE.check("weight", source.get("weight"), "the share of the sequences, such as 0.7")
                 own = {key: value for key, value in source.items() if key != "weight"}
-                texts[str(name)] = TextData(**common, **own)  # type: ignore[arg-type]
+                texts[str(name)] = TextData(**common, **own)
         counts = apportioned(list(self.weights.values()), CYCLE)
         if small := [name for name, count in zip(self.sources, counts) if not count]:
             raise ValueError(f"data.sources.{small[0]}.weight is less than 1/{CYCLE} of the sum: leave the source out")

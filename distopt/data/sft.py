@@ -13,6 +13,7 @@ import numpy as np
 
 from distopt.bounds import PATH, VALIDATION_FRACTION, or_null, switch
 from distopt.data import hub, tokenizers
+from distopt.data.added_tokens import extended
 from distopt.data.chat import EncodedExample, Encoder
 from distopt.data.completion_corpus import CompletionCorpus
 from distopt.data.examples import ExampleReader
@@ -42,8 +43,9 @@ class CompletionData:
         files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
         validation_path: Validation examples, alike; None to use a fraction of the examples of `path`.
         validation_fraction: The fraction of the examples used for validation, in (0, 1); at least one example is.
-        tokenizer: The Hugging Face tokenizer folder of the model, or its name on the hub; None for bytes, 256 tokens, as in training without a
-            tokenizer.
+        tokenizer: The Hugging Face tokenizer folder of the model, or its name on the hub; None for bytes, 256 tokens,
+            as in training without a tokenizer.
+        add_tokens: Special tokens that the tokenizer gets in addition.
         packing: Pack several examples into a sequence without attention between them; models that cannot separate them
             are refused. False gives every example a sequence of its own.
         ignore: Fields of the rows that are not read; other fields that are not either are told.
@@ -59,6 +61,7 @@ class CompletionData:
     validation_path: str | None = None
     validation_fraction: float = 0.05
     tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
     packing: bool = True
     ignore: Sequence[str] = ()
     cache_dir: str | None = None
@@ -120,7 +123,7 @@ class CompletionData:
         or_null(PATH).check("data.cache_dir", self.cache_dir)
         options = self.format, self.fields, self.roles, self.ignore
         ExampleReader(*options)
-        tokenizer = tokenizers.locate(self.tokenizer)
+        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
         digest = tokenizers.digest(tokenizer)
         encoder = Encoder(tokenizer)
         reader = ExampleReader(*options, chat=bool(encoder.tokenizer.chat_template))

@@ -5,22 +5,17 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from distopt.bounds import FORMAT, PATH, PATTERN, or_null
 from distopt.data import hub
+from distopt.data.files import ABOUT, ENDINGS, Format, check_splits, find, format_of
 from distopt.data.rows import READERS, Row, text_of
 
-Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "datasets"]
-_ENDINGS = {"jsonl": ".jsonl", "json": ".json", "csv": (".csv", ".tsv"), "parquet": ".parquet", "datasets": ""}
-_ABOUT = re.compile(r"(readme|licen[cs]e|notice|dataset_infos?)\b.*", re.IGNORECASE)  # files about the others
-_SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 PIECE = 1 << 18  # bytes read and tokenized at once: longer documents are split into pieces, at line ends if possible
 
 
@@ -49,7 +44,7 @@ class Source:
         field: The JSONL field or the dataset column that contains the text.
     """
 
-    format: Literal["stdlib", "text", "jsonl", "json", "csv", "parquet", "datasets"]
+    format: Literal["stdlib"] | Format
     root: Path
     files: tuple[Path, ...]
     field: str
@@ -86,7 +81,7 @@ class Source:
             if format != "auto":
                 raise ValueError(f"data format {format!r} needs a path, got None; give path=<file or folder>")
             root = Path(sysconfig.get_paths()["stdlib"])
-            return cls("stdlib", root, _find(root, ".py", skip=("site-packages", "dist-packages")), field)
+            return cls("stdlib", root, find(root, ".py", skip=("site-packages", "dist-packages")), field)
         PATH.check(key, path, "give path=<file or folder>")
         from_hub = hub.is_name(path, hub.DATA)
         located = hub.folder(key, path, hub.DATA, [pattern] if pattern else [])
@@ -96,13 +91,13 @@ class Source:
         if pattern is not None and root.is_file():
             raise ValueError(f"data.files={pattern} selects files of a folder, and {root} is a file; leave it out")
         if format == "auto":
-            format = _format(root, suffixes, pattern)
-        wanted = suffixes if format == "text" else _ENDINGS[format]
-        files = _find(root, wanted, pattern=pattern)
+            format = format_of(root, suffixes, pattern)
+        wanted = suffixes if format == "text" else ENDINGS[format]
+        files = find(root, wanted, pattern=pattern)
         if root.is_dir() and format not in ("text", "datasets"):
-            files = tuple(file for file in files if not _ABOUT.fullmatch(file.name))
+            files = tuple(file for file in files if not ABOUT.fullmatch(file.name))
         if from_hub and pattern is None:
-            _check_splits(path, root, files)
+            check_splits(path, root, files)
         if not any(file.stat().st_size for file in files):
             kind = f"non-empty {format} file" + (f" ending in {wanted}" if root.is_dir() and wanted else "")
             within = f" whose path fits data.files={pattern}" if pattern else ""
@@ -161,49 +156,6 @@ class Source:
         for row in self.rows([self.field]):
             text = text_of(row, self.field)
             yield Document(row.key, len(text), _split(text))
-
-
-def _format(root: Path, suffixes: str | Sequence[str], pattern: str | None) -> Format:
-    """Return the format of a file or folder."""
-    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
-        return "datasets"
-    formats: tuple[Format, ...] = ("jsonl", "json", "csv", "parquet")
-    if root.is_file():
-        found = [format for format in formats if root.name.endswith(_ENDINGS[format])]
-        return found[0] if found else "text" if suffixes else "jsonl"
-    files = [file for file in _find(root, "", pattern=pattern) if not _ABOUT.fullmatch(file.name)]
-    endings = suffixes if isinstance(suffixes, str) else tuple(suffixes)
-    if endings and any(file.name.endswith(endings) for file in files):
-        return "text"
-    found = [format for format in formats if any(file.name.endswith(_ENDINGS[format]) for file in files)]
-    if len(found) > 1:
-        raise ValueError(f"data path {root} has files of {' and '.join(found)}; give data.files, such as *.{found[0]}")
-    return found[0] if found else "text" if suffixes else "jsonl"
-
-
-def _check_splits(name: str, root: Path, files: Sequence[Path]) -> None:
-    """Raise `ValueError` if files of a dataset on the hub are of several splits, to be chosen from."""
-    words = {word for file in files for word in re.split("[^a-z]+", file.relative_to(root).as_posix().lower())}
-    if len(splits := [split for split in _SPLITS if split in words]) > 1:
-        raise ValueError(
-            f"data.path={name} has files of {', '.join(splits)}: give data.files, a pattern of those to read, such as "
-            f"'*{splits[0]}*'"
-        )
-
-
-def _find(
-    root: Path, suffixes: str | Sequence[str], skip: Sequence[str] = (), pattern: str | None = None
-) -> tuple[Path, ...]:
-    if root.is_file():
-        return (root,)
-    endings = suffixes if isinstance(suffixes, str) else tuple(suffixes)
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        found += [Path(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
-    if pattern is not None:
-        found = [file for file in found if fnmatch(file.relative_to(root).as_posix(), pattern)]
-    return tuple(sorted(file for file in found if file.is_file()))
 
 
 def _is_utf8(file: Path) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null, switch
 from distopt.data import hub, sources, token_cache, tokenizers, tokenizing
+from distopt.data.added_tokens import extended
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.separate import SeparateSequences, SeparateValidationSequences
 from distopt.data.token_cache import Corpus
@@ -31,6 +32,7 @@ class TextData:
         suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
         files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
         tokenizer: A Hugging Face tokenizer folder, or its name on the hub; None for bytes, 256 tokens.
+        add_tokens: Special tokens that the tokenizer gets in addition.
         separate: Keep the documents of a sequence apart: none attends to another, and none is predicted from another.
         validation_fraction: The fraction of the documents used for validation, in (0, 1); or of the bytes of each
             document if there are too few documents.
@@ -44,6 +46,7 @@ class TextData:
     suffixes: str | Sequence[str] = _SUFFIXES
     files: str | None = None
     tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
     separate: bool = False
     validation_fraction: float = 0.02
     cache_dir: str | None = None
@@ -99,7 +102,7 @@ class TextData:
         switch().check("data.separate", self.separate)
         or_null(PATH).check("data.tokenizer", self.tokenizer)
         or_null(PATH).check("data.cache_dir", self.cache_dir)
-        tokenizer = tokenizers.locate(self.tokenizer)
+        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
         tokenizer_digest = tokenizers.digest(tokenizer)
         if self.separate:
             tokenizers.end_of(tokenizer)

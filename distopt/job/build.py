@@ -114,6 +114,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if options.steps is None:
         options.steps = steps_of(options.epochs, text.sequences.count, options.batch_size)
         parts = parts.of_steps(cfg)
+    parts.language_model.check_added(text.corpus.pretrained_tokenizer())
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity |= {"data": text.corpus.digest, **text.sequences.identity}

@@ -206,6 +206,10 @@ class Components:
         with named("model"):
             model = self.language_model.check()
         if self.adapter:
+            if self.language_model.add_tokens:
+                raise ValueError(
+                    "model.add_tokens: an adapter does not train the rows of new tokens: give adapter=none"
+                )
             with named("adapter"):
                 self.adapter.add(model, self.language_model.path)
         with named("model"):

@@ -19,6 +19,10 @@ MODEL_KEYS: dict[str, Key] = {
     "model.chunked_loss": Key(
         or_null(switch()), "compute the loss without the logits of all tokens; null: from 2^28 of a micro-batch on"
     ),
+    "model.add_tokens": Key(
+        bounds.TOKENS,
+        "special tokens that tokenizer and model get in addition; rows of the model are the mean of its own",
+    ),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),
@@ -64,6 +68,7 @@ MODEL_KEYS: dict[str, Key] = {
     "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
+    "data.add_tokens": Key(bounds.TOKENS, "as `model.add_tokens`, which it follows"),
     "data.separate": Key(switch(), "keep the documents of a sequence apart, in attention, positions and loss"),
     "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
     "data.ignore": Key(bounds.IGNORE, "fields of the lines that are not read"),

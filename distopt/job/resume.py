@@ -57,7 +57,7 @@ class Start:
                 )
         if steps is not None and self.step > steps:
             raise ValueError(
-                f"{self.path} is already at step {self.step} of {steps}: raise train.steps (or train.epochs) to resume it"
+                f"{self.path} is already at step {self.step} of {steps}: raise train.steps or train.epochs"
             )
 
     def architecture(self, config: Any) -> dict[str, Any]:
