@@ -117,7 +117,7 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     for tokens, line in (
         (["<|user|>"], r"model.add_tokens: '<\|user\|>' is a token of tokenizer .*base already, or given twice"),
         (["<|a|>", "<|a|>"], r"model.add_tokens: '<\|a\|>' is a token of .* already, or given twice"),
-        ("<|a|>", r"model.add_tokens must be tokens such as \[<\|user\|>, <\|assistant\|>\], got '<\|a\|>'"),
+        ("<|a|>", r"model.add_tokens must be tokens such as \['<\|user\|>', '<\|tool\|>'\], got '<\|a\|>'"),
         ([""], "model.add_tokens must be tokens such as"),
     ):
         with pytest.raises(ValueError, match=line):

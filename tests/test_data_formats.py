@@ -124,7 +124,7 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "ShareGPT": (
         {
             "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}],
-            "system": "Be brief.",
+            "system": "Brief.",
         },
         {},
         {"messages": [{"role": "system", "content": "Brief."}, USER, ANSWER]},
