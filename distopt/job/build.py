@@ -23,7 +23,7 @@ from distopt.job import run_folder
 from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
-from distopt.job.components import Components, Data
+from distopt.job.components import Components
 from distopt.job.config import (
     check_best,
     check_steps,
@@ -40,6 +40,7 @@ from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
+from distopt.job.protocols import Data
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
 from distopt.job.terminal import Terminal
@@ -107,6 +108,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     start, notes = find_start(folder / "checkpoints", options.resume, restarted)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
+    identity["frozen"] = parts.language_model.freeze or None
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
@@ -167,6 +169,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         step=step,
         passed_over=saved.get("passed_over", 0),
         checkpoint=start.path if start else None,
+        loss=parts.loss,
         **text._asdict(),
         **trainee._asdict(),
     )

@@ -23,6 +23,7 @@ MODEL_KEYS: dict[str, Key] = {
         bounds.TOKENS,
         "special tokens that tokenizer and model get in addition; rows of the model are the mean of its own",
     ),
+    "model.freeze": Key(bounds.PATTERNS, "regular expressions; parameters whose name one is found in are not trained"),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),

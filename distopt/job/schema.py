@@ -36,6 +36,7 @@ SECTIONS = {
     "init": "the first values of the weights; `init=family` for those of transformers",
     "adapter": "parameter-efficient fine-tuning; `adapter=none` for none",
     "data": "the text",
+    "loss": "what is minimized, a sum over tokens of what their logits give; one of your own by its `_target_`",
     "cluster": "the hardware of a plan",
 }
 OPTIONAL = ("sam", "adapter", "health", "init")

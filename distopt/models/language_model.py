@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, TOKENS, or_null, switch
 from distopt.data import hub, tokenizers
-from distopt.models import lora
+from distopt.models import freezing, lora
 from distopt.models.added_rows import AddedRows
 from distopt.models.configuration import attention_options, new_config, pretrained_config
 from distopt.models.meta import check_initialized, on_meta, own_modules
@@ -41,6 +41,7 @@ class LanguageModel:
         attention: The implementation of attention: `sdpa` (`torch.nn.functional.scaled_dot_product_attention`), `flash`
             (the package flash-attn, on GPUs and in 16 bits), or `eager` (matrix products and a softmax). None is the
             choice of transformers, sdpa where the family has it.
+        freeze: Regular expressions; parameters whose name one of them is found in are not trained.
         add_tokens: Special tokens that the tokenizer has in addition to those with which the model was trained. A
             pretrained model gets rows for them, the mean of its rows before.
         chunked_loss: Whether the loss is computed in chunks of tokens, without the logits of all
@@ -59,8 +60,10 @@ class LanguageModel:
         attention: str | None = None,
         chunked_loss: bool | None = None,
         add_tokens: Sequence[str] = (),
+        freeze: Sequence[str] = (),
     ) -> None:
         SEED.check("model.seed", seed)
+        self._frozen = freezing.compiled(freeze)
         TOKENS.check("model.add_tokens", add_tokens)
         or_null(ATTENTION).check("model.attention", attention)
         or_null(switch()).check("model.chunked_loss", chunked_loss)
@@ -72,7 +75,7 @@ class LanguageModel:
         if self.path is not None and not (self.path / "config.json").is_file():
             raise ValueError(f"model.path={path}: no config.json there; give a folder written by save_pretrained")
         self.attention, self.chunked_loss = attention, chunked_loss
-        self.add_tokens, self._added = tuple(add_tokens), (0, 0)
+        self.add_tokens, self.freeze, self._added = tuple(add_tokens), list(freeze), (0, 0)
         self._quantization: Any = None
         self._weights = None if self.path is None else Weights(self.path)
 
@@ -168,6 +171,7 @@ class LanguageModel:
         """
         model = on_meta(config)
         model.chunked_loss = self.chunked_loss  # type: ignore[assignment]
+        freezing.freeze(model, self._frozen)
         if self._weights is not None:
             try:
                 expected = on_meta(config)
