@@ -14,9 +14,9 @@ from distopt.data.mixture import Mixture
 from distopt.data.text_data import TextData
 from distopt.job import cli
 from distopt.job.check import check
-from distopt.job.components import Data
 from distopt.job.config import Config, instantiate, named
 from distopt.job.errors import one_line_errors
+from distopt.job.protocols import Data
 
 _processes = os.cpu_count() or 1
 

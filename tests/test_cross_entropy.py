@@ -163,7 +163,7 @@ def test_heads_whose_logits_change_are_refused_or_left_alone() -> None:
     llama.register_forward_hook(lambda module, args, output: setattr(output, "logits", 2.0 * output.logits))
     with pytest.raises(ValueError, match="changes the logits of its output layer"):
         next_token_loss(llama, tokens)
-    with pytest.raises(ValueError, match="this SAM needs the logits"):
+    with pytest.raises(ValueError, match="this loss needs the logits"):
         next_token_loss(llama, tokens, lambda logits, loss: loss(logits))
 
 

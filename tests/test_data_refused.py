@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
 from distopt.data import token_cache
 from distopt.data.text_data import TextData
@@ -91,7 +94,7 @@ BAD_INPUT = [
         {"validation_fraction": 1.0},
         r"validation_fraction must be a number in \(0, 1\), got 1.0",
     ),
-    ("format", _file("words"), {"format": "csv"}, r"format must be one of auto, text, jsonl, datasets, got 'csv'"),
+    ("format", _file("words"), {"format": "xml"}, r"format must be one of auto, text, jsonl, json, csv, .*, got 'xml'"),
     ("too short", _file("a"), {}, r"validation_fraction=0\.02 leaves no text for validation in .*; give more text"),
 ]
 
@@ -109,12 +112,13 @@ def test_bad_input(tmp_path: Path, make: Callable[[Path], Path], arguments: dict
 # Configuration
 
 
-def choice(name: str) -> TextData:
+def choice(name: str, **changes: Any) -> TextData:
     """The choice of the configuration, for a model that has no tokenizer of its own."""
-    return instantiate(OmegaConf.create({"model": {"path": None}, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data)
+    data = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), changes)
+    return instantiate(OmegaConf.create({"model": {"path": None}, "data": data}).data)
 
 
-@pytest.mark.parametrize("name", ["text", "jsonl", "datasets"])
+@pytest.mark.parametrize("name", ["jsonl", "datasets"])
 def test_config_says_that_it_needs_a_path(name: str) -> None:
     data = choice(name)
     with pytest.raises(ValueError, match=rf"format '{name}' needs a path, got None; give path="):
@@ -122,9 +126,12 @@ def test_config_says_that_it_needs_a_path(name: str) -> None:
 
 
 def test_configs_hold_the_defaults() -> None:
-    assert choice("stdlib") == TextData()
-    other = choice("text")
-    assert {**vars(other), "suffixes": tuple(other.suffixes), "format": "auto"} == vars(TextData())
+    assert replace(choice("stdlib"), add_tokens=()) == TextData()
+    file = OmegaConf.load(CONF / "text.yaml")
+    with pytest.raises(MissingMandatoryValue):  # where the standard library would be read
+        _ = file.path
+    other = choice("text", path=None)
+    assert {**vars(other), "suffixes": tuple(other.suffixes), "add_tokens": ()} == vars(TextData())
 
 
 def test_import_is_cheap() -> None:

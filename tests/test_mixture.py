@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from distopt.data.mixture import CYCLE, MixedSequences, Mixture, apportioned
+from distopt.data.mixed_sequences import CYCLE, MixedSequences, apportioned
+from distopt.data.mixture import Mixture
 from distopt.data.order import Sequences
 
 LENGTH = 8

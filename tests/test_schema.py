@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "param_groups=null: param_groups must be options by name, got None; to decay nothing",
         "optimizer.lr=${nope}: optimizer.lr: Interpolation key 'nope' not found",
         "optimizer.betas=[0.9,${nope}]: optimizer.betas[1]: Interpolation key 'nope' not found",
-        "train.steps=???: train.steps: Missing mandatory value",
+        "train.steps=???: train.steps is missing: it is needed",
         "param_groups.overrides={wte:{lr:-1}}: param_groups.overrides.wte.lr must be a number >= 0, got -1",
         "param_groups.overrides={wte:{sam_rho:abc}}: param_groups.overrides.wte.sam_rho must be a number > 0",
         "param_groups.overrides={wte:3}: must be options by pattern, such as {wte: {lr: 1e-4}}, or null, got",

@@ -16,6 +16,10 @@ from distopt.data.single_sequences import one_sequence_per_row
 # Computes the loss from the logits and a function of them, where the loss depends on the pass (`SAM.loss`).
 PassLoss = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None
 
+# Computes the sum of the losses of tokens from logits, float32 of shape [tokens, vocabulary], and labels, int64 of
+# shape [tokens], of which those that are -100 are no targets.
+LogitsLoss = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -65,35 +69,43 @@ class Batch:
         positions = [None] * len(parts[0]) if self.positions is None else self.positions.split(sequences)
         return [Batch(i, t, p, self.targets) for i, t, p in zip(*parts, positions)]
 
-    def loss(self, model: nn.Module, pass_loss: PassLoss = None) -> Tensor:
+    def loss(self, model: nn.Module, pass_loss: PassLoss = None, of_logits: LogitsLoss | None = None) -> Tensor:
         """Compute this micro-batch's share of the loss, in nats per target (see the class).
 
         Args:
             model: A causal language model of transformers.
-            pass_loss: As for `next_token_loss`.
+            pass_loss, of_logits: As for `next_token_loss`.
 
         Returns:
             A 0-D float32 tensor on the model's device.
         """
         packed = {} if self.positions is None else {"position_ids": self.positions}
         with contextlib.nullcontext() if packed else one_sequence_per_row():
-            return self._loss(model, pass_loss, packed)
+            return self._loss(model, pass_loss, of_logits, packed)
 
-    def _loss(self, model: nn.Module, pass_loss: PassLoss, options: dict[str, Tensor]) -> Tensor:
-        if use_chunks(model, self.inputs.numel(), pass_loss is not None):
+    def _loss(
+        self, model: nn.Module, pass_loss: PassLoss, of_logits: LogitsLoss | None, options: dict[str, Tensor]
+    ) -> Tensor:
+        if use_chunks(model, self.inputs.numel(), pass_loss is not None or of_logits is not None):
             scale = 1.0 / (len(self.inputs) * self.targets)
             return loss_in_head(model, self.labels, scale, input_ids=self.inputs, **options)
         logits = model(input_ids=self.inputs, **options).logits
 
         def cross_entropy(logits: Tensor) -> Tensor:
-            labels = self.labels.flatten()
-            total = F.cross_entropy(logits.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
+            total = (of_logits or cross_entropy_sum)(logits.float().flatten(0, 1), self.labels.flatten())
             return total / (len(self.inputs) * self.targets)
 
         return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
 
 
-def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None) -> Tensor:
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the sum of the cross-entropies of tokens, in nats: the `LogitsLoss` that is minimized by default."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def next_token_loss(
+    model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None, of_logits: LogitsLoss | None = None
+) -> Tensor:
     """Compute the mean cross-entropy of every token given the preceding tokens, in nats per token.
 
     Without the logits of all tokens where the model's `chunked_loss` asks for it (`distopt.data.cross_entropy`).
@@ -103,22 +115,27 @@ def next_token_loss(model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss
         batch: Tokens, int64, shape [sequences, length + 1]. A `Batch` computes its own loss.
         pass_loss: Called with the logits and the function that computes the loss from them, where the loss depends on
             the pass (`SAM.loss`); None for the cross-entropy itself.
+        of_logits: A loss in place of the cross-entropy.
 
     Returns:
         A 0-D float32 tensor on the model's device.
     """
     if not isinstance(batch, Tensor):
-        return batch.loss(model, pass_loss)
+        return batch.loss(model, pass_loss, of_logits)
     with one_sequence_per_row():
-        return _loss_of_tokens(model, batch[:, :-1], batch[:, 1:], pass_loss)
+        return _loss_of_tokens(model, batch[:, :-1], batch[:, 1:], pass_loss, of_logits)
 
 
-def _loss_of_tokens(model: nn.Module, inputs: Tensor, labels: Tensor, pass_loss: PassLoss) -> Tensor:
-    if use_chunks(model, inputs.numel(), pass_loss is not None):
+def _loss_of_tokens(
+    model: nn.Module, inputs: Tensor, labels: Tensor, pass_loss: PassLoss, of_logits: LogitsLoss | None
+) -> Tensor:
+    if use_chunks(model, inputs.numel(), pass_loss is not None or of_logits is not None):
         return loss_in_head(model, labels, 1.0 / labels.numel(), input_ids=inputs)
     logits = model(input_ids=inputs).logits
 
     def cross_entropy(logits: Tensor) -> Tensor:
+        if of_logits is not None:
+            return of_logits(logits.float().flatten(0, 1), labels.flatten()) / labels.numel()
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)

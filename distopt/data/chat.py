@@ -70,18 +70,21 @@ class Encoder:
         self.begin: list[int] = begin if begin and begin[0] in tokenizer.all_special_ids else []
         template = tokenizer.chat_template
         templates = template.values() if isinstance(template, dict) else [template or ""]
+        self._renders = {name: any(name in text for text in templates) for name in ("tools", "tool_calls")}
         self._marks_targets = any(re.search(r"\{%-?\s*generation\s*-?%\}", text) for text in templates)
 
     def encode(self, examples: Sequence[Example], wheres: Sequence[str]) -> list[EncodedExample]:
         """Tokenize examples; the texts of all of them are tokenized together, in parallel.
 
         Args:
-            examples: Examples as `parse_example` returns them.
+            examples: Examples as `ExampleReader` returns them.
             wheres: The file and line number of each, for error messages.
 
         Raises:
             ValueError: An example cannot be rendered or has no targets.
         """
+        for example, where in zip(examples, wheres):
+            self._check_tools(example, where)
         marked = [self._marks_targets and "messages" in example for example in examples]
         segments = [[] if m else self._segments(e, w) for e, w, m in zip(examples, wheres, marked)]
         prefixes = iter(self._tokens([text for each in segments for text in _prefixes(each)]))
@@ -112,12 +115,12 @@ class Encoder:
         """Split the text of an example into context and targets."""
         if "messages" not in example:
             return [Segment(example["prompt"], False), Segment(example["completion"], True)]
-        messages, segments, done = example["messages"], [], ""
+        messages, tools, segments, done = example["messages"], example.get("tools"), [], ""
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 for text, target in (
-                    (self._render(messages[:i], where, add_generation_prompt=True), False),
-                    (self._render(messages[: i + 1], where), True),
+                    (self._render(messages[:i], where, tools, add_generation_prompt=True), False),
+                    (self._render(messages[: i + 1], where, tools), True),
                 ):
                     if not text.startswith(done) or (target and len(text) == len(done)):
                         raise ValueError(
@@ -129,7 +132,23 @@ class Encoder:
                     done = text
         return segments
 
-    def _render(self, messages: Sequence[dict[str, str]], where: str, add_generation_prompt: bool = False) -> str:
+    def _check_tools(self, example: Example, where: str) -> None:
+        """Raise `ValueError` if the chat template would leave out what an example has of tools."""
+        called = any("tool_calls" in message for message in example.get("messages", ()))
+        for name, there in (("tools", "tools" in example), ("tool_calls", called)):
+            if there and self.tokenizer.chat_template and not self._renders[name]:
+                raise ValueError(
+                    f"{where} has {name}, which the chat template of {self._name} does not render: take another "
+                    "template, or remove them" + ", or give data.ignore=[tools]" * (name == "tools")
+                )
+
+    def _render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        where: str,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """Render a conversation by the chat template."""
         from jinja2.exceptions import TemplateError
 
@@ -143,17 +162,21 @@ class Encoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                    list(messages),
+                    tools=list(tools or []) or None,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # the latter of a template that adds what a message lacks
             raise ValueError(f"{where}: the chat template of {self._name} refuses it: {error}") from None
 
     def _encode_by_template(self, example: Example, where: str) -> tuple[list[int], list[int]]:
         """Return the tokens and targets of a conversation by the marks of its chat template."""
-        self._render(example["messages"], where)
+        tools = example.get("tools")
+        self._render(example["messages"], where, tools)
         out: Any = self.tokenizer.apply_chat_template(
-            example["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            example["messages"], tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         return out["input_ids"], out["assistant_masks"]
 

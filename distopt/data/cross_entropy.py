@@ -140,7 +140,9 @@ def use_chunks(model: nn.Module, tokens: int, needs_logits: bool = False) -> boo
     if asked is False:
         return False
     if needs_logits and asked:
-        raise ValueError("model.chunked_loss=true: this SAM needs the logits (FunctionalSAM): set it to false")
+        raise ValueError(
+            "model.chunked_loss=true: this loss needs the logits (FunctionalSAM, or your own): set it to false"
+        )
     head = head_of(model)
     if head is None and asked:
         raise ValueError(

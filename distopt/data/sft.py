@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from distopt.bounds import IGNORE, PATH, VALIDATION_FRACTION, or_null, switch
-from distopt.data import tokenizers
+from distopt.bounds import PATH, VALIDATION_FRACTION, or_null, switch
+from distopt.data import hub, tokenizers
+from distopt.data.added_tokens import extended
 from distopt.data.chat import EncodedExample, Encoder
-from distopt.data.examples import parse_example
-from distopt.data.packing import Examples, PackedSequences, PackedValidationSequences
-from distopt.data.sources import Line, Source
+from distopt.data.completion_corpus import CompletionCorpus
+from distopt.data.examples import ExampleReader
+from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.rows import Row
+from distopt.data.sources import Source
 from distopt.data.text_data import cache_folder
-from distopt.data.token_cache import SPLITS, Corpus, atomic_directory, in_validation, map_file
+from distopt.data.token_cache import SPLITS, atomic_directory, in_validation
 
-VERSION = 1  # of the cache: increment it when the same lines would give different tokens
+VERSION = 2  # of the cache: increment it when the same lines would give different tokens
 _BATCH = 512  # examples tokenized in one call
 
 
@@ -31,24 +32,36 @@ class CompletionData:
     """Conversations, or prompts and completions, to fine-tune a causal language model on, with the loss on completions.
 
     Args:
-        path: A JSONL file, or a folder of them (searched recursively). Each line is an example: {"messages": [{"role":
-            ..., "content": ...}, ...]}, whose targets are the turns of the assistant, or {"prompt": ..., "completion":
-            ...}.
+        path: A file of rows (JSONL, JSON, CSV or Parquet, by its ending), a folder of them (searched recursively) or of
+            `Dataset.save_to_disk`, or the name of a dataset on the hub. Each row is an example, such as {"messages":
+            [{"role": ..., "content": ...}, ...]}, whose targets are the turns of the assistant, or {"prompt": ...,
+            "completion": ...}.
+        format: `messages`, `sharegpt`, `completion` or `alpaca` (`ExampleReader`); `auto` for the one whose fields a
+            row has.
+        fields: Other names of the fields, such as {"messages": "dialog"}.
+        roles: The roles of messages by their names in the rows, such as {"bot": "assistant"}.
+        files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
         validation_path: Validation examples, alike; None to use a fraction of the examples of `path`.
         validation_fraction: The fraction of the examples used for validation, in (0, 1); at least one example is.
-        tokenizer: The Hugging Face tokenizer folder of the model; None for bytes, 256 tokens, as in training without a
-            tokenizer.
+        tokenizer: The Hugging Face tokenizer folder of the model, or its name on the hub; None for bytes, 256 tokens,
+            as in training without a tokenizer.
+        add_tokens: Special tokens that the tokenizer gets in addition.
         packing: Pack several examples into a sequence without attention between them; models that cannot separate them
             are refused. False gives every example a sequence of its own.
-        ignore: Fields of the lines to ignore; other unknown fields are refused.
+        ignore: Fields of the rows that are not read; other fields that are not either are told.
         cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
             or `~/.cache/distopt`.
     """
 
     path: str | None = None
+    format: str = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    files: str | None = None
     validation_path: str | None = None
     validation_fraction: float = 0.05
     tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
     packing: bool = True
     ignore: Sequence[str] = ()
     cache_dir: str | None = None
@@ -69,11 +82,11 @@ class CompletionData:
         Raises:
             ValueError: An argument or an example is invalid; names the file and line of the latter.
         """
-        sources, encoder, key = self._open()
-        folder = cache_folder(self.cache_dir) / f"{sources[0].root.stem}-{key}"
+        sources, encoder, reader, key = self._open()
+        folder = cache_folder(self.cache_dir) / f"{Path(hub.origin(sources[0].root)).stem}-{key}"
         if not folder.is_dir():
             with atomic_directory(folder) as building:
-                self._write(building, sources, encoder)
+                self._write(building, sources, encoder, reader)
         corpus = CompletionCorpus.read(folder, encoder)
         # The digest identifies the batches, since a run must not resume with others.
         return corpus if self.packing else replace(corpus, digest=f"{corpus.digest} unpacked")
@@ -82,9 +95,11 @@ class CompletionData:
         self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, seed: int = 0
     ) -> PackedSequences:
         """Return the training sequences of a corpus."""
-        return PackedSequences(
+        sequences = PackedSequences(
             corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed, packing=self.packing
         )
+        sequences.notes[:0] = corpus.notes
+        return sequences
 
     def validation_sequences(
         self, corpus: CompletionCorpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
@@ -98,34 +113,34 @@ class CompletionData:
             packing=self.packing,
         )
 
-    def _open(self) -> tuple[list[Source], Encoder, str]:
-        """Return the checked sources, their encoder, and a hash of everything that determines the tokens."""
+    def _open(self) -> tuple[list[Source], Encoder, ExampleReader, str]:
+        """Return the checked sources, what reads and encodes them, and a hash of all that determines the tokens."""
         VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.05 is usual")
         switch().check("data.packing", self.packing)
         if self.path is None:
-            raise ValueError("data.path is not set: give data.path=<a JSONL file, or a folder of them>")
+            raise ValueError("data.path is not set: give data.path=<a file of examples, or a folder of them>")
         or_null(PATH).check("data.tokenizer", self.tokenizer)
         or_null(PATH).check("data.cache_dir", self.cache_dir)
-        IGNORE.check("data.ignore", self.ignore)
-        tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
+        options = self.format, self.fields, self.roles, self.ignore
+        ExampleReader(*options)
+        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
         digest = tokenizers.digest(tokenizer)
         encoder = Encoder(tokenizer)
-        paths = [self.path] if self.validation_path is None else [self.path, self.validation_path]
-        sources = [Source.open(path, "jsonl", (), "") for path in paths]
+        reader = ExampleReader(*options, chat=bool(encoder.tokenizer.chat_template))
+        sources = [Source.open(self.path, "auto", (), "", pattern=self.files)]
+        if self.validation_path is not None:
+            sources.append(Source.open(self.validation_path, "auto", (), "", key="data.validation_path"))
         for source in sources:
-            first = next(source.lines(), None)
+            first = next(source.rows(), None)
             if first is None:
                 raise ValueError(f"{source} contains no example; give another path")
-            self._encode(encoder, [first])
+            _encode(encoder, reader, [first])
         prints = " ".join(source.fingerprint() for source in sources)
-        key = f"completions {VERSION} {prints} {digest} {self.validation_fraction!r} {sorted(self.ignore)}"
-        return sources, encoder, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
+        given = [self.format, sorted(self.fields.items()), sorted(self.roles.items()), sorted(self.ignore)]
+        key = f"completions {VERSION} {prints} {digest} {self.validation_fraction!r} {given}"
+        return sources, encoder, reader, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
 
-    def _encode(self, encoder: Encoder, lines: Sequence[Line]) -> list[EncodedExample]:
-        wheres = [line.where for line in lines]
-        return encoder.encode([parse_example(line.content, line.where, self.ignore) for line in lines], wheres)
-
-    def _write(self, folder: Path, sources: Sequence[Source], encoder: Encoder) -> None:
+    def _write(self, folder: Path, sources: Sequence[Source], encoder: Encoder, reader: ExampleReader) -> None:
         """Write the files of both splits and meta.json into `folder`."""
         from tqdm import tqdm
 
@@ -137,8 +152,8 @@ class CompletionData:
             starts, digest = [0], hashlib.blake2b(digest_size=16)
             size = 0
             with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.targets", "wb") as targets:
-                for lines in _batches(line for line in source.lines() if line.key in keys):
-                    for example in self._encode(encoder, lines):
+                for rows in _batches(row for row in source.rows() if row.key in keys):
+                    for example in _encode(encoder, reader, rows):
                         data = example.tokens.astype(dtype).tobytes(), example.targets.tobytes()
                         for file, part in zip((tokens, targets), data):
                             file.write(part)
@@ -149,18 +164,23 @@ class CompletionData:
                             text = str(encoder.tokenizer.decode(target_tokens, skip_special_tokens=True))
                             size += len(text.encode())
                             size += int(np.isin(target_tokens, encoder.tokenizer.all_special_ids).sum())
-                    bar.update(len(lines))
+                    bar.update(len(rows))
             np.save(folder / f"{split}.starts.npy", np.asarray(starts, dtype=np.int64))
             meta[split] = {"tokens": starts[-1], "bytes": size, "digest": digest.hexdigest()}
         bar.close()
+        meta["notes"] = reader.notes
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
-    """Group lines into batches of `_BATCH`."""
-    batch: list[Line] = []
-    for line in lines:
-        batch.append(line)
+def _encode(encoder: Encoder, reader: ExampleReader, rows: Sequence[Row]) -> list[EncodedExample]:
+    return encoder.encode([reader.read(row) for row in rows], [row.where for row in rows])
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Group rows into batches of `_BATCH`."""
+    batch: list[Row] = []
+    for row in rows:
+        batch.append(row)
         if len(batch) == _BATCH:
             yield batch
             batch = []
@@ -177,9 +197,9 @@ def _split_keys(sources: Sequence[Source], fraction: float) -> tuple[set[str], s
     Raises:
         ValueError: There are too few examples for two splits.
     """
-    keys = [line.key for line in sources[0].lines()]
+    keys = [row.key for row in sources[0].rows()]
     if len(sources) == 2:
-        return set(keys), {line.key for line in sources[1].lines()}
+        return set(keys), {row.key for row in sources[1].rows()}
     if len(keys) < 2:
         raise ValueError(
             f"{sources[0]} contains one example, which leaves none for validation: give data.validation_path"
@@ -188,53 +208,3 @@ def _split_keys(sources: Sequence[Source], fraction: float) -> tuple[set[str], s
     if len(validation) in (0, len(keys)):
         validation = set(keys[-min(max(1, round(len(keys) * fraction)), len(keys) - 1) :])
     return set(keys) - validation, validation
-
-
-@dataclass(frozen=True, eq=False)
-class CompletionCorpus(Corpus):
-    """The memory-mapped examples of both splits, with their encoder.
-
-    Attributes:
-        train: The training examples.
-        validation: The validation examples.
-        bytes_per_token: The mean size of a target of the validation examples, where a special token counts as one byte.
-        encoder: The tokenizer and chat template of the examples.
-    """
-
-    train: Examples  # type: ignore[assignment]  # in place of the base class's stream of tokens
-    validation: Examples  # type: ignore[assignment]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"train": len(self.train.tokens), "validation": len(self.validation.tokens)}
-
-    encoder: Encoder = field(kw_only=True)
-
-    @classmethod
-    def read(cls, folder: Path, encoder: Encoder) -> CompletionCorpus:
-        """Map the files of a folder that `CompletionData.build` wrote."""
-        meta = json.loads((folder / "meta.json").read_text())
-        train, validation = (
-            Examples(
-                map_file(folder / f"{split}.bin", meta["dtype"], meta[split]["tokens"]),
-                map_file(folder / f"{split}.targets", "uint8", meta[split]["tokens"]),
-                np.load(folder / f"{split}.starts.npy"),
-            )
-            for split in SPLITS
-        )
-        ratio = meta["validation"]["bytes"] / max(1, int(validation.targets.sum()))
-        digest = "".join(meta[split]["digest"] for split in SPLITS)
-        return cls(
-            train, validation, meta["vocab_size"], ratio, encoder.folder, meta["source"], digest, encoder=encoder
-        )
-
-    def encode(self, prompt: str) -> list[int]:
-        """Tokenize a prompt (a user's message, if there is a chat template); "" is the first validation prompt."""
-        if not prompt:
-            first_target = int(np.flatnonzero(self.validation.targets)[0])
-            return self.validation.tokens[:first_target].tolist()
-        return self.encoder.prompt(prompt)
-
-    def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
-        """Return the text of some tokens."""
-        return str(self.encoder.tokenizer.decode(np.asarray(tokens).tolist()))

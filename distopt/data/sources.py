@@ -1,21 +1,21 @@
-"""Sources of text: text files, JSONL files and dataset folders, read document by document in bounded pieces."""
+"""Sources of text and of rows: which files a path means, read document by document in bounded pieces."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
-import importlib.util
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from distopt.bounds import FORMAT, PATH
+from distopt.bounds import FORMAT, PATH, PATTERN, or_null
+from distopt.data import hub
+from distopt.data.files import ABOUT, ENDINGS, Format, check_splits, find, format_of
+from distopt.data.rows import READERS, Row, text_of
 
-Format = Literal["auto", "text", "jsonl", "datasets"]
 PIECE = 1 << 18  # bytes read and tokenized at once: longer documents are split into pieces, at line ends if possible
 
 
@@ -33,20 +33,6 @@ class Document(NamedTuple):
     pieces: Iterable[bytes]
 
 
-class Line(NamedTuple):
-    """One line of a JSONL file.
-
-    Attributes:
-        key: A name that is unique within the source.
-        where: The file and the line number, for error messages.
-        content: The bytes of the line.
-    """
-
-    key: str
-    where: str
-    content: bytes
-
-
 @dataclass(frozen=True)
 class Source:
     """The files of a data source; `open` finds and checks them.
@@ -58,64 +44,87 @@ class Source:
         field: The JSONL field or the dataset column that contains the text.
     """
 
-    format: Literal["stdlib", "text", "jsonl", "datasets"]
+    format: Literal["stdlib"] | Format
     root: Path
     files: tuple[Path, ...]
     field: str
 
     @classmethod
-    def open(cls, path: str | None, format: Format, suffixes: str | Sequence[str], field: str) -> Source:
+    def open(
+        cls,
+        path: str | None,
+        format: Format,
+        suffixes: str | Sequence[str],
+        field: str,
+        *,
+        pattern: str | None = None,
+        key: str = "data.path",
+    ) -> Source:
         """Find the files of a source without reading them; hidden files and folders are skipped.
 
         Args:
-            path: A file or a folder (searched recursively); None for the standard library of this Python.
-            format: "auto" is jsonl for a .jsonl file, datasets for a folder that `save_to_disk` wrote, text for
-                anything else.
-            suffixes: File name endings that "text" reads from a folder.
-            field: The JSONL field or the dataset column that contains the text.
+            path: A file, a folder (searched recursively), or the name of a dataset on the hub; None for the standard
+                library of this Python.
+            format: "auto" is what a file's ending says, datasets for a folder that `save_to_disk` wrote, and for
+                another folder text, if it has such files, or else what its files' endings say.
+            suffixes: File name endings that "text" reads from a folder; none if there is to be no text.
+            field: The field or column that contains the text.
+            pattern: A pattern of the files' paths within the folder; None for all.
+            key: The option of the path, for messages.
 
         Raises:
             ValueError: An argument is invalid, or there is nothing to read.
         """
         FORMAT.check("data.format", format)
+        or_null(PATTERN).check("data.files", pattern)
         if path is None:
             if format != "auto":
                 raise ValueError(f"data format {format!r} needs a path, got None; give path=<file or folder>")
             root = Path(sysconfig.get_paths()["stdlib"])
-            return cls("stdlib", root, _find(root, ".py", skip=("site-packages", "dist-packages")), field)
-        PATH.check("data.path", path, "give path=<file or folder>")
-        root = Path(os.path.abspath(Path(path).expanduser()))  # not resolve(): a link's own name has the suffix
+            return cls("stdlib", root, find(root, ".py", skip=("site-packages", "dist-packages")), field)
+        PATH.check(key, path, "give path=<file or folder>")
+        from_hub = hub.is_name(path, hub.DATA)
+        located = hub.folder(key, path, hub.DATA, [pattern] if pattern else [])
+        root = Path(os.path.abspath(located))  # not resolve(): a link's own name has the suffix
         if not root.exists():
             raise ValueError(f"data path {root} does not exist; give path=<file or folder>")
+        if pattern is not None and root.is_file():
+            raise ValueError(f"data.files={pattern} selects files of a folder, and {root} is a file; leave it out")
         if format == "auto":
-            saved = (root / "state.json").is_file() or (root / "dataset_dict.json").is_file()
-            format = "datasets" if saved else "jsonl" if root.suffix == ".jsonl" else "text"
-        wanted = {"text": suffixes, "jsonl": ".jsonl", "datasets": ""}[format]
-        files = _find(root, wanted)
+            format = format_of(root, suffixes, pattern)
+        wanted = suffixes if format == "text" else ENDINGS[format]
+        files = find(root, wanted, pattern=pattern)
+        if root.is_dir() and format not in ("text", "datasets"):
+            files = tuple(file for file in files if not ABOUT.fullmatch(file.name))
+        if from_hub and pattern is None:
+            check_splits(path, root, files)
         if not any(file.stat().st_size for file in files):
             kind = f"non-empty {format} file" + (f" ending in {wanted}" if root.is_dir() and wanted else "")
-            raise ValueError(f"data path {root} contains no {kind}; give another path, suffixes or format")
+            within = f" whose path fits data.files={pattern}" if pattern else ""
+            raise ValueError(f"data path {root} contains no {kind}{within}; give another path, suffixes or format")
         return cls(format, root, files, field)
 
     def documents(self) -> Iterator[Document]:
         """Yield every non-empty document in a fixed order; its pieces are read only on iteration.
 
-        The key of a document is the path of its file relative to the root, `path:line` for JSONL, and the row index for
-        a dataset.
+        The key of a document is the path of its file relative to the root, `path:line` for rows of a file, and the row
+        index for a dataset.
 
         Raises:
             ValueError: A file cannot be read as the format of the source.
         """
-        read = {"stdlib": self._text, "text": self._text, "jsonl": self._jsonl, "datasets": self._datasets}[self.format]
+        read = self._text if self.format in ("stdlib", "text") else self._fields
         return (document for document in read() if document.size)
 
-    def lines(self) -> Iterator[Line]:
-        """Yield every line of the JSONL files that is not blank."""
+    def rows(self, columns: Sequence[str] = ()) -> Iterator[Row]:
+        """Yield every row of the files, of which only some columns are needed; all if there are none."""
+        read = READERS[self.format]
+        if self.format == "datasets":
+            yield from read(self.root, "", columns)
+            return
         for file in self.files:
-            with file.open("rb") as stream:
-                for number, content in enumerate(stream, start=1):
-                    if content.strip():
-                        yield Line(f"{self._key(file)}:{number}", f"{file}:{number}", content)
+            if file.stat().st_size:
+                yield from read(file, self._key(file), columns)
 
     def fingerprint(self) -> str:
         """Hash what determines the documents: format, root, field, and the path, size and mtime of every file."""
@@ -131,7 +140,7 @@ class Source:
         return sum(file.stat().st_size for file in self.files) if self.format in ("stdlib", "text") else None
 
     def __str__(self) -> str:
-        return f"{self.format}: {self.root} ({len(self.files)} files)"
+        return f"{self.format}: {hub.origin(self.root)} ({len(self.files)} files)"
 
     def _key(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix() if file != self.root else file.name
@@ -143,47 +152,10 @@ class Source:
                 continue
             yield Document(self._key(file), file.stat().st_size, _pieces(file))
 
-    def _jsonl(self) -> Iterator[Document]:
-        for line in self.lines():
-            text = _field_of(line.content, self.field, line.where)
-            yield Document(line.key, len(text), _split(text))
-
-    def _datasets(self) -> Iterator[Document]:
-        if importlib.util.find_spec("datasets") is None:
-            raise ValueError("data format 'datasets' needs the datasets package; pip install distopt[data]")
-        import datasets
-
-        if (self.root / "dataset_dict.json").is_file():
-            splits = ", ".join(sorted(folder.name for folder in self.root.iterdir() if folder.is_dir()))
-            raise ValueError(f"{self.root} holds several datasets ({splits}); give the path of one of these folders")
-        if (self.root / "state.json").is_file() and not any(self.root.glob("*.arrow")):
-            raise ValueError(f"{self.root} is a dataset without rows; give another path")
-        try:
-            dataset = datasets.load_from_disk(str(self.root))
-        except Exception as error:  # of any class, by what of the folder is damaged
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{self.root} is not a folder that datasets' save_to_disk wrote ({reason})") from None
-        if self.field not in dataset.column_names:
-            columns = ", ".join(dataset.column_names)
-            raise ValueError(f"{self.root} has no column {self.field!r}; give field=<one of: {columns}>")
-        for index, row in enumerate(dataset.select_columns([self.field])):
-            if not isinstance(row[self.field], str):
-                raise ValueError(
-                    f"{self.root} row {index}: column {self.field!r} must be text, got {row[self.field]!r:.40}"
-                )
-            text = row[self.field].encode()
-            yield Document(str(index), len(text), _split(text))
-
-
-def _find(root: Path, suffixes: str | Sequence[str], skip: Sequence[str] = ()) -> tuple[Path, ...]:
-    if root.is_file():
-        return (root,)
-    endings = suffixes if isinstance(suffixes, str) else tuple(suffixes)
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
-        found += [Path(folder, name) for name in names if name.endswith(endings) and not name.startswith(".")]
-    return tuple(sorted(file for file in found if file.is_file()))
+    def _fields(self) -> Iterator[Document]:
+        for row in self.rows([self.field]):
+            text = text_of(row, self.field)
+            yield Document(row.key, len(text), _split(text))
 
 
 def _is_utf8(file: Path) -> bool:
@@ -228,22 +200,3 @@ def character_start(text: bytes, index: int) -> int:
     while 0 < index < len(text) and text[index] & 0xC0 == 0x80:
         index -= 1
     return index
-
-
-def parse_json(line: bytes, where: str) -> Any:
-    """Parse a line of JSON; raise `ValueError`, with the file and line of `where`, if it is malformed."""
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{where} is not UTF-8 JSON ({reason}); one JSON object per line is needed") from None
-
-
-def _field_of(line: bytes, field: str, where: str) -> bytes:
-    """Return the text of a field of a JSONL line, UTF-8."""
-    record = parse_json(line, where)
-    if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where} has no text under {field!r} (found: {found}); give field=<name>")
-    # JSON may escape a lone surrogate, which UTF-8 cannot encode: it becomes a question mark.
-    return record[field].encode(errors="replace")

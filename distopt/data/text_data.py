@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null
-from distopt.data import sources, token_cache, tokenizers, tokenizing
+from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null, switch
+from distopt.data import hub, sources, token_cache, tokenizers, tokenizing
+from distopt.data.added_tokens import extended
 from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.separate import SeparateSequences, SeparateValidationSequences
 from distopt.data.token_cache import Corpus
 
 _SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
@@ -22,12 +23,17 @@ class TextData:
     """Text to train on, split by document into train and validation, tokenized once and cached.
 
     Args:
-        path: A file or a folder (searched recursively); None for the sources of Python's standard library, about 30 MB.
-        format: "text" (UTF-8, one document per file), "jsonl", "datasets" (a folder that `Dataset.save_to_disk` wrote),
-            or "auto": jsonl for a .jsonl file, datasets for such a folder, text for anything else.
-        field: The JSONL field or the dataset column that contains the text.
+        path: A file, a folder (searched recursively), or the name of a dataset on the hub; None for the sources of
+            Python's standard library, about 30 MB.
+        format: "text" (UTF-8, one document per file), "jsonl", "json" (a list of objects), "csv", "parquet", "datasets"
+            (a folder that `Dataset.save_to_disk` wrote), or "auto": what the ending of a file says, datasets for such a
+            folder, text for another folder with text files, else what the endings of its files say.
+        field: The field or column that contains the text of a row.
         suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
-        tokenizer: A Hugging Face tokenizer folder; None for bytes, 256 tokens.
+        files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
+        tokenizer: A Hugging Face tokenizer folder, or its name on the hub; None for bytes, 256 tokens.
+        add_tokens: Special tokens that the tokenizer gets in addition.
+        separate: Keep the documents of a sequence apart: none attends to another, and none is predicted from another.
         validation_fraction: The fraction of the documents used for validation, in (0, 1); or of the bytes of each
             document if there are too few documents.
         cache_dir: The folder of the token cache, which may be deleted between runs; None for `$XDG_CACHE_HOME/distopt`,
@@ -35,10 +41,13 @@ class TextData:
     """
 
     path: str | None = None
-    format: Literal["auto", "text", "jsonl", "datasets"] = "auto"
+    format: sources.Format = "auto"
     field: str = "text"
     suffixes: str | Sequence[str] = _SUFFIXES
+    files: str | None = None
     tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
+    separate: bool = False
     validation_fraction: float = 0.02
     cache_dir: str | None = None
 
@@ -62,33 +71,42 @@ class TextData:
             ValueError: An argument is invalid, or the text cannot be read.
         """
         source, tokenizer, key = self._open()
-        folder = cache_folder(self.cache_dir) / f"{source.root.stem if self.path else 'stdlib'}-{key}"
+        folder = cache_folder(self.cache_dir) / f"{Path(hub.origin(source.root)).stem if self.path else 'stdlib'}-{key}"
         if not folder.is_dir():
             tokenizing.write(folder, source, tokenizer, self.validation_fraction, processes)
-        return Corpus.open(folder, tokenizer)
+        corpus = Corpus.open(folder, tokenizer)
+        # The digest identifies the batches, since a run must not resume with others.
+        return replace(corpus, digest=f"{corpus.digest} separate") if self.separate else corpus
 
-    def sequences(self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0) -> Sequences:
+    def sequences(
+        self, corpus: Corpus, *, sequence_length: int, batch_size: int, seed: int = 0
+    ) -> Sequences | SeparateSequences:
         """Return the training sequences of a corpus."""
-        return Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        sequences = Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        return SeparateSequences(sequences, corpus.end) if self.separate else sequences
 
     def validation_sequences(
         self, corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
-    ) -> ValidationSequences:
+    ) -> ValidationSequences | SeparateValidationSequences:
         """Return the validation sequences of a corpus."""
-        return ValidationSequences(
+        sequences = ValidationSequences(
             corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
         )
+        return SeparateValidationSequences(sequences, corpus.end) if self.separate else sequences
 
     def _open(self) -> tuple[sources.Source, str | None, str]:
         """Return the checked source, the tokenizer folder, and a hash of everything that determines the tokens."""
         VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.02 is usual")
         SUFFIXES.check("data.suffixes", self.suffixes)
         FIELD.check("data.field", self.field)
+        switch().check("data.separate", self.separate)
         or_null(PATH).check("data.tokenizer", self.tokenizer)
         or_null(PATH).check("data.cache_dir", self.cache_dir)
-        tokenizer = self.tokenizer and os.path.abspath(Path(self.tokenizer).expanduser())
+        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
         tokenizer_digest = tokenizers.digest(tokenizer)
-        source = sources.Source.open(self.path, self.format, self.suffixes, self.field)
+        if self.separate:
+            tokenizers.end_of(tokenizer)
+        source = sources.Source.open(self.path, self.format, self.suffixes, self.field, pattern=self.files)
         first = next(source.documents(), None)
         if first is None:
             raise ValueError(f"{source} contains no text; give another path")

@@ -76,6 +76,11 @@ class Corpus:
     def _vocabulary(self) -> tokenizers.Bytes | tokenizers.Tokenizer:
         return tokenizers.load(self.tokenizer)
 
+    @property
+    def end(self) -> int:
+        """The token that ends a document; raises `ValueError` if there is none."""
+        return tokenizers.end_of(self.tokenizer)
+
     def encode(self, prompt: str) -> list[int]:
         """Tokenize a prompt, without an end-of-document token."""
         return self._vocabulary.encode([prompt.encode()])[0].tolist()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from distopt.data import hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,9 +109,33 @@ class Tokenizer:
         return self._tokenizer
 
 
+def locate(tokenizer: str | None, key: str = "data.tokenizer") -> str | None:
+    """Return the full path of a tokenizer folder, downloaded if it is a name on the hub; None for None.
+
+    Raises:
+        ValueError: The name is not on the hub, or cannot be downloaded.
+    """
+    return None if tokenizer is None else os.path.abspath(hub.folder(key, tokenizer, hub.TOKENIZER))
+
+
 def load(tokenizer: str | None) -> Bytes | Tokenizer:
     """Load the tokenizer of a folder; bytes for None and for the folder of a byte-level model."""
     return Bytes() if tokenizer is None or _is_byte_model(tokenizer) else Tokenizer(tokenizer)
+
+
+def end_of(tokenizer: str | None) -> int:
+    """Return the token that ends a document.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    separator = load(tokenizer).separator
+    if not len(separator):
+        raise ValueError(
+            f"data.separate=true: tokenizer {tokenizer} has no token that ends a text, by which documents are told "
+            "apart: set its eos_token and save it"
+        )
+    return int(separator[0])
 
 
 def has_tokenizer(folder: str | Path) -> bool:

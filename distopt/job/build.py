@@ -23,14 +23,24 @@ from distopt.job import run_folder
 from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
-from distopt.job.components import Components, Data
-from distopt.job.config import check_best, max_grad_norm, micro_batch_size, refuse_swept_ranks
+from distopt.job.components import Components
+from distopt.job.config import (
+    check_best,
+    check_steps,
+    instantiate,
+    max_grad_norm,
+    micro_batch_size,
+    refuse_swept_ranks,
+    steps_of,
+)
 from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.device import watch
+from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
+from distopt.job.protocols import Data
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
 from distopt.job.terminal import Terminal
@@ -82,19 +92,31 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     refuse_swept_ranks()
     terminal.phase("checking the configuration")
     check(cfg, "train")
+    check_steps(cfg)
     check_best(cfg)
-    parts = Components.of(cfg)
-    terminal.phase("waiting for the other processes")
-    accelerator = join(cfg, parts.engine)
+    engine, downloaded, names = instantiate(cfg, "engine", Engine), list[str](), hub_names(cfg)
+    if names:
+        accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
+        terminal.phase("asking the hub")
+        downloaded = download(names)
+    parts = Components.of(cfg, engine)
+    if not names:
+        terminal.phase("waiting for the other processes")
+        accelerator = join(cfg, engine)
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
     lock, restarted, taken = claim(folder)
     start, notes = find_start(folder / "checkpoints", options.resume, restarted)
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
     identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
+    identity["frozen"] = parts.language_model.freeze or None
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
     text = open_text(cfg, parts.data, sizes)
+    if options.steps is None:
+        options.steps = steps_of(options.epochs, text.sequences.count, options.batch_size)
+        parts = parts.of_steps(cfg)
+    parts.language_model.check_added(text.corpus.pretrained_tokenizer())
     config = parts.language_model.describe(text.corpus.vocab_size)
     check_length(config, options.sequence_length, "train.sequence_length")
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
@@ -133,12 +155,21 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         identity=identity,
         micro_batch=micro_batch,
         notes=[
-            *(*taken, *moved, *notes, *parts.language_model.notes, *text.sequences.notes, *text.validation.notes),
+            *(
+                *downloaded,
+                *taken,
+                *moved,
+                *notes,
+                *parts.language_model.notes,
+                *text.sequences.notes,
+                *text.validation.notes,
+            ),
             *(*_decay_unneeded(trainee, options.steps), *resumed),
         ],
         step=step,
         passed_over=saved.get("passed_over", 0),
         checkpoint=start.path if start else None,
+        loss=parts.loss,
         **text._asdict(),
         **trainee._asdict(),
     )
@@ -153,7 +184,8 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
     """Joins the processes of the launch, with the trackers of the run."""
     accelerator = engine.start(cfg.train.timeout_minutes)
     accelerator.wait_for_everyone()  # gloo fails a rank that still connects when one that has connected ends
-    check_agreement(environment(cfg), "start all with the same command, in the same environment")
+    names = {"what is named on the hub": [name.value for name in hub_names(cfg)]}
+    check_agreement(environment(cfg) | names, "start all with the same command, in the same environment")
     accelerator.log_with = check_trackers(cfg.trackers)
     return accelerator
 
@@ -186,8 +218,9 @@ def _trainee(
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
     model = engine.attach(model, optimizer, accumulation, max_norm)
-    if getattr(parts.data, "packing", False):
-        check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size)
+    for switch in ("packing", "separate"):
+        if getattr(parts.data, switch, False):
+            check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size, f"data.{switch}")
     return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from distopt.bounds import Bound, is_number, number, shown
 from distopt.job.config import CONF
@@ -67,6 +67,8 @@ def _resolved(cfg: DictConfig, name: str) -> Any:
         return (
             OmegaConf.to_container(value, resolve=True, throw_on_missing=True) if OmegaConf.is_config(value) else value
         )
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key or name} is missing: it is needed") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or name}: {str(error).splitlines()[0]}") from error
 

@@ -82,7 +82,7 @@ def model_words(words: list[str]) -> list[str]:
 
     `model.path=` chooses model=pretrained unless a model is chosen: the sizes of the default model are not those of the
     folder. `model.config` takes any option of a family; with `model.family=`, `model.config={...}` replaces the options
-    of the choice, and without it is merged over them.
+    of the choice, and without it is merged over them. `train.epochs=` takes the place of the default `train.steps`.
 
     Raises:
         ValueError: For a name of a run that leads out of runs/.
@@ -94,9 +94,13 @@ def model_words(words: list[str]) -> list[str]:
     config = ("model.config=", "model.config.")
     family = any(word.startswith("model.family=") for word in words)
     path = [word for word in words if word.startswith("model.path=")][-1:]
-    chosen = any(word.startswith("model=") for word in words)
-    implied = [] if chosen or path in ([], ["model.path="], ["model.path=null"]) else ["model=pretrained"]
-    for word in words:
+    chosen = any(word.startswith("model=") for word in words) or path in ([], ["model.path="], ["model.path=null"])
+    keys = [word.partition("=")[0] for word in words]
+    counted = "train.steps" in keys or "train.epochs" not in keys or "train.epochs=null" in words
+    implied: list[str] = []
+    for word, key in zip(words, keys):  # beside the word that implies them: flags of Hydra divide a command in two
+        implied += ["model=pretrained"] if key == "model.path" and not chosen else []
+        implied += ["train.steps=null"] if key == "train.epochs" and not counted else []
         implied += ["~model.config"] if family and word.startswith("model.config={") else []
         implied.append(f"++{word}" if word.startswith(config) else word)
     return implied

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.cross_entropy import use_chunks
+from distopt.data.batch import LogitsLoss, cross_entropy_sum
+from distopt.data.cross_entropy import IGNORED, use_chunks
 from distopt.engine import Engine
 from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
 from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
 from distopt.job.config import Config, check_kind, instantiate, named
+from distopt.job.protocols import Data
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
@@ -30,19 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@runtime_checkable
-class Data(Protocol):
-    """The text of a run, such as `TextData`: `check` finds it, `build` tokenizes it, the others draw from it."""
-
-    def check(self) -> None: ...
-
-    def build(self) -> Any: ...
-
-    def sequences(self, corpus: Any, *, sequence_length: int, batch_size: int, seed: int) -> Any: ...
-
-    def validation_sequences(
-        self, corpus: Any, *, sequence_length: int, batch_size: int, max_sequences: int | None
-    ) -> Any: ...
+_MANY = 10**9  # steps, while it is not known how many epochs make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +49,7 @@ class Components:
         make_optimizer: Makes the optimizer of param groups.
         make_schedule: Makes the learning-rate schedule of an optimizer.
         make_sam: Wraps an optimizer in SAM; None without SAM.
+        loss: What is minimized in place of the cross-entropy; None for that.
         make_health: Makes the health monitor of an optimizer and a model; None without one.
     """
 
@@ -72,16 +63,21 @@ class Components:
     make_schedule: Callable[..., LambdaLR]
     make_sam: Callable[[ShardedOptimizer], SAM] | None
     make_health: Callable[..., Monitor] | None
+    loss: LogitsLoss | None = None
 
     @classmethod
-    def of(cls, cfg: Config) -> Components:
+    def of(cls, cfg: Config, engine: Engine | None = None) -> Components:
         """Instantiates and checks the components.
+
+        Args:
+            cfg: The configuration.
+            engine: The engine, if it is there already.
 
         Raises:
             ValueError: If one of them refuses its options, with the section of the configuration at fault.
         """
         parts = cls(
-            engine=instantiate(cfg, "engine", Engine),
+            engine=engine or instantiate(cfg, "engine", Engine),
             language_model=instantiate(cfg, "model", LanguageModel),
             data=instantiate(cfg, "data", Data),
             init=instantiate(cfg, "init", Initialization) if cfg.get("init") else None,
@@ -91,8 +87,9 @@ class Components:
             make_groups=instantiate(cfg, "param_groups"),
             make_sam=instantiate(cfg, "sam") if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
+            loss=_own_loss(cfg),
         )
-        parts.dry_run(cfg.train.steps)
+        parts.dry_run(cfg.train.steps or _MANY)
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -100,6 +97,17 @@ class Components:
         with named("data"):
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
+        return parts
+
+    def of_steps(self, cfg: Config) -> Components:
+        """Returns the components with an optimizer and a schedule of the number of steps, which is known now.
+
+        Raises:
+            ValueError: If one of them refuses it.
+        """
+        made = {"make_optimizer": instantiate(cfg, "optimizer"), "make_schedule": instantiate(cfg, "schedule")}
+        parts = replace(self, **made)
+        parts.dry_run(cfg.train.steps)
         return parts
 
     @property
@@ -188,6 +196,11 @@ class Components:
         with named("model"):
             model = self.language_model.check()
         if self.adapter:
+            for key in ("add_tokens", "freeze"):
+                if getattr(self.language_model, key):
+                    raise ValueError(
+                        f"model.{key}: an adapter freezes the whole model, new rows too: give adapter=none"
+                    )
             with named("adapter"):
                 self.adapter.add(model, self.language_model.path)
         with named("model"):
@@ -198,7 +211,9 @@ class Components:
             self.groups(model, 1.0, independent_decay, None)
 
     def needs_logits(self) -> bool:
-        """Whether SAM computes its loss from the logits."""
+        """Whether the loss, or SAM's, is computed from the logits."""
+        if self.loss is not None:
+            return True
         if self.make_sam is None:
             return False
         sam = self.make_sam(self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)]))
@@ -214,7 +229,7 @@ class Components:
             optimizer = self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
             check_kind(optimizer, "optimizer", Optimizer)
         with named("schedule"):
-            check_kind(self.make_schedule(optimizer, total_steps=steps), "schedule", LRScheduler)
+            check_kind(self.make_schedule(optimizer, total_steps=steps), "schedule", LambdaLR)
         if self.make_sam:
             with named("sam"):
                 sam = self.make_sam(optimizer)
@@ -224,3 +239,17 @@ class Components:
             with named("health"):
                 self.engine.check_health()
                 check_kind(self.make_health(optimizer, nn.Module(), reload=lambda: None), "health", Monitor)
+
+
+def _own_loss(cfg: Config) -> LogitsLoss | None:
+    """Makes the loss of a configuration, and tries it on two tokens; returns None for the cross-entropy."""
+    loss: Any = instantiate(cfg, "loss") if cfg.get("loss") else cross_entropy_sum
+    if getattr(loss, "func", loss) is cross_entropy_sum:
+        return None
+    with named("loss"):
+        total = loss(torch.zeros(2, 3, requires_grad=True), torch.tensor([1, IGNORED]))
+        if not isinstance(total, Tensor) or total.ndim or not total.requires_grad or not total.isfinite():
+            raise ValueError(
+                f"it must return the sum of the losses of tokens, a scalar with a gradient, got {total!r:.60}"
+            )
+    return loss

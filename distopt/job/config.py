@@ -103,6 +103,27 @@ def max_grad_norm(cfg: DictConfig) -> float:
     return math.inf if cfg.train.max_grad_norm is None else cfg.train.max_grad_norm
 
 
+def check_steps(cfg: DictConfig) -> None:
+    """Raises ValueError unless the length of the training is given as steps or as epochs."""
+    steps, epochs = cfg.train.steps, cfg.train.epochs
+    if (steps is None) == (epochs is None):
+        given = [
+            f"train.{name}={'null' if cfg.train[name] is None else cfg.train[name]}" for name in ("steps", "epochs")
+        ]
+        raise ValueError(f"{' and '.join(given)}: give one of them, and null for the other")
+
+
+def steps_of(epochs: float, sequences: int, batch_size: int) -> int:
+    """The number of steps that see the training sequences so many times: the last batch may begin another epoch.
+
+    Args:
+        epochs: The number of times, which may be a fraction.
+        sequences: The number of training sequences, which is the same at any number of processes.
+        batch_size: Sequences per step.
+    """
+    return max(1, math.ceil(round(epochs * sequences / batch_size, 6)))
+
+
 def check_best(cfg: DictConfig) -> None:
     """Raises ValueError if the best checkpoint is to stay, but not every checkpoint would be evaluated."""
     every, evaluated = cfg.checkpoint.every, cfg.evaluation.every

@@ -9,8 +9,10 @@ from distopt.engine import Engine
 
 
 @torch.no_grad()
-def check_no_cross_contamination(engine: Engine, model: nn.Module, device: torch.device, vocabulary: int) -> None:
-    """Checks that packed examples do not attend to each other; every rank has to call it.
+def check_no_cross_contamination(
+    engine: Engine, model: nn.Module, device: torch.device, vocabulary: int, key: str = "data.packing"
+) -> None:
+    """Checks that examples, or documents, in one sequence do not attend to each other; every rank has to call it.
 
     One forward pass over two sequences that differ in their first example: the logits of the second must be equal.
 
@@ -19,6 +21,7 @@ def check_no_cross_contamination(engine: Engine, model: nn.Module, device: torch
         model: The wrapped model.
         device: The device of this process.
         vocabulary: The size of the vocabulary.
+        key: The switch that keeps them apart, for the message.
 
     Raises:
         ValueError: If they attend to each other.
@@ -36,6 +39,6 @@ def check_no_cross_contamination(engine: Engine, model: nn.Module, device: torch
     engine.refresh(model)
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(second.abs().max())):
         raise ValueError(
-            "data.packing=true: this model does not keep the examples of a sequence apart by their positions, "
-            "one would be learnt from the others: set data.packing=false"
+            f"{key}=true: this model does not keep what a sequence holds apart by positions, so that one part would be "
+            f"learnt from the others: set {key}=false"
         )

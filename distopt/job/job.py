@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,13 +15,13 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.batch import Batch
+from distopt.data.batch import Batch, LogitsLoss, next_token_loss
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.prefetch import Prefetch
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
-from distopt.engine.train_step import Update, update
+from distopt.engine.train_step import Loss, Update, update
 from distopt.job.checkpointer import Checkpointer, all_finite
 from distopt.job.config import max_grad_norm
 from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
@@ -70,6 +71,7 @@ class Job:
         step: The number of steps done.
         passed_over: The number of batches that rollbacks have passed over: step s trains on batch s + passed_over.
         checkpoint: The folder of the last checkpoint, saved or resumed from.
+        loss: What is minimized in place of the cross-entropy; None for that.
         health: What watches the run's health; None for nothing.
     """
 
@@ -96,6 +98,7 @@ class Job:
     step: int
     passed_over: int
     checkpoint: Path | None
+    loss: LogitsLoss | None = None
     health: Health | None = None
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
@@ -156,7 +159,8 @@ class Job:
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
         self.monitor.got_batch()
-        done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
+        parts, most = batch.split(self.micro_batch), max_grad_norm(self.cfg)
+        done = update(self.engine, self.model, self.stepper, parts, most, self.minimized)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         to = self.health.rolled_back() if self.health else None
         if to is None:
@@ -179,6 +183,11 @@ class Job:
             times = self.monitor.skipped_in_a_row
             raise ValueError(nonfinite_gradient_report(self.engine.unwrap(self.model), self.stepper, self.step, times))
         return done
+
+    @property
+    def minimized(self) -> Loss:
+        """The mean loss of a micro-batch that is minimized; the validation loss is always the cross-entropy."""
+        return next_token_loss if self.loss is None else functools.partial(next_token_loss, of_logits=self.loss)
 
     def _batches(self) -> Prefetch[Any]:
         """Returns this process's training batches, by the number of a step."""

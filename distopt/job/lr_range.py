@@ -21,7 +21,7 @@ def run_lr_range_test(job: Job, steps: int, max_grad_norm: float) -> LRRange:
 
     def train_step(i: int) -> float:
         batch = job.sequences.batch(job.step + i, rank, world).to(device)
-        done = update(job.engine, job.model, job.optimizer, batch.split(job.micro_batch), max_grad_norm)
+        done = update(job.engine, job.model, job.optimizer, batch.split(job.micro_batch), max_grad_norm, job.minimized)
         return float(job.accelerator.reduce(done.loss, "mean")) if done.applied else math.nan
 
     job.engine.refresh(job.model)

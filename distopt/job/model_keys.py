@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distopt import bounds
-from distopt.bounds import PATH, POSITIVE, integer, or_null, switch
+from distopt.bounds import PATH, POSITIVE, either, integer, or_null, switch
 from distopt.init.scheme import BOUNDS as INIT
 from distopt.job.key import Key
 
@@ -13,12 +13,17 @@ MODEL_KEYS: dict[str, Key] = {
         bounds.MODEL_CONFIG,
         "options of the family's configuration, or changes of `model.path`'s",
     ),
-    "model.path": Key(or_null(PATH), "a folder written by save_pretrained; null: a new model"),
+    "model.path": Key(or_null(PATH), "a folder written by save_pretrained, or a name on the hub; null: a new model"),
     "model.seed": Key(bounds.SEED, "seed of the first values"),
     "model.attention": Key(or_null(bounds.ATTENTION), "implementation of attention; null: the choice of transformers"),
     "model.chunked_loss": Key(
         or_null(switch()), "compute the loss without the logits of all tokens; null: from 2^28 of a micro-batch on"
     ),
+    "model.add_tokens": Key(
+        bounds.TOKENS,
+        "special tokens that tokenizer and model get in addition; rows of the model are the mean of its own",
+    ),
+    "model.freeze": Key(bounds.PATTERNS, "regular expressions; parameters whose name one is found in are not trained"),
     "init.scheme": Key(INIT["scheme"], "the initialisation"),
     "init.seed": Key(INIT["seed"], "seed of the first values"),
     "init.fan": Key(INIT["fan"], "which fan the standard deviation is divided by"),
@@ -35,20 +40,37 @@ MODEL_KEYS: dict[str, Key] = {
         bounds.TARGET_MODULES,
         "all-linear, endings of module names, or one regular expression; null: peft's choice for the family",
     ),
-    "data.path": Key(or_null(PATH), "a file or folder; null: the standard library's sources (data=stdlib)"),
+    "data.path": Key(
+        or_null(PATH),
+        "a file, a folder or a dataset's name on the hub; null: the standard library's sources (data=stdlib)",
+    ),
     "data.sources": Key(
         or_null(bounds.SOURCES),
         "the texts of a mixture by name: `weight`, its share of all sequences, and `path`, `format`, `field`, "
-        "`suffixes` as below",
+        "`suffixes`, `files` as below",
         "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",
     ),
-    "data.format": Key(bounds.FORMAT, "auto: by the file's name"),
+    "data.format": Key(
+        either(bounds.FORMAT, bounds.EXAMPLE_FORMAT), "auto: by the file's name; of examples: by the fields of a row"
+    ),
+    "data.fields": Key(
+        bounds.FIELDS,
+        "other names of the fields of examples: `messages`, `role`, `content`, `system`, `tools`, or `prompt`, "
+        "`completion`, or `instruction`, `input`, `output`",
+        "as {messages: dialog, role: speaker, content: text}",
+    ),
+    "data.roles": Key(bounds.FIELDS, "roles of messages by their names in the rows", "as {bot: assistant}"),
     "data.field": Key(bounds.FIELD, "field of the lines, or column, with the text"),
-    "data.suffixes": Key(bounds.SUFFIXES, "endings of the files taken from a folder"),
-    "data.tokenizer": Key(or_null(PATH), "a Hugging Face tokenizer folder; null: bytes, 256 tokens"),
+    "data.suffixes": Key(bounds.SUFFIXES, "endings of the text files taken from a folder"),
+    "data.files": Key(or_null(bounds.PATTERN), "a pattern of the files' paths in a folder; null: all"),
+    "data.tokenizer": Key(
+        or_null(PATH), "a Hugging Face tokenizer folder, or a name on the hub; null: bytes, 256 tokens"
+    ),
     "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
+    "data.add_tokens": Key(bounds.TOKENS, "as `model.add_tokens`, which it follows"),
+    "data.separate": Key(switch(), "keep the documents of a sequence apart, in attention, positions and loss"),
     "data.packing": Key(switch(), "several examples per sequence, none of which sees another"),
     "data.ignore": Key(bounds.IGNORE, "fields of the lines that are not read"),
     "cluster.memory_gib": Key(POSITIVE, "memory of a GPU in GiB"),

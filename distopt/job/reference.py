@@ -83,7 +83,8 @@ def _section(title: str, section: str, rows: list[tuple[str, str]], intro: str =
         bound, help, _ = SCHEMA[path]
         lines.append(f"| `{path}` | {_cell(str(bound))} | {_cell(help)} | {default} |")
     head = ["| key | value | meaning | default |", "|---|---|---|---|"]
-    return [f"## {title}", "", *([intro, ""] if intro else []), *head, *lines, ""]
+    table = [*head, *lines, ""] if lines else []
+    return [f"## {title}", "", *([intro, ""] if intro else []), *table]
 
 
 def _cell(text: str) -> str:

@@ -38,12 +38,12 @@ class Start:
             raise ValueError(f"{path} was not saved by distopt.train: its manifest has no step")
         return cls(path, identity.pop("step"), identity | pretrained.saved_architecture(path))
 
-    def check(self, run: dict[str, Any], steps: int) -> None:
+    def check(self, run: dict[str, Any], steps: int | None) -> None:
         """Refuses a run that does not continue the saved one.
 
         Args:
             run: The identity of the new run, or a part of it.
-            steps: The total number of steps of the new run.
+            steps: The total number of steps of the new run; None if it is not known yet.
 
         Raises:
             ValueError: If a value differs, so that other batches would follow or another model, or if the checkpoint is
@@ -55,8 +55,10 @@ class Start:
                     f"{self.path} was trained with {name} {self.identity.get(name)}, now it is {value}: "
                     "start a new run, by train.resume=never and another name"
                 )
-        if self.step > steps:
-            raise ValueError(f"{self.path} is already at step {self.step} of {steps}: raise train.steps to resume it")
+        if steps is not None and self.step > steps:
+            raise ValueError(
+                f"{self.path} is already at step {self.step} of {steps}: raise train.steps or train.epochs"
+            )
 
     def architecture(self, config: Any) -> dict[str, Any]:
         """The part of a run's identity that its model's configuration determines, where the checkpoint tells it."""

@@ -36,6 +36,7 @@ SECTIONS = {
     "init": "the first values of the weights; `init=family` for those of transformers",
     "adapter": "parameter-efficient fine-tuning; `adapter=none` for none",
     "data": "the text",
+    "loss": "what is minimized, a sum over tokens of what their logits give; one of your own by its `_target_`",
     "cluster": "the hardware of a plan",
 }
 OPTIONAL = ("sam", "adapter", "health", "init")
@@ -56,7 +57,10 @@ SCHEMA: dict[str, Key] = {
     "sequence_length": Key(integer(1), "tokens in a sequence"),
     "micro_batch_size": Key(integer(1), "sequences in one forward pass of a GPU"),
     "accumulation": Key(integer(1), "forward passes of a GPU in a step"),
-    "train.steps": Key(integer(1), "optimizer steps in all"),
+    "train.steps": Key(or_null(integer(1)), "optimizer steps in all; null if `train.epochs` says how many"),
+    "train.epochs": Key(
+        or_null(POSITIVE), "passes over the training sequences, or a fraction of one; null if `train.steps` says"
+    ),
     "train.batch_size": Key(integer(1), "sequences per step, over all processes"),
     "train.micro_batch_size": Key(
         or_null(integer(1)), "sequences in one forward pass of a process; null: its whole share, without accumulation"

@@ -30,7 +30,8 @@ def report(job: Job, after: float) -> None:
     terminal.phase("drawing the curves")
     before = next((row["validation_loss"] for row in read_metrics(job.folder) if "validation_loss" in row), after)
     bits = [job.bits_per_byte(loss) for loss in (before, after)]
-    changes = {"train__resume": "auto", "train__steps": str(2 * cfg.train.steps)}
+    length = "steps" if cfg.train.epochs is None else "epochs"
+    changes = {"train__resume": "auto", f"train__{length}": f"{2 * cfg.train[length]}"}
     resume = run_folder.command(accelerator.num_processes, job.folder, str(cfg.name), **changes)
     rows = {
         **shown,

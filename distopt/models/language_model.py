@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, or_null, switch
-from distopt.data import tokenizers
-from distopt.models import lora
+from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, TOKENS, or_null, switch
+from distopt.data import hub, tokenizers
+from distopt.models import freezing, lora
+from distopt.models.added_rows import AddedRows
 from distopt.models.configuration import attention_options, new_config, pretrained_config
 from distopt.models.meta import check_initialized, on_meta, own_modules
 from distopt.models.weights import Weights
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LanguageModel:
@@ -34,12 +35,15 @@ class LanguageModel:
         family: A model type of transformers, such as `gpt2` or `llama`; None with a path.
         config: Arguments of the model's configuration (sizes, `rope_parameters`, `attn_implementation`, ...), with the
             defaults of the family. With a path they replace values of its config.json, sizes excepted.
-        path: A folder written by `save_pretrained`, with config.json and safetensors. Quantized weights that
-            transformers can dequantize while loading (fp8, mxfp4) become plain ones.
+        path: A folder written by `save_pretrained`, with config.json and safetensors, or its name on the hub. Quantized
+            weights that transformers can dequantize while loading (fp8, mxfp4) become plain ones.
         seed: The seed of the initial values.
         attention: The implementation of attention: `sdpa` (`torch.nn.functional.scaled_dot_product_attention`), `flash`
             (the package flash-attn, on GPUs and in 16 bits), or `eager` (matrix products and a softmax). None is the
             choice of transformers, sdpa where the family has it.
+        freeze: Regular expressions; parameters whose name one of them is found in are not trained.
+        add_tokens: Special tokens that the tokenizer has in addition to those with which the model was trained. A
+            pretrained model gets rows for them, the mean of its rows before.
         chunked_loss: Whether the loss is computed in chunks of tokens, without the logits of all
             (`distopt.data.cross_entropy`); None is where a micro-batch has 2^28 logits or more.
 
@@ -55,18 +59,23 @@ class LanguageModel:
         seed: int = 0,
         attention: str | None = None,
         chunked_loss: bool | None = None,
+        add_tokens: Sequence[str] = (),
+        freeze: Sequence[str] = (),
     ) -> None:
         SEED.check("model.seed", seed)
+        self._frozen = freezing.compiled(freeze)
+        TOKENS.check("model.add_tokens", add_tokens)
         or_null(ATTENTION).check("model.attention", attention)
         or_null(switch()).check("model.chunked_loss", chunked_loss)
         or_null(MODEL_CONFIG).check("model.config", config)
         or_null(FAMILY).check("model.family", family)
         or_null(PATH).check("model.path", path)
         self.family, self.config, self.seed = family, attention_options(attention, config or {}), seed
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else hub.folder("model.path", path, hub.MODEL)
         if self.path is not None and not (self.path / "config.json").is_file():
             raise ValueError(f"model.path={path}: no config.json there; give a folder written by save_pretrained")
         self.attention, self.chunked_loss = attention, chunked_loss
+        self.add_tokens, self.freeze, self._added = tuple(add_tokens), list(freeze), (0, 0)
         self._quantization: Any = None
         self._weights = None if self.path is None else Weights(self.path)
 
@@ -97,7 +106,10 @@ class LanguageModel:
         Raises:
             ValueError: A token of the model's own tokenizer has another id.
         """
-        if self.path is None or tokenizer == str(self.path) or not tokenizers.has_tokenizer(self.path):
+        if self.path is None or not tokenizers.has_tokenizer(self.path):
+            return
+        tokenizer = tokenizers.locate(tokenizer)
+        if tokenizer == os.path.abspath(self.path):
             return
         own, other = (tokenizers.load(folder).pretrained().get_vocab() for folder in (str(self.path), tokenizer))
         if differ := [token for token, index in own.items() if other.get(token) != index]:
@@ -106,6 +118,16 @@ class LanguageModel:
                 f"data.tokenizer={given} is not the tokenizer of the model in {self.path}: {len(differ)} of its "
                 f"{len(own)} tokens have other ids, such as {differ[0]!r}; leave data.tokenizer out to use the model's "
                 "own"
+            )
+
+    def check_added(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise `ValueError` unless the added tokens have the last ids of the tokenizer of the data."""
+        ids: Any = tokenizer.convert_tokens_to_ids(list(self.add_tokens))
+        size = max(tokenizer.get_vocab().values()) + 1
+        if ids != list(range(size - len(ids), size)):
+            raise ValueError(
+                f"model.add_tokens={list(self.add_tokens)}: they have the ids {ids} of {size} in the tokenizer of the "
+                "data, and not the last ones: give data.add_tokens=${model.add_tokens}"
             )
 
     def describe(self, vocab_size: int, eos_token_id: int | None = None) -> PretrainedConfig:
@@ -127,6 +149,10 @@ class LanguageModel:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{config.model_type} is no family of causal language models in transformers: use another")
         size = getattr(config.get_text_config(), "vocab_size", vocab_size)
+        before = vocab_size - len(self.add_tokens)
+        self._added = (before, vocab_size) if self.path is not None and 0 < before <= size else (0, 0)
+        if self.add_tokens and size < self._added[1]:
+            size = config.get_text_config().vocab_size = vocab_size
         if size < vocab_size:
             reason = f"the model in {self.path} only {size}: set data.tokenizer to the model's own"
             if self.path is None:
@@ -145,9 +171,12 @@ class LanguageModel:
         """
         model = on_meta(config)
         model.chunked_loss = self.chunked_loss  # type: ignore[assignment]
+        freezing.freeze(model, self._frozen)
         if self._weights is not None:
             try:
-                self._weights.compare(on_meta(config), self._quantization)
+                expected = on_meta(config)
+                added = AddedRows.of(expected, *self._added) if self._added[0] < self._added[1] else None
+                self._weights.compare(expected, self._quantization, added)
             except ValueError as error:
                 if not self.config:
                     raise

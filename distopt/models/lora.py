@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distopt.bounds import DROPOUT, TARGET_MODULES, integer
+from distopt.data import hub
 from distopt.models import transformers_private
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class LoRA:
             raise ValueError("adapter=lora adapts a pretrained model: give model.path=<a folder of save_pretrained>")
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(path.absolute()),
+            base_model_name_or_path=hub.origin(path),
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,

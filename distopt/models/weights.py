@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distopt.layout.places import shard_dim
 from distopt.models import transformers_private
+from distopt.models.added_rows import AddedRows
 from distopt.models.conversion import Conversion, dequantizer
 from distopt.models.safetensors_folder import SafetensorsFolder
 
@@ -38,25 +39,27 @@ class Weights:
         self._tensors = self._files.tensors()
         self._model: PreTrainedModel
         self._conversions: dict[str, Conversion]  # by target
+        self._added: AddedRows | None = None
 
     @property
     def bytes_read(self) -> int:
         """The size of the values that `read` has read from the files."""
         return self._files.bytes_read
 
-    def compare(self, model: PreTrainedModel, quantization: Any = None) -> None:
+    def compare(self, model: PreTrainedModel, quantization: Any = None, added: AddedRows | None = None) -> None:
         """Match the tensors of the files with those of a model.
 
         Args:
             model: A model on the meta device, as transformers builds it; it must remain unchanged.
             quantization: `quantization_config` of config.json, or None.
+            added: The rows of additional tokens, which the files do not have.
 
         Raises:
             ValueError: transformers does not undo the quantization while loading, or the files do not match the model:
                 a tensor is missing in the files, has another shape, or consists of quantized codes without their
                 scales, or the model has no such tensor although it has the module that it belongs to.
         """
-        self._model, self._conversions, self.notes = model, {}, []
+        self._model, self._conversions, self.notes, self._added = model, {}, [], added
         expected, unexpected = model.state_dict(), set[str]()
         for conversion in self._plan(expected, unexpected, dequantizer(quantization)):
             for name, value in conversion(model, self._tensors).items():
@@ -91,10 +94,12 @@ class Weights:
                     conversion, stacked = (conversion, None) if rows else self._stacked(conversion, target, *share)
                 if stacked and stacked[0] == stacked[1]:  # fewer experts than shares
                     continue
+                added = self._added if self._added and self._added.needed(conversion.target, rows) else None
                 for _, name in conversion.sources:
-                    readers[name] = partial(reader, name, rows)
+                    readers[name] = partial(reader, name, None if added else rows)
                 for name, value in conversion(self._model, readers).items():
                     if name in names:
+                        value = added.extend(value, rows, len(names[name])) if added else value
                         yield name, value, rows or stacked or (0, len(value) if value.ndim else 1)
 
     def _stacked(
@@ -153,7 +158,7 @@ class Weights:
     def _check(self, name: str, value: Tensor, expected: Tensor, conversion: Conversion) -> None:
         """Raise `ValueError` if a converted tensor does not fit that of the model."""
         file = self._files.paths[conversion.sources[0][1]]
-        if value.shape != expected.shape:
+        if value.shape != expected.shape and not (self._added and self._added.fit(name, value, expected)):
             raise ValueError(f"{name} is {list(value.shape)} in {file}, {list(expected.shape)} in the model")
         # Quantized codes are meaningless without their scales, and copy_ would treat them as the weights themselves.
         if expected.is_floating_point() and (not value.is_floating_point() or value.itemsize < 2):

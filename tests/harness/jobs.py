@@ -141,14 +141,17 @@ def start(
     return Job(processes, files, store)
 
 
-def one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str = "distopt.train.job") -> list[Ended]:
+def one_after_another(
+    cwd: Path, commands: Sequence[Sequence[str]], program: str = "distopt.train.job", find: bool = False
+) -> list[Ended]:
     """What each of these commands leaves that ends by itself before it trains, all of them in one process.
 
     For commands that are refused: the same program from the same words, but without a start for each.
+    find: modules in the folder are found, as by `python -m`.
     """
     file = cwd / "logs" / f"{time.monotonic_ns()}.json"
     file.parent.mkdir(exist_ok=True)
-    process = fork(_one_after_another, cwd, commands, program, file)
+    process = fork(_one_after_another, cwd, commands, program, file, find)
     process.join(280.0 * PATIENCE)
     if process.is_alive():
         process.kill()
@@ -157,13 +160,14 @@ def one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str
     return [Ended(*ended) for ended in json.loads(file.read_text())]
 
 
-def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str, file: Path) -> None:
+def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: str, file: Path, find: bool) -> None:
     from distopt.job import cli
     from distopt.job.errors import one_line_errors
 
     module, _, name = program.rpartition(".")
     run = getattr(importlib.import_module(module), name)
     os.chdir(cwd)
+    sys.path[:0] = [""] if find else []
     ended = []
     for words in commands:
         code, out, err = None, io.StringIO(), io.StringIO()
