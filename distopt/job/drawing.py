@@ -1,0 +1,102 @@
+"""The choices that a run's own picture and the page of a report share: colors, smoothing, and limits of axes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Okabe and Ito, "Color Universal Design", 2008, without black and yellow, which one background or the other hides.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_WINDOW = 0.05  # of a run
+_BEYOND = 3.0  # how far above the third quartile, in distances from the least value to it, an axis reaches
+
+Array = NDArray[np.float64]
+
+
+def smoothed(values: Sequence[float]) -> Array:
+    """Smooth the values of consecutive steps, without a lag.
+
+    The value of a step is that of a straight line, fitted by least squares to the values of a centered window of 5 %
+    of all steps: their mean, but at both ends, where the window ends and the line goes on to the last step.
+
+    Args:
+        values: The values; those that are not finite are left out of the fit.
+
+    Returns:
+        As many values; nan before the first and after the last finite one.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(y)
+    if not known.any():
+        return np.full(len(y), math.nan)
+    steps = np.arange(len(y))
+    reach = int(_WINDOW * len(y) / 2)
+    first = np.clip(steps - reach, 0, len(y) - 2 * reach - 1)
+    last = first + 2 * reach + 1
+    x, y = np.where(known, steps, 0.0), np.where(known, y, 0.0)
+
+    def total(terms: Array) -> Array:
+        sums = np.concatenate([[0.0], np.cumsum(terms)])
+        return sums[last] - sums[first]
+
+    scale = np.abs(y).max() or 1.0  # the largest floats have no sum
+    count, at, of = total(known.astype(np.float64)), total(x), total(y / scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        center = at / count
+        spread, common = total(x * x) - at * center, total(x * y / scale) - center * of
+        slope = np.where(spread > 1e-6 * count, common / spread, 0.0)
+        line = (of / count + slope * (steps - center)) * scale
+    begin, end = np.flatnonzero(known)[[0, -1]]
+    return np.where((steps < begin) | (steps > end), math.nan, line)
+
+
+def limits(curves: Sequence[Sequence[float] | Array]) -> tuple[float, float]:
+    """Return the least and the greatest value of an axis that shows some curves where most of their values are.
+
+    The axis begins at the least value. It ends at the greatest, but for those so far above the rest that the rest would
+    be flat: the start of a run, spikes, and runs that diverge. What is above has to be marked.
+
+    Args:
+        curves: The values of each curve; those that are not finite do not count.
+    """
+    finite = [array[np.isfinite(array)] for curve in curves if len(array := np.asarray(curve, dtype=np.float64))]
+    finite = [array for array in finite if len(array)]
+    if not finite:
+        return 0.0, 1.0
+    low = float(min(array.min() for array in finite))
+    tops = sorted(_top(array) for array in finite)
+    usual = statistics.median_low(tops)
+    bound = usual + _BEYOND * (usual - low)
+    high = max(top for top in tops if top <= bound or usual == low)
+    return low, high if high > low else low + max(1e-3, 1e-3 * abs(low))
+
+
+def _top(values: Array) -> float:
+    """The greatest of a curve's values that is not far above most of them."""
+    low, quartile = values.min(), np.quantile(values, 0.75)
+    bound = quartile + _BEYOND * (quartile - low)
+    return float(values.max() if quartile == low else values[values <= bound].max())
+
+
+def beyond(values: Sequence[float] | Array, high: float) -> list[int]:
+    """Return where marks at the upper end of an axis stand for the parts of a curve above it.
+
+    Args:
+        values: The values of the curve.
+        high: The greatest value of the axis.
+
+    Returns:
+        The index of the greatest value of each part, and the last index of a part that reaches to the end.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    array = np.where(np.isnan(array), -math.inf, array)
+    above = np.flatnonzero(array > high)
+    parts = np.split(above, np.flatnonzero(np.diff(above) > 1) + 1) if len(above) else []
+    marks = {int(part[array[part].argmax()]) for part in parts}
+    if len(above) and above[-1] == len(array) - 1:
+        marks.add(len(array) - 1)
+    return sorted(marks)
