@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distopt.job.drawing import COLORS, beyond, limits, smoothed
 from distopt.job.metrics import read_metrics
 
+_POINTS = 1000  # of the smoothed line
 _TRAIN, _VALIDATION, _LR, _NORM = COLORS[:4]
 
 
@@ -46,11 +50,13 @@ def _loss(axis: Any, train: list[dict[str, Any]], validation: list[dict[str, Any
     """Draws the losses: smoothed with the raw line behind, and a mark where one is above the end of the axis."""
     steps, raw = _columns(train, "loss")
     at, validated = _columns(validation, "validation_loss")
-    smooth = smoothed(raw)
+    kept = np.unique(np.linspace(0, len(raw) - 1, min(len(raw), _POINTS)).astype(np.int64))
+    smooth = smoothed(raw, kept)
     axis.plot(steps, raw, color=_TRAIN, alpha=0.3, linewidth=0.8)
-    axis.plot(steps, smooth, color=_TRAIN, label="train")
+    axis.plot([steps[i] for i in kept], smooth, color=_TRAIN, label="train")
     axis.plot(at, validated, "o", color=_VALIDATION, markersize=4, label="validation")
     low, high = limits([smooth, validated])
+    low = min([low, *filter(math.isfinite, raw)])
     margin = 0.04 * (high - low)
     for x, y, color in ((steps, raw, _TRAIN), (at, validated, _VALIDATION)):
         above = beyond(y, high + margin)

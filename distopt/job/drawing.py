@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 # Okabe and Ito, "Color Universal Design", 2008, without black and yellow, which one background or the other hides.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _WINDOW = 0.05  # of a run
+_AT_ONCE = 1 << 20  # values of windows
 _BEYOND = 3.0  # how far above the third quartile, in distances from the least value to it, an axis reaches
 
 Array = NDArray[np.float64]
 
 
-def smoothed(values: Sequence[float]) -> Array:
+def smoothed(values: Sequence[float], at: NDArray[np.int64] | None = None) -> Array:
     """Smooth the values of consecutive steps, without a lag.
 
     The value of a step is that of a straight line, fitted by least squares to the values of a centered window of 5 %
@@ -25,33 +26,38 @@ def smoothed(values: Sequence[float]) -> Array:
 
     Args:
         values: The values; those that are not finite are left out of the fit.
+        at: The indices of the steps to return; None for all.
 
     Returns:
-        As many values; nan before the first and after the last finite one.
+        The smoothed values; nan before the first and after the last finite one.
     """
     y = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(y)
-    if not known.any():
-        return np.full(len(y), math.nan)
-    steps = np.arange(len(y))
+    at = np.arange(len(y)) if at is None else at
+    finite = np.flatnonzero(np.isfinite(y))
+    if not len(finite):
+        return np.full(len(at), math.nan)
     reach = int(_WINDOW * len(y) / 2)
-    first = np.clip(steps - reach, 0, len(y) - 2 * reach - 1)
-    last = first + 2 * reach + 1
-    x, y = np.where(known, steps, 0.0), np.where(known, y, 0.0)
+    first = np.clip(at - reach, 0, len(y) - 2 * reach - 1)
+    window = np.arange(2 * reach + 1)
+    parts = np.array_split(np.arange(len(at)), len(at) * len(window) // _AT_ONCE + 1)
+    line = np.concatenate([_fitted(y[first[part, None] + window], window, at[part] - first[part]) for part in parts])
+    return np.where((at < finite[0]) | (at > finite[-1]), math.nan, line)
 
-    def total(terms: Array) -> Array:
-        sums = np.concatenate([[0.0], np.cumsum(terms)])
-        return sums[last] - sums[first]
 
-    scale = np.abs(y).max() or 1.0  # the largest floats have no sum
-    count, at, of = total(known.astype(np.float64)), total(x), total(y / scale)
+def _fitted(y: Array, x: NDArray[np.int64], at: NDArray[np.int64]) -> Array:
+    """The values, at one place of each row, of the lines that are fitted to the finite values of the rows."""
+    known = np.isfinite(y)
+    scale = np.abs(np.where(known, y, 0.0)).max(axis=1, keepdims=True)
+    scale[scale == 0] = 1.0  # the largest floats have no sum
     with np.errstate(divide="ignore", invalid="ignore"):
-        center = at / count
-        spread, common = total(x * x) - at * center, total(x * y / scale) - center * of
-        slope = np.where(spread > 1e-6 * count, common / spread, 0.0)
-        line = (of / count + slope * (steps - center)) * scale
-    begin, end = np.flatnonzero(known)[[0, -1]]
-    return np.where((steps < begin) | (steps > end), math.nan, line)
+        y = np.where(known, y / scale, 0.0)
+        count = known.sum(axis=1)
+        center, height = (known * x).sum(axis=1) / count, y.sum(axis=1) / count
+        apart = np.where(known, x - center[:, None], 0.0)
+        spread = (apart * apart).sum(axis=1)
+        slope = np.where(spread > 0, (apart * y).sum(axis=1) / spread, 0.0)
+        line: Array = (height + slope * (at - center)) * scale[:, 0]
+    return line
 
 
 def limits(curves: Sequence[Sequence[float] | Array]) -> tuple[float, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distopt.job.drawing import Array, beyond, limits, smoothed
 from distopt.report.colors import Style
@@ -63,54 +64,71 @@ class _Curves:
         )
 
 
+class _Smooth(NamedTuple):
+    """A line of a run: the indices of its points, which keep the peaks of the raw one, and both values there."""
+
+    kept: NDArray[np.int64]
+    raw: Array
+    line: Array
+
+    @classmethod
+    def of(cls, dataset: DataSet, key: str) -> dict[Run, _Smooth]:
+        """Smooths a quantity of all runs."""
+        most = max(40, min(800, _POINTS // len(dataset.runs)))
+        found = {}
+        for run in dataset.runs:
+            raw = np.array([row[key] for row in run.train], dtype=np.float64)
+            kept = thinned(raw, most)
+            found[run] = cls(kept, raw[kept], smoothed(raw, kept))
+        return found
+
+
 def loss(dataset: DataSet, styles: Mapping[Group, Style]) -> Figure:
     """Draw the losses of all runs: a smoothed line with the raw one behind it, and points for the validation."""
-    smooth = {run: smoothed([row["loss"] for row in run.train]) for run in dataset.runs}
+    smooth = _Smooth.of(dataset, "loss")
     validated = {run: [row["validation_loss"] for row in run.validation] for run in dataset.runs}
     steady = [run for run in dataset.runs if not run.diverged] or dataset.runs
-    low, high = limits([np.concatenate([smooth[run], validated[run]]) for run in steady])
+    low, high = limits([np.concatenate([smooth[run].line, validated[run]]) for run in steady])
+    low = min([low, *(float(value) for run in steady for value in smooth[run].raw if math.isfinite(value))])
     curves = _Curves(styles, low, high, positive=False)
-    _lines(curves, dataset, smooth, "loss")
+    _lines(curves, dataset, smooth)
     for group in dataset.groups:
         for run in group.runs:
             style = styles[group]
             marker = {"color": style.color, "symbol": style.symbol, "size": 6 if style.named else 3}
             curves.add(group, run, run.validation, validated[run], mode="markers", marker=marker)
             _marks(curves, group, run)
-    ends = {group: high if group.diverged else _end(smooth[group.runs[0]]) for group in dataset.groups}
+    ends = {group: high if group.diverged else _end(smooth[group.runs[0]].line) for group in dataset.groups}
     return _figure("Loss: lines for training, smoothed, and points for validation", "nats per token", curves, ends)
 
 
 def norms(dataset: DataSet, styles: Mapping[Group, Style]) -> Figure:
     """Draw the gradient norms of all runs, smoothed with the raw line behind."""
-    raw = {run: [float(row["grad_norm"]) for row in run.train] for run in dataset.runs}
-    smooth = {run: smoothed(values) for run, values in raw.items()}
-    known = [value for values in raw.values() for value in values if 0 < value < math.inf]
+    smooth = _Smooth.of(dataset, "grad_norm")
+    known = [float(value) for lines in smooth.values() for value in lines.raw if 0 < value < math.inf]
     low, high = min(known, default=0.0), max(known, default=1.0)
     curves = _Curves(styles, low, high, positive=bool(known))
-    _lines(curves, dataset, smooth, "grad_norm")
-    ends = {group: _end(smooth[group.runs[0]]) for group in dataset.groups}
+    _lines(curves, dataset, smooth)
+    ends = {group: _end(smooth[group.runs[0]].line) for group in dataset.groups}
     return _figure("Gradient norm before clipping", "2-norm", curves, ends)
 
 
-def _lines(curves: _Curves, dataset: DataSet, smooth: Mapping[Run, Array], key: str) -> None:
+def _lines(curves: _Curves, dataset: DataSet, smooth: Mapping[Run, _Smooth]) -> None:
     """Add the lines of all runs, the gray ones first: each smoothed, with the raw line behind it."""
-    most = max(40, min(800, _POINTS // len(smooth)))
     for group in sorted(dataset.groups, key=lambda group: curves.styles[group].named):
         style = curves.styles[group]
         for run in group.runs:
-            raw = [row[key] for row in run.train]
-            kept = thinned(raw, most)
+            kept, raw, smoothed_line = smooth[run]
             rows = [run.train[i] for i in kept]
             if style.named:
                 behind = {"line": {"color": style.color, "width": 1}, "opacity": 0.3, "hoverinfo": "skip"}
-                curves.add(group, run, rows, [raw[i] for i in kept], mode="lines", **behind, hovertemplate=None)
+                curves.add(group, run, rows, raw, mode="lines", **behind, hovertemplate=None)
             line = {"color": style.color, "dash": style.dash, "width": 2 if style.named else 1}
-            curves.add(group, run, rows, smooth[run][kept], mode="lines", line=line)
+            curves.add(group, run, rows, smoothed_line, mode="lines", line=line)
 
 
 def _marks(curves: _Curves, group: Group, run: Run) -> None:
-    """Mark where a run's losses are above the axis, with the greatest value if there is space, and where it diverged."""
+    """Mark where losses are above the axis, with the greatest value if there is space, and where a run diverged."""
     rows = sorted([*run.train, *run.validation], key=lambda row: row["step"])
     values = [row["validation_loss"] if "validation_loss" in row else row["loss"] for row in rows]
     above = sorted(beyond(values, curves.top), key=lambda i: -values[i])[:_MARKS]

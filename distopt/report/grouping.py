@@ -152,7 +152,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """Return the groups whose choices, and the keys whose values differ between runs.
 
     A key differs only if it does so between runs that have the same choice of its group, and all have the key: what a
-    choice implies is no difference of its own. Their order is that of the configuration.
+    choice implies is no difference of its own, but for the learning rate. Their order is that of the configuration.
     """
     groups = [name for name in dict.fromkeys(name for run in runs for name in run.choices) if name != "experiment"]
     chosen = [name for name in groups if _several(run.choices.get(name) for run in runs)]
@@ -166,7 +166,8 @@ def _varies(runs: Sequence[Run], key: str) -> bool:
     parts: dict[Any, list[Mapping[str, Any]]] = {}
     for run in runs:
         if run.config:
-            parts.setdefault(run.choices.get(key.partition(".")[0]), []).append(run.config)
+            choice = None if key in _RATES else run.choices.get(key.partition(".")[0])
+            parts.setdefault(choice, []).append(run.config)
     return any(all(key in config for config in of) and _several(config[key] for config in of) for of in parts.values())
 
 

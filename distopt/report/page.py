@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import json
 import math
@@ -73,7 +74,7 @@ def write_page(finder: Finder, out: Path, every: float | None = None) -> Path:
         damaged=damaged,
         table_of_runs=all_runs(runs, out),
         axes=AXES,
-        packed={"plotly": _packed(_plotly()), "figures": _packed(_json([asdict(figure) for figure in figures]))},
+        packed={"plotly": _plotly(), "figures": _packed(_json([asdict(figure) for figure in figures]))},
         every=every,
     )
     page, aside = out / NAME, out / f".{NAME}"
@@ -130,11 +131,12 @@ def _render(**values: Any) -> str:
     return environment.get_template("page.html").render(**values)
 
 
+@functools.cache
 def _plotly() -> str:
-    """The source of plotly.js."""
+    """The source of plotly.js, packed."""
     from plotly.offline import get_plotlyjs
 
-    return str(get_plotlyjs())
+    return _packed(str(get_plotlyjs()))
 
 
 def _json(value: Any) -> str:
