@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from distopt.job.metrics import METRICS, Monitor, plot, read_metrics
+from distopt.job.curves import draw_curves
+from distopt.job.drawing import COLORS
+from distopt.job.metrics import METRICS, Monitor, read_metrics
 
 
 def monitor(folder: Path, first_step: int = 0, steps: int = 8, main: bool = True, track: Any = None) -> Monitor:
@@ -171,7 +173,7 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path: Path, rows: list[dict[s
     """Without a warning, which would be an error here."""
     if rows:
         write(tmp_path, rows)
-    path = plot(tmp_path)
+    path = draw_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     with Image.open(path) as image:
         image.load()
@@ -181,10 +183,10 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path: Path, rows: list[dict[s
 def colours(folder: Path, rows: list[dict[str, float]]) -> set[str]:
     """The colours of the curves that are in the picture."""
     write(folder, rows)
-    with Image.open(plot(folder)) as image:
+    with Image.open(draw_curves(folder)) as image:
         found = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
-    known = {"train": (31, 119, 180), "validation": (255, 127, 14), "lr": (44, 160, 44), "norm": (214, 39, 40)}
-    return {name for name, colour in known.items() if colour in found}
+    known = dict(zip(("train", "validation", "lr", "norm"), COLORS))
+    return {name for name, colour in known.items() if ImageColor.getrgb(colour) in found}
 
 
 def test_every_curve_is_in_the_picture(tmp_path: Path) -> None:

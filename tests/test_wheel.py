@@ -66,6 +66,7 @@ def test_everything_is_in_it(wheel: Path) -> None:
         "distopt/kernels/cpu.c",
         "distopt/kernels/formats.c",
         "distopt/report/page.html",
+        "distopt/report/page.js",
         "distopt/py.typed",
     }
     assert config >= {"distopt/conf/train.yaml", "distopt/conf/plan.yaml", "distopt/conf/optimizer/adamw.yaml"}
@@ -96,7 +97,8 @@ def test_its_metadata_has_version_and_requirements(site: Path) -> None:
     (metadata,) = site.glob("*.dist-info/METADATA")
     text = metadata.read_text()
     assert f"\nVersion: {distopt.__version__}\n" in text
-    for package in ("torch", "accelerate", "hydra-core", "transformers", "click", "rich", "matplotlib", "tensorboard"):
+    needed = "torch accelerate hydra-core transformers click rich matplotlib plotly tensorboard"
+    for package in needed.split():
         assert f"\nRequires-Dist: {package}" in text
 
 

@@ -20,6 +20,7 @@ from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
 from distopt.job import run_folder
+from distopt.job.about import write_about
 from distopt.job.agreement import check_agreement, environment
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
@@ -173,6 +174,8 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         **text._asdict(),
         **trainee._asdict(),
     )
+    if accelerator.is_main_process:
+        write_about(job)
     heal = job.monitor.say if options.on_drift == "heal" else None
     prove_every(job.optimizer, parts.engine.unwrap(job.model), options.prove_every, heal=heal)
     if parts.make_health:
@@ -279,9 +282,6 @@ def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator
     moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        hydra_cfg = HydraConfig.get()
-        command = run_folder.command(accelerator.num_processes, folder, str(cfg.name))
-        run_folder.write_about(folder, command, hydra_cfg.runtime.choices)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     start_trackers(accelerator, str(folder / "logs"), folder.name, values)
     return [moved] if moved else []

@@ -1,4 +1,4 @@
-"""The metrics of a run: progress, metrics.jsonl, trackers and curves."""
+"""The metrics of a run: progress, metrics.jsonl and trackers."""
 
 from __future__ import annotations
 
@@ -188,54 +188,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{file}:{number} is no row of a run, an object with an integer step: {line:.60}")
         rows.append(row)
     return rows
-
-
-def plot(folder: Path) -> Path:
-    """Draws loss, learning rate and gradient norm over the steps into `curves.png`; returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = read_metrics(folder)
-    train = [row for row in rows if "loss" in row]
-    validation = [row for row in rows if "validation_loss" in row]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 1, 1))
-    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.06, top=0.94, hspace=0.08)
-    loss, lr, norm = axes
-    loss.plot(*_columns(train, "loss"), color="tab:blue", alpha=0.3, linewidth=0.8, label="train")
-    loss.plot(*_smooth(*_columns(train, "loss")), color="tab:blue", label="train, smoothed")
-    loss.plot(*_columns(validation, "validation_loss"), "o-", color="tab:orange", markersize=3, label="validation")
-    loss.set_ylabel("loss (nats per token)")
-    loss.legend()
-    lr.plot(*_columns(train, "lr"), color="tab:green")
-    lr.set_ylabel("learning rate")
-    lr.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    norm.plot(*_columns(train, "grad_norm"), color="tab:red", linewidth=0.8)
-    if any(row["grad_norm"] > 0 for row in train):
-        norm.set_yscale("log")
-    norm.set_ylabel("gradient norm")
-    norm.set_xlabel("step")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.suptitle(folder.name, parse_math=False)  # a $ in a name begins no formula
-    figure.savefig(folder / "curves.png", dpi=120)
-    plt.close(figure)
-    return folder / "curves.png"
-
-
-def _columns(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    return [row["step"] for row in rows], [row[name] for row in rows]
-
-
-def _smooth(steps: list[int], values: list[float], weight: float = 0.9) -> tuple[list[int], list[float]]:
-    """Returns the exponential moving average, corrected for its start."""
-    smooth, average, total = [], 0.0, 0.0
-    for value in values:
-        if value == value:  # a skipped step may have no loss
-            average, total = weight * average + (1 - weight) * value, weight * total + (1 - weight)
-        smooth.append(average / total if total else float("nan"))
-    return steps, smooth
 
 
 def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:

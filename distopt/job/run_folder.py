@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
 from distopt.job.config import CONF
-from distopt.job.metrics import METRICS, RUN
+from distopt.job.metrics import METRICS
 
 
 def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
@@ -116,12 +114,6 @@ def _typed(word: str) -> str:
     if "'" in word and not set('"$`\\!') & set(word):
         return f'"{word}"'
     return shlex.quote(word)
-
-
-def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
-    """Writes a run's command and the choices of its groups to `run.json`, for `distopt.report`."""
-    chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
-    (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
 
 
 def printable(text: str) -> str:

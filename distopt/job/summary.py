@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from distopt.job import run_folder
+from distopt.job.curves import draw_curves
 from distopt.job.evaluate import sample
-from distopt.job.metrics import plot, read_metrics
+from distopt.job.metrics import read_metrics
 from distopt.models.generation import end_tokens
 from distopt.models.language_model import positions
 
@@ -36,7 +37,7 @@ def report(job: Job, after: float) -> None:
     rows = {
         **shown,
         "validation loss": f"{before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte",
-        "curves": str(plot(job.folder)),
+        "curves": str(draw_curves(job.folder)),
         "checkpoint": str(job.checkpoint),
         "resume": resume,
     }

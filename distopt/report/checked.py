@@ -10,6 +10,9 @@ from distopt.bounds import mapping, shown
 
 Rows = list[dict[str, Any]]
 _OF_A_STEP = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+_OF_AN_ALARM = ("kind", "layer", "value", "bound", "others")
+_TEXTS = ("command", "model", "data", "tokenizer", "digest", "device", "version", "commit", "began")
+_COUNTS = ("parameters", "processes")
 
 
 def read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -33,18 +36,29 @@ def read_mapping(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return values
 
 
-def checked_choices(choices: Any, file: Path) -> dict[str, str]:
-    """Return the choices of a run's groups; raise `ValueError` unless they are names by group."""
+def checked_about(about: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the contents of a run.json: names by group, and texts and counts, of which those of older runs lack some.
+
+    Raises:
+        ValueError: For a value of another type.
+    """
+    choices = about.get("choices", {})
     mapping("names by group", of=(str, type(None))).check(f"{file}: choices", choices)
-    return {group: choice for group, choice in choices.items() if choice is not None}
+    for names, kind, what in ((_TEXTS, str, "a text"), (_COUNTS, int, "an integer")):
+        for name in names:
+            if name in about and (not isinstance(about[name], kind) or isinstance(about[name], bool)):
+                raise ValueError(f"{file}: {name} must be {what}, got {shown(about[name])}")
+    return {**about, "choices": {group: choice for group, choice in choices.items() if choice is not None}}
 
 
 def checked_rows(rows: Rows, file: Path) -> Rows:
     """Return the rows of metrics.jsonl; raise `ValueError` for the first that lacks a number, or has something else."""
     for row in rows:
-        for name in _OF_A_STEP if "loss" in row else row.keys() & {"validation_loss", "bits_per_byte"}:
+        for name in ("step", *(_OF_A_STEP if "loss" in row else row.keys() & {"validation_loss", "bits_per_byte"})):
             if not _is_number(row.get(name)):
                 raise ValueError(f"{file}: {name} of step {row['step']} must be a number, got {shown(row.get(name))}")
+        if type(row.get("skipped", 0)) is not int:
+            raise ValueError(f"{file}: skipped of step {row['step']} must be an integer, got {shown(row['skipped'])}")
     return rows
 
 
@@ -61,6 +75,25 @@ def checked_layers(rows: Rows, file: Path) -> Rows:
     return rows
 
 
+def checked_alarms(rows: Rows, file: Path) -> Rows:
+    """Return the rows of alarms.jsonl; raise `ValueError` for one that lacks a value, or has text for a number."""
+    for row in rows:
+        for name in _OF_AN_ALARM:
+            if name not in row or (name in ("value", "bound") and not _is_number(row[name])):
+                what = "a number" if name in ("value", "bound") else "there"
+                raise ValueError(f"{file}: {name} of step {row['step']} must be {what}, got {shown(row.get(name))}")
+    return rows
+
+
 def _is_number(value: object) -> bool:
-    """Return whether a value is a number, which may be nan or inf, as those of a run that diverged are."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Return whether a value is a number, which may be nan or inf, as those of a run that diverged are.
+
+    An integer beyond the largest float is none: no axis has a place for it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True

@@ -1,23 +1,36 @@
-"""The page of a report: one self-contained HTML file, with the pictures next to it."""
+"""The page of a report: one self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
+import functools
+import gzip
 import json
 import math
-import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distopt.report.pictures import draw
-from distopt.report.runs import differing, find_runs, grouped
+from distopt.job.drawing import COLORS
+from distopt.report.colors import styles
+from distopt.report.comparison import Row, draw, read_comparison
+from distopt.report.curves import AXES, loss, norms
+from distopt.report.figure import Figure
+from distopt.report.find import Finder
+from distopt.report.grouping import DataSet, by_data
+from distopt.report.layers import layers
+from distopt.report.rates import by_lr
+from distopt.report.table import all_runs, results
+
+NAME = "report.html"
 
 
-def write_report(folder: Path, out: Path) -> Path:
-    """Write `report.html` and its pictures for all runs at or below a folder.
+def write_report(folders: Path | Sequence[Path], out: Path) -> Path:
+    """Write the page of all runs at or below some folders.
 
     Args:
-        folder: A run, a sweep, or a folder of them.
+        folders: A run, a sweep, or a folder of them; or several.
         out: The folder to write, which is created.
 
     Returns:
@@ -26,46 +39,110 @@ def write_report(folder: Path, out: Path) -> Path:
     Raises:
         ValueError: If there is no run.
     """
-    from jinja2 import Environment
+    finder = Finder([folders] if isinstance(folders, Path) else list(folders))
+    return write_page(finder, out)
 
-    runs, damaged = find_runs(folder)
-    groups = grouped(runs)
+
+def write_page(finder: Finder, out: Path, every: float | None = None) -> Path:
+    """Write the page of the runs that are found; a page that is open meanwhile is never a torn one.
+
+    Args:
+        finder: Finds the runs.
+        out: The folder to write, which is created.
+        every: The seconds after which an open page loads itself again; None for a page that stays as it is.
+
+    Raises:
+        NoRuns: If there is no run yet.
+        ValueError: If there is no such folder, or only runs that are damaged.
+    """
+    runs = finder.find()
+    comparisons, damaged = _comparisons(finder.folders)
+    damaged = [*finder.damaged, *damaged]
+    datasets = by_data(runs)
+    sections, figures = _sections(datasets)
+    for comparison in comparisons:
+        comparison["figure"] = len(figures)
+        figures.append(draw(comparison["rows"]))
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw(out, groups)
-    template = Environment(autoescape=True, trim_blocks=True).from_string(
-        Path(__file__).with_name("page.html").read_text()
+    text = _render(
+        title=", ".join(folder.resolve().name for folder in finder.folders),
+        runs=runs,
+        groups=sum(len(dataset.groups) for dataset in datasets),
+        sections=sections,
+        comparisons=comparisons,
+        figures=figures,
+        damaged=damaged,
+        table_of_runs=all_runs(runs, out),
+        axes=AXES,
+        packed={"plotly": _plotly(), "figures": _packed(_json([asdict(figure) for figure in figures]))},
+        every=every,
     )
-    compared = folder / "comparison.json"  # of hydra/sweeper=coordinate
-    if compared.is_file():
-        pictures = {"Comparison": folder / "comparison.png", **pictures}
-    page = out / "report.html"
-    page.write_text(
-        template.render(
-            title=f"distopt: {folder.resolve().name}",
-            runs=runs,
-            groups=groups,
-            damaged=damaged,
-            compared=_compared(json.loads(compared.read_text())) if compared.is_file() else [],
-            keys=differing([run.config for run in runs]),
-            diverged=sum(run.diverged for run in runs),
-            unfinished=sum(run.unfinished for run in runs),
-            pictures={name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()},
-            number=lambda value: "" if math.isnan(value) else f"{value:.4f}",
-        )
-    )
+    page, aside = out / NAME, out / f".{NAME}"
+    aside.write_bytes(text.encode(errors="replace"))  # the name of a folder may be no text
+    aside.replace(page)
     return page
 
 
-def _compared(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, str]]:
-    """Return the name, mean, standard deviation (nan if there is none) and settings of each row of a comparison."""
-    return [
-        (
-            row["name"],
-            statistics.fmean(row["losses"]),
-            statistics.stdev(row["losses"])
-            if len(row["losses"]) > 1 and all(map(math.isfinite, row["losses"]))
-            else math.nan,
-            ", ".join(f"{key}={value}" for key, value in row["settings"].items()),
+def _sections(datasets: Sequence[DataSet]) -> tuple[list[dict[str, Any]], list[Figure]]:
+    """What the page shows of each data set, and its pictures, to which the sections refer by number."""
+    optimizers = sorted({run.optimizer for dataset in datasets for run in dataset.runs})
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(optimizers)}
+    sections: list[dict[str, Any]] = []
+    figures: list[Figure] = []
+    for dataset in datasets:
+        style = styles(dataset, optimizers)
+        drawn = [loss(dataset, style), by_lr(dataset, style, colors), norms(dataset, style)]
+        begin = len(figures)
+        figures += [figure for figure in drawn if figure]
+        middle = len(figures)
+        figures += layers(dataset.groups)
+        sections.append(
+            {
+                "title": dataset.title,
+                "table": results(dataset),
+                "styles": [style[group] for group in dataset.groups],
+                "figures": range(begin, middle),
+                "layers": range(middle, len(figures)),
+            }
         )
-        for row in rows
-    ]
+    return sections, figures
+
+
+def _comparisons(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The comparisons in the folders, and a line about each that is damaged."""
+    found: list[dict[str, Any]] = []
+    damaged = []
+    for folder in folders:
+        try:
+            rows: list[Row] = read_comparison(folder)
+        except ValueError as error:
+            damaged.append(str(error))
+        else:
+            found += [{"title": folder.resolve().name, "rows": rows}] if rows else []
+    return found, damaged
+
+
+def _render(**values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    environment.filters["loss"] = lambda value: "" if math.isnan(value) else f"{value:.4f}"
+    return environment.get_template("page.html").render(**values)
+
+
+@functools.cache
+def _plotly() -> str:
+    """The source of plotly.js, packed."""
+    from plotly.offline import get_plotlyjs
+
+    return _packed(str(get_plotlyjs()))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _packed(text: str) -> str:
+    """Text for a script tag: it is a third as long, and nothing in it can end the tag."""
+    return base64.b64encode(gzip.compress(text.encode(errors="replace"), 6, mtime=0)).decode()
