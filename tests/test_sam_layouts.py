@@ -16,7 +16,7 @@ import distopt
 from benchmarks.collectives import Collectives
 from distopt import SAM
 from distopt.checkpoint import load_checkpoint, save_checkpoint
-from distopt.engine.fsdp2 import reshard
+from distopt.layout.fsdp2 import reshard
 from distopt.layout import local
 from tests.harness.cells import some
 from tests.harness.distributed import run

@@ -14,6 +14,7 @@ from distopt.checkpoint.contents import State
 from distopt.layout import FlatLayout
 from distopt.layout.deepspeed_private import full_shape, is_partitioned
 from distopt.layout.names import bare_name, bare_parameters
+from distopt.optim.averaged import GROUP_STATE, is_average
 from distopt.optim.base import ShardedOptimizer
 
 
@@ -76,11 +77,14 @@ class FlatContents:
         """The tensors into which to read a checkpoint whose state is described by `like`: the local rows of each."""
         state: State = {}
         for name, buffers in self.state.items():
-            ours = manifest.described(buffers)
-            if like.get(name) != ours:
-                raise ValueError(f"the state of {name} is {like.get(name)} in the checkpoint, {ours} here")
+            there = like.get(name, {})
+            ours = {key: of for key, of in manifest.described(buffers).items() if key in there or not is_average(key)}
+            if there != ours:
+                raise ValueError(f"the state of {name} is {there} in the checkpoint, {ours} here")
             counts = self._counts(self.layers[name])
-            state[name] = {key: torch.zeros_like(t) if key in counts else self._rows(t) for key, t in buffers.items()}
+            state[name] = {
+                key: torch.zeros_like(buffers[key]) if key in counts else self._rows(buffers[key]) for key in ours
+            }
         return {"model": {name: self._rows(t) for name, t in self.tensors.items()}, "optimizer": {"state": state}}
 
     @torch.no_grad()
@@ -113,8 +117,11 @@ class FlatContents:
             self.layout.update_param(p, full)
         for name, p in self.layers.items():
             for key in self._names(p):
-                self.layout.scatter(p, self._gathered(state[name][key]).view(-1), self._values(key))
+                if key in state[name]:
+                    self.layout.scatter(p, self._gathered(state[name][key]).view(-1), self._values(key))
         for group, saved in zip(self.optimizer.param_groups, groups):
+            for key in GROUP_STATE:  # of an average that the checkpoint lacks
+                group.pop(key, None)
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from distopt.bounds import integer, or_null, switch
 from distopt.engine import units
 from distopt.engine.base import Engine
+from distopt.layout.fsdp2 import reshard
 from distopt.layout.places import shard_dim
 from distopt.sam import SAM
 
@@ -174,12 +175,3 @@ def leave_pass(model: nn.Module) -> None:
 
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees the full parameters that FSDP2 may still have, so that the next pass gathers them again."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

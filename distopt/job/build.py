@@ -183,6 +183,8 @@ def _trainee(
     options = {"model": engine.unwrap(model)} if parts.forward_only else {}
     optimizer = parts.make_optimizer(groups, lr=lr, **options)
     schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
+    if parts.make_average:
+        parts.make_average(optimizer)
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
     model = engine.attach(model, optimizer, accumulation, max_norm)

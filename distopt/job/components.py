@@ -21,9 +21,11 @@ from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
+from distopt.optim.averaged import average_of
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mixed import split_of
 from distopt.optim.mup import check_decoupled, rule_of
+from distopt.optim.weight_average import WeightAverage
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Components:
         make_schedule: Makes the learning-rate schedule of an optimizer.
         make_sam: Wraps an optimizer in SAM; None without SAM.
         make_health: Makes the health monitor of an optimizer and a model; None without one.
+        make_average: Makes the average of an optimizer's weights; None without one.
     """
 
     engine: Engine
@@ -72,6 +75,7 @@ class Components:
     make_schedule: Callable[..., LambdaLR]
     make_sam: Callable[[ShardedOptimizer], SAM] | None
     make_health: Callable[..., Monitor] | None
+    make_average: Callable[[ShardedOptimizer], WeightAverage] | None
 
     @classmethod
     def of(cls, cfg: Config) -> Components:
@@ -91,8 +95,10 @@ class Components:
             make_groups=instantiate(cfg, "param_groups"),
             make_sam=instantiate(cfg, "sam") if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
+            make_average=instantiate(cfg, "average") if cfg.get("average") else None,
         )
         parts.dry_run(cfg.train.steps)
+        parts.check_average(cfg.evaluation.get("average"))
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -101,6 +107,22 @@ class Components:
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
+
+    def check_average(self, evaluated: bool | None) -> None:
+        """Refuses an average of an optimizer that has none, and an evaluation of one that is not there.
+
+        Raises:
+            ValueError: With the key at fault and the remedy.
+        """
+        with named("average"):
+            optimizer = self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
+            if self.make_average:
+                check_kind(self.make_average(optimizer), "average", WeightAverage)
+        if evaluated and average_of(optimizer) is None:
+            raise ValueError(
+                "evaluation.average=true, and the run has no average of its weights: give average=ema, average=lawa or "
+                "a schedule-free optimizer, or null"
+            )
 
     @property
     def forward_only(self) -> bool:

@@ -33,7 +33,8 @@ from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
 from distopt.job.summary import report
 from distopt.job.watchdog import Watchdog
-from distopt.optim.averaging import eval_mode
+from distopt.optim.averaged import averaged, update_average
+from distopt.optim.averaging import eval_mode, train_mode
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -158,6 +159,8 @@ class Job:
         self.monitor.got_batch()
         done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
+        if done.applied:
+            update_average(self.optimizer)
         to = self.health.rolled_back() if self.health else None
         if to is None:
             self.schedule.step()
@@ -195,17 +198,24 @@ class Job:
 
     def evaluate(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
-        eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         tell = self.monitor.begin("evaluating")
         batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
-        own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
+        with self.evaluated():
+            own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
         bits = self.bits_per_byte(loss)
         self.monitor.write({"validation_loss": loss, "bits_per_byte": bits})
         tell(f"validation loss {loss:.4f}, {bits:.4f} bits per byte")
         self._evaluated = (self.step, loss)
         return loss
+
+    def evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which the model has the weights to evaluate: their average, if `evaluation.average`."""
+        if self.cfg.evaluation.get("average") is False:
+            train_mode(self.stepper)  # a schedule-free optimizer's, since the last checkpoint
+            return contextlib.nullcontext()
+        return averaged(self.optimizer, self.engine.unwrap(self.model))
 
     def save(self) -> None:
         """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
@@ -216,7 +226,7 @@ class Job:
         if self.monitor.skipped_in_a_row or not math.isfinite(loss) or not all_finite(model):
             self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
             return
-        # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
+        # Schedule-free: a checkpoint has the average as its weights, and a resumed run takes the same way back.
         eval_mode(self.stepper)
         # Between two evaluations, after a signal, there is no validation loss of this step.
         extra = {"step": self.step, **self.identity, **({"validation_loss": loss} if evaluated == self.step else {})}

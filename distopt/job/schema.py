@@ -15,6 +15,7 @@ from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
 from distopt.optim.validate import BOUNDS, FACTORED, MATRICES
+from distopt.optim.weight_average import BOUNDS as AVERAGE
 
 
 def _is_name(value: object) -> bool:
@@ -29,6 +30,7 @@ SECTIONS = {
     "optimizer": "the update rule",
     "param_groups": "which parameters get which options",
     "sam": "sharpness-aware minimization; `sam=off` for none",
+    "average": "an average of the weights over the steps; `average=none` for none",
     "health": "the norms of layers in every step, with alarms; `health=off` for none",
     "schedule": "the learning rate over the steps, as a factor of `optimizer.lr`",
     "engine": "how model, gradients and state are distributed",
@@ -38,7 +40,7 @@ SECTIONS = {
     "data": "the text",
     "cluster": "the hardware of a plan",
 }
-OPTIONAL = ("sam", "adapter", "health", "init")
+OPTIONAL = ("sam", "adapter", "health", "init", "average")
 
 SCHEMA: dict[str, Key] = {
     "name": Key(
@@ -83,6 +85,10 @@ SCHEMA: dict[str, Key] = {
     ),
     "train.timeout_minutes": Key(number(0.1, 525600), "how long a process waits for the others before it gives up"),
     "evaluation.every": Key(integer(1), "steps between evaluations; also before the first and after the last step"),
+    "evaluation.average": Key(
+        or_null(switch()),
+        "evaluate, and sample from, the average of the weights; null: if there is one; false: the weights themselves",
+    ),
     "evaluation.max_sequences": Key(or_null(integer(1)), "validation sequences; null: all"),
     "evaluation.prompt": Key(text(), "what the sample at the end continues", "quote it twice, as '\"5\"'"),
     "evaluation.sample_tokens": Key(integer(0), "tokens of the sample; 0: none"),
@@ -174,6 +180,9 @@ SCHEMA: dict[str, Key] = {
     "sam.alpha": Key(number(0), "weight of the gap's gradient (GSAM), or of the remembered gradient (LookSAM)"),
     "sam.precondition": Key(switch(), "perturb along the gradient as Adam scales it"),
     "sam.eps": Key(POSITIVE, "added to the denominator of Adam's scale"),
+    "average.decay": Key(AVERAGE["decay"], "decay rate of the exponential moving average of the weights"),
+    "average.window": Key(AVERAGE["window"], "snapshots of the weights whose mean is the latest weight average"),
+    "average.every": Key(AVERAGE["every"], "steps between two snapshots"),
     "health.action": Key(HEALTH["action"], "what to do about a spike: reload loads the last checkpoint"),
     "health.threshold": Key(HEALTH["threshold"], "deviations above the running mean of a layer that are a spike"),
     "health.decay": Key(HEALTH["decay"], "decay rate of the running statistics"),
