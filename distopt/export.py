@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder: `distopt export CKPT OUT [--dtype bfloat16] [--adapter] [--average]`."""
+"""Export a checkpoint as a Hugging Face folder: `distopt export CKPT OUT [--dtype DTYPE] [--adapter] [--average]`."""
 
 from __future__ import annotations
 

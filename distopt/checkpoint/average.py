@@ -1,4 +1,4 @@
-"""Averages of the weights in a checkpoint: which of them a load keeps, and the averages as weights."""
+"""Averages of the weights and SAM's buffers in a checkpoint, which a load may lack, and the averages as weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distopt.layout import unwrap_optimizer
 from distopt.optim.averaged import GROUP_STATE, average_of, filled, is_average, mean
 
 State = Mapping[str, Mapping[str, Any]]
 
 
-def kept_averages(state: State, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Returns the description of a saved state without the averages that an optimizer does not have."""
-    ours = getattr(average_of(optimizer), "buffers", ())
+def is_optional(buffer: str) -> bool:
+    """Returns whether a buffer of the state belongs to an average or to SAM, which may begin anew in mid-training."""
+    return is_average(buffer) or buffer.startswith("sam_")
+
+
+def kept_buffers(state: State, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """Returns the description of a saved state without the optional buffers that an optimizer does not have."""
+    sam = unwrap_optimizer(optimizer, lambda found: hasattr(found, "buffers"))
+    ours = (*getattr(average_of(optimizer), "buffers", ()), *getattr(sam, "buffers", ()))
     return {
-        name: {buffer: of for buffer, of in buffers.items() if buffer in ours or not is_average(buffer)}
+        name: {buffer: of for buffer, of in buffers.items() if buffer in ours or not is_optional(buffer)}
         for name, buffers in state.items()
     }
 

@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from distopt import collective
 from distopt.checkpoint import flat, manifest, shards
 from distopt.checkpoint import index as indices
-from distopt.checkpoint.average import SavedAverage, kept_averages, kept_counts
+from distopt.checkpoint.average import SavedAverage, kept_buffers, kept_counts
 from distopt.checkpoint.folder import TRAINING, open_checkpoint
 from distopt.checkpoint.plain import loads
 from distopt.checkpoint.save import contents_of, schedule_kind
 from distopt.checkpoint.storage import storage
 from distopt.checkpoint.verify import damage
+from distopt.kernels.rounding import BESIDE
 from distopt.rng import RandomState, set_random_state
 
 _TRAINING = ("param_groups", "schedule", "random")
@@ -32,8 +33,8 @@ def load_checkpoint(
     The number of processes and the engine may differ from those of the save. As with `load_state_dict`, the param
     groups take the saved hyper-parameters (lr, and the schedule's `initial_lr`): set those that are to differ after
     loading. Gradients stay as they are. The random number generators are restored if the number of processes is that of
-    the save, and left alone otherwise. An average of the weights (`distopt.EMA`) that the checkpoint lacks begins anew,
-    and one that the optimizer lacks is left out.
+    the save, and left alone otherwise. An average of the weights (`distopt.EMA`) and buffers of SAM that the
+    checkpoint lacks begin anew, and those that the optimizer lacks are left out.
 
     All files are compared with their checksums first, each rank reading its share of them. Nothing in a checkpoint runs
     code when it is loaded.
@@ -48,7 +49,7 @@ def load_checkpoint(
         RuntimeError: If a rank cannot read the checkpoint; the model must not be used afterwards.
     """
     contents = contents_of(model, optimizer)
-    optimizer = contents.optimizer
+    sam, optimizer = optimizer, contents.optimizer
     content = _opened(path)
     training: dict[str, Any] = {}
     collective.on_all(lambda: training.update(_training(path, content)))
@@ -62,13 +63,43 @@ def load_checkpoint(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-    read = contents.to_fill(kept_averages(content["state"], optimizer))
+    read = contents.to_fill(kept_buffers(content["state"], sam))
     collective.on_all(lambda: _read(path, content, read, training))
     contents.fill(read, kept_counts(training["param_groups"], optimizer))
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
     if len(training["random"]) == collective.world():
         set_random_state(RandomState.from_state_dict(training["random"][collective.rank()]))
+    return content["extra"]
+
+
+def load_training_weights(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Loads the weights of a run alone, as `load_checkpoint` does, for an optimizer that has not stepped.
+
+    Unlike `load_model` it runs under DeepSpeed, and fills the float32 masters of 16-bit weights. The optimizer has no
+    state afterwards, since a rule may start from the weights.
+
+    Returns:
+        The `extra` of the save.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    contents = contents_of(model, optimizer)
+    content = _opened(path)
+    training: dict[str, Any] = {}
+    collective.on_all(lambda: training.update(_training(path, content)))
+    try:
+        manifest.check_model(content["parameters"], manifest.described(contents.tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    read = contents.to_fill({})
+    read["optimizer"]["state"] = {}
+    collective.on_all(lambda: _read(path, content, read, training))
+    contents.fill(read, None)
+    for state in contents.optimizer.state.values():
+        for name in state.keys() - BESIDE:
+            del state[name]
     return content["extra"]
 
 

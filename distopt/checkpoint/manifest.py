@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from distopt.checkpoint.average import is_optional
 from distopt.checkpoint.shards import checksum
 from distopt.checkpoint.storage import Storage
 from distopt.kernels.rounding import BESIDE
-from distopt.optim.averaged import is_average
 
 # The version of the format of the folder, not of distopt. Format 1, which is read too, has its tensors as torch's
 # distributed checkpoints (DCP) have them, its files beside the manifest, and no checksums.
@@ -165,13 +165,13 @@ def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Map
     """Raises ValueError unless a checkpoint is of this class of optimizer and has the same state buffers.
 
     What stands beside 16-bit weights may differ, since each form can be made from another, or from the weights; and so
-    may averages of the weights, which begin anew.
+    may averages of the weights and SAM's buffers, which begin anew.
     """
     there, here = (
         sorted({buffer for buffers in states.values() for buffer in buffers}) for states in (saved["state"], state)
     )
     # torch's optimizers have no state before their first step, so that an empty state says nothing.
-    differ = {name for name in set(there) ^ set(here) if name not in BESIDE and not is_average(name)}
+    differ = {name for name in set(there) ^ set(here) if name not in BESIDE and not is_optional(name)}
     if saved["optimizer"] != kind or (there and here and differ):
         states = [", ".join(buffers) or "none" for buffers in (there, here)]
         raise ValueError(
@@ -192,7 +192,7 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mappi
         there = saved.get(name, {})
         for buffer, description in buffers.items() if there else ():
             if buffer not in there:
-                if buffer in BESIDE or is_average(buffer):
+                if buffer in BESIDE or is_optional(buffer):
                     continue
                 raise ValueError(f"the state of {name} has no {buffer} in the checkpoint, only {', '.join(there)}")
             shapes = [None if each is None else each[0] for each in (there[buffer], description)]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from distopt.bounds import POSITIVE, SOURCES
+from distopt.data.batch_sizes import BatchSizes
 from distopt.data.order import Order, Sequences, ValidationSequences
 from distopt.data.text_data import TextData
 from distopt.data.token_cache import Corpus, Split
@@ -148,6 +149,7 @@ class MixedSequences:
 
     Attributes:
         count: The number of sequences of all sources.
+        sizes: As of `Order`.
         notes: How often the sources are seen.
     """
 
@@ -155,7 +157,7 @@ class MixedSequences:
         self, orders: Mapping[str, Sequences], weights: Mapping[str, float], batch_size: int, seed: int = 0
     ) -> None:
         self.orders = [orders[name] for name in weights]
-        self.batch_size, self.count = batch_size, sum(order.count for order in self.orders)
+        self.sizes, self.count = BatchSizes(batch_size), sum(order.count for order in self.orders)
         self._cycle = Order(CYCLE, batch_size, seed)
         self._counts = np.array(apportioned(list(weights.values()), CYCLE))
         self._ends = np.cumsum(self._counts)
@@ -170,7 +172,7 @@ class MixedSequences:
 
     def members(self, step: int) -> list[tuple[int, int]]:
         """Return the source of each sequence of the global batch of `step`, and its index within the source."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        positions = self.sizes.positions(step)
         slots = self._cycle.entries(positions)
         sources = np.searchsorted(self._ends, slots, side="right")
         within = slots - (self._ends - self._counts)[sources]

@@ -80,6 +80,20 @@ class FSDP2(Engine):
         if sam.scope == "local":
             raise ValueError("sam.scope=local needs full weights on every rank: use engine=ddp or zero1, or global")
 
+    def check_noise_scale(self) -> None:
+        if not self.sync_each_batch:
+            raise ValueError(
+                "engine.sync_each_batch=false keeps the gradients of micro-batches to FSDP2: set it to true, or "
+                "train.noise_scale=null"
+            )
+
+    def small_batches(self, world: int) -> int:
+        return world
+
+    def small_square(self, model: nn.Module) -> torch.Tensor:
+        # Of shards of the mean over the ranks, of which each replica has all.
+        return super().small_square(model) * (dist.get_world_size() / self.replicas)
+
     def build(
         self,
         model: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -93,7 +94,7 @@ class Components:
             make_optimizer=instantiate(cfg, "optimizer"),
             make_schedule=instantiate(cfg, "schedule"),
             make_groups=instantiate(cfg, "param_groups"),
-            make_sam=instantiate(cfg, "sam") if cfg.sam else None,
+            make_sam=_scheduled_sam(cfg) if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
             make_average=instantiate(cfg, "average") if cfg.get("average") else None,
         )
@@ -123,6 +124,10 @@ class Components:
                 "evaluation.average=true, and the run has no average of its weights: give average=ema, average=lawa or "
                 "a schedule-free optimizer, or null"
             )
+
+    def probe(self) -> ShardedOptimizer:
+        """Makes the optimizer of one small tensor, to ask it."""
+        return self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
 
     @property
     def forward_only(self) -> bool:
@@ -246,3 +251,10 @@ class Components:
             with named("health"):
                 self.engine.check_health()
                 check_kind(self.make_health(optimizer, nn.Module(), reload=lambda: None), "health", Monitor)
+
+
+def _scheduled_sam(cfg: Config) -> Callable[[ShardedOptimizer], SAM]:
+    """What makes SAM around an optimizer, with `sam.start` and `sam.stop` as steps where they are fractions."""
+    make: Callable[..., SAM] = instantiate(cfg, "sam")
+    shares = {name: cfg.sam[name] for name in ("start", "stop") if isinstance(cfg.sam.get(name), float)}
+    return functools.partial(make, **{name: round(share * cfg.train.steps) for name, share in shares.items()})

@@ -15,6 +15,8 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from distopt.data.batch_sizes import BatchSizes
+
 # In the wheel, conf/ is inside the package; in a checkout, it is next to the package.
 _INSIDE = Path(__file__).parents[1] / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "conf"
@@ -96,6 +98,30 @@ def micro_batch_size(batch_size: int, micro_batch_size: int | None, world: int) 
             f"processes (train.batch_size={batch_size})"
         )
     return micro_batch_size
+
+
+def check_batch_schedule(cfg: DictConfig, micro_batch: int, world: int) -> BatchSizes:
+    """Returns the sizes of the batches of a run, of which each process has the same number of full micro-batches.
+
+    Raises:
+        ValueError: For a size of which they have not; and with rollbacks, which pass over batches, so that the size of
+            a step would depend on them.
+    """
+    schedule: Any = cfg.train.get("batch_schedule")
+    sizes = BatchSizes(cfg.train.batch_size, None if schedule is None else dict(schedule))
+    for step, size in sizes.changes[1:]:
+        if size % (micro_batch * world):
+            raise ValueError(
+                f"train.batch_schedule has {size} sequences from step {step} on, which is not a multiple of "
+                f"{micro_batch} sequences in one forward pass of each of {world} processes: give another size, or a "
+                "smaller train.micro_batch_size"
+            )
+    if schedule is not None and (cfg.get("health") or {}).get("action") in ("rollback", "reload"):
+        raise ValueError(
+            f"train.batch_schedule with health.action={cfg.health.action}, after which batches are passed over, and "
+            "the size of a step would depend on it: give clip, skip or warn"
+        )
+    return sizes
 
 
 def max_grad_norm(cfg: DictConfig) -> float:

@@ -29,6 +29,7 @@ from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor
+from distopt.job.noise import Noise
 from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
 from distopt.job.summary import report
@@ -72,6 +73,7 @@ class Job:
         passed_over: The number of batches that rollbacks have passed over: step s trains on batch s + passed_over.
         checkpoint: The folder of the last checkpoint, saved or resumed from.
         health: What watches the run's health; None for nothing.
+        noise: What measures the gradient noise scale; None for nothing.
     """
 
     cfg: DictConfig
@@ -98,6 +100,7 @@ class Job:
     passed_over: int
     checkpoint: Path | None
     health: Health | None = None
+    noise: Noise | None = None
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
     _evaluated: tuple[int, float] = field(default=(-1, math.nan), init=False)  # the step and its validation loss
@@ -157,7 +160,10 @@ class Job:
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
         self.monitor.got_batch()
-        done = update(self.engine, self.model, self.stepper, batch.split(self.micro_batch), max_grad_norm(self.cfg))
+        if isinstance(self.stepper, SAM):
+            self.stepper.step_number = self.step
+        parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, noise=self.noise is not None)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         if done.applied:
             update_average(self.optimizer)
@@ -166,7 +172,10 @@ class Job:
             self.schedule.step()
             self.step += 1
         self._settle()
-        self._late = Late(self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean"))
+        mine = [done.loss, stop.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
+        if self.noise:
+            self.noise.measured(done.grad_norm, self.step)
         self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
@@ -192,9 +201,9 @@ class Job:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
-        (loss, asked), self._late = self._late.read(), None
+        (loss, asked, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss)
+        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None)
 
     def evaluate(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
@@ -229,9 +238,16 @@ class Job:
         # Schedule-free: a checkpoint has the average as its weights, and a resumed run takes the same way back.
         eval_mode(self.stepper)
         # Between two evaluations, after a signal, there is no validation loss of this step.
-        extra = {"step": self.step, **self.identity, **({"validation_loss": loss} if evaluated == self.step else {})}
+        extra = {
+            "step": self.step,
+            "tokens": self.monitor.tokens(self.step),
+            **self.identity,
+            **({"validation_loss": loss} if evaluated == self.step else {}),
+        }
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
+        if self.noise:
+            extra |= {"noise_scale": self.noise.scale.state_dict()}
         tell = self.monitor.begin("saving a checkpoint")
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
         tell(f"checkpoint {self.checkpoint.name}")

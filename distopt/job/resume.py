@@ -112,7 +112,7 @@ def _named(folder: Path, resume: str, newest: Path | None, broken: list[str]) ->
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """A copy of every param group without its parameters and what is state in it."""
-    state = ("params", *getattr(optimizer, "group_state", ()), *GROUP_STATE)
+    state = ("params", "sam_steps", *getattr(optimizer, "group_state", ()), *GROUP_STATE)
     return [{name: value for name, value in group.items() if name not in state} for group in optimizer.param_groups]
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -117,10 +118,10 @@ def _typed(word: str) -> str:
     return shlex.quote(word)
 
 
-def write_about(folder: Path, command: str, choices: Mapping[str, str]) -> None:
-    """Writes a run's command and the choices of its groups to `run.json`, for `distopt.report`."""
+def write_about(folder: Path, command: str, choices: Mapping[str, str], init: Mapping[str, Any] | None = None) -> None:
+    """Writes a run's command, the choices of its groups and where it started to `run.json`, for `distopt.report`."""
     chosen = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
-    (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen}, indent=1) + "\n")
+    (folder / RUN).write_text(json.dumps({"command": command, "choices": chosen, "init": init}, indent=1) + "\n")
 
 
 def printable(text: str) -> str:
