@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distopt
-from distopt.checkpoint import load_average
+from distopt.checkpoint import load_average, load_training_weights
 from distopt.engine.train_step import update
 from distopt.optim.averaged import update_average
 from tests.harness import matrix
@@ -263,3 +263,35 @@ def test_a_checkpoint_without_an_average_exports_none(tmp_path: Path) -> None:
     distopt.save_checkpoint(tmp_path / "plain", model, distopt.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="it has no average of the weights: train with average=ema"):
         load_average(tmp_path / "plain", dict(model.state_dict()))
+
+
+# Phases that take weights alone.
+
+
+def started(path: Path, engine: str, row: str) -> tuple[dict[str, Tensor], bool]:
+    """The weights of a checkpoint, taken into a new run, and whether its optimizer is as before the first step."""
+    training = Run(engine, None, row)
+    load_training_weights(path, training.engine.unwrap(training.model), training.optimizer)
+    weights = full(training.model)
+    state = {name for state in training.optimizer.state.values() for name in state}
+    training.step(1)
+    training.close()
+    return weights, not state
+
+
+def saved_weights(path: Path, engine: str, row: str) -> dict[str, Tensor]:
+    training = Run(engine, None, row)
+    training.step(1)
+    distopt.save_checkpoint(path, training.engine.unwrap(training.model), training.optimizer)
+    weights = full(training.model)
+    training.close()
+    return weights
+
+
+@pytest.mark.parametrize(("engine", "row"), [("fsdp2", "adamw_schedule_free"), ("deepspeed_zero3", "lamb")])
+def test_weights_alone_are_the_same_bits_for_another_optimizer_on_another_engine(
+    engine: str, row: str, tmp_path: Path
+) -> None:
+    right = run(2, saved_weights, tmp_path / "saved", "zero1", "adamw")[0]
+    for weights, fresh in run(3, started, tmp_path / "saved", engine, row):
+        assert fresh and all(torch.equal(weights[name], p) for name, p in right.items())

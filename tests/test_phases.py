@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from distopt.checkpoint import load_average
 from distopt.job.phases import chain
+from distopt.models.export import export
 from tests.harness import jobs
 from tests.harness.jobs import train
 from tests.harness.runs import not_one_line, rows
@@ -145,3 +149,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
 
 def test_what_makes_no_sense_is_refused(unbroken: Path) -> None:
     assert not_one_line(unbroken, REFUSED, name="refused", train__init="runs/anneal") == {}
+
+
+def test_the_average_of_a_chain_is_exported(unbroken: Path, tmp_path: Path) -> None:
+    run = unbroken / "runs" / "anneal"
+    checkpoint = run / "checkpoints" / "step_00000006"
+    assert "the average in step_00000006" in export(run, tmp_path / "average", average=True)
+    export(run, tmp_path / "weights")
+    average, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("average", "weights"))
+    right = {name: torch.zeros_like(value) for name, value in average.items()}
+    load_average(checkpoint, right)
+    assert all(torch.equal(average[name].flatten(), right[name].flatten()) for name in right)
+    assert any(not torch.equal(average[name], weights[name]) for name in weights)
