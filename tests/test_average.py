@@ -51,6 +51,7 @@ class Run:
         if kind is not None:
             getattr(distopt, kind)(self.optimizer, **KINDS[kind])
         self.model = self.engine.attach(model, self.optimizer, 1, matrix.MAX_NORM)
+        distopt.prove_every(self.optimizer, self.engine.unwrap(self.model), steps=2, state=True)
 
     def step(self, step: int) -> None:
         step *= 3  # at which all parameters are used

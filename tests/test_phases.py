@@ -111,7 +111,7 @@ def test_a_phase_resumes_at_another_world_size_with_the_losses_of_the_unbroken_o
 
 WHERE = {
     "pretrain": (("zero1", 2), ("fsdp2", 1)),
-    "grown": (("fsdp2", 2), ("deepspeed_zero1", 1)),
+    "grown": (("deepspeed_zero3", 2), ("deepspeed_zero2", 2)),
     "sam": (("deepspeed_zero2", 1), ("zero1", 2)),
     "anneal": (("deepspeed_zero3", 2), ("hsdp", 2)),
 }

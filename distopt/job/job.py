@@ -176,7 +176,7 @@ class Job:
         mine = [done.loss, stop.request(done.loss), *([] if done.small_square is None else [done.small_square])]
         self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
         if self.noise:
-            self.noise.measured(done.grad_norm, self.step)
+            self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
         self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)

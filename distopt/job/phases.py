@@ -88,6 +88,12 @@ class Init:
         """Refuses what the manifest alone shows: first values that nothing would use, and another optimizer's state."""
         if parts.init is not None:
             raise ValueError(f"init={parts.init.name}: a phase has its weights from train.init; give init=family")
+        before, now = self.start.identity.get("adapter"), parts.adapter and parts.adapter.describe()
+        if before != now:
+            raise ValueError(
+                f"train.init={self.given} was trained with adapter {before}, now it is {now}: its full weights become "
+                "a pretrained model by distopt export, for model.path"
+            )
         saved = open_checkpoint(self.start.path)["optimizer"]
         if self.state and saved != optimizer.__name__:
             raise ValueError(

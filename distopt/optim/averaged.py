@@ -93,7 +93,8 @@ def averaged(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[Non
                 changed += params
                 for shard, value in zip(layout.weights(params), values, strict=True):
                     shard.copy_(value)
-            layout.publish(changed)
+            if changed:
+                layout.publish(changed)
         reshard(model)
         yield
     finally:
@@ -101,6 +102,6 @@ def averaged(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[Non
             layout.sync.wait()
             for own, copy in kept:
                 own.copy_(copy)
-            if layout.flat:  # the weights that the model computes with are copies of the partitions
+            if layout.flat and changed:  # the weights that the model computes with are copies of the partitions
                 layout.publish(changed)
         reshard(model)
