@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         RMSprop,
         SGDScheduleFree,
     )
+    from distopt.optim.averaged import averaged
     from distopt.optim.base import ShardedOptimizer
     from distopt.optim.clip import Clip, clip_grad_norm_, grad_norms
     from distopt.optim.lr_range import LRRange, lr_range_test
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         warmup_linear,
         warmup_stable_decay,
     )
+    from distopt.optim.weight_average import EMA, LAWA
     from distopt.proof import Fingerprint, fingerprint, prove, prove_every
     from distopt.sam import ASAM, AWP, GSAM, SAM, FriendlySAM, FunctionalSAM, LookSAM, MomentumSAM, PreconditionedSAM
 
@@ -48,9 +50,11 @@ __all__ = [
     "ADOPT",
     "ASAM",
     "AWP",
+    "EMA",
     "GSAM",
     "LAMB",
     "LARS",
+    "LAWA",
     "SAM",
     "SGD",
     "AdEMAMix",
@@ -78,6 +82,7 @@ __all__ = [
     "ShardedOptimizer",
     "async_save_checkpoint",
     "attach",
+    "averaged",
     "base_shapes",
     "clip_grad_norm_",
     "fingerprint",
@@ -109,11 +114,13 @@ _NAMES = {
     "distopt.init": "base_shapes initialize",
     "distopt.integrations.accelerate.attach": "attach",
     "distopt.optim": _OPTIMIZERS,
+    "distopt.optim.averaged": "averaged",
     "distopt.optim.base": "ShardedOptimizer",
     "distopt.optim.clip": "Clip clip_grad_norm_ grad_norms",
     "distopt.optim.lr_range": "LRRange lr_range_test",
     "distopt.optim.param_groups": "param_groups",
     "distopt.optim.schedules": ("warmup_constant warmup_cosine warmup_inverse_sqrt warmup_linear warmup_stable_decay"),
+    "distopt.optim.weight_average": "EMA LAWA",
     "distopt.proof": "Fingerprint fingerprint prove prove_every",
     "distopt.sam": "ASAM AWP GSAM SAM FriendlySAM FunctionalSAM LookSAM MomentumSAM PreconditionedSAM",
 }

@@ -1,4 +1,4 @@
-"""Export a checkpoint as a Hugging Face folder: `distopt export CKPT OUT [--dtype bfloat16] [--adapter]`."""
+"""Export a checkpoint as a Hugging Face folder: `distopt export CKPT OUT [--dtype DTYPE] [--adapter] [--average]`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or a run, whose newest one is exported")
     parser.add_argument("out", metavar="OUT", help="the folder to write: a new or an empty one")
     parser.add_argument("--adapter", action="store_true", help="export the adapter of a LoRA run without merging it")
+    parser.add_argument("--average", action="store_true", help="export the average of the weights (average=ema, lawa)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
     args = parser.parse_args()
     disable_progress_bar()
     logging.disable(logging.CRITICAL)  # torch logs tracebacks of damaged files, which the error states already
     with one_line_errors():
         try:
-            print(export(args.checkpoint, args.out, DTYPES[args.dtype], args.adapter))
+            print(export(args.checkpoint, args.out, DTYPES[args.dtype], args.adapter, args.average))
         except OSError as error:  # such as a full disk or a missing permission
             raise ValueError(str(error)) from error
 

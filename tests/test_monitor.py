@@ -17,7 +17,9 @@ from distopt.job.metrics import METRICS, Monitor, read_metrics
 
 
 def monitor(folder: Path, first_step: int = 0, steps: int = 8, main: bool = True, track: Any = None) -> Monitor:
-    return Monitor(folder, first_step, steps, tokens_per_step=64, main=main, track=track or (lambda *_: None))
+    return Monitor(
+        folder, first_step, steps, tokens=lambda step: 64 * step, main=main, track=track or (lambda *_: None)
+    )
 
 
 def step(m: Monitor, loss: float = 2.0, lr: float = 0.1, grad_norm: float = 1.5, applied: bool = True) -> None:

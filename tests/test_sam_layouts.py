@@ -16,8 +16,8 @@ import distopt
 from benchmarks.collectives import Collectives
 from distopt import SAM
 from distopt.checkpoint import load_checkpoint, save_checkpoint
-from distopt.engine.fsdp2 import reshard
 from distopt.layout import local
+from distopt.layout.fsdp2 import reshard
 from tests.harness.cells import some
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance, named

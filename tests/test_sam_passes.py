@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 from distopt import SAM
-from distopt.engine.fsdp2 import reshard
+from distopt.layout.fsdp2 import reshard
 from tests.harness import oracles_sam
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance, initial

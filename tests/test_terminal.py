@@ -33,10 +33,10 @@ from distopt.job.terminal import Terminal
 with Terminal() as terminal:
     terminal.phase("reading the data")
     terminal.block({{"model": "gpt2", "data": "words " * 30}})
-    progress = Progress(terminal, 0, 400, 2048)
+    progress = Progress(terminal, 0, 400)
     for step in range(1, 301):
         progress._shown = 0.0
-        progress.update(step, 0.1, {ROW!r})
+        progress.update(step, 0.1, 2048, {ROW!r})
         if step == 100:
             terminal.phase("step 100: evaluating")
             terminal.say("step 100: validation loss [2.2]")
@@ -97,12 +97,12 @@ def test_a_log_file_has_lines_alone(capsys: pytest.CaptureFixture[str], monkeypa
     """One at most every ten seconds, and the last step, with everything."""
     terminal, now = Terminal(main=True), [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress(terminal, 100, 400, 2048)
+    progress = Progress(terminal, 100, 400)
     terminal.phase("reading the data")
     terminal.block({"data": "words " * 60})
     for step in range(101, 131):
         now[0] += 0.5
-        progress.update(step, 0.5, ROW)
+        progress.update(step, 0.5, 2048, ROW)
     terminal.say("step 130: validation loss [bold]2.2")
     progress.close()
     progress.close()
@@ -128,7 +128,7 @@ def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str], monkey
 
 def test_a_run_of_no_step_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A finished run that is resumed."""
-    Progress(Terminal(main=True), 8, 8, 64).close()
+    Progress(Terminal(main=True), 8, 8).close()
     assert capsys.readouterr() == ("", "")
 
 

@@ -76,13 +76,21 @@ class Contents:
         state = {name: _empty(params[name], self.state.get(name, {}), buffers) for name, buffers in like.items()}
         return {"model": self.tensors, "optimizer": {"state": state}}
 
-    def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-        """Loads the tensors that were read, and the checkpoint's param groups, into the model and the optimizer."""
+    def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]] | None) -> None:
+        """Loads the tensors that were read, and the checkpoint's param groups, into the model and the optimizer.
+
+        Without groups, None, the optimizer keeps its own, and its state.
+        """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         masters = {id(master) for master in self.masters.values()}  # they were filled in place
         weights = {name: value for name, value in read["model"].items() if id(value) not in masters}
         set_model_state_dict(self.model, weights, options=StateDictOptions(strict=not masters))
+        if groups is not None:
+            self._fill_state(read, groups)
+        self._round_masters()
+
+    def _fill_state(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
         # Not by set_optimizer_state_dict, which steps an optimizer that has not stepped yet, loads nothing where there
         # are gradients, and drops the state of frozen parameters.
         index = {name: i for i, name in enumerate(name for group in self.groups for name in group["params"])}
@@ -96,7 +104,6 @@ class Contents:
             for saved, own in zip(groups, (group["params"] for group in self.groups))
         ]
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
-        self._round_masters()
 
     @torch.no_grad()
     def _round_masters(self) -> None:

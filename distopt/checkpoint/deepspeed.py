@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.checkpoint import manifest
+from distopt.checkpoint.average import is_optional
 from distopt.checkpoint.contents import State
 from distopt.layout import FlatLayout
 from distopt.layout.deepspeed_private import full_shape, is_partitioned
 from distopt.layout.names import bare_name, bare_parameters
+from distopt.optim.averaged import GROUP_STATE
 from distopt.optim.base import ShardedOptimizer
 
 
@@ -75,23 +77,28 @@ class FlatContents:
     def to_fill(self, like: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The tensors into which to read a checkpoint whose state is described by `like`: the local rows of each."""
         state: State = {}
-        for name, buffers in self.state.items():
-            ours = manifest.described(buffers)
-            if like.get(name) != ours:
-                raise ValueError(f"the state of {name} is {like.get(name)} in the checkpoint, {ours} here")
+        for name, buffers in self.state.items() if like else ():
+            there = like.get(name, {})
+            ours = {key: of for key, of in manifest.described(buffers).items() if key in there or not is_optional(key)}
+            if there != ours:
+                raise ValueError(f"the state of {name} is {there} in the checkpoint, {ours} here")
             counts = self._counts(self.layers[name])
-            state[name] = {key: torch.zeros_like(t) if key in counts else self._rows(t) for key, t in buffers.items()}
+            state[name] = {
+                key: torch.zeros_like(buffers[key]) if key in counts else self._rows(buffers[key]) for key in ours
+            }
         return {"model": {name: self._rows(t) for name, t in self.tensors.items()}, "optimizer": {"state": state}}
 
     @torch.no_grad()
-    def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    def fill(self, read: Mapping[str, Any], groups: list[dict[str, Any]] | None) -> None:
         """Loads the tensors that were read, and the checkpoint's param groups, into the partitions and the model.
+
+        Without groups, None, the optimizer keeps its own, and its state.
 
         Raises:
             ValueError: If parameters of one partition have taken different numbers of steps.
         """
         state = read["optimizer"]["state"]
-        for part in self.layout.partitions:
+        for part in self.layout.partitions if state else ():
             for key, count in self._counts(part.members[0]).items():
                 found = {float(state[name][key]) for name, p in self.layers.items() if self.flats[p] is part.flat}
                 if len(found) > 1:
@@ -113,8 +120,11 @@ class FlatContents:
             self.layout.update_param(p, full)
         for name, p in self.layers.items():
             for key in self._names(p):
-                self.layout.scatter(p, self._gathered(state[name][key]).view(-1), self._values(key))
-        for group, saved in zip(self.optimizer.param_groups, groups):
+                if key in state.get(name, ()):
+                    self.layout.scatter(p, self._gathered(state[name][key]).view(-1), self._values(key))
+        for group, saved in zip(self.optimizer.param_groups, groups or ()):
+            for key in GROUP_STATE:  # of an average that the checkpoint lacks
+                group.pop(key, None)
             group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -12,11 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from distopt import collective
 from distopt.checkpoint import flat, manifest, shards
 from distopt.checkpoint import index as indices
+from distopt.checkpoint.average import SavedAverage, kept_buffers, kept_counts
 from distopt.checkpoint.folder import TRAINING, open_checkpoint
 from distopt.checkpoint.plain import loads
 from distopt.checkpoint.save import contents_of, schedule_kind
 from distopt.checkpoint.storage import storage
 from distopt.checkpoint.verify import damage
+from distopt.kernels.rounding import BESIDE
 from distopt.rng import RandomState, set_random_state
 
 _TRAINING = ("param_groups", "schedule", "random")
@@ -30,7 +33,8 @@ def load_checkpoint(
     The number of processes and the engine may differ from those of the save. As with `load_state_dict`, the param
     groups take the saved hyper-parameters (lr, and the schedule's `initial_lr`): set those that are to differ after
     loading. Gradients stay as they are. The random number generators are restored if the number of processes is that of
-    the save, and left alone otherwise.
+    the save, and left alone otherwise. An average of the weights (`distopt.EMA`) and buffers of SAM that the
+    checkpoint lacks begin anew, and those that the optimizer lacks are left out.
 
     All files are compared with their checksums first, each rank reading its share of them. Nothing in a checkpoint runs
     code when it is loaded.
@@ -45,7 +49,7 @@ def load_checkpoint(
         RuntimeError: If a rank cannot read the checkpoint; the model must not be used afterwards.
     """
     contents = contents_of(model, optimizer)
-    optimizer = contents.optimizer
+    sam, optimizer = optimizer, contents.optimizer
     content = _opened(path)
     training: dict[str, Any] = {}
     collective.on_all(lambda: training.update(_training(path, content)))
@@ -59,13 +63,43 @@ def load_checkpoint(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-    read = contents.to_fill(content["state"])
+    read = contents.to_fill(kept_buffers(content["state"], sam))
     collective.on_all(lambda: _read(path, content, read, training))
-    contents.fill(read, training["param_groups"])
+    contents.fill(read, kept_counts(training["param_groups"], optimizer))
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
     if len(training["random"]) == collective.world():
         set_random_state(RandomState.from_state_dict(training["random"][collective.rank()]))
+    return content["extra"]
+
+
+def load_training_weights(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Loads the weights of a run alone, as `load_checkpoint` does, for an optimizer that has not stepped.
+
+    Unlike `load_model` it runs under DeepSpeed, and fills the float32 masters of 16-bit weights. The optimizer has no
+    state afterwards, since a rule may start from the weights.
+
+    Returns:
+        The `extra` of the save.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    contents = contents_of(model, optimizer)
+    content = _opened(path)
+    training: dict[str, Any] = {}
+    collective.on_all(lambda: training.update(_training(path, content)))
+    try:
+        manifest.check_model(content["parameters"], manifest.described(contents.tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    read = contents.to_fill({})
+    read["optimizer"]["state"] = {}
+    collective.on_all(lambda: _read(path, content, read, training))
+    contents.fill(read, None)
+    for state in contents.optimizer.state.values():
+        for name in state.keys() - BESIDE:
+            del state[name]
     return content["extra"]
 
 
@@ -102,6 +136,28 @@ def load_weights(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> No
     """
     content = _opened(path)
     _read(path, content, {"model": tensors}, _training(path, content))
+
+
+def load_average(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
+    """As `load_weights`, with the average of the weights of each parameter that has one.
+
+    That of `distopt.EMA` or `distopt.LAWA`, or a schedule-free optimizer's own; computed in float32.
+
+    Raises:
+        ValueError: As `load_weights`, and for a checkpoint without an average.
+    """
+    content = _opened(path)
+    training = _training(path, content)
+    try:
+        average = SavedAverage(training["param_groups"], content["state"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    _read(path, content, {"model": tensors}, training)
+    for name in average.names:
+        weights = torch.zeros(content["parameters"][name][0])
+        buffers = {key: torch.zeros(content["state"][name][key][0]) for key in average.buffers(name)}
+        _read(path, content, {"model": {name: weights}, "optimizer": {"state": {name: buffers}}}, training)
+        tensors[name].copy_(average.of(name, weights, [*buffers.values()]))
 
 
 def _opened(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distopt.checkpoint.average import is_optional
 from distopt.checkpoint.shards import checksum
 from distopt.checkpoint.storage import Storage
 from distopt.kernels.blocks import CODES, buffer_of, is_of_blocks
@@ -165,14 +166,14 @@ def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Map
     """Raises ValueError unless a checkpoint is of this class of optimizer and has the same state buffers.
 
     What stands beside 16-bit weights may differ, and the form of the moments (`state_bits`), since each form can be
-    made from another, or from the weights.
+    made from another, or from the weights; and so may averages of the weights and SAM's buffers, which begin anew.
     """
     there, here = (
         sorted({buffer_of(name) for buffers in states.values() for name in buffers})
         for states in (saved["state"], state)
     )
     # torch's optimizers have no state before their first step, so that an empty state says nothing.
-    differ = set(there).symmetric_difference(here).difference(BESIDE)
+    differ = {name for name in set(there) ^ set(here) if name not in BESIDE and not is_optional(name)}
     if saved["optimizer"] != kind or (there and here and differ):
         states = [", ".join(buffers) or "none" for buffers in (there, here)]
         raise ValueError(
@@ -194,7 +195,7 @@ def check_state(saved: Mapping[str, Mapping[str, Any]], ours: Mapping[str, Mappi
         for buffer, description in buffers.items() if there else ():
             if buffer not in there:
                 other = buffer_of(buffer)
-                if buffer in BESIDE or other in there or other + CODES in there:
+                if buffer in BESIDE or is_optional(buffer) or other in there or other + CODES in there:
                     continue
                 raise ValueError(f"the state of {name} has no {buffer} in the checkpoint, only {', '.join(there)}")
             if is_of_blocks(buffer):  # of 8 bits or of 4

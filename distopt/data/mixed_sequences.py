@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from distopt.data.batch_sizes import BatchSizes
 from distopt.data.order import Order, Sequences, ValidationSequences
 
 CYCLE = 4096  # sequences in which every source has its exact share
@@ -27,6 +28,7 @@ class MixedSequences:
 
     Attributes:
         count: The number of sequences of all sources.
+        sizes: As of `Order`.
         notes: How often the sources are seen.
     """
 
@@ -34,7 +36,7 @@ class MixedSequences:
         self, orders: Mapping[str, Sequences], weights: Mapping[str, float], batch_size: int, seed: int = 0
     ) -> None:
         self.orders = [orders[name] for name in weights]
-        self.batch_size, self.count = batch_size, sum(order.count for order in self.orders)
+        self.sizes, self.count = BatchSizes(batch_size), sum(order.count for order in self.orders)
         self._cycle = Order(CYCLE, batch_size, seed)
         self._counts = np.array(apportioned(list(weights.values()), CYCLE))
         self._ends = np.cumsum(self._counts)
@@ -49,7 +51,7 @@ class MixedSequences:
 
     def members(self, step: int) -> list[tuple[int, int]]:
         """Return the source of each sequence of the global batch of `step`, and its index within the source."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        positions = self.sizes.positions(step)
         slots = self._cycle.entries(positions)
         sources = np.searchsorted(self._ends, slots, side="right")
         within = slots - (self._ends - self._counts)[sources]

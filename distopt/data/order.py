@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from distopt.bounds import SEED, integer, or_null
+from distopt.data.batch_sizes import BatchSizes
 from distopt.data.permutation import Permutation
 
 
@@ -23,6 +24,9 @@ class Order:
         batch_size: The number of sequences of a global batch, B.
         seed: The seed of the permutations, >= 0.
 
+    Attributes:
+        sizes: The number of sequences of each step, B; others may be set before the first batch.
+
     Raises:
         ValueError: `seed` is negative.
     """
@@ -31,12 +35,12 @@ class Order:
 
     def __init__(self, count: int, batch_size: int, seed: int = 0) -> None:
         SEED.check("seed", seed, "numpy's generators accept no negative seed")
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.count, self.sizes, self.seed = count, BatchSizes(batch_size), seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows(self, step: int) -> np.ndarray:
         """Return the indices of the sequences of the global batch of `step`: int64, shape [B]."""
-        return self.entries(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+        return self.entries(self.sizes.positions(step))
 
     def entries(self, positions: np.ndarray) -> np.ndarray:
         """Return the entries of the endless concatenation of epochs at some positions: int64, of the same shape."""

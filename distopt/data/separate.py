@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from distopt.data.batch import IGNORED, Batch
+from distopt.data.batch_sizes import BatchSizes
 
 
 class Windows(Protocol):
     """Training sequences of tokens, such as `Sequences`."""
 
-    batch_size: int
+    sizes: BatchSizes
     count: int
     notes: list[str]
 
@@ -47,13 +48,20 @@ class SeparateSequences:
         end: The token that ends a document.
 
     Attributes:
-        count, batch_size, notes, identity: As of the sequences.
+        count, sizes, notes, identity: As of the sequences.
     """
 
     def __init__(self, sequences: Windows, end: int) -> None:
         self._sequences, self._end = sequences, end
-        self.count, self.batch_size, self.notes = sequences.count, sequences.batch_size, sequences.notes
-        self.identity = sequences.identity
+        self.count, self.notes, self.identity = sequences.count, sequences.notes, sequences.identity
+
+    @property
+    def sizes(self) -> BatchSizes:
+        return self._sequences.sizes
+
+    @sizes.setter
+    def sizes(self, sizes: BatchSizes) -> None:
+        self._sequences.sizes = sizes
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """As `Sequences.batch`; every rank reads the whole batch, of which it needs to know the number of targets."""

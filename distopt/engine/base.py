@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distopt.bounds import PRECISION, switch
 from distopt.engine.compiling import check_compiler, compile_blocks
 from distopt.engine.group import join
+from distopt.layout import local
 from distopt.optim.clip import Clip, step_clipped
 from distopt.optim.observer import vetoed
 
@@ -132,6 +133,20 @@ class Engine:
 
     def check_forward_only(self) -> None:
         """Raises ValueError if this engine cannot run `MeZO`, which moves the weights itself and has no gradients."""
+
+    def check_noise_scale(self) -> None:
+        """Raises ValueError if the gradient of a micro-batch cannot be read before those of others are added to it."""
+
+    def small_batches(self, world: int) -> int:
+        """Returns of how many ranks' micro-batches `small_square` measures the gradient."""
+        return 1
+
+    @torch.no_grad()
+    def small_square(self, model: nn.Module) -> Tensor:
+        """Returns a float64 scalar whose mean over the ranks is the mean of |g|^2 after the first micro-batch."""
+        grads = [local(p.grad) for p in self.unwrap(model).parameters() if p.grad is not None]
+        norms = torch._foreach_norm([g for g in grads if g.numel()], 2.0, torch.float32)
+        return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
     def build(
         self,

@@ -73,6 +73,12 @@ class DeepSpeed(Engine):
             "engine=zero1 or fsdp2, or health=off"
         )
 
+    def check_noise_scale(self) -> None:
+        raise ValueError(
+            "DeepSpeed hides the gradients of micro-batches, of which the noise scale is measured: use engine=zero1 or "
+            "fsdp2, or train.noise_scale=null"
+        )
+
     def check_forward_only(self) -> None:
         raise ValueError("DeepSpeed owns the weights, which MeZO moves itself: use engine=ddp or fsdp2")
 
@@ -151,7 +157,7 @@ class DeepSpeed(Engine):
             for group in sam.param_groups:
                 flats.add(group["params"])
                 for flat in group["params"]:
-                    flat.data.add_(flat.grad, alpha=sam.radius(group) / norm if norm > 0.0 else 0.0)
+                    flat.data.add_(flat.grad, alpha=sam.radius_now(group) / norm if norm > 0.0 else 0.0)
 
         try:
             with private.unclipped(zero), _stepping_by(sam.optimizer, ascend):

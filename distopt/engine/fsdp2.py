@@ -12,6 +12,7 @@ from torch import nn
 from distopt.bounds import integer, or_null, switch
 from distopt.engine import units
 from distopt.engine.base import Engine
+from distopt.layout.fsdp2 import reshard
 from distopt.layout.places import shard_dim
 from distopt.sam import SAM
 
@@ -78,6 +79,20 @@ class FSDP2(Engine):
     def check_sam(self, sam: SAM) -> None:
         if sam.scope == "local":
             raise ValueError("sam.scope=local needs full weights on every rank: use engine=ddp or zero1, or global")
+
+    def check_noise_scale(self) -> None:
+        if not self.sync_each_batch:
+            raise ValueError(
+                "engine.sync_each_batch=false keeps the gradients of micro-batches to FSDP2: set it to true, or "
+                "train.noise_scale=null"
+            )
+
+    def small_batches(self, world: int) -> int:
+        return world
+
+    def small_square(self, model: nn.Module) -> torch.Tensor:
+        # Of shards of the mean over the ranks, of which each replica has all.
+        return super().small_square(model) * (dist.get_world_size() / self.replicas)
 
     def build(
         self,
@@ -174,12 +189,3 @@ def leave_pass(model: nn.Module) -> None:
 
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees the full parameters that FSDP2 may still have, so that the next pass gathers them again."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distopt import collective, counter
 from distopt.bounds import integer, number
-from distopt.engine.fsdp2 import reshard
 from distopt.layout import local
+from distopt.layout.fsdp2 import reshard
 from distopt.layout.places import global_indices, own_place
 from distopt.rng import random_state, same_random_numbers
 

@@ -30,12 +30,14 @@ class Update(NamedTuple):
         grad_norm: The norm of the gradient over all parameters and ranks, before clipping.
         applied: Whether the optimizer has updated the weights.
         grad_norms: As in `distopt.engine.base.Stepped`.
+        small_square: This rank's share of |g|^2 of the first micro-batch (`Engine.small_square`), if it was asked for.
     """
 
     loss: Tensor
     grad_norm: float
     applied: bool
     grad_norms: Callable[[], Mapping[Tensor, Tensor]] = dict
+    small_square: Tensor | None = None
 
 
 def update(
@@ -45,6 +47,7 @@ def update(
     batches: Sequence[Tensor | Batch],
     max_grad_norm: float = math.inf,
     loss: Loss = next_token_loss,
+    noise: bool = False,
 ) -> Update:
     """Takes one optimizer step on the mean loss over the micro-batches.
 
@@ -60,6 +63,7 @@ def update(
         batches: This rank's micro-batches, each with the same number of sequences.
         max_grad_norm: The norm to which gradients are clipped, > 0.
         loss: Computes the mean loss of a micro-batch.
+        noise: Measure the gradient of the first of several micro-batches, for the noise scale; not with SAM.
 
     Raises:
         ValueError: If the engine cannot run this SAM.
@@ -70,9 +74,15 @@ def update(
     engine.zero_grad(model, optimizer)
     if isinstance(optimizer, SAM):
         mean = sharpness_aware(engine, model, optimizer, batches, loss)
-    else:
-        mean = backward(engine, model, batches, loss)
-    return Update(mean, *engine.step(model, optimizer, max_grad_norm))
+        return Update(mean, *engine.step(model, optimizer, max_grad_norm))
+    small: list[Tensor] = []
+
+    def after(done: int) -> None:
+        if noise and done == 1:
+            small.append(engine.small_square(model) * len(batches) ** 2)  # each loss is divided by their number
+
+    mean = backward(engine, model, batches, loss, after=after)
+    return Update(mean, *engine.step(model, optimizer, max_grad_norm), *small)
 
 
 def forward_only(
@@ -126,6 +136,7 @@ def backward(
     loss: Loss = next_token_loss,
     pass_loss: PassLoss = None,
     exchange: bool = True,
+    after: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """Accumulates the gradient of the mean loss over the micro-batches.
 
@@ -136,6 +147,7 @@ def backward(
         loss: Computes the mean loss of a micro-batch.
         pass_loss: Computes the loss of the outputs where it depends on SAM's pass (`SAM.loss`).
         exchange: Whether gradients are averaged over the ranks.
+        after: Called with the number of micro-batches done after each but the last.
 
     Returns:
         The mean loss over this rank's micro-batches, a float32 scalar tensor.
@@ -147,4 +159,6 @@ def backward(
                 share = loss(model, batch, pass_loss) / len(batches)
             engine.backward(model, share)
         total += share.detach()
+        if i < len(batches) - 1:
+            after(i + 1)
     return total

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distopt.engine.fsdp2 import leave_pass, reshard
+from distopt.engine.fsdp2 import leave_pass
 from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
 from distopt.integrations.accelerate.sam import attach_sam, sam_of
 from distopt.layout import unwrap_optimizer
+from distopt.layout.fsdp2 import reshard
 from distopt.optim.averaging import eval_mode
 from distopt.rng import RandomState, random_state
 from distopt.sam import SAM

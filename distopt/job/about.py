@@ -30,6 +30,7 @@ def write_about(job: Job) -> None:
     about = {
         "command": run_folder.command(job.accelerator.num_processes, job.folder, str(job.cfg.name)),
         "choices": {group: choice for group, choice in choices.items() if not group.startswith("hydra")},
+        "init": job.identity.get("init"),
         **facts(job),
     }
     if job.step and (began := _began(file)):

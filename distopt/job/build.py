@@ -26,6 +26,7 @@ from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components
 from distopt.job.config import (
+    check_batch_schedule,
     check_best,
     check_steps,
     instantiate,
@@ -41,6 +42,8 @@ from distopt.job.errors import end_from_thread
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
+from distopt.job.noise import Noise, check_noise_scale
+from distopt.job.phases import find_init
 from distopt.job.protocols import Data
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
@@ -107,15 +110,24 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
     lock, restarted, taken = claim(folder)
     start, notes = find_start(folder / "checkpoints", options.resume, restarted)
+    init = find_init(options, folder, start)
+    if init:
+        init.check_parts(parts, type(parts.probe()))
     sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
-    identity = {"seed": cfg.seed, **sizes, "adapter": parts.adapter and parts.adapter.describe()}
+    batches = check_batch_schedule(cfg, micro_batch, accelerator.num_processes)
+    check_noise_scale(cfg, parts, micro_batch * accelerator.num_processes)
+    grows = {"batch_schedule": [list(change) for change in batches.changes[1:]] or None}
+    identity = {"seed": cfg.seed, **sizes, **grows, "adapter": parts.adapter and parts.adapter.describe()}
     identity["frozen"] = parts.language_model.freeze or None
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
     text = open_text(cfg, parts.data, sizes)
+    if options.get("batch_schedule") is not None and not hasattr(text.sequences, "sizes"):
+        raise ValueError(f"train.batch_schedule: {type(text.sequences).__name__} has batches of one size: give null")
+    text.sequences.sizes = batches
     if options.steps is None:
-        options.steps = steps_of(options.epochs, text.sequences.count, options.batch_size)
+        options.steps = steps_of(options.epochs, text.sequences.count, batches)
         parts = parts.of_steps(cfg)
     parts.language_model.check_added(text.corpus.pretrained_tokenizer())
     config = parts.language_model.describe(text.corpus.vocab_size)
@@ -124,16 +136,22 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     check_agreement({"the digest of the data": text.corpus.digest}, "they have to read the same files")
     if start:
         start.check(identity | start.architecture(config), options.steps)  # before the model is built
+    files = pretrained.description(config, text.corpus.pretrained_tokenizer(), parts.language_model.path)
+    if init:
+        init.check_model(pretrained.architecture(config), files)
     terminal.phase("building the model")
-    trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch)
-    if start:
-        terminal.phase(f"loading {start.path.name}")
+    trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
+    if loaded := start or (init and init.start):
+        terminal.phase(f"loading {loaded.path.name}")
     saved = _load(start, parts.engine, trainee) if start else {}
-    moved = _open_folder(cfg, folder, start, accelerator)
+    if init:
+        init.load(trainee, parts.engine.unwrap(trainee.model))
+    record = init.record() if init else saved.get("init")
+    moved = _open_folder(cfg, folder, start, accelerator, record)
     if lock:
         lock.opened()
-    step, tokens = start.step if start else 0, options.batch_size * options.sequence_length
-    resumed = [f"resuming after step {step} from {start.path}"] if start else []
+    step = start.step if start else 0
+    resumed = [f"resuming after step {step} from {start.path}"] if start else [str(init)] if init else []
     job = Job(
         cfg=cfg,
         folder=folder,
@@ -144,7 +162,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
             folder,
             step,
             options.steps,
-            tokens,
+            lambda done: batches.before(done) * options.sequence_length,
             accelerator.is_main_process,
             accelerator.log,
             terminal,
@@ -153,7 +171,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=lock,
-        identity=identity,
+        identity=identity | ({"init": record} if record else {}),
         micro_batch=micro_batch,
         notes=[
             *(
@@ -178,6 +196,8 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         write_about(job)
     heal = job.monitor.say if options.on_drift == "heal" else None
     prove_every(job.optimizer, parts.engine.unwrap(job.model), options.prove_every, heal=heal)
+    if options.get("noise_scale") is not None:
+        job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
     return job
@@ -208,16 +228,18 @@ def _trainee(
     config: PretrainedConfig,
     accelerator: Accelerator,
     micro_batch: int,
+    files: dict[str, bytes],
 ) -> Trainee:
     """Builds the model with its first values, the optimizer, SAM and the schedule."""
     engine, max_norm = parts.engine, max_grad_norm(cfg)
-    files = pretrained.description(config, corpus.pretrained_tokenizer(), parts.language_model.path)
     torch.manual_seed(cfg.seed + accelerator.process_index)
     lr, independent_decay = cfg.optimizer.lr * cfg.lr_scale, bool(cfg.param_groups.get("independent_decay"))
     model, groups, adapter_files = build_model(parts, config, accelerator.device, lr, independent_decay)
     options = {"model": engine.unwrap(model)} if parts.forward_only else {}
     optimizer = parts.make_optimizer(groups, lr=lr, **options)
     schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
+    if parts.make_average:
+        parts.make_average(optimizer)
     stepper = _stepper(parts, model, optimizer)
     accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
     model = engine.attach(model, optimizer, accumulation, max_norm)
@@ -277,7 +299,9 @@ def _stepper(parts: Components, model: nn.Module, optimizer: ShardedOptimizer) -
     return sam
 
 
-def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator) -> list[str]:
+def _open_folder(
+    cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator, init: dict[str, Any] | None
+) -> list[str]:
     """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
     moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
     if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,11 @@ from distopt.job.protocols import Data
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
+from distopt.optim.averaged import average_of
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mixed import split_of
 from distopt.optim.mup import check_decoupled, rule_of
+from distopt.optim.weight_average import WeightAverage
 from distopt.sam import SAM
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class Components:
         make_sam: Wraps an optimizer in SAM; None without SAM.
         loss: What is minimized in place of the cross-entropy; None for that.
         make_health: Makes the health monitor of an optimizer and a model; None without one.
+        make_average: Makes the average of an optimizer's weights; None without one.
     """
 
     engine: Engine
@@ -63,6 +67,7 @@ class Components:
     make_schedule: Callable[..., LambdaLR]
     make_sam: Callable[[ShardedOptimizer], SAM] | None
     make_health: Callable[..., Monitor] | None
+    make_average: Callable[[ShardedOptimizer], WeightAverage] | None
     loss: LogitsLoss | None = None
 
     @classmethod
@@ -85,11 +90,13 @@ class Components:
             make_optimizer=instantiate(cfg, "optimizer"),
             make_schedule=instantiate(cfg, "schedule"),
             make_groups=instantiate(cfg, "param_groups"),
-            make_sam=instantiate(cfg, "sam") if cfg.sam else None,
+            make_sam=_scheduled_sam(cfg, cfg.train.steps or _MANY) if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
+            make_average=instantiate(cfg, "average") if cfg.get("average") else None,
             loss=_own_loss(cfg),
         )
         parts.dry_run(cfg.train.steps or _MANY)
+        parts.check_average(cfg.evaluation.get("average"))
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -106,9 +113,31 @@ class Components:
             ValueError: If one of them refuses it.
         """
         made = {"make_optimizer": instantiate(cfg, "optimizer"), "make_schedule": instantiate(cfg, "schedule")}
+        if cfg.sam:
+            made["make_sam"] = _scheduled_sam(cfg, cfg.train.steps)
         parts = replace(self, **made)
         parts.dry_run(cfg.train.steps)
         return parts
+
+    def check_average(self, evaluated: bool | None) -> None:
+        """Refuses an average of an optimizer that has none, and an evaluation of one that is not there.
+
+        Raises:
+            ValueError: With the key at fault and the remedy.
+        """
+        with named("average"):
+            optimizer = self.probe()
+            if self.make_average:
+                check_kind(self.make_average(optimizer), "average", WeightAverage)
+        if evaluated and average_of(optimizer) is None:
+            raise ValueError(
+                "evaluation.average=true, and the run has no average of its weights: give average=ema, average=lawa or "
+                "a schedule-free optimizer, or null"
+            )
+
+    def probe(self) -> ShardedOptimizer:
+        """Makes the optimizer of one small tensor, to ask it."""
+        return self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
 
     @property
     def forward_only(self) -> bool:
@@ -253,3 +282,10 @@ def _own_loss(cfg: Config) -> LogitsLoss | None:
                 f"it must return the sum of the losses of tokens, a scalar with a gradient, got {total!r:.60}"
             )
     return loss
+
+
+def _scheduled_sam(cfg: Config, steps: int) -> Callable[[ShardedOptimizer], SAM]:
+    """What makes SAM around an optimizer, with `sam.start` and `sam.stop` as steps where they are fractions."""
+    make: Callable[..., SAM] = instantiate(cfg, "sam")
+    shares = {name: cfg.sam[name] for name in ("start", "stop") if isinstance(cfg.sam.get(name), float)}
+    return functools.partial(make, **{name: round(share * steps) for name, share in shares.items()})

@@ -15,6 +15,8 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from distopt.data.batch_sizes import BatchSizes
+
 # In the wheel, conf/ is inside the package; in a checkout, it is next to the package.
 _INSIDE = Path(__file__).parents[1] / "conf"
 CONF = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "conf"
@@ -98,6 +100,30 @@ def micro_batch_size(batch_size: int, micro_batch_size: int | None, world: int) 
     return micro_batch_size
 
 
+def check_batch_schedule(cfg: DictConfig, micro_batch: int, world: int) -> BatchSizes:
+    """Returns the sizes of the batches of a run, of which each process has the same number of full micro-batches.
+
+    Raises:
+        ValueError: For a size of which they have not; and with rollbacks, which pass over batches, so that the size of
+            a step would depend on them.
+    """
+    schedule: Any = cfg.train.get("batch_schedule")
+    sizes = BatchSizes(cfg.train.batch_size, None if schedule is None else dict(schedule))
+    for step, size in sizes.changes[1:]:
+        if size % (micro_batch * world):
+            raise ValueError(
+                f"train.batch_schedule has {size} sequences from step {step} on, which is not a multiple of "
+                f"{micro_batch} sequences in one forward pass of each of {world} processes: give another size, or a "
+                "smaller train.micro_batch_size"
+            )
+    if schedule is not None and (cfg.get("health") or {}).get("action") in ("rollback", "reload"):
+        raise ValueError(
+            f"train.batch_schedule with health.action={cfg.health.action}, after which batches are passed over, and "
+            "the size of a step would depend on it: give clip, skip or warn"
+        )
+    return sizes
+
+
 def max_grad_norm(cfg: DictConfig) -> float:
     """The bound of the global gradient norm; inf for none."""
     return math.inf if cfg.train.max_grad_norm is None else cfg.train.max_grad_norm
@@ -113,15 +139,15 @@ def check_steps(cfg: DictConfig) -> None:
         raise ValueError(f"{' and '.join(given)}: give one of them, and null for the other")
 
 
-def steps_of(epochs: float, sequences: int, batch_size: int) -> int:
+def steps_of(epochs: float, sequences: int, batches: BatchSizes) -> int:
     """The number of steps that see the training sequences so many times: the last batch may begin another epoch.
 
     Args:
         epochs: The number of times, which may be a fraction.
         sequences: The number of training sequences, which is the same at any number of processes.
-        batch_size: Sequences per step.
+        batches: Sequences per step.
     """
-    return max(1, math.ceil(round(epochs * sequences / batch_size, 6)))
+    return batches.steps(math.ceil(round(epochs * sequences, 6)))
 
 
 def check_best(cfg: DictConfig) -> None:

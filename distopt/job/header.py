@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distopt.data.batch_sizes import BatchSizes
 from distopt.job.device import described, unsharded_numel
 from distopt.job.run_folder import near
 from distopt.version import __version__
@@ -46,14 +47,18 @@ def _model(job: Job) -> str:
 
 def _training(job: Job) -> str:
     options, sequences = job.cfg.train, job.sequences
+    sizes = sequences.sizes if hasattr(sequences, "sizes") else BatchSizes(options.batch_size)
+    largest = max(size for begins, size in sizes.changes if begins < options.steps)
     tokens = options.batch_size * options.sequence_length
-    sizes = f"{options.batch_size} x {options.sequence_length} = {tokens:,} tokens"
-    epochs = options.steps * options.batch_size / sequences.count
+    grows = f", growing to {largest}" if largest > options.batch_size else ""
+    each = f"{options.batch_size} x {options.sequence_length} = {tokens:,} tokens{grows}"
+    total = sizes.before(options.steps)
+    epochs = total / sequences.count
     passes = options.batch_size // job.accelerator.num_processes // job.micro_batch
     accumulated = f" in {passes} micro-batches" if passes > 1 else ""
     return (
-        f"{options.steps:,} steps of {sizes}{accumulated}: "
-        f"{options.steps * tokens:,} tokens, {epochs:.3g} epoch{'s' * (epochs != 1)}"
+        f"{options.steps:,} steps of {each}{accumulated}: "
+        f"{total * options.sequence_length:,} tokens, {epochs:.3g} epoch{'s' * (epochs != 1)}"
     )
 
 

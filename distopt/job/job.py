@@ -30,11 +30,13 @@ from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor
+from distopt.job.noise import Noise
 from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
 from distopt.job.summary import report
 from distopt.job.watchdog import Watchdog
-from distopt.optim.averaging import eval_mode
+from distopt.optim.averaged import averaged, update_average
+from distopt.optim.averaging import eval_mode, train_mode
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -73,6 +75,7 @@ class Job:
         checkpoint: The folder of the last checkpoint, saved or resumed from.
         loss: What is minimized in place of the cross-entropy; None for that.
         health: What watches the run's health; None for nothing.
+        noise: What measures the gradient noise scale; None for nothing.
     """
 
     cfg: DictConfig
@@ -100,6 +103,7 @@ class Job:
     checkpoint: Path | None
     loss: LogitsLoss | None = None
     health: Health | None = None
+    noise: Noise | None = None
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
     _evaluated: tuple[int, float] = field(default=(-1, math.nan), init=False)  # the step and its validation loss
@@ -159,15 +163,23 @@ class Job:
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
         self.monitor.got_batch()
-        parts, most = batch.split(self.micro_batch), max_grad_norm(self.cfg)
-        done = update(self.engine, self.model, self.stepper, parts, most, self.minimized)
+        if isinstance(self.stepper, SAM):
+            self.stepper.step_number = self.step
+        parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
+        measure = {"noise": True} if self.noise else {}
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, self.minimized, **measure)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
+        if done.applied:
+            update_average(self.optimizer)
         to = self.health.rolled_back() if self.health else None
         if to is None:
             self.schedule.step()
             self.step += 1
         self._settle()
-        self._late = Late(self.accelerator.reduce(torch.stack([done.loss, stop.request(done.loss)]), "mean"))
+        mine = [done.loss, stop.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
+        if self.noise:
+            self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
         self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
@@ -198,23 +210,30 @@ class Job:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
-        (loss, asked), self._late = self._late.read(), None
+        (loss, asked, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss)
+        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None)
 
     def evaluate(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
-        eval_mode(self.stepper)  # until the next step: also for the sample, and for the checkpoint
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         tell = self.monitor.begin("evaluating")
         batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
-        own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
+        with self.evaluated():
+            own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
         loss: float = self.accelerator.reduce(own, "mean").item()
         bits = self.bits_per_byte(loss)
         self.monitor.write({"validation_loss": loss, "bits_per_byte": bits})
         tell(f"validation loss {loss:.4f}, {bits:.4f} bits per byte")
         self._evaluated = (self.step, loss)
         return loss
+
+    def evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which the model has the weights to evaluate: their average, if `evaluation.average`."""
+        if self.cfg.evaluation.get("average") is False:
+            train_mode(self.stepper)  # a schedule-free optimizer's, since the last checkpoint
+            return contextlib.nullcontext()
+        return averaged(self.optimizer, self.engine.unwrap(self.model))
 
     def save(self) -> None:
         """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
@@ -225,12 +244,19 @@ class Job:
         if self.monitor.skipped_in_a_row or not math.isfinite(loss) or not all_finite(model):
             self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
             return
-        # In eval mode, so that a checkpoint has the weights to use, and a resumed run takes the same way back.
+        # Schedule-free: a checkpoint has the average as its weights, and a resumed run takes the same way back.
         eval_mode(self.stepper)
         # Between two evaluations, after a signal, there is no validation loss of this step.
-        extra = {"step": self.step, **self.identity, **({"validation_loss": loss} if evaluated == self.step else {})}
+        extra = {
+            "step": self.step,
+            "tokens": self.monitor.tokens(self.step),
+            **self.identity,
+            **({"validation_loss": loss} if evaluated == self.step else {}),
+        }
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
+        if self.noise:
+            extra |= {"noise_scale": self.noise.scale.state_dict()}
         tell = self.monitor.begin("saving a checkpoint")
         self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
         tell(f"checkpoint {self.checkpoint.name}")

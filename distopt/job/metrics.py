@@ -24,7 +24,7 @@ class Monitor:
         folder: The run's folder; its `metrics.jsonl` gets one JSON object per line.
         first_step: The number of steps done before (a resumed run).
         steps: The number of steps in all.
-        tokens_per_step: The number of tokens per step, over all processes.
+        tokens: Returns the number of tokens of all steps before one, over all processes.
         main: Whether this process writes.
         track: Called with (metrics, step), for Accelerate's trackers.
         terminal: Shows the progress; None for standard output.
@@ -42,14 +42,14 @@ class Monitor:
         folder: Path,
         first_step: int,
         steps: int,
-        tokens_per_step: int,
+        tokens: Callable[[int], int],
         main: bool,
         track: Callable[[Mapping[str, float], int], None],
         terminal: Terminal | None = None,
         device: Callable[[float], Mapping[str, float]] = lambda speed: {},
     ) -> None:
         self.terminal, self._device = terminal or Terminal(main), device
-        self.main, self.track, self.tokens_per_step = main, track, tokens_per_step
+        self.main, self.track, self.tokens = main, track, tokens
         self.done, self.first_step = first_step, first_step
         self.skipped, self.skipped_in_a_row = 0, 0
         self.seconds = 0.0
@@ -61,7 +61,7 @@ class Monitor:
         kept = _forget_after(self.metrics, first_step)
         self.skipped = next((row["skipped"] for row in reversed(kept) if "skipped" in row), 0)
         self.file = self.metrics.open("a")
-        self.progress = Progress(self.terminal, first_step, steps, tokens_per_step)
+        self.progress = Progress(self.terminal, first_step, steps)
 
     def start_step(self) -> None:
         """Starts the clock of a step."""
@@ -89,13 +89,13 @@ class Monitor:
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
         self._step_seconds = seconds
-        speed = self.tokens_per_step / seconds
+        speed = (self.tokens(self.done) - self.tokens(self.done - 1)) / seconds
         self._row = (
             self.done,
             {
                 "lr": lr,
                 "grad_norm": grad_norm,
-                "tokens": self.done * self.tokens_per_step,
+                "tokens": self.tokens(self.done),
                 "tokens_per_second": round(speed, 1),
                 "data_seconds": round(self._waited, 6),
                 "skipped": self.skipped,
@@ -105,12 +105,14 @@ class Monitor:
         if loss is not None:
             self.end_loss(loss)
 
-    def end_loss(self, loss: float) -> None:
-        """Writes the row of the last step, with its loss."""
+    def end_loss(self, loss: float, more: Mapping[str, float] | None = None) -> None:
+        """Writes the row of the last step, with its loss, and more numbers by name."""
         step, row = self._row
+        row |= more or {}
         if self.main:
             self._write(step, {"loss": loss, **row})
-            self.progress.update(step, self._step_seconds, shown({"loss": loss, **row}))
+            tokens = self.tokens(step) - self.tokens(step - 1)
+            self.progress.update(step, self._step_seconds, tokens, shown({"loss": loss, **row}))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl for the current step, and passes the metrics to the trackers."""

@@ -23,28 +23,30 @@ class Progress:
         terminal: Shows it.
         first_step: The number of steps done before (a resumed run).
         steps: The number of steps in all.
-        tokens_per_step: The number of tokens per step.
     """
 
-    def __init__(self, terminal: Terminal, first_step: int, steps: int, tokens_per_step: int) -> None:
-        self._terminal, self._steps, self._tokens_per_step = terminal, steps, tokens_per_step
+    def __init__(self, terminal: Terminal, first_step: int, steps: int) -> None:
+        self._terminal, self._steps = terminal, steps
         self.done = self._first = first_step
         self._began: float | None = None
         self._shown = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=_STEPS)
+        self._tokens: deque[int] = deque(maxlen=_STEPS)
         self._values: dict[str, str] = {}
         self._said = first_step  # the step of the last line of a log file
 
-    def update(self, done: int, seconds: float, values: Mapping[str, str]) -> None:
+    def update(self, done: int, seconds: float, tokens: int, values: Mapping[str, str]) -> None:
         """Shows a step, unless another one was shown just before.
 
         Args:
             done: The number of steps done.
             seconds: The time of the step.
+            tokens: Its tokens.
             values: What else to show, by name, the most important first; where a line is short, the last are left out.
         """
         self.done = done
         self._seconds.append(seconds)
+        self._tokens.append(tokens)
         self._values = dict(values)
         now, live = time.monotonic(), self._terminal.live
         self._began = now - seconds if self._began is None else self._began
@@ -84,8 +86,8 @@ class Progress:
     def _fields(self, width: int) -> list[str]:
         """The step, and as many of the numbers as there is room for."""
         loss, *others = [f"{name} {value}".strip() for name, value in self._values.items()] or [""]
-        mean = sum(self._seconds) / max(len(self._seconds), 1)
-        speed = f"{self._tokens_per_step / mean:,.0f} tok/s" if mean else ""
+        seconds = sum(self._seconds)
+        speed = f"{sum(self._tokens) / seconds:,.0f} tok/s" if seconds else ""
         now = time.monotonic()
         took = now - (now if self._began is None else self._began)  # with evaluations and checkpoints
         left = took / max(self.done - self._first, 1) * (self._steps - self.done)

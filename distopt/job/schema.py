@@ -11,10 +11,14 @@ from typing import Any
 
 from distopt import bounds
 from distopt.bounds import POSITIVE, Bound, choice, either, integer, number, or_null, switch, text, texts
+from distopt.data.batch_sizes import SCHEDULE as BATCHES
 from distopt.health.monitor import BOUNDS as HEALTH
+from distopt.health.noise_scale import DECAY as NOISE
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
 from distopt.optim.validate import BOUNDS, FACTORED, MATRICES
+from distopt.optim.weight_average import BOUNDS as AVERAGE
+from distopt.sam.rho_schedule import FACTORS
 
 
 def _is_name(value: object) -> bool:
@@ -29,6 +33,7 @@ SECTIONS = {
     "optimizer": "the update rule",
     "param_groups": "which parameters get which options",
     "sam": "sharpness-aware minimization; `sam=off` for none",
+    "average": "an average of the weights over the steps; `average=none` for none",
     "health": "the norms of layers in every step, with alarms; `health=off` for none",
     "schedule": "the learning rate over the steps, as a factor of `optimizer.lr`",
     "engine": "how model, gradients and state are distributed",
@@ -39,7 +44,12 @@ SECTIONS = {
     "loss": "what is minimized, a sum over tokens of what their logits give; one of your own by its `_target_`",
     "cluster": "the hardware of a plan",
 }
-OPTIONAL = ("sam", "adapter", "health", "init")
+OPTIONAL = ("sam", "adapter", "health", "init", "average")
+
+STEP_OR_SHARE = Bound(
+    "a step >= 0, or a fraction in [0.0, 1.0] of train.steps",
+    lambda value: integer(0).accepts(value) or (isinstance(value, float) and 0.0 <= value <= 1.0),
+)
 
 SCHEMA: dict[str, Key] = {
     "name": Key(
@@ -62,6 +72,12 @@ SCHEMA: dict[str, Key] = {
         or_null(POSITIVE), "passes over the training sequences, or a fraction of one; null if `train.steps` says"
     ),
     "train.batch_size": Key(integer(1), "sequences per step, over all processes"),
+    "train.batch_schedule": Key(
+        BATCHES, "sequences per step from a step on, as {1000: 64, 3000: 128}; null: `train.batch_size` at every step"
+    ),
+    "train.noise_scale": Key(
+        or_null(NOISE), "measure the gradient noise scale: decay rate of its means, as 0.99; null: do not"
+    ),
     "train.micro_batch_size": Key(
         or_null(integer(1)), "sequences in one forward pass of a process; null: its whole share, without accumulation"
     ),
@@ -85,8 +101,17 @@ SCHEMA: dict[str, Key] = {
         text("never, auto, or a checkpoint's folder", empty=False),
         "never; auto: the newest complete checkpoint of this run, if any; or a checkpoint's folder",
     ),
+    "train.init": Key(
+        or_null(text("a folder", empty=False)),
+        "start from another run: its folder or a checkpoint's, for the weights and the optimizer state; null: anew",
+    ),
+    "train.init_state": Key(switch(), "false: from the weights of `train.init` alone, as for another optimizer"),
     "train.timeout_minutes": Key(number(0.1, 525600), "how long a process waits for the others before it gives up"),
     "evaluation.every": Key(integer(1), "steps between evaluations; also before the first and after the last step"),
+    "evaluation.average": Key(
+        or_null(switch()),
+        "evaluate, and sample from, the average of the weights; null: if there is one; false: the weights themselves",
+    ),
     "evaluation.max_sequences": Key(or_null(integer(1)), "validation sequences; null: all"),
     "evaluation.prompt": Key(text(), "what the sample at the end continues", "quote it twice, as '\"5\"'"),
     "evaluation.sample_tokens": Key(integer(0), "tokens of the sample; 0: none"),
@@ -176,12 +201,20 @@ SCHEMA: dict[str, Key] = {
     "sam.rho": Key(POSITIVE, "radius of the neighbourhood", "leave SAM out for rho = 0"),
     "sam.interval": Key(integer(1), "perturb at every so many steps"),
     "sam.scope": Key(bounds.SCOPE, "perturb by the global gradient or each process by its own"),
+    "sam.start": Key(STEP_OR_SHARE, "the first step that perturbs; a fraction such as 0.8 is one of `train.steps`"),
+    "sam.stop": Key(or_null(STEP_OR_SHARE), "the first step that no longer perturbs, likewise; null: never"),
+    "sam.rho_schedule": Key(
+        FACTORS, "factors of rho by step, with straight lines between them, as {0: 0.0, 1000: 1.0}; null: 1"
+    ),
     "sam.eta": Key(number(0), "added to |parameter| in ASAM's scale"),
     "sam.sigma": Key(number(0, 1), "how much of the mean gradient is removed from the perturbation"),
     "sam.decay": Key(number(0, 1), "decay rate of the mean gradient"),
     "sam.alpha": Key(number(0), "weight of the gap's gradient (GSAM), or of the remembered gradient (LookSAM)"),
     "sam.precondition": Key(switch(), "perturb along the gradient as Adam scales it"),
     "sam.eps": Key(POSITIVE, "added to the denominator of Adam's scale"),
+    "average.decay": Key(AVERAGE["decay"], "decay rate of the exponential moving average of the weights"),
+    "average.window": Key(AVERAGE["window"], "snapshots of the weights whose mean is the latest weight average"),
+    "average.every": Key(AVERAGE["every"], "steps between two snapshots"),
     "health.action": Key(HEALTH["action"], "what to do about a spike: reload loads the last checkpoint"),
     "health.threshold": Key(HEALTH["threshold"], "deviations above the running mean of a layer that are a spike"),
     "health.decay": Key(HEALTH["decay"], "decay rate of the running statistics"),

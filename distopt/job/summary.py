@@ -53,7 +53,8 @@ def _sampled(job: Job) -> dict[str, str]:
     if length <= 0:
         return {}
     ends = end_tokens(job.corpus.pretrained_tokenizer(), job.config)
-    written = sample(job.engine, job.model, prompt, length, job.cfg.seed, job.accelerator.device, ends)
+    with job.evaluated():
+        written = sample(job.engine, job.model, prompt, length, job.cfg.seed, job.accelerator.device, ends)
     answer = written[len(prompt) :]
     ended = answer[-1] in ends
     end = "  [end of text]" if ended else f"  [after {length} tokens]"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distopt.checkpoint import latest_checkpoint, load_weights, manifest
+from distopt.checkpoint import latest_checkpoint, load_average, load_weights, manifest
 from distopt.checkpoint.folder import open_checkpoint, small_files
 from distopt.models import pretrained
 from distopt.models.language_model import LanguageModel
@@ -31,6 +31,7 @@ def export(
     out: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     adapter_only: bool = False,
+    average: bool = False,
 ) -> str:
     """Write a checkpoint of `distopt.train` as a folder that transformers loads.
 
@@ -46,13 +47,15 @@ def export(
             merging an adapter.
         adapter_only: Write only the adapter of a LoRA run, as `peft` does, which needs the pretrained model at its
             original path; otherwise it is merged into the weights.
+        average: Write the average of the weights in place of those of the last step: that of `distopt.EMA` or
+            `distopt.LAWA`, or a schedule-free optimizer's.
 
     Returns:
         A message that says what was written and how to load it.
 
     Raises:
         ValueError: The checkpoint is incomplete, cannot be read or is not of `distopt.train`, `out` is not empty, or
-            weights are too large for `dtype`. Nothing is written.
+            weights are too large for `dtype`, or it has no average. Nothing is written.
     """
     out = Path(out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -65,7 +68,7 @@ def export(
         )
     if adapter_only and ADAPTER not in files:
         raise ValueError(f"{folder} contains no adapter: export it without --adapter")
-    model = read_model(folder, content, files, dtype, merge=not adapter_only)
+    model = read_model(folder, content, files, dtype, merge=not adapter_only, average=average)
 
     partial = out.with_name(f"{out.name}.exporting")  # so that a killed export leaves nothing named `out`
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,7 +90,8 @@ def export(
     exported = [p for p in model.parameters() if p.requires_grad or not adapter_only]
     size = f"{sum(p.numel() for p in exported) / 1e6:,.2f}M parameters in {str(dtype).removeprefix('torch.')}"
     loading = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), the tokenizer by {tokenizer}"
-    return f"wrote {out} from {folder.name}: {size}; load it by {loading}"
+    what = f"the average in {folder.name}" if average else folder.name
+    return f"wrote {out} from {what}: {size}; load it by {loading}"
 
 
 def find(path: Path) -> Path:
@@ -108,7 +112,12 @@ def find(path: Path) -> Path:
 
 
 def read_model(
-    folder: Path, content: dict[str, Any], files: Mapping[str, bytes], dtype: torch.dtype, merge: bool = True
+    folder: Path,
+    content: dict[str, Any],
+    files: Mapping[str, bytes],
+    dtype: torch.dtype,
+    merge: bool = True,
+    average: bool = False,
 ) -> Any:
     """Load the model of a checkpoint on the CPU; buffers that are not saved remain uninitialized.
 
@@ -118,6 +127,7 @@ def read_model(
         files: Its `small_files`.
         dtype: The dtype of the weights.
         merge: Merge an adapter into the weights; otherwise a model with an adapter is returned as a `peft.PeftModel`.
+        average: Load the average of the weights.
 
     Returns:
         A `PreTrainedModel`, or a `peft.PeftModel`.
@@ -133,7 +143,7 @@ def read_model(
         manifest.check_model(*({name: of and of[:1] for name, of in tensors.items()} for tensors in both))  # shapes
         nn.Module.to(model, torch.float32 if adapted else dtype).to_empty(device="cpu")
         model.tie_weights()
-        load_weights(folder, model.state_dict())
+        (load_average if average else load_weights)(folder, model.state_dict())
         if adapted:  # merged in float32, so that weights are rounded once
             model = adapted.merge_and_unload(safe_merge=True) if merge else adapted
             nn.Module.to(model, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distopt.kernels.rules import Rule
 from distopt.layout import ShardLayout
+from distopt.optim.averaged import Averages
 from distopt.optim.base import ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -77,6 +78,21 @@ class ScheduleFree(ShardedOptimizer):
         """Makes the weights x, the average, which is what the method optimizes. Collective."""
         self._set_mode(False)
 
+    @property
+    def average(self) -> ScheduleFree:
+        """Itself, for `distopt.averaged`."""
+        return self
+
+    @torch.no_grad()
+    def averages(self, index: int) -> Averages:
+        """Implements `distopt.optim.averaged.Average`: x while the weights are y, and nothing in eval mode."""
+        group = self.param_groups[index]
+        if not group["train_mode"]:
+            return [], []
+        params, weights, z = self._both(index)
+        share = 1.0 - 1.0 / self.beta(group)  # of z: y = (1 - beta) z + beta x
+        return params, list(torch._foreach_lerp(weights, z, share)) if weights else []
+
     def bind(self, layout: ShardLayout) -> None:
         """As in the base class.
 
@@ -135,22 +151,27 @@ class ScheduleFree(ShardedOptimizer):
             return
         layout, changed = self.layout, []
         for i in changing:
-            group = self.param_groups[i]
-            # Also parameters that were frozen since; before the first step there are none.
-            every = dict.fromkeys([*layout.local_params(i, group["params"]), *group["params"]])
-            params = [p for p in every if p in layout and "z" in self.state.get(p, ())]
-            self._local.settle(self, layout, i, params)
-            states = [self.state[p] for p in params]
-            weights = layout.shards(params, self._local.updated(layout, params, states, group))
-            beta = self.beta(group)
+            beta = self.beta(self.param_groups[i])
             share = 1.0 - beta if training else 1.0 - 1.0 / beta  # of z: y = (1 - beta) z + beta x
+            params, weights, z = self._both(i)
             if weights:
-                torch._foreach_lerp_(weights, layout.shards(params, [state["z"] for state in states]), share)
+                torch._foreach_lerp_(weights, z, share)
             changed += params
         self._local.round_masters(self, layout, changed)
         layout.publish(changed)
         for i in changing:
             self.param_groups[i]["train_mode"] = training
+
+    def _both(self, index: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns the parameters of a param group that have stepped, the shards that a step updates, and those of z."""
+        layout, group = self.layout, self.param_groups[index]
+        # Also parameters that were frozen since; before the first step there are none.
+        every = dict.fromkeys([*layout.local_params(index, group["params"]), *group["params"]])
+        params = [p for p in every if p in layout and "z" in self.state.get(p, ())]
+        self._local.settle(self, layout, index, params)
+        states = [self.state[p] for p in params]
+        weights = layout.shards(params, self._local.updated(layout, params, states, group))
+        return params, weights, layout.shards(params, [state["z"] for state in states])
 
 
 def train_mode(optimizer: torch.optim.Optimizer) -> None:

@@ -68,6 +68,7 @@ class ShardedOptimizer(LayoutOptimizer):
         group_state: The entries of a param group that are state and no options.
         needs_float32: Why its weights have to be in float32, if only in masters; "" if they need not.
         unobservable: Why the norms of its steps are not those of its directions; "" if they are.
+        average: What averages its weights (`distopt.EMA`, `distopt.LAWA`); None for nothing.
         ratio_of: Whose norm the trust ratio compares with the weights': that of the "update", which the ratio then
             multiplies, or that of the "gradient", which it multiplies before the state changes (LARS).
     """
@@ -77,6 +78,7 @@ class ShardedOptimizer(LayoutOptimizer):
     group_state: tuple[str, ...] = ()
     needs_float32: str = ""
     unobservable: str = ""
+    average: Any = None
     ratio_of: Literal["update", "gradient"] = "update"
     takes_clip = True  # `step` has the arguments `clip` and `consumes_grads`
     _checked: ShardLayout | None = None  # the layout of the last step
@@ -211,6 +213,7 @@ class ShardedOptimizer(LayoutOptimizer):
         layout = self.layout
         for i, group in enumerate(self.param_groups):
             self._local.settle(self, layout, i, layout.local_params(i, group["params"]))
+        getattr(self.average, "init_buffers", lambda: None)()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ValueError for a hyper-parameter that is out of bounds, mistyped or misspelt."""

@@ -16,6 +16,7 @@ from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
 from distopt.models.language_model import LanguageModel, blocks, check_length
+from distopt.optim.averaged import average_of
 from distopt.optim.mixed import split_of
 from distopt.optim.narrow_state import form_of
 from distopt.optim.options import COMMON
@@ -183,11 +184,12 @@ def units_of(model: Any, optimizer: Any) -> list[list[Param]]:
         units.append([])
         for p in own:
             rule = optimizer.rule(groups[p]) if p in groups else Rule()
-            units[-1].append(_param(p, rule, of_ends.get(p, ""), trained, groups.get(p, COMMON)))
+            kept = len(getattr(average_of(optimizer), "buffers", ())) if p in groups else 0
+            units[-1].append(_param(p, rule, of_ends.get(p, ""), trained, groups.get(p, COMMON), kept))
     return units
 
 
-def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[str, Any]) -> Param:
+def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[str, Any], averages: int) -> Param:
     slots = {name: slot for name in rule.buffers if (slot := rule.slot(name, param.shape)) is not None}
     replicated = [math.prod(slot.shape) for slot in slots.values() if slot.replicated]
     forms = [form_of(rule, group, name, tuple(param.shape)) for name, slot in slots.items() if not slot.replicated]
@@ -195,7 +197,7 @@ def _param(param: Tensor, rule: Rule, end: str, trained: bool, group: Mapping[st
     return Param(
         tuple(param.shape),
         param.requires_grad and trained,
-        slots=sum(bytes_of) / 4,
+        slots=sum(bytes_of) / 4 + averages,
         replicated=sum(replicated),
         end=end,
         beside={"float32": 4, "remainder": 2, "none": 0}[group["master_weights"]],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,11 @@ from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
 from distopt.sam.perturbing import Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class ASAM(SAM):
@@ -41,8 +48,9 @@ class ASAM(SAM):
         interval: int = 1,
         scope: Scope = "global",
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
-        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model)
+        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model, **schedule)
         self.eta = bounded("eta", eta, 0.0)
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

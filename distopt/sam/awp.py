@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
 from distopt.sam.perturbing import Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class AWP(SAM):
@@ -42,8 +49,9 @@ class AWP(SAM):
         interval: int = 1,
         scope: Scope = "global",
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
-        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model)
+        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model, **schedule)
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         weights, grads, layers = layout.weights(params), layout.grads(params), layout.layers(params)
@@ -53,5 +61,5 @@ class AWP(SAM):
 
     def _factors(self, layout: ShardLayout, params: list[Tensor], total: Tensor) -> list[Tensor]:
         """Returns rho for each shard: the directions have their lengths already."""
-        rho = {p: self.radius(group) for group in self.param_groups for p in group["params"]}
+        rho = {p: self.radius_now(group) for group in self.param_groups for p in group["params"]}
         return [total.new_tensor(rho[p]) for p in params for _ in layout.segments[p]]

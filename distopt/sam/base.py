@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from distopt.optim.observer import vetoed
 from distopt.sam.checks import check_inner
 from distopt.sam.closure import run_closure
 from distopt.sam.perturbing import PerturbingOptimizer, Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class SAM(PerturbingOptimizer):
@@ -60,8 +65,13 @@ class SAM(PerturbingOptimizer):
             found from parameters: without it both passes of `step(closure)` change them and count two batches per step,
             without a warning. None if there are none, and where `distopt.attach`, `SAMTrainerMixin` or `distopt.train`
             runs SAM, which pass their model.
+        schedule: When SAM perturbs; each is a pure function of the number of the step, from 0. `start`, the first step
+            that perturbs, >= 0; `stop`, the first one that no longer does, > start, or None; `rho_schedule`, factors of
+            every radius by step, {0: 0.0, 1000: 1.0}, with straight lines between them. Steps without a radius are
+            plain steps of the optimizer, at the cost of one pass.
 
     Attributes:
+        step_number: The number of the current step, where a loop counts it; None to count the steps taken.
         compute_dtype: The dtype of the forward pass where it is not that of the weights (mixed precision), or None.
             `distopt.attach`, `SAMTrainerMixin` and `distopt.train` set it.
 
@@ -86,9 +96,10 @@ class SAM(PerturbingOptimizer):
         interval: int = 1,
         scope: Scope = "global",
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
         check_inner(optimizer, SAM)
-        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model)
+        super().__init__(optimizer, rho, interval=interval, scope=scope, model=model, **schedule)
         self._warned = False  # of a step without `perturb`
         self._has_stepped = False  # and so the optimizer has all the state that it will have
 
@@ -151,7 +162,7 @@ class SAM(PerturbingOptimizer):
     def count_step(self) -> None:
         """Counts a step that was taken, in every param group, so that a resumed run ascends at the same steps."""
         self._perturb_called = False
-        if self.interval > 1:
+        if self._counts:
             count = self._steps() + 1
             for group in self.param_groups:
                 group["sam_steps"] = count
@@ -160,7 +171,7 @@ class SAM(PerturbingOptimizer):
         """Creates the state that checkpoints contain, the optimizer's and SAM's, where it does not exist yet."""
         if hasattr(self.optimizer, "init_state"):
             self.optimizer.init_state()
-        if self.interval > 1:  # torch's checkpoints fill only keys that exist
+        if self._counts:  # torch's checkpoints fill only keys that exist
             count = self._steps()
             for group in self.param_groups:
                 group["sam_steps"] = count

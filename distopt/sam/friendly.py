@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,11 @@ from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
 from distopt.sam.perturbation import resolution
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class FriendlySAM(SAM):
@@ -49,8 +56,9 @@ class FriendlySAM(SAM):
         decay: float = 0.6,
         interval: int = 1,
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
-        super().__init__(optimizer, rho, interval=interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model, **schedule)
         self.sigma = bounded("sigma", sigma, 0.0, 1.0)
         self.decay = bounded("decay", decay, 0.0, 1.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from distopt.layout import ShardLayout
 from distopt.sam.base import SAM
 from distopt.sam.perturbation import Perturbation
 from distopt.sam.preconditioned import PreconditionedSAM
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class FunctionalSAM(PreconditionedSAM):
@@ -55,10 +60,11 @@ class FunctionalSAM(PreconditionedSAM):
         eps: float = 1e-8,
         interval: int = 1,
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
         switch().check("precondition", precondition)
         self.precondition = self.reads_optimizer_state = precondition
-        super().__init__(optimizer, rho, eps=eps, interval=interval, model=model)
+        super().__init__(optimizer, rho, eps=eps, interval=interval, model=model, **schedule)
         self._slopes: list[Tensor] = []
         self._in_closure = False
 

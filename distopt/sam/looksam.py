@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,11 @@ from distopt.layout import ShardLayout
 from distopt.optim.validate import bounded
 from distopt.sam.base import SAM
 from distopt.sam.perturbation import gradient_pairs, rejections, resolution
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class LookSAM(SAM):
@@ -47,8 +54,9 @@ class LookSAM(SAM):
         interval: int = 5,
         alpha: float = 0.7,
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
-        super().__init__(optimizer, rho, interval=interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model, **schedule)
         self.alpha = bounded("alpha", alpha, 0.0)
 
     def descent(

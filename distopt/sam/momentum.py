@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from distopt.layout import ShardLayout, fit
 from distopt.sam.base import SAM
 from distopt.sam.moments import FIRST, moment_of, state_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class MomentumSAM(SAM):
@@ -40,8 +47,10 @@ class MomentumSAM(SAM):
     needs_ascent_gradient = False
     reads_optimizer_state = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rho: float = 0.3, *, interval: int = 1) -> None:
-        super().__init__(optimizer, rho, interval=interval)
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rho: float = 0.3, *, interval: int = 1, **schedule: Unpack[RhoOptions]
+    ) -> None:
+        super().__init__(optimizer, rho, interval=interval, **schedule)
         names = state_names(optimizer)
         if names and all(each.isdisjoint(FIRST) for each in names):
             raise self._no_momentum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from distopt.layout import ShardLayout, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
 from distopt.optim.validate import bounded, positive
 from distopt.sam.perturbation import Perturbation
+from distopt.sam.rho_schedule import RhoSchedule
 from distopt.sam.rounding import perturb_, warn_of_rounding
 from distopt.sam.state_buffers import StateBuffers
 from distopt.sam.wrapper import OptimizerWrapper
@@ -46,8 +47,13 @@ class PerturbingOptimizer(OptimizerWrapper):
         interval: int = 1,
         scope: Scope = "global",
         model: nn.Module | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        rho_schedule: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__(optimizer)
+        self.schedule = RhoSchedule(start, stop, rho_schedule)
+        self.step_number: int | None = None
         self.rho = positive("rho", rho, "leave SAM out for rho = 0")
         for group in optimizer.param_groups:
             self.radius(group)
@@ -65,7 +71,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     @property
     def ascends(self) -> bool:
         """Whether the current step perturbs the weights and needs a gradient there."""
-        return self._steps() % self.interval == 0
+        return self._steps() % self.interval == 0 and self._factor() > 0.0
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the direction d and the measure m of the perturbation rho * d / |m|, as lists of shards."""
@@ -101,6 +107,10 @@ class PerturbingOptimizer(OptimizerWrapper):
                 "SAM's radius for a group is called sam_rho"
             )
         return bounded("sam_rho of a param group", group["sam_rho"], 0.0) if "sam_rho" in group else self.rho
+
+    def radius_now(self, group: dict[str, Any]) -> float:
+        """Returns the radius of a param group in the current step: `radius` times the factor of the schedule."""
+        return self.radius(group) * self._factor()
 
     def rounding(self, params: list[Tensor]) -> float:
         """Returns the share of |g| up to which |m| is nothing but rounding; 0 where m is no difference of gradients."""
@@ -184,7 +194,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     def restore(self) -> None:
         """Restores the weights, bit for bit, and changes the gradients to those that the optimizer steps with."""
         done = self._put_back()
-        if done is not None:
+        if done is not None and self._factor() > 0.0:
             self.descent(done.layout, self._with_gradients(), done.unperturbed)
 
     def ascent_norms(self) -> dict[Tensor, Tensor]:
@@ -228,7 +238,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def _factors(self, layout: ShardLayout, params: list[Tensor], total: Tensor) -> list[Tensor]:
         """Returns rho / |m| for each shard, on the device; 0 where the norm is 0."""
-        rho = {p: self.radius(group) for group in self.param_groups for p in group["params"]}
+        rho = {p: self.radius_now(group) for group in self.param_groups for p in group["params"]}
         factors = {radius: torch.where(total > 0, radius / total, 0.0) for radius in set(rho.values())}
         return [factors[rho[p]] for p in params for _ in layout.segments[p]]
 
@@ -243,6 +253,17 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def _with_gradients(self) -> list[Tensor]:
         return with_gradient(p for group in self.param_groups for p in group["params"])
+
+    @property
+    def _counts(self) -> bool:
+        """Whether steps are counted in the param groups."""
+        return self.interval > 1 or not self.schedule.constant
+
+    def _factor(self) -> float:
+        """Returns the factor of the radius in the current step."""
+        if self.schedule.constant:
+            return 1.0
+        return self.schedule.factor(self._steps() if self.step_number is None else self.step_number)
 
     def _steps(self) -> int:
         """Returns the number of steps so far, by the param groups: checkpoints may drop groups without parameters."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,11 @@ from distopt.layout import ShardLayout, fit
 from distopt.optim.validate import positive
 from distopt.sam.base import SAM
 from distopt.sam.moments import SECOND, moment_of, state_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from distopt.sam.rho_schedule import RhoOptions
 
 
 class PreconditionedSAM(SAM):
@@ -47,8 +54,9 @@ class PreconditionedSAM(SAM):
         eps: float = 1e-8,
         interval: int = 1,
         model: nn.Module | None = None,
+        **schedule: Unpack[RhoOptions],
     ) -> None:
-        super().__init__(optimizer, rho, interval=interval, model=model)
+        super().__init__(optimizer, rho, interval=interval, model=model, **schedule)
         self.eps = positive("eps", eps)
         if self.reads_optimizer_state and any(each.isdisjoint(SECOND) for each in state_names(optimizer)):
             raise self._no_moments()

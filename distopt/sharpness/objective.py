@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distopt import collective
-from distopt.engine.fsdp2 import leave_pass, reshard
+from distopt.engine.fsdp2 import leave_pass
 from distopt.layout import infer_layout, local
+from distopt.layout.fsdp2 import reshard
 
 Vector = list[Tensor]  # one local tensor for each parameter, sharded as it is
 

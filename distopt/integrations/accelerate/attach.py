@@ -17,6 +17,7 @@ from distopt.integrations.accelerate.private import prepared_models, prepared_op
 from distopt.integrations.accelerate.sam import attach_sam
 from distopt.integrations.accelerate.save_state import check_single, keep_in_folder, refuse_files
 from distopt.integrations.accelerate.zero1 import forget, zero1_layout
+from distopt.layout.fsdp2 import reshard
 from distopt.optim.averaging import ScheduleFree
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mixed import MixedOptimizer
@@ -128,8 +129,6 @@ def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
         )
     _check_parameters(model, optimizer)
     if isinstance(layout.unwrap_optimizer(optimizer), ScheduleFree):
-        from distopt.engine.fsdp2 import reshard  # here, lest `import distopt` load the engines
-
         # Where FSDP2 keeps full weights after a forward pass without a backward pass, the next would use stale ones.
         model.register_forward_hook(lambda module, *_: None if torch.is_grad_enabled() else reshard(module))
 

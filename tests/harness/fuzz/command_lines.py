@@ -16,7 +16,7 @@ from tests.harness.fuzz.case import EITHER, REFUSED, Case
 from tests.harness.fuzz.data_files import BAD, CHAT, TEXT
 
 # A key may be the last word of a longer one, so that its line names the section at least.
-GROUPS = ("optimizer", "engine", "sam", "health", "schedule", "model", "init", "adapter", "data")
+GROUPS = ("optimizer", "engine", "sam", "health", "schedule", "model", "init", "adapter", "data", "average")
 VALUES = (
     *("abc", "''", "null", "true", "false", "[1,2]", "[a]", "[]", "{a:1}", "{}", "nan", "inf", "-inf", "-1", "0", "1"),
     *("0.5", "2", "1e30", "1e-30", "1e400", "9223372036854775807", "9223372036854775808", "1.5", "-0.0", "'1'", "???"),
@@ -150,7 +150,7 @@ def choice(rng: random.Random) -> Case:
     """A group with something that is none of its choices."""
     group = rng.choice(GROUPS)
     given = rng.choice(("nope", "null", "true", "5", "[a,b]", "{a:1}", "''", choices(group)[0] + "x"))
-    verdict = REFUSED if given != "null" or group not in ("sam", "adapter", "health", "init") else EITHER
+    verdict = REFUSED if given != "null" or group not in ("sam", "adapter", "health", "init", "average") else EITHER
     return Case((f"{group}={given}",), (group,), verdict)
 
 
