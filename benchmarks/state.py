@@ -32,10 +32,11 @@ def add_parser(benchmarks: Any) -> None:
     parser = benchmarks.add_parser("state", help="losses with moments in 32, 16, 8 and 4 bits")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "lamb"], choices=list(_OPTIMIZERS))
     parser.add_argument("--bits", type=int, nargs="+", default=list(_BITS), choices=_BITS)
+    parser.add_argument("--lr-factor", type=float, default=1.0, help="of the learning rates 2e-3, 2e-2 and 0.1")
     parser.add_argument("--seeds", type=COUNT, default=3)
     parser.add_argument("--steps", type=COUNT, default=1000)
     parser.add_argument("--layers", type=COUNT, default=2)
-    parser.add_argument("--width", type=WIDTH, default=128, help="of the model, 32 for each head")
+    parser.add_argument("--width", type=WIDTH, default=64, help="of the model, 32 for each head")
     parser.add_argument("--batch-size", type=COUNT, default=4)
     parser.add_argument("--sequence-length", type=COUNT, default=64)
     parser.add_argument("--json", type=Path, help="also write the losses of every run to this file")
@@ -80,6 +81,7 @@ def train(
     """
     cls, decay, arguments = _OPTIMIZERS[name]
     model = _model(seed, options)
+    arguments = {**arguments, "lr": options.lr_factor * arguments["lr"]}
     optimizer = cls(distopt.param_groups(model, decay), state_bits=bits, **arguments)
     schedule = distopt.warmup_cosine(optimizer, warmup_steps=max(1, options.steps // 20), total_steps=options.steps)
     size = dict(sequence_length=options.sequence_length, batch_size=options.batch_size)

@@ -20,12 +20,13 @@ from distopt.kernels import blocks, narrow_cpu, rounding
 from distopt.kernels.blocks import SIGNED, SQUARES, Form
 from distopt.kernels.window import Window
 from distopt.layout.bucket import Bucket, Plan
+from distopt.layout.bucketed import bucket_layout
 from tests.harness import oracles_narrow
 from tests.harness.bits import full, way
 from tests.harness.cells import some
 from tests.harness.distributed import run
 from tests.harness.sharded import mesh
-from tests.harness.states import make
+from tests.harness.states import Net, make
 
 FORMS = [Form(kind, bits, 64) for kind in (SIGNED, SQUARES) for bits in (8, 4)]
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.kind}-{form.bits}")
@@ -226,6 +227,20 @@ def test_another_form_is_loaded_on_any_layout(tmp_path: Any) -> None:
     for kind in ("buckets", "fsdp2"):
         for found in run(2, loaded_elsewhere, kind, tmp_path):
             assert all(map(torch.equal, found, expected))
+
+
+def in_buckets(offload: bool) -> list[Tensor]:
+    model = Net(torch.float32, MATRICES)
+    optimizer = distopt.AdamW(model.parameters(), lr=0.1, state_bits=8)
+    ranks = mesh((dist.get_world_size(),), ("shard",))
+    optimizer.bind(bucket_layout([*model.all], ranks, offload=offload))
+    step(model, optimizer, 0, 3)
+    return [full(t) for p in model.all for t in (p, *optimizer.state[p].values())]
+
+
+def test_state_on_the_host_has_the_same_bits() -> None:
+    for offloaded, expected in zip(run(2, in_buckets, True), run(2, in_buckets, False)):
+        assert all(map(torch.equal, offloaded, expected))
 
 
 def test_bits_may_change_in_mid_run() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from distopt.kernels.device_lists import DeviceLists
 from distopt.kernels.shards import row_of
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
-from distopt.layout.places import Box, Place, Run, Segment, own_indices
+from distopt.layout.places import Box, Place, Run, Segment, cuts_blocks, own_indices
 from distopt.layout.tensors import local, local_parts, placements_of, trained, wide
 
 if TYPE_CHECKING:
@@ -93,12 +92,7 @@ class ShardLayout(LayerNorms):
 
     def cuts(self, param: Tensor, block: int) -> bool:
         """Whether some rank's elements of a parameter are not whole blocks of consecutive ones; the same on each."""
-        width, by = row_of(self.full_shape(param)), list(enumerate(getattr(param, "placements", ())))
-        sharded = [(axis, placement) for axis, placement in by if not placement.is_replicate()]
-        if any(placement.dim > 1 or hasattr(placement, "split_factor") for _, placement in sharded):
-            return True
-        parts = math.prod(param.device_mesh.size(axis) for axis, placement in sharded if placement.dim)  # type: ignore[attr-defined]
-        return parts > 1 and (param.shape[1] % parts > 0 or width // parts % block > 0)
+        return cuts_blocks(param, self.full_shape(param), block)
 
     def check_copyable(self) -> None:
         """Raises ValueError if a copy of an optimizer could not have this layout."""

@@ -93,6 +93,16 @@ def shard_dim(shape: Sequence[int], ranks: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size and size % ranks == 0), 0)
 
 
+def cuts_blocks(param: Any, shape: Sequence[int], block: int) -> bool:
+    """Whether some rank's part of a parameter is no number of blocks of consecutive elements of its rows."""
+    placements = enumerate(getattr(param, "placements", ()))
+    sharded = [(axis, placement) for axis, placement in placements if not placement.is_replicate()]
+    if any(placement.dim > 1 or hasattr(placement, "split_factor") for _, placement in sharded):
+        return True
+    parts = math.prod(param.device_mesh.size(axis) for axis, placement in sharded if placement.dim)
+    return parts > 1 and (shape[1] % parts > 0 or math.prod(shape[1:]) // parts % block > 0)
+
+
 def own_place(param: Tensor) -> Place:
     """Returns the place of the local elements of a DTensor, or of a plain tensor that is full."""
     return Box(own_indices(param)) if hasattr(param, "placements") else full_place(param.shape)
