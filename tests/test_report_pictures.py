@@ -88,6 +88,7 @@ def test_names_do_not_overlap() -> None:
     assert min(np.diff(there)) >= 2.0 * 15 / 340 - 1e-9 and there[-1] == 2.0
     assert heights[4] == 1.0 and math.isnan(heights[5])  # another place; no end
     assert max(apart([(1, 9.0)] * 5, 0.0, 2.0)) == 2.0
+    assert apart([(1, 0.0)] * 3, 0.0, 340.0) == [0.0, 15.0, 30.0]
 
 
 def dataset(folder: Path) -> DataSet:

@@ -19,7 +19,7 @@ _BEYOND = 3.0  # how far above the third quartile, in distances from the least v
 Array = NDArray[np.float64]
 
 
-def smoothed(values: Sequence[float], at: NDArray[np.int64] | None = None) -> Array:
+def smoothed(values: Sequence[float] | Array, at: NDArray[np.int64] | None = None) -> Array:
     """Smooth the values of consecutive steps, without a lag.
 
     The value of a step is that of a straight line, fitted by least squares to the values of a centered window of 5 %
