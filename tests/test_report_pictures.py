@@ -33,6 +33,7 @@ def test_smoothing_neither_lags_nor_moves_a_line() -> None:
     raised = np.flatnonzero(smoothed(spike) > 1.5)
     assert raised.tolist() == list(range(190, 211))  # 5 % of the run, around its step
     assert smoothed(spike)[200] == pytest.approx(2.0)
+    assert smoothed(steep := np.exp(-np.arange(200) / 3)).max() <= steep.max()  # no line runs out of its values
     noise = np.random.default_rng(0).normal(size=4000)
     assert smoothed(noise).std() < 0.1 and abs(smoothed(noise)[-1]) < 0.3
 

@@ -23,7 +23,8 @@ def smoothed(values: Sequence[float] | Array, at: NDArray[np.int64] | None = Non
     """Smooth the values of consecutive steps, without a lag.
 
     The value of a step is that of a straight line, fitted by least squares to the values of a centered window of 5 %
-    of all steps: their mean, but at both ends, where the window ends and the line goes on to the last step.
+    of all steps: their mean, but at both ends, where the window ends and the line goes on to the last step. It stays
+    within the values of its window.
 
     Args:
         values: The values; those that are not finite are left out of the fit.
@@ -57,8 +58,10 @@ def _fitted(y: Array, x: NDArray[np.int64], at: NDArray[np.int64]) -> Array:
         apart = np.where(known, x - center[:, None], 0.0)
         spread = (apart * apart).sum(axis=1)
         slope = np.where(spread > 0, (apart * y).sum(axis=1) / spread, 0.0)
-        line: Array = (height + slope * (at - center)) * scale[:, 0]
-    return line
+        line = height + slope * (at - center)
+    least, greatest = (np.where(known, y, filled) for filled in (math.inf, -math.inf))
+    found: Array = np.clip(line, least.min(axis=1), greatest.max(axis=1)) * scale[:, 0]
+    return found
 
 
 def limits(

@@ -135,7 +135,7 @@ def _marks(curves: _Curves, group: Group, run: Run) -> None:
     finite = [i for i, value in enumerate(values) if math.isfinite(value)]
     if above:
         at, apart_by = rows[above[0]]["step"], rows[-1]["step"] / 20
-        told = all(abs(at - step) > apart_by for step in curves.told)
+        told = not run.diverged and all(abs(at - step) > apart_by for step in curves.told)
         curves.told += [at] if told else []
         text = [f"{SPACE}{values[above[0]]:.3g}"] if told else []
         said = "above this axis: %{customdata:.5g}"
