@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_smoothing_neither_lags_nor_moves_a_line() -> None:
     raised = np.flatnonzero(smoothed(spike) > 1.5)
     assert raised.tolist() == list(range(190, 211))  # 5 % of the run, around its step
     assert smoothed(spike)[200] == pytest.approx(2.0)
+    assert smoothed(steep := np.exp(-np.arange(200) / 3)).max() <= steep.max()  # no line runs out of its values
     noise = np.random.default_rng(0).normal(size=4000)
     assert smoothed(noise).std() < 0.1 and abs(smoothed(noise)[-1]) < 0.3
 
@@ -63,7 +65,7 @@ def test_limits_leave_out_only_what_would_flatten_the_rest() -> None:
     low, high = limits([decays])
     assert low == pytest.approx(2.0) and high < 3.0
     assert limits([decays, decays, [1e30] * 9])[1] == high
-    assert limits([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]]) == (1.0, 4.0)
+    assert limits([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]], behind=[[0.5, 9.0, NAN]]) == (0.5, 4.0)
 
 
 def test_each_part_above_an_axis_has_a_mark() -> None:
@@ -87,6 +89,7 @@ def test_names_do_not_overlap() -> None:
     assert min(np.diff(there)) >= 2.0 * 15 / 340 - 1e-9 and there[-1] == 2.0
     assert heights[4] == 1.0 and math.isnan(heights[5])  # another place; no end
     assert max(apart([(1, 9.0)] * 5, 0.0, 2.0)) == 2.0
+    assert apart([(1, 0.0)] * 3, 0.0, 340.0) == [0.0, 15.0, 30.0]
 
 
 def dataset(folder: Path) -> DataSet:
@@ -232,4 +235,30 @@ def test_plotly_reads_no_text_of_ours_as_html(tmp_path: Path) -> None:
     for figure in (curves.loss(data, style_of(data)), *layers.layers(data.groups)):
         assert "<b>" not in str([trace.get("name") for trace in figure.data])
         assert all("<b>" not in trace["meta"]["run"] for trace in figure.data if "meta" in trace)
-        assert "NaN" not in str(asdict(figure))
+
+
+ODD: dict[str, list[dict[str, float]]] = {
+    "one step": [{"loss": 3.0}],
+    "no finite loss": [{"loss": NAN, "grad_norm": INF}] * 2,
+    "no gradient": [{"loss": 2.0, "grad_norm": 0.0}] * 2,
+    "no rate and no time": [{"loss": 2.0, "lr": 0.0, "tokens_per_second": 0.0}] * 3,
+    "a rate that is nan": [{"loss": 2.0, "lr": NAN}] * 2,
+    "huge losses": [{"loss": 1e30}, {"loss": 1.7e308, "grad_norm": 1e300}, {"loss": -1.7e308}],
+    "equal losses": [{"loss": 2.0}] * 50,
+}
+
+
+@pytest.mark.parametrize("rows", ODD.values(), ids=ODD)
+def test_whatever_is_in_a_run_is_drawn(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+    """Without a warning, which would be an error here."""
+    write_run(tmp_path / "b", "lamb", lr=0.3)
+    write_run(tmp_path / "a")
+    row = {"lr": 0.1, "grad_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0}
+    write_rows(tmp_path / "a" / "metrics.jsonl", [{"step": step, **row, **own} for step, own in enumerate(rows, 1)])
+    data = dataset(tmp_path)
+    lr = rates.by_lr(data, style_of(data), dict.fromkeys(("adamw", "lamb"), GRAY))
+    for figure in (curves.loss(data, style_of(data)), curves.norms(data, style_of(data)), lr):
+        if figure:
+            valid(figure)
+            low, high = figure.layout["yaxis"]["range"]
+            assert low < high and json.dumps(asdict(figure), allow_nan=False)

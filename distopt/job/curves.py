@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ def _loss(axis: Any, train: list[dict[str, Any]], validation: list[dict[str, Any
     axis.plot(steps, raw, color=_TRAIN, alpha=0.3, linewidth=0.8)
     axis.plot([steps[i] for i in kept], smooth, color=_TRAIN, label="train")
     axis.plot(at, validated, "o", color=_VALIDATION, markersize=4, label="validation")
-    low, high = limits([smooth, validated])
-    low = min([low, *filter(math.isfinite, raw)])
+    low, high = limits([smooth, validated], behind=[raw])
     margin = 0.04 * (high - low)
     for x, y, color in ((steps, raw, _TRAIN), (at, validated, _VALIDATION)):
         above = beyond(y, high + margin)

@@ -12,17 +12,19 @@ from numpy.typing import NDArray
 # Okabe and Ito, "Color Universal Design", 2008, without black and yellow, which one background or the other hides.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _WINDOW = 0.05  # of a run
+_HUGE = 1e100
 _AT_ONCE = 1 << 20  # values of windows
 _BEYOND = 3.0  # how far above the third quartile, in distances from the least value to it, an axis reaches
 
 Array = NDArray[np.float64]
 
 
-def smoothed(values: Sequence[float], at: NDArray[np.int64] | None = None) -> Array:
+def smoothed(values: Sequence[float] | Array, at: NDArray[np.int64] | None = None) -> Array:
     """Smooth the values of consecutive steps, without a lag.
 
     The value of a step is that of a straight line, fitted by least squares to the values of a centered window of 5 %
-    of all steps: their mean, but at both ends, where the window ends and the line goes on to the last step.
+    of all steps: their mean, but at both ends, where the window ends and the line goes on to the last step. It stays
+    within the values of its window.
 
     Args:
         values: The values; those that are not finite are left out of the fit.
@@ -56,11 +58,15 @@ def _fitted(y: Array, x: NDArray[np.int64], at: NDArray[np.int64]) -> Array:
         apart = np.where(known, x - center[:, None], 0.0)
         spread = (apart * apart).sum(axis=1)
         slope = np.where(spread > 0, (apart * y).sum(axis=1) / spread, 0.0)
-        line: Array = (height + slope * (at - center)) * scale[:, 0]
-    return line
+        line = height + slope * (at - center)
+    least, greatest = (np.where(known, y, filled) for filled in (math.inf, -math.inf))
+    found: Array = np.clip(line, least.min(axis=1), greatest.max(axis=1)) * scale[:, 0]
+    return found
 
 
-def limits(curves: Sequence[Sequence[float] | Array]) -> tuple[float, float]:
+def limits(
+    curves: Sequence[Sequence[float] | Array], behind: Sequence[Sequence[float] | Array] = ()
+) -> tuple[float, float]:
     """Return the least and the greatest value of an axis that shows some curves where most of their values are.
 
     The axis begins at the least value. It ends at the greatest, but for those so far above the rest that the rest would
@@ -68,17 +74,23 @@ def limits(curves: Sequence[Sequence[float] | Array]) -> tuple[float, float]:
 
     Args:
         curves: The values of each curve; those that are not finite do not count.
+        behind: The values of the raw curves behind these, of which only the least counts.
     """
-    finite = [array[np.isfinite(array)] for curve in curves if len(array := np.asarray(curve, dtype=np.float64))]
-    finite = [array for array in finite if len(array)]
+    finite = _countable(curves)
     if not finite:
         return 0.0, 1.0
-    low = float(min(array.min() for array in finite))
+    low = float(min(array.min() for array in [*finite, *_countable(behind)]))
     tops = sorted(_top(array) for array in finite)
     usual = statistics.median_low(tops)
     bound = usual + _BEYOND * (usual - low)
     high = max(top for top in tops if top <= bound or usual == low)
     return low, high if high > low else low + max(1e-3, 1e-3 * abs(low))
+
+
+def _countable(curves: Sequence[Sequence[float] | Array]) -> list[Array]:
+    """The values of each curve that has some, but for those that no axis shows beside others."""
+    arrays = [np.asarray(curve, dtype=np.float64) for curve in curves]
+    return [kept for array in arrays if len(kept := array[np.abs(array) < _HUGE])]
 
 
 def _top(values: Array) -> float:

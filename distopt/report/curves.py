@@ -34,7 +34,7 @@ class _Curves:
     def __init__(self, styles: Mapping[Group, Style], low: float, high: float, positive: bool) -> None:
         self.styles, self.low, self.high, self.positive = styles, low, high, positive
         self.scale: Callable[[float], float] = math.log10 if positive else float
-        self.back: Callable[[float], float] = (lambda value: 10.0**value) if positive else float
+        self.back: Callable[[float], float] = (lambda value: 10.0 ** min(value, 308.0)) if positive else float
         self.margin = 0.03 * (self.scale(high) - self.scale(low)) or 0.1  # beyond the least and the greatest value
         self.top = self.back(self.scale(high) + self.margin)
         self.told: list[int] = []  # the steps of marks with a number
@@ -88,8 +88,8 @@ def loss(dataset: DataSet, styles: Mapping[Group, Style]) -> Figure:
     smooth = _Smooth.of(dataset, "loss")
     validated = {run: [row["validation_loss"] for row in run.validation] for run in dataset.runs}
     steady = [run for run in dataset.runs if not run.diverged] or dataset.runs
-    low, high = limits([np.concatenate([smooth[run].line, validated[run]]) for run in steady])
-    low = min([low, *(float(value) for run in steady for value in smooth[run].raw if math.isfinite(value))])
+    lines = [np.concatenate([smooth[run].line, validated[run]]) for run in steady]
+    low, high = limits(lines, behind=[smooth[run].raw for run in steady])
     curves = _Curves(styles, low, high, positive=False)
     _lines(curves, dataset, smooth)
     for group in dataset.groups:
@@ -135,7 +135,7 @@ def _marks(curves: _Curves, group: Group, run: Run) -> None:
     finite = [i for i, value in enumerate(values) if math.isfinite(value)]
     if above:
         at, apart_by = rows[above[0]]["step"], rows[-1]["step"] / 20
-        told = all(abs(at - step) > apart_by for step in curves.told)
+        told = not run.diverged and all(abs(at - step) > apart_by for step in curves.told)
         curves.told += [at] if told else []
         text = [f"{SPACE}{values[above[0]]:.3g}"] if told else []
         said = "above this axis: %{customdata:.5g}"
