@@ -185,7 +185,7 @@ SOURCES = mapping("sources by name, each with path and weight", Mapping, empty=F
 TARGET_MODULES = or_null(texts("all-linear, or names such as [q_proj, v_proj],", one=True, none=False))
 PATTERNS = texts("regular expressions for names, such as [wte, 'h\\.[0-3]\\.']")
 TOKENS = texts("tokens such as ['<|user|>', '<|tool|>']")
-FORMAT = choice("auto", "text", "jsonl", "json", "csv", "parquet", "datasets")
+FORMAT = choice("auto", "ending", "text", "jsonl", "json", "csv", "parquet", "datasets")
 PATTERN = text("a pattern of paths, such as '*train*'", empty=False)
 EXAMPLE_FORMAT = choice("auto", "messages", "sharegpt", "completion", "alpaca")
 FIELDS = mapping("names by name, such as {messages: dialog}", str)

@@ -96,10 +96,14 @@ def test_names_every_argument(group: str, choice: str) -> None:
     parameters = inspect.signature(get_object(cfg._target_)).parameters
     arguments = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     given = set(cfg) - {"_target_", "_partial_", "_convert_"}
-    from_the_program = {"params", "optimizer", "total_steps", "model"} if cfg.get("_partial_") else set()
+    from_the_program = (
+        {"params", "optimizer", "total_steps", "model", "logits", "labels"} if cfg.get("_partial_") else set()
+    )
     # Of one kind of source only; the job captures no CUDA graph; and what it connects a monitor with.
     connected = {"model", "others", "reload", "on_alarm", "on_step"}
-    optional = {"data": {"field", "suffixes"}, "optimizer": {"capturable"}, "health": connected}.get(group, set())
+    optional = {"data": {"field", "suffixes", "files"}, "optimizer": {"capturable"}, "health": connected}.get(
+        group, set()
+    )
     of_all = set(OWN) if group == "optimizer" else set()  # options of every optimizer, which no signature lists
     assert given <= arguments | of_all
     assert arguments - given <= from_the_program | optional

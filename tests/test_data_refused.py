@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from distopt.data import token_cache
 from distopt.data.text_data import TextData
@@ -94,7 +92,12 @@ BAD_INPUT = [
         {"validation_fraction": 1.0},
         r"validation_fraction must be a number in \(0, 1\), got 1.0",
     ),
-    ("format", _file("words"), {"format": "xml"}, r"format must be one of auto, text, jsonl, json, csv, .*, got 'xml'"),
+    (
+        "format",
+        _file("words"),
+        {"format": "xml"},
+        r"format must be one of auto, ending, text, jsonl, json, csv, .*, got 'xml'",
+    ),
     ("too short", _file("a"), {}, r"validation_fraction=0\.02 leaves no text for validation in .*; give more text"),
 ]
 
@@ -112,26 +115,24 @@ def test_bad_input(tmp_path: Path, make: Callable[[Path], Path], arguments: dict
 # Configuration
 
 
-def choice(name: str, **changes: Any) -> TextData:
+def choice(name: str) -> TextData:
     """The choice of the configuration, for a model that has no tokenizer of its own."""
-    data = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), changes)
-    return instantiate(OmegaConf.create({"model": {"path": None}, "data": data}).data)
+    return instantiate(OmegaConf.create({"model": {"path": None}, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data)
 
 
-@pytest.mark.parametrize("name", ["jsonl", "datasets"])
+@pytest.mark.parametrize("name", ["text", "jsonl", "datasets"])
 def test_config_says_that_it_needs_a_path(name: str) -> None:
     data = choice(name)
-    with pytest.raises(ValueError, match=rf"format '{name}' needs a path, got None; give path="):
+    with pytest.raises(
+        ValueError, match=rf"format '{'ending' if name == 'text' else name}' needs a path, got None; give path="
+    ):
         data.check()
 
 
 def test_configs_hold_the_defaults() -> None:
     assert replace(choice("stdlib"), add_tokens=()) == TextData()
-    file = OmegaConf.load(CONF / "text.yaml")
-    with pytest.raises(MissingMandatoryValue):  # where the standard library would be read
-        _ = file.path
-    other = choice("text", path=None)
-    assert {**vars(other), "suffixes": tuple(other.suffixes), "add_tokens": ()} == vars(TextData())
+    other = choice("text")
+    assert {**vars(other), "suffixes": tuple(other.suffixes), "add_tokens": (), "format": "auto"} == vars(TextData())
 
 
 def test_import_is_cheap() -> None:

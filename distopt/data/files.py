@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "datasets"]
+Format = Literal["auto", "ending", "text", "jsonl", "json", "csv", "parquet", "datasets"]
 ENDINGS: dict[str, tuple[str, ...]] = {
     "jsonl": (".jsonl",),
     "json": (".json",),

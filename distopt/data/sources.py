@@ -66,7 +66,8 @@ class Source:
             path: A file, a folder (searched recursively), or the name of a dataset on the hub; None for the standard
                 library of this Python.
             format: "auto" is what a file's ending says, datasets for a folder that `save_to_disk` wrote, and for
-                another folder text, if it has such files, or else what its files' endings say.
+                another folder text, if it has such files, or else what its files' endings say; "ending" as well, of a
+                path that is needed.
             suffixes: File name endings that "text" reads from a folder; none if there is to be no text.
             field: The field or column that contains the text.
             pattern: A pattern of the files' paths within the folder; None for all.
@@ -90,7 +91,7 @@ class Source:
             raise ValueError(f"data path {root} does not exist; give path=<file or folder>")
         if pattern is not None and root.is_file():
             raise ValueError(f"data.files={pattern} selects files of a folder, and {root} is a file; leave it out")
-        if format == "auto":
+        if format in ("auto", "ending"):
             format = format_of(root, suffixes, pattern)
         wanted = suffixes if format == "text" else ENDINGS[format]
         files = find(root, wanted, pattern=pattern)

@@ -27,7 +27,8 @@ class TextData:
             Python's standard library, about 30 MB.
         format: "text" (UTF-8, one document per file), "jsonl", "json" (a list of objects), "csv", "parquet", "datasets"
             (a folder that `Dataset.save_to_disk` wrote), or "auto": what the ending of a file says, datasets for such a
-            folder, text for another folder with text files, else what the endings of its files say.
+            folder, text for another folder with text files, else what the endings of its files say. "ending" is "auto"
+            of a path that has to be given.
         field: The field or column that contains the text of a row.
         suffixes: File name endings that "text" reads from a folder; a file given as `path` may have any.
         files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.

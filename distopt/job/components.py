@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.batch import LogitsLoss, cross_entropy_sum
-from distopt.data.cross_entropy import IGNORED, use_chunks
+from distopt.data.batch import LogitsLoss
+from distopt.data.cross_entropy import use_chunks
 from distopt.engine import Engine
 from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
 from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
 from distopt.job.config import Config, check_kind, instantiate, named
+from distopt.job.loss import own_loss
 from distopt.job.protocols import Data
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
@@ -93,7 +94,7 @@ class Components:
             make_sam=_scheduled_sam(cfg, cfg.train.steps or _MANY) if cfg.sam else None,
             make_health=instantiate(cfg, "health") if cfg.get("health") else None,
             make_average=instantiate(cfg, "average") if cfg.get("average") else None,
-            loss=_own_loss(cfg),
+            loss=own_loss(cfg),
         )
         parts.dry_run(cfg.train.steps or _MANY)
         parts.check_average(cfg.evaluation.get("average"))
@@ -268,20 +269,6 @@ class Components:
             with named("health"):
                 self.engine.check_health()
                 check_kind(self.make_health(optimizer, nn.Module(), reload=lambda: None), "health", Monitor)
-
-
-def _own_loss(cfg: Config) -> LogitsLoss | None:
-    """Makes the loss of a configuration, and tries it on two tokens; returns None for the cross-entropy."""
-    loss: Any = instantiate(cfg, "loss") if cfg.get("loss") else cross_entropy_sum
-    if getattr(loss, "func", loss) is cross_entropy_sum:
-        return None
-    with named("loss"):
-        total = loss(torch.zeros(2, 3, requires_grad=True), torch.tensor([1, IGNORED]))
-        if not isinstance(total, Tensor) or total.ndim or not total.requires_grad or not total.isfinite():
-            raise ValueError(
-                f"it must return the sum of the losses of tokens, a scalar with a gradient, got {total!r:.60}"
-            )
-    return loss
 
 
 def _scheduled_sam(cfg: Config, steps: int) -> Callable[[ShardedOptimizer], SAM]:

@@ -51,7 +51,8 @@ MODEL_KEYS: dict[str, Key] = {
         "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",
     ),
     "data.format": Key(
-        either(bounds.FORMAT, bounds.EXAMPLE_FORMAT), "auto: by the file's name; of examples: by the fields of a row"
+        either(bounds.FORMAT, bounds.EXAMPLE_FORMAT),
+        "auto, ending: by the file's ending; of examples: by the fields of a row",
     ),
     "data.fields": Key(
         bounds.FIELDS,

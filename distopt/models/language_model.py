@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distopt.bounds import ATTENTION, FAMILY, MODEL_CONFIG, PATH, SEED, TOKENS, or_null, switch
-from distopt.data import hub, tokenizers
-from distopt.models import freezing, lora
+from distopt.data import hub
+from distopt.models import freezing, lora, vocabulary
 from distopt.models.added_rows import AddedRows
 from distopt.models.configuration import attention_options, new_config, pretrained_config
 from distopt.models.meta import check_initialized, on_meta, own_modules
@@ -106,29 +105,12 @@ class LanguageModel:
         Raises:
             ValueError: A token of the model's own tokenizer has another id.
         """
-        if self.path is None or not tokenizers.has_tokenizer(self.path):
-            return
-        tokenizer = tokenizers.locate(tokenizer)
-        if tokenizer == os.path.abspath(self.path):
-            return
-        own, other = (tokenizers.load(folder).pretrained().get_vocab() for folder in (str(self.path), tokenizer))
-        if differ := [token for token, index in own.items() if other.get(token) != index]:
-            given = "null (bytes)" if tokenizer is None else tokenizer
-            raise ValueError(
-                f"data.tokenizer={given} is not the tokenizer of the model in {self.path}: {len(differ)} of its "
-                f"{len(own)} tokens have other ids, such as {differ[0]!r}; leave data.tokenizer out to use the model's "
-                "own"
-            )
+        if self.path is not None:
+            vocabulary.check_same_ids(self.path, tokenizer)
 
     def check_added(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise `ValueError` unless the added tokens have the last ids of the tokenizer of the data."""
-        ids: Any = tokenizer.convert_tokens_to_ids(list(self.add_tokens))
-        size = max(tokenizer.get_vocab().values()) + 1
-        if ids != list(range(size - len(ids), size)):
-            raise ValueError(
-                f"model.add_tokens={list(self.add_tokens)}: they have the ids {ids} of {size} in the tokenizer of the "
-                "data, and not the last ones: give data.add_tokens=${model.add_tokens}"
-            )
+        vocabulary.check_last_ids(self.add_tokens, tokenizer)
 
     def describe(self, vocab_size: int, eos_token_id: int | None = None) -> PretrainedConfig:
         """Return the configuration of the model.

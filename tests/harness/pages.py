@@ -2,6 +2,7 @@
 
 ```python                   runs, in one namespace for the page
 ```python title="x.py"      is saved as x.py, which a later block imports or starts
+```yaml title="x.yaml"      is a file too, for what a test of its own runs
 ```bash                     runs
 <!-- setup: name -->        before a block: what `tests.harness.setups` says that the reader has already
 <!-- not run: reason -->    before a block: it does not run here
