@@ -18,11 +18,11 @@ from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
 from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
+from distopt.job.average import check_average
 from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
-from distopt.optim.averaged import average_of
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mixed import split_of
 from distopt.optim.mup import check_decoupled, rule_of
@@ -99,7 +99,8 @@ class Components:
             make_average=instantiate(cfg, "average") if cfg.get("average") else None,
         )
         parts.dry_run(cfg.train.steps)
-        parts.check_average(cfg.evaluation.get("average"))
+        with named("average"):
+            check_average(parts.probe(), parts.make_average, cfg.evaluation.get("average"))
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -108,22 +109,6 @@ class Components:
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))
         return parts
-
-    def check_average(self, evaluated: bool | None) -> None:
-        """Refuses an average of an optimizer that has none, and an evaluation of one that is not there.
-
-        Raises:
-            ValueError: With the key at fault and the remedy.
-        """
-        with named("average"):
-            optimizer = self.make_optimizer([torch.zeros(2, 2, dtype=torch.float32, requires_grad=True)])
-            if self.make_average:
-                check_kind(self.make_average(optimizer), "average", WeightAverage)
-        if evaluated and average_of(optimizer) is None:
-            raise ValueError(
-                "evaluation.average=true, and the run has no average of its weights: give average=ema, average=lawa or "
-                "a schedule-free optimizer, or null"
-            )
 
     def probe(self) -> ShardedOptimizer:
         """Makes the optimizer of one small tensor, to ask it."""
