@@ -64,7 +64,7 @@ class SavedAverage:
             )
 
     def buffers(self, name: str) -> tuple[str, ...]:
-        """Returns the buffers of the state that the average of a parameter is computed from; () if it is the weights."""
+        """Returns the buffers that the average of a parameter is computed from; () if it is the weights."""
         group = self._groups[name]
         return filled(group) or (("z",) if group.get("train_mode") else ())
 
