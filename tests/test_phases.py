@@ -118,6 +118,7 @@ WHERE = {
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 def test_a_chain_broken_in_every_phase_has_the_losses_of_the_unbroken_one(unbroken: Path) -> None:
     before = None
     for name, (first, then) in WHERE.items():

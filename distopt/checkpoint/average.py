@@ -55,28 +55,26 @@ class SavedAverage:
 
     def __init__(self, groups: list[dict[str, Any]], state: State) -> None:
         self._groups = {name: group for group in groups for name in group["params"]}
-        self._state = state
-        modes = [group["train_mode"] for group in groups if "train_mode" in group]
-        self.names = [
-            name for name, group in self._groups.items() if name in state and (filled(group) or group.get("train_mode"))
-        ]
-        if not self.names and not modes:
+        # Not those that are frozen: they have no state, or none of an average.
+        self.names = [name for name in self._groups if (own := self.buffers(name)) and {*own} <= {*state.get(name, ())}]
+        if not self.names and not any("train_mode" in group for group in groups):
             raise ValueError(
                 "it has no average of the weights: train with average=ema or average=lawa, or export the weights "
                 "themselves"
             )
 
     def buffers(self, name: str) -> tuple[str, ...]:
-        """Returns the buffers of the state that the average of a parameter is computed from."""
-        return filled(self._groups[name]) or ("z",)
+        """Returns the buffers that the average of a parameter is computed from; () if it is the weights."""
+        group = self._groups[name]
+        return filled(group) or (("z",) if group.get("train_mode") else ())
 
     def of(self, name: str, weights: Tensor, buffers: list[Tensor]) -> Tensor:
         """Returns the average of a parameter.
 
         Args:
             name: Its name.
-            weights: Its weights, float32.
-            buffers: Those of `buffers`, float32.
+            weights: Its weights, float32 or wider.
+            buffers: Those of `buffers`, likewise.
         """
         group = self._groups[name]
         if filled(group):

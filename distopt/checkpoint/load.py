@@ -154,10 +154,15 @@ def load_average(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> No
         raise ValueError(f"{path}: {error}") from error
     _read(path, content, {"model": tensors}, training)
     for name in average.names:
-        weights = torch.zeros(content["parameters"][name][0])
-        buffers = {key: torch.zeros(content["state"][name][key][0]) for key in average.buffers(name)}
+        weights = _zeros(content["parameters"][name])
+        buffers = {key: _zeros(content["state"][name][key]) for key in average.buffers(name)}
         _read(path, content, {"model": {name: weights}, "optimizer": {"state": {name: buffers}}}, training)
         tensors[name].copy_(average.of(name, weights, [*buffers.values()]))
+
+
+def _zeros(described: tuple[list[int], str]) -> Tensor:
+    shape, dtype = described
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
 def _opened(path: str | os.PathLike[str]) -> dict[str, Any]:

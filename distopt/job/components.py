@@ -19,13 +19,13 @@ from distopt.engine.mezo import MeZO
 from distopt.health import Monitor
 from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
+from distopt.job.average import check_average
 from distopt.job.config import Config, check_kind, instantiate, named
 from distopt.job.loss import own_loss
 from distopt.job.protocols import Data
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import LoRA
 from distopt.models.meta import base_shapes
-from distopt.optim.averaged import average_of
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.mixed import split_of
 from distopt.optim.mup import check_decoupled, rule_of
@@ -97,7 +97,8 @@ class Components:
             loss=own_loss(cfg),
         )
         parts.dry_run(cfg.train.steps or _MANY)
-        parts.check_average(cfg.evaluation.get("average"))
+        with named("average"):
+            check_average(parts.probe(), parts.make_average, cfg.evaluation.get("average"))
         parts.check_forward_only(cfg)
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
@@ -119,22 +120,6 @@ class Components:
         parts = replace(self, **made)
         parts.dry_run(cfg.train.steps)
         return parts
-
-    def check_average(self, evaluated: bool | None) -> None:
-        """Refuses an average of an optimizer that has none, and an evaluation of one that is not there.
-
-        Raises:
-            ValueError: With the key at fault and the remedy.
-        """
-        with named("average"):
-            optimizer = self.probe()
-            if self.make_average:
-                check_kind(self.make_average(optimizer), "average", WeightAverage)
-        if evaluated and average_of(optimizer) is None:
-            raise ValueError(
-                "evaluation.average=true, and the run has no average of its weights: give average=ema, average=lawa or "
-                "a schedule-free optimizer, or null"
-            )
 
     def probe(self) -> ShardedOptimizer:
         """Makes the optimizer of one small tensor, to ask it."""
