@@ -21,6 +21,7 @@ from distopt.engine import Engine
 from distopt.job.components import Components
 from distopt.models.language_model import LanguageModel, blocks
 from distopt.optim.mixed import split_of
+from distopt.sam.rho_schedule import RhoOptions
 from tests.harness.jobs import write_text
 from tests.harness.pretrained import chats, write_lines, write_tokenizer
 
@@ -99,6 +100,8 @@ def test_names_every_argument(group: str, choice: str) -> None:
     # Of one kind of source only; the job captures no CUDA graph; and what it connects a monitor with.
     connected = {"model", "others", "reload", "on_alarm", "on_step"}
     optional = {"data": {"field", "suffixes"}, "optimizer": {"capturable"}, "health": connected}.get(group, set())
+    if group == "sam":  # what the whole family has, as **schedule
+        arguments |= {*RhoOptions.__annotations__}
     assert given <= arguments
     assert arguments - given <= from_the_program | optional
 
