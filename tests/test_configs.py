@@ -22,6 +22,7 @@ from distopt.job.components import Components
 from distopt.models.language_model import LanguageModel, blocks
 from distopt.optim.mixed import split_of
 from distopt.optim.options import OWN
+from distopt.sam.rho_schedule import RhoOptions
 from tests.harness.jobs import write_text
 from tests.harness.pretrained import chats, write_lines, write_tokenizer
 
@@ -104,7 +105,8 @@ def test_names_every_argument(group: str, choice: str) -> None:
     optional = {"data": {"field", "suffixes", "files"}, "optimizer": {"capturable"}, "health": connected}.get(
         group, set()
     )
-    of_all = set(OWN) if group == "optimizer" else set()  # options of every optimizer, which no signature lists
+    # Options of every optimizer, and of SAM's whole family, which no signature lists.
+    of_all = {"optimizer": {*OWN}, "sam": {*RhoOptions.__annotations__}}.get(group, set())
     assert given <= arguments | of_all
     assert arguments - given <= from_the_program | optional
 
