@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from distopt import collective
 from distopt.checkpoint import load_checkpoint
-from distopt.data.order import Sequences, ValidationSequences
-from distopt.data.packing import PackedSequences, PackedValidationSequences
-from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
 from distopt.job import run_folder
@@ -30,12 +23,10 @@ from distopt.job.config import (
     check_best,
     check_steps,
     instantiate,
-    max_grad_norm,
     micro_batch_size,
     refuse_swept_ranks,
     steps_of,
 )
-from distopt.job.contamination import check_no_cross_contamination
 from distopt.job.device import watch
 from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
@@ -44,40 +35,19 @@ from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.phases import find_init
-from distopt.job.protocols import Data
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
 from distopt.job.terminal import Terminal
+from distopt.job.text import open_text
 from distopt.job.tracking import check_trackers, start_trackers
+from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
-from distopt.models.language_model import blocks, check_length
-from distopt.optim.averaging import ScheduleFree
-from distopt.optim.base import ShardedOptimizer
+from distopt.models.language_model import check_length
 from distopt.proof import prove_every
-from distopt.sam import SAM
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PretrainedConfig
-
-
-class Text(NamedTuple):
-    """The tokens of a run, the training sequences in their order, and the sequences held out."""
-
-    corpus: Corpus
-    sequences: Sequences | PackedSequences
-    validation: ValidationSequences | PackedValidationSequences
-
-
-class Trainee(NamedTuple):
-    """A wrapped model with what trains it, and the files that a checkpoint keeps for `distopt.export`."""
-
-    model: nn.Module
-    optimizer: ShardedOptimizer
-    stepper: ShardedOptimizer | SAM
-    schedule: LambdaLR
-    files: dict[str, bytes]
 
 
 def build(cfg: DictConfig, terminal: Terminal) -> Job:
@@ -122,10 +92,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if start:
         start.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
-    text = open_text(cfg, parts.data, sizes)
-    if options.get("batch_schedule") is not None and not hasattr(text.sequences, "sizes"):
-        raise ValueError(f"train.batch_schedule: {type(text.sequences).__name__} has batches of one size: give null")
-    text.sequences.sizes = batches
+    text = open_text(cfg, parts.data, sizes, batches)
     if options.steps is None:
         options.steps = steps_of(options.epochs, text.sequences.count, batches)
         parts = parts.of_steps(cfg)
@@ -140,14 +107,14 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if init:
         init.check_model(pretrained.architecture(config), files)
     terminal.phase("building the model")
-    trainee = _trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
+    trainee = build_trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
     if loaded := start or (init and init.start):
         terminal.phase(f"loading {loaded.path.name}")
     saved = _load(start, parts.engine, trainee) if start else {}
     if init:
         init.load(trainee, parts.engine.unwrap(trainee.model))
     record = init.record() if init else saved.get("init")
-    moved = _open_folder(cfg, folder, start, accelerator, record)
+    moved = _open_folder(cfg, folder, start, accelerator)
     if lock:
         lock.opened()
     step = start.step if start else 0
@@ -174,16 +141,9 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         identity=identity | ({"init": record} if record else {}),
         micro_batch=micro_batch,
         notes=[
-            *(
-                *downloaded,
-                *taken,
-                *moved,
-                *notes,
-                *parts.language_model.notes,
-                *text.sequences.notes,
-                *text.validation.notes,
-            ),
-            *(*_decay_unneeded(trainee, options.steps), *resumed),
+            *(*downloaded, *taken, *moved, *notes, *parts.language_model.notes),
+            *(*text.sequences.notes, *text.validation.notes),
+            *(*decay_unneeded(trainee, options.steps), *resumed),
         ],
         step=step,
         passed_over=saved.get("passed_over", 0),
@@ -192,7 +152,14 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         **text._asdict(),
         **trainee._asdict(),
     )
-    if accelerator.is_main_process:
+    _watch(job, parts, saved)
+    return job
+
+
+def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
+    """Sets what looks at a job while it trains: its report, proofs, the noise scale and its health."""
+    options = job.cfg.train
+    if job.accelerator.is_main_process:
         write_about(job)
     heal = job.monitor.say if options.on_drift == "heal" else None
     prove_every(job.optimizer, parts.engine.unwrap(job.model), options.prove_every, heal=heal)
@@ -200,7 +167,6 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
-    return job
 
 
 def join(cfg: DictConfig, engine: Engine) -> Accelerator:
@@ -213,52 +179,9 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
     return accelerator
 
 
-def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int]) -> Text:
-    """Opens the tokens of the data, after one process has made them if the cache has none."""
-    corpus = collective.one_after_another(data.build)
-    most = cfg.evaluation.max_sequences
-    sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
-    return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))
-
-
-def _trainee(
-    cfg: DictConfig,
-    parts: Components,
-    corpus: Corpus,
-    config: PretrainedConfig,
-    accelerator: Accelerator,
-    micro_batch: int,
-    files: dict[str, bytes],
-) -> Trainee:
-    """Builds the model with its first values, the optimizer, SAM and the schedule."""
-    engine, max_norm = parts.engine, max_grad_norm(cfg)
-    torch.manual_seed(cfg.seed + accelerator.process_index)
-    lr, independent_decay = cfg.optimizer.lr * cfg.lr_scale, bool(cfg.param_groups.get("independent_decay"))
-    model, groups, adapter_files = build_model(parts, config, accelerator.device, lr, independent_decay)
-    options = {"model": engine.unwrap(model)} if parts.forward_only else {}
-    optimizer = parts.make_optimizer(groups, lr=lr, **options)
-    schedule = parts.make_schedule(optimizer, total_steps=cfg.train.steps)
-    if parts.make_average:
-        parts.make_average(optimizer)
-    stepper = _stepper(parts, model, optimizer)
-    accumulation = cfg.train.batch_size // accelerator.num_processes // micro_batch
-    model = engine.attach(model, optimizer, accumulation, max_norm)
-    for switch in ("packing", "separate"):
-        if getattr(parts.data, switch, False):
-            check_no_cross_contamination(engine, model, accelerator.device, corpus.vocab_size, f"data.{switch}")
-    return Trainee(model, optimizer, stepper, schedule, files | adapter_files)
-
-
 def _checkpointer(cfg: DictConfig, folder: Path) -> Checkpointer:
     options = {name: value for name, value in cfg.checkpoint.items() if name != "every"}
     return Checkpointer(folder / "checkpoints", **options)
-
-
-def _decay_unneeded(trainee: Trainee, steps: int) -> list[str]:
-    """A line if the schedule decays for an optimizer that replaces the decay by an average."""
-    if not isinstance(trainee.optimizer, ScheduleFree) or trainee.schedule.lr_lambdas[0](steps) >= 1.0:
-        return []
-    return [f"{type(trainee.optimizer).__name__} needs no decay of the learning rate: schedule=warmup_constant"]
 
 
 def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
@@ -269,39 +192,7 @@ def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
     return extra
 
 
-def build_model(
-    parts: Components, config: PretrainedConfig, device: torch.device, lr: float, independent_decay: bool
-) -> tuple[nn.Module, list[dict[str, Any]], dict[str, bytes]]:
-    """Builds and wraps the model; returns it with its param groups and the files that describe its adapter."""
-    source, engine = parts.language_model, parts.engine
-    empty = source.empty(config)
-    files = parts.adapter.add(empty, source.path) if parts.adapter else {}
-    names = {p: name for name, p in empty.named_parameters()}
-    shapes, width = parts.scaling(config, empty)
-    fill = None if parts.init is None else functools.partial(parts.init.fill, mup=width)
-    # Now: wrapping loses the attributes by which parameters ask for no decay.
-    groups = parts.groups(empty, lr, independent_decay, shapes)
-    share = engine.share()
-    model = engine.build(empty, blocks(empty), lambda unit, where: source.fill(empty, unit, where, fill, share), device)
-    params = dict(engine.unwrap(model).named_parameters())
-    for group in groups:
-        group["params"] = [params[names[p]] for p in group["params"]]
-    return model, groups, files
-
-
-def _stepper(parts: Components, model: nn.Module, optimizer: ShardedOptimizer) -> ShardedOptimizer | SAM:
-    """What takes the steps: the optimizer, or SAM around it."""
-    if parts.make_sam is None:
-        return optimizer
-    sam = parts.make_sam(optimizer)
-    sam.model = parts.engine.unwrap(model)
-    sam.compute_dtype = torch.bfloat16 if parts.engine.bf16 else None
-    return sam
-
-
-def _open_folder(
-    cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator, init: dict[str, Any] | None
-) -> list[str]:
+def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator) -> list[str]:
     """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
     moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
     if accelerator.is_main_process:

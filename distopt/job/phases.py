@@ -20,8 +20,8 @@ from distopt.rng import current_gpu, random_state, set_random_state
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from distopt.job.build import Trainee
     from distopt.job.components import Components
+    from distopt.job.trainee import Trainee
 
 # What a phase of another sequence length may change of a model; tensors of other shapes are refused all the same.
 _LENGTH = re.compile(r"model\.config\.(max_position_embeddings|n_positions|n_ctx|(original_)?rope_\w+)")

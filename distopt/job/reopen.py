@@ -13,9 +13,11 @@ from distopt import collective
 from distopt.checkpoint import load_model
 from distopt.checkpoint.folder import open_checkpoint
 from distopt.engine import DeepSpeed, Engine
-from distopt.job.build import build_model, join, open_text
+from distopt.job.build import join
 from distopt.job.components import Components
 from distopt.job.config import CONF, micro_batch_size
+from distopt.job.text import open_text
+from distopt.job.trainee import build_model
 from distopt.models.export import find
 
 if TYPE_CHECKING:

@@ -1,0 +1,44 @@
+"""The tokens of a job: the corpus, its training sequences in their order, and those held out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from distopt import collective
+from distopt.data.batch_sizes import BatchSizes
+from distopt.data.order import Sequences, ValidationSequences
+from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.token_cache import Corpus
+from distopt.job.protocols import Data
+
+
+class Text(NamedTuple):
+    """The tokens of a run, the training sequences in their order, and the sequences held out."""
+
+    corpus: Corpus
+    sequences: Sequences | PackedSequences
+    validation: ValidationSequences | PackedValidationSequences
+
+
+def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int], batches: BatchSizes | None = None) -> Text:
+    """Opens the tokens of the data, after one process has made them if the cache has none.
+
+    Args:
+        cfg: The configuration.
+        data: Its data.
+        sizes: `sequence_length` and `batch_size`.
+        batches: The number of sequences of each step; None for `batch_size`.
+
+    Raises:
+        ValueError: For batches that grow, of data that has them of one size.
+    """
+    corpus = collective.one_after_another(data.build)
+    most = cfg.evaluation.max_sequences
+    sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
+    if batches and len(batches.changes) > 1 and not hasattr(sequences, "sizes"):
+        raise ValueError(f"train.batch_schedule: {type(sequences).__name__} has batches of one size: give null")
+    if batches:
+        sequences.sizes = batches
+    return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))
