@@ -152,7 +152,7 @@ def test_alone_it_says_what_to_do_next(shell: pytest.MonkeyPatch, capsys: pytest
 COMPLETED = {
     ("train", "optimizer=adamw_s"): ["optimizer=adamw_schedule_free"],
     ("train", "optimi"): ["optimizer="],
-    ("train", "train.batch"): ["train.batch_size="],
+    ("train", "train.batch"): ["train.batch_size=", "train.batch_schedule="],
     ("sweep", "optimizer=lamb,lar"): ["optimizer=lamb,lars"],
     ("plan", "gpus"): ["gpus_per_node="],
     ("report", "runs/b"): ["runs/book"],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from distopt.data.batch_sizes import BatchSizes
 from distopt.data.text_data import TextData
 from distopt.job.cli import model_words
 from distopt.job.config import check_steps, steps_of
@@ -83,7 +84,7 @@ def test_a_run_of_epochs_is_resumed_elsewhere_and_exported(cwd: Path) -> None:
     assert [rank.code for rank in first] == [0, 0], first[0].err
     count = _sequences(cwd)
     steps, said = _steps(cwd), first[0].out
-    assert len(steps) == steps_of(2, count, 4) == -(-2 * count // 4)
+    assert len(steps) == steps_of(2, count, BatchSizes(4)) == -(-2 * count // 4)
     length = re.search(r"(\d+) steps of 4 x 32 = 128 tokens: [\d,]+ tokens, ([\d.]+) epochs", said)
     assert length and (int(length[1]), float(length[2])) == (len(steps), float(f"{len(steps) * 4 / count:.3g}")), said
     assert "me/base is commit 0123456789ab of the hub" in said
@@ -93,7 +94,7 @@ def test_a_run_of_epochs_is_resumed_elsewhere_and_exported(cwd: Path) -> None:
 
     (again,) = jobs.run(cwd, overrides(3, engine="ddp", **{"train.resume": "auto"}), 1, set_cache, str(cwd / "hub"))
     assert again.code == 0, again.err
-    assert _steps(cwd) == [*range(1, steps_of(3, count, 4) + 1)]
+    assert _steps(cwd) == [*range(1, steps_of(3, count, BatchSizes(4)) + 1)]
     losses = [row["validation_loss"] for row in metrics(cwd / "runs" / "rows") if "validation_loss" in row]
     assert losses[-1] < losses[0]
 
@@ -104,8 +105,9 @@ def test_a_run_of_epochs_is_resumed_elsewhere_and_exported(cwd: Path) -> None:
 
 
 def test_epochs_are_rounded_up_to_steps() -> None:
-    assert [steps_of(epochs, 100, 8) for epochs in (1, 2, 0.5, 0.001)] == [13, 25, 7, 1]
-    assert steps_of(0.07, 100, 1) == 7  # 7.000000000000001 by floating point
+    assert [steps_of(epochs, 100, BatchSizes(8)) for epochs in (1, 2, 0.5, 0.001)] == [13, 25, 7, 1]
+    assert steps_of(0.07, 100, BatchSizes(1)) == 7  # 7.000000000000001 by floating point
+    assert steps_of(1, 100, BatchSizes(8, {5: 16})) == 9  # 40 sequences in five steps, and 60 in four
 
 
 def test_epochs_take_the_place_of_the_default_steps() -> None:

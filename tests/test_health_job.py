@@ -24,8 +24,8 @@ def spike(pass_number: int) -> None:
 
     backward, passes = train_step.backward, [0]
 
-    def spiked(engine: Any, model: Any, *args: Any) -> Any:
-        loss = backward(engine, model, *args)
+    def spiked(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
+        loss = backward(engine, model, *args, **more)
         passes[0] += 1
         if passes[0] == pass_number:
             grad = engine.unwrap(model).get_parameter(WEIGHT).grad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -29,7 +28,10 @@ def die_in_forward(call: int, rank: int = 1) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
-    program.update = functools.partial(train_step.update, loss=fatal)
+    def update(engine: Any, model: Any, optimizer: Any, batches: Any, norm: float, *_: Any, **more: Any) -> Any:
+        return train_step.update(engine, model, optimizer, batches, norm, fatal, **more)
+
+    program.update = update
 
 
 def die_in_save(step: int, file: str, rank: int) -> None:
@@ -57,8 +59,8 @@ def poison(factors: dict[int, float], folder: str) -> None:
         loss = train_step.next_token_loss(*args)
         return loss * factors.get(next(count), 1.0) if rank == 1 else loss
 
-    def watched(engine: Any, model: Any, optimizer: Any, *args: Any) -> Any:
-        done = train_step.update(engine, model, optimizer, *args, loss=poisoned)
+    def watched(engine: Any, model: Any, optimizer: Any, batches: Any, norm: float, *_: Any, **more: Any) -> Any:
+        done = train_step.update(engine, model, optimizer, batches, norm, poisoned, **more)
         with log.open("a") as file:
             file.write(json.dumps([done.applied, digest(optimizer)]) + "\n")
         return done
@@ -98,11 +100,11 @@ def spoil_one_layer(name: str, value: float) -> None:
 
     update = program.update
 
-    def spoiled(engine: Any, model: Any, *args: Any) -> Any:
+    def spoiled(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
         parameter = dict(engine.unwrap(model).named_parameters())[name]
         handle = parameter.register_hook(lambda grad: grad * value)
         try:
-            return update(engine, model, *args)
+            return update(engine, model, *args, **more)
         finally:
             handle.remove()
 
@@ -118,12 +120,12 @@ def count_passes(file: str) -> None:
     def count(module: Any, *_: Any) -> None:
         module.passes += int(torch.is_grad_enabled())
 
-    def counted(engine: Any, model: Any, *args: Any) -> Any:
+    def counted(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
         inner = engine.unwrap(model)
         if not hasattr(inner, "passes"):
             inner.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
             inner.register_forward_hook(count)
-        done = update(engine, model, *args)
+        done = update(engine, model, *args, **more)
         with Path(file).open("a") as lines:
             lines.write(f"{int(inner.passes)}\n")
         return done
