@@ -155,7 +155,7 @@ def cases(draw: st.DrawFn) -> Case:
     if sam and draw(st.booleans()):
         changing["sam_rho"] = st.sampled_from([0.0, 0.05, 0.3])
     if options.get("nesterov"):
-        changing.pop("dampening")
+        changing.pop("dampening", None)
     return _Draws(draw, params, kind, options, sam, sam_options, torch, changing).case()
 
 
