@@ -131,6 +131,7 @@ ALARM = {"step": 1, "kind": "dead", "layer": "w", "others": 0, "value": 1.0, "bo
         ("run.json", "{", "run.json cannot be read (Expecting property name"),
         ("run.json", "", "run.json cannot be read (Expecting value"),
         ("run.json", '{"choices": "x"}', "run.json: choices must be names by group, got 'x'"),
+        ("run.json", '{"init": {"checkpoint": 3}}', "run.json: init must be null, or have a checkpoint and its step"),
         ("run.json", '{"device": 3}', "run.json: device must be a text, got 3"),
         ("run.json", '{"parameters": "x"}', "run.json: parameters must be an integer, got 'x'"),
         (

@@ -93,6 +93,20 @@ def test_the_table_of_runs_has_what_differs_and_says_the_rest_once(page: str) ->
     assert rows(page, "<h2>Commands</h2>")[0] == ["0", "distopt train"]
 
 
+def test_a_phase_says_where_it_started(tmp_path: Path) -> None:
+    """From the run before, and that from the one before it; a run from scratch has an empty cell."""
+    before = {"checkpoint": "/any/runs/pretrain/checkpoints/step_00001000", "step": 1000, "init": None}
+    start = {"checkpoint": "/any/runs/sharp/checkpoints/step_00000400", "step": 400, "init": before}
+    write_run(tmp_path / "anneal", about={**ABOUT, "init": start})
+    write_run(tmp_path / "pretrain", about={**ABOUT, "init": None})
+    made = table.all_runs(Finder([tmp_path]).find(), tmp_path)
+    place = made.columns.index("started from")
+    assert {row[0].text: row[place].text for row in made.rows} == {
+        "anneal": "sharp, step 400 < pretrain, step 1,000",
+        "pretrain": "",
+    }
+
+
 def test_whatever_differs_has_a_column(tmp_path: Path) -> None:
     write_run(tmp_path / "a", config={"train": {"steps": 3, "batch_size": 8}})
     write_run(tmp_path / "b", config={"train": {"steps": 3, "batch_size": 16}}, about={**ABOUT, "device": "H200"})

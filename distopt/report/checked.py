@@ -48,7 +48,17 @@ def checked_about(about: dict[str, Any], file: Path) -> dict[str, Any]:
         for name in names:
             if name in about and (not isinstance(about[name], kind) or isinstance(about[name], bool)):
                 raise ValueError(f"{file}: {name} must be {what}, got {shown(about[name])}")
+    _check_starts(about.get("init"), file)
     return {**about, "choices": {group: choice for group, choice in choices.items() if choice is not None}}
+
+
+def _check_starts(init: object, file: Path) -> None:
+    """Raises `ValueError` unless a run started from scratch, or from a checkpoint of a run of which the same holds."""
+    while init is not None:
+        known = isinstance(init, Mapping) and isinstance(init.get("checkpoint"), str) and type(init.get("step")) is int
+        if not known:
+            raise ValueError(f"{file}: init must be null, or have a checkpoint and its step, got {shown(init)}")
+        init = init.get("init")  # type: ignore[attr-defined]
 
 
 def checked_rows(rows: Rows, file: Path) -> Rows:

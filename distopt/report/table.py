@@ -74,6 +74,7 @@ def all_runs(runs: Sequence[Run], page: Path) -> Table:
         "nats per token": lambda run: number(run.final, ".4f"),
         "steps": lambda run: number(run.steps, ",d"),
         "state": lambda run: Cell(_state([run]) or "finished"),
+        "started from": lambda run: Cell(_starts(run.about.get("init"))),
         "model": lambda run: Cell(run.about.get("model") or run.choices.get("model", "")),
         "parameters": lambda run: number(run.about.get("parameters", math.nan), ",d"),
         "data": lambda run: Cell(run.about.get("data") or str(run.config.get("data.path") or "")),
@@ -133,6 +134,17 @@ def _state(runs: Sequence[Run]) -> str:
     counts = {"diverged": sum(run.diverged for run in runs), "unfinished": sum(run.unfinished for run in runs)}
     of = f" of {len(runs)} " if len(runs) > 1 else " "
     return ", ".join(f"{count}{of}{what}" if len(runs) > 1 else what for what, count in counts.items() if count)
+
+
+def _starts(init: dict[str, Any] | None) -> str:
+    """The runs that a run came from, the last one first: sharp, step 400 < pretrain, step 1,000."""
+    starts = []
+    while init:
+        path = Path(init["checkpoint"])
+        run = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+        starts.append(f"{run}, step {init['step']:,}")
+        init = init.get("init")
+    return " < ".join(starts)
 
 
 def _value(value: Any) -> Cell:
