@@ -56,11 +56,12 @@ def _loss(axis: Any, train: list[dict[str, Any]], validation: list[dict[str, Any
     axis.plot(at, validated, "o", color=_VALIDATION, markersize=4, label="validation")
     low, high = limits([smooth, validated], behind=[raw])
     margin = 0.04 * (high - low)
-    for x, y, color in ((steps, raw, _TRAIN), (at, validated, _VALIDATION)):
+    # The numbers of one kind are below the marks, those of the other above: both have one at the first steps.
+    for x, y, color, offset in ((steps, raw, _TRAIN, -10), (at, validated, _VALIDATION, 4)):
         above = beyond(y, high + margin)
         axis.plot([x[i] for i in above], [high] * len(above), "^", color=color, markersize=7, clip_on=False)
         for i in above[:3]:
-            axis.annotate(f"{y[i]:.3g}", (x[i], high), (4, 4), textcoords="offset points", fontsize=7, color=color)
+            axis.annotate(f"{y[i]:.3g}", (x[i], high), (4, offset), textcoords="offset points", fontsize=7, color=color)
     axis.set_ylim(low - margin, high + margin)
     axis.set_ylabel("loss (nats per token)")
     axis.legend()
