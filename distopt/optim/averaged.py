@@ -52,6 +52,13 @@ def mean(columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return total
 
 
+def params_with(optimizer: Any, index: int, buffer: str) -> list[Tensor]:
+    """Returns the parameters of a param group whose state has a buffer, also those that were frozen since."""
+    layout, params = optimizer.layout, optimizer.param_groups[index]["params"]
+    every = dict.fromkeys([*layout.local_params(index, params), *params])
+    return [p for p in every if p in layout and buffer in optimizer.state.get(p, ())]
+
+
 def average_of(optimizer: torch.optim.Optimizer) -> Average | None:
     """Returns what averages the weights of an optimizer, also inside of a wrapper; None without an average."""
     average: Average | None = getattr(unwrap_optimizer(optimizer), "average", None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distopt.kernels.rules import Rule
 from distopt.layout import ShardLayout
-from distopt.optim.averaged import Averages
+from distopt.optim.averaged import Averages, params_with
 from distopt.optim.base import ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -165,9 +165,7 @@ class ScheduleFree(ShardedOptimizer):
     def _both(self, index: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Returns the parameters of a param group that have stepped, the shards that a step updates, and those of z."""
         layout, group = self.layout, self.param_groups[index]
-        # Also parameters that were frozen since; before the first step there are none.
-        every = dict.fromkeys([*layout.local_params(index, group["params"]), *group["params"]])
-        params = [p for p in every if p in layout and "z" in self.state.get(p, ())]
+        params = params_with(self, index, "z")  # before the first step there are none
         self._local.settle(self, layout, index, params)
         states = [self.state[p] for p in params]
         weights = layout.shards(params, self._local.updated(layout, params, states, group))

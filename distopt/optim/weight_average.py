@@ -12,7 +12,7 @@ from torch import Tensor
 from distopt.bounds import integer, number
 from distopt.kernels import rounding
 from distopt.layout import fit, unwrap_optimizer
-from distopt.optim.averaged import Averages, filled, mean
+from distopt.optim.averaged import Averages, filled, mean, params_with
 from distopt.optim.base import ShardedOptimizer
 
 BOUNDS = {"decay": number(0.0, 1.0, below=True), "window": integer(1), "every": integer(1)}
@@ -76,12 +76,10 @@ class WeightAverage:
         None of them before the first update, since the weights are what there is then.
         """
         optimizer = self._bound()
-        group, layout = optimizer.param_groups[index], optimizer.layout
-        names = self.filled(group)
+        names = self.filled(optimizer.param_groups[index])
         if not names:
             return [], []
-        every = dict.fromkeys([*layout.local_params(index, group["params"]), *group["params"]])
-        params = [p for p in every if p in layout and self.buffers[0] in optimizer.state.get(p, ())]
+        params = params_with(optimizer, index, self.buffers[0])
         return params, mean([self._shards(index, params, name) for name in names])
 
     def filled(self, group: Mapping[str, Any]) -> tuple[str, ...]:
