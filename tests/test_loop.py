@@ -86,10 +86,10 @@ def die_in_step(number: int) -> None:
 
     update, calls = program.update, iter(range(1, 1000))
 
-    def dying(*args: Any) -> Any:
+    def dying(*args: Any, **more: Any) -> Any:
         if next(calls) == number:
             raise ValueError("refused in mid-run")
-        return update(*args)
+        return update(*args, **more)
 
     program.update = dying
 

@@ -33,9 +33,9 @@ def slowly(seconds: float) -> None:
     from distopt.engine import train_step
     from distopt.job import job as program
 
-    def update(*args: Any) -> Any:
+    def update(*args: Any, **more: Any) -> Any:
         time.sleep(seconds)
-        return train_step.update(*args)
+        return train_step.update(*args, **more)
 
     program.update = update
 

@@ -166,8 +166,8 @@ class Job:
         if isinstance(self.stepper, SAM):
             self.stepper.step_number = self.step
         parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
-        measure: dict[str, Any] = {"noise": True} if self.noise else {}
-        done = update(self.engine, self.model, self.stepper, parts, max_norm, self.minimized, **measure)
+        noise = self.noise is not None
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, self.minimized, noise=noise)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         if done.applied:
             update_average(self.optimizer)

@@ -37,8 +37,8 @@ def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int], batches: Batch
     corpus = collective.one_after_another(data.build)
     most = cfg.evaluation.max_sequences
     sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
-    if batches and len(batches.changes) > 1 and not hasattr(sequences, "sizes"):
-        raise ValueError(f"train.batch_schedule: {type(sequences).__name__} has batches of one size: give null")
-    if batches:
+    if batches and batches.schedule:
+        if not hasattr(sequences, "sizes"):
+            raise ValueError(f"train.batch_schedule: {type(sequences).__name__} has batches of one size: give null")
         sequences.sizes = batches
     return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))

@@ -154,10 +154,10 @@ def pause(step: int, rank: int = 1) -> None:
 
     count = iter(range(1, 1_000_000))
 
-    def update(*args: Any) -> Any:
+    def update(*args: Any, **more: Any) -> Any:
         if next(count) == step and int(os.environ["RANK"]) == rank:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return train_step.update(*args)
+        return train_step.update(*args, **more)
 
     program.update = update
 
@@ -170,8 +170,8 @@ def nan_weight(step: int, rank: int = 1) -> None:
 
     count = iter(range(1, 1_000_000))
 
-    def update(engine: Any, model: Any, *args: Any) -> Any:
-        done = train_step.update(engine, model, *args)
+    def update(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
+        done = train_step.update(engine, model, *args, **more)
         if next(count) == step and int(os.environ.get("RANK", "0")) == rank:
             with torch.no_grad():
                 local(next(engine.unwrap(model).parameters())).view(-1)[0] = torch.nan
