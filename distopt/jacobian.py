@@ -9,7 +9,8 @@ import torch
 from distopt.bounds import integer
 from distopt.health.jacobian import jacobian_gains
 from distopt.job.errors import one_line_errors
-from distopt.models.language_model import blocks, check_length
+from distopt.models.configuration import check_length
+from distopt.models.language_model import blocks
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from distopt.bounds import integer, number
 from distopt.checkpoint import checkpoint_path
 from distopt.job.errors import one_line_errors
 from distopt.job.run_folder import printable
+from distopt.models.configuration import positions
 from distopt.models.export import DTYPES, find
 from distopt.models.generation import Writer, open_writer, write
-from distopt.models.language_model import positions
 
 
 def main() -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.bounds import PRECISION, switch
 from distopt.engine.compiling import check_compiler, compile_blocks
-from distopt.engine.group import join
+from distopt.engine.group import accelerator_of
 from distopt.layout import local
 from distopt.optim.clip import Clip, step_clipped
 from distopt.optim.observer import vetoed
@@ -94,26 +92,7 @@ class Engine:
         if gpus and local > gpus:
             raise ValueError(f"{local} processes on a machine with {gpus} GPUs: launch with --num_processes {gpus}")
         self.check(world)
-        # Imported here: Accelerate takes two seconds, for which refusing a configuration need not wait.
-        from accelerate import Accelerator, InitProcessGroupKwargs
-        from accelerate.utils import ProjectConfiguration
-
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        join(timeout, self.backend)
-        accelerator = Accelerator(
-            cpu=not gpus,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-            project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
-        )
-        if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
-            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1)
-        # Accelerate 1.15 silently runs single processes for some combinations of launcher and device.
-        if accelerator.num_processes != world or dist.get_world_size() != world:
-            raise ValueError(
-                f"{world} processes were launched, Accelerate runs {accelerator.num_processes}: "
-                f"use `accelerate launch --multi_gpu --num_processes {world}`, on CPUs too"
-            )
-        return accelerator
+        return accelerator_of(world, self.backend, timeout_minutes)
 
     @property
     def backend(self) -> str:

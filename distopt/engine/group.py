@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from distopt import collective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def join(timeout: datetime.timedelta, backend: str) -> None:
@@ -27,6 +32,39 @@ def join(timeout: datetime.timedelta, backend: str) -> None:
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
     own = dist.PrefixStore(f"attempt_{collective.attempt()}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
+
+
+def accelerator_of(world: int, backend: str, timeout_minutes: float) -> Accelerator:
+    """Joins the processes that a launcher started, and returns an `Accelerator` that runs all of them together.
+
+    Args:
+        world: The number of processes that were launched.
+        backend: As torch's `init_process_group` has it.
+        timeout_minutes: How long a collective waits for the other ranks.
+
+    Raises:
+        ValueError: If Accelerate does not run all of them together.
+    """
+    # Imported here: Accelerate takes two seconds, for which refusing a configuration need not wait.
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import ProjectConfiguration
+
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    join(timeout, backend)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.device_count(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
+    )
+    if not dist.is_initialized():  # one process without a launcher: a group of one, so that all code is the same
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # Accelerate 1.15 silently runs single processes for some combinations of launcher and device.
+    if accelerator.num_processes != world or dist.get_world_size() != world:
+        raise ValueError(
+            f"{world} processes were launched, Accelerate runs {accelerator.num_processes}: "
+            f"use `accelerate launch --multi_gpu --num_processes {world}`, on CPUs too"
+        )
+    return accelerator
 
 
 def connect() -> dist.Store | None:

@@ -43,7 +43,7 @@ from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
-from distopt.models.language_model import check_length
+from distopt.models.configuration import check_length
 from distopt.proof import prove_every
 
 if TYPE_CHECKING:

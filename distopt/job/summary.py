@@ -9,8 +9,8 @@ from distopt.job import run_folder
 from distopt.job.curves import draw_curves
 from distopt.job.evaluate import sample
 from distopt.job.metrics import read_metrics
+from distopt.models.configuration import positions
 from distopt.models.generation import end_tokens
-from distopt.models.language_model import positions
 
 if TYPE_CHECKING:
     from distopt.job.job import Job

@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,3 +139,17 @@ def _build(make: Callable[..., PretrainedConfig], options: Mapping[str, Any]) ->
         return make(**options)
     except Exception as error:
         raise ValueError(f"model.config: {error}") from error
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Return the maximum sequence length of a model; `sys.maxsize` for models without a bound."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def check_length(config: PretrainedConfig, sequence_length: int, key: str) -> None:
+    """Raise `ValueError` if the sequence length, set by the option `key`, exceeds the positions of the model."""
+    if sequence_length > (maximum := positions(config)):
+        raise ValueError(
+            f"{key}={sequence_length} is longer than the model's {maximum} positions: shorten it, or give the model "
+            "more in model.config"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -236,20 +235,6 @@ class LanguageModel:
                     "are tied: give model.config.tie_word_embeddings=false, or remove one of them"
                 )
             part.copy_(value)
-
-
-def positions(config: PretrainedConfig) -> int:
-    """Return the maximum sequence length of a model; `sys.maxsize` for models without a bound."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def check_length(config: PretrainedConfig, sequence_length: int, key: str) -> None:
-    """Raise `ValueError` if the sequence length, set by the option `key`, exceeds the positions of the model."""
-    if sequence_length > (maximum := positions(config)):
-        raise ValueError(
-            f"{key}={sequence_length} is longer than the model's {maximum} positions: shorten it, or give the model "
-            "more in model.config"
-        )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

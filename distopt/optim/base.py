@@ -22,9 +22,9 @@ from distopt.optim.eager import eager_island
 from distopt.optim.group_checks import check_before_step, check_new
 from distopt.optim.observer import observer_of
 from distopt.optim.options import COMMON, OWN, TORCH_OPTIONS, Accepted, check_torch_options
-from distopt.optim.ratios import Ratios, compares_gradients
+from distopt.optim.ratios import Ratios
 from distopt.optim.state import LocalState
-from distopt.optim.state_dict import read_state_dict
+from distopt.optim.state_dict import load_state_dict
 from distopt.optim.validate import BOUNDS
 from distopt.proof import before_step
 
@@ -184,11 +184,6 @@ class ShardedOptimizer(LayoutOptimizer):
         adapt()
         return loss
 
-    @property
-    def compares_gradients(self) -> bool:
-        """Whether trust ratios compare the norms of the gradients with those of the parameters (not of masters)."""
-        return compares_gradients(self)
-
     def _measure(self, layout: ShardLayout, shards: list[Shards]) -> Callable[[], None]:
         """Exchanges what a rule needs of all layers together; returns what is to be done after the update."""
         return lambda: None
@@ -236,13 +231,7 @@ class ShardedOptimizer(LayoutOptimizer):
         Raises:
             ValueError: For a state of other shapes, with a buffer missing, or of other options, groups or names.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = result if (result := pre_hook(self, state_dict)) is not None else state_dict
-        # Not torch's (2.13), which casts all state to the parameter's dtype, and notices a missing buffer in the step.
-        self.__setstate__(read_state_dict(self, state_dict))
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        load_state_dict(self, state_dict)
 
     def _checked_layout(self) -> ShardLayout:
         """Returns the layout, after all checks that need no gradient."""

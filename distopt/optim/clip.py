@@ -14,6 +14,7 @@ from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of, unwrap_optimizer
 from distopt.optim.eager import eager_island
 from distopt.optim.observer import observer_of
+from distopt.optim.ratios import compares_gradients
 
 
 class Clip:
@@ -170,8 +171,8 @@ def _compared_weights(
     optimizer: torch.optim.Optimizer, layout: ShardLayout, params: list[Tensor]
 ) -> list[Tensor] | None:
     """Returns the local shards of the weights if trust ratios compare their norms with those of the gradients."""
-    inner = unwrap_optimizer(optimizer, lambda found: hasattr(found, "compares_gradients"))
-    if not getattr(inner, "compares_gradients", False) or inner.layout is not layout:
+    inner = unwrap_optimizer(optimizer, lambda found: hasattr(found, "ratio_of"))
+    if not hasattr(inner, "ratio_of") or not compares_gradients(inner) or inner.layout is not layout:
         return None
     return layout.shards(params, params)
 

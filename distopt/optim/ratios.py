@@ -11,10 +11,10 @@ from torch import Tensor
 from distopt.kernels import dispatch
 from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
-from distopt.optim.clip import Clip
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
+    from distopt.optim.clip import Clip
 
 
 class Ratios:

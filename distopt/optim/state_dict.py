@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 _OWN = ("capturable", "master_weights", "state_bits")  # options of this optimizer, whatever a state dict says
 
 
+def load_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) -> None:
+    """Loads a state dict, which `read_state_dict` checks before anything changes, between the hooks of torch."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = result if (result := pre_hook(optimizer, state_dict)) is not None else state_dict
+    # Not torch's (2.13), which casts all state to the parameter's dtype, and notices a missing buffer in the step.
+    optimizer.__setstate__(read_state_dict(optimizer, state_dict))
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
 def read_state_dict(optimizer: ShardedOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the state and the param groups that a state dict gives an optimizer, which is not changed.
 

@@ -15,7 +15,8 @@ from distopt.engine.mezo import MeZO
 from distopt.engine.train_step import next_token_loss
 from distopt.engine.units import ends
 from distopt.kernels.rules import Rule
-from distopt.models.language_model import LanguageModel, blocks, check_length
+from distopt.models.configuration import check_length
+from distopt.models.language_model import LanguageModel, blocks
 from distopt.optim.averaged import average_of
 from distopt.optim.mixed import split_of
 from distopt.optim.narrow_state import form_of

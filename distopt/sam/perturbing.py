@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from distopt.bounds import SCOPE, integer
+from distopt.bounds import SCOPE
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of, local, with_gradient
 from distopt.optim.eager import eager_island
-from distopt.optim.validate import bounded, positive
 from distopt.sam.perturbation import Perturbation
+from distopt.sam.radius import RadiusOptimizer
 from distopt.sam.rho_schedule import RhoSchedule
 from distopt.sam.rounding import perturb_, warn_of_rounding
 from distopt.sam.state_buffers import StateBuffers
-from distopt.sam.wrapper import OptimizerWrapper
 
 Scope = Literal["global", "local"]
 
 
-class PerturbingOptimizer(OptimizerWrapper):
+class PerturbingOptimizer(RadiusOptimizer):
     """An optimizer whose weights `perturb` moves and `restore` brings back. The arguments are those of `SAM`.
 
     A member of the family overrides `ascent`, `descent`, `perturbed_params` or `loss`, and says by class attributes
@@ -51,15 +50,8 @@ class PerturbingOptimizer(OptimizerWrapper):
         stop: int | None = None,
         rho_schedule: Mapping[int, float] | None = None,
     ) -> None:
-        super().__init__(optimizer)
-        self.schedule = RhoSchedule(start, stop, rho_schedule)
-        self.step_number: int | None = None
-        self.rho = positive("rho", rho, "leave SAM out for rho = 0")
-        for group in optimizer.param_groups:
-            self.radius(group)
-        integer(1).check("interval", interval, "1 perturbs at every step")
+        super().__init__(optimizer, rho, interval, RhoSchedule(start, stop, rho_schedule))
         SCOPE.check("scope", scope)
-        self.interval = interval
         self.scope = scope
         self.model = model
         self.measured = False  # whether `perturb` has measured what rounding leaves
@@ -67,11 +59,6 @@ class PerturbingOptimizer(OptimizerWrapper):
         self._perturbation: Perturbation | None = None
         self._norms: tuple[tuple[Tensor, ...], Tensor] | None = None
         self._perturb_called = False  # for the current step
-
-    @property
-    def ascends(self) -> bool:
-        """Whether the current step perturbs the weights and needs a gradient there."""
-        return self._steps() % self.interval == 0 and self._factor() > 0.0
 
     def ascent(self, layout: ShardLayout, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the direction d and the measure m of the perturbation rho * d / |m|, as lists of shards."""
@@ -94,23 +81,6 @@ class PerturbingOptimizer(OptimizerWrapper):
         """Returns the parameters to perturb."""
         groups = [group for group in self.param_groups if self.radius(group) > 0.0]
         return with_gradient(p for group in groups for p in group["params"])
-
-    def radius(self, group: dict[str, Any]) -> float:
-        """Returns the radius of a param group: its `sam_rho`, or `rho`.
-
-        Raises:
-            ValueError: If `sam_rho` is not a number >= 0, or if the group has a `rho` that is meant for SAM.
-        """
-        if "rho" in group and "rho" not in self.optimizer.defaults:
-            raise ValueError(
-                f"a param group has rho={group['rho']!r}, which is no option of {type(self.optimizer).__name__}: "
-                "SAM's radius for a group is called sam_rho"
-            )
-        return bounded("sam_rho of a param group", group["sam_rho"], 0.0) if "sam_rho" in group else self.rho
-
-    def radius_now(self, group: dict[str, Any]) -> float:
-        """Returns the radius of a param group in the current step: `radius` times the factor of the schedule."""
-        return self.radius(group) * self._factor()
 
     def rounding(self, params: list[Tensor]) -> float:
         """Returns the share of |g| up to which |m| is nothing but rounding; 0 where m is no difference of gradients."""
@@ -253,19 +223,3 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def _with_gradients(self) -> list[Tensor]:
         return with_gradient(p for group in self.param_groups for p in group["params"])
-
-    @property
-    def _counts(self) -> bool:
-        """Whether steps are counted in the param groups."""
-        return self.interval > 1 or not self.schedule.constant
-
-    def _factor(self) -> float:
-        """Returns the factor of the radius in the current step."""
-        if self.schedule.constant:
-            return 1.0
-        return self.schedule.factor(self._steps() if self.step_number is None else self.step_number)
-
-    def _steps(self) -> int:
-        """Returns the number of steps so far, by the param groups: checkpoints may drop groups without parameters."""
-        # A group that was added later has no count.
-        return max((group.get("sam_steps", 0) for group in self.param_groups), default=0)
