@@ -120,14 +120,21 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def store() -> Any:
-    """Returns distopt's part of the store with which the process group was initialized, for this attempt alone.
-
-    The store of torch's launcher outlives an attempt, whose keys would end a wait of the next one early.
-    """
+def store(of_group: dist.Store | None = None) -> Any:
+    """Returns distopt's part of the store with which the process group was, or is to be, initialized."""
     from torch.distributed.distributed_c10d import _get_default_store  # private, as of torch 2.13
 
-    return dist.PrefixStore(f"distopt/{attempt()}", _get_default_store())
+    return dist.PrefixStore("distopt", of_group or _get_default_store())
+
+
+def launch() -> str | None:
+    """Returns the name of the launch that this job is an attempt of; None without a launcher that can restart it.
+
+    Launchers of several machines have one name together, also where one of them was started again.
+    """
+    if not dist.is_initialized() or not (meeting := store()).check(["launch"]):
+        return None
+    return str(meeting.get("launch").decode())
 
 
 _meetings = itertools.count()

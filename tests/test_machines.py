@@ -73,6 +73,58 @@ def test_a_machine_that_dies_ends_the_other_and_the_run_resumes(cwd: Path, dead:
     assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == end
 
 
+@contextlib.contextmanager
+def elastic(cwd: Path, port: int, words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """One machine's launcher of two that meet at a port and restart what dies; the first one has the store."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"]
+    counts = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    with jobs.launched(cwd, words, [str(BIN / "torchrun"), *meeting, *counts, "-m", "distopt.train"]) as (process, *_):
+        yield process
+
+
+def worker(launcher: subprocess.Popen[bytes]) -> int:
+    """The process of a machine's rank, which has begun to train."""
+    (found,) = jobs.children(launcher.pid)
+    return found
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("resume", ["never", "auto"])
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_rank_that_dies_brings_back_the_job_of_two_machines(cwd: Path, machine: int, resume: str) -> None:
+    """kill -9 to one rank, twice. Their launchers do not count the same number of restarts."""
+    run = cwd / "runs" / "broken"
+    words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", train__resume=resume, **LONG)
+    with contextlib.ExitStack() as stack:
+        port = free_port()
+        launchers = [stack.enter_context(elastic(cwd, port, words))]
+        launchers.append(stack.enter_context(elastic(cwd, port, words)))
+        for reached in (5, 100):
+            until(
+                lambda step=reached: last_step(run) > step, lambda: all(each.poll() is None for each in launchers), 120
+            )
+            os.kill(worker(launchers[machine]), signal.SIGKILL)
+        assert [launcher.wait(250) for launcher in launchers] == [0, 0]
+    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **LONG)
+    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == 400
+    assert {path.name for path in (cwd / "runs").iterdir()} == {"broken", "unbroken"}  # nothing was moved aside
+
+
+@pytest.mark.matrix
+def test_a_machine_whose_launcher_is_killed_and_started_again_rejoins(cwd: Path) -> None:
+    """The launcher of the other machine has counted a restart by then, the new one has not."""
+    run = cwd / "runs" / "broken"
+    words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", **LONG)
+    port = free_port()
+    with elastic(cwd, port, words) as first:
+        with elastic(cwd, port, words) as second:
+            until(lambda: last_step(run) > 5, lambda: first.poll() is None and second.poll() is None, 120)
+        with elastic(cwd, port, words) as second:  # after everything of the one before was killed
+            assert [first.wait(250), second.wait(250)] == [0, 0]
+    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **LONG)
+    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == 400
+
+
 SRUN = """#!/usr/bin/env bash
 # Starts the words on two nodes, which are this machine, forwards signals, and ends with the last non-zero exit code.
 while [[ $1 == --* ]]; do shift; done

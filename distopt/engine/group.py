@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import uuid
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from distopt import collective
+from distopt.engine.attempt import agreed_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,9 +20,9 @@ if TYPE_CHECKING:
 def join(timeout: datetime.timedelta, backend: str) -> None:
     """Joins the processes that a launcher started, if the environment names them and no group exists.
 
-    Each attempt of a launcher that restarts failed jobs has keys of its own in the store: torch 2.13 gives all
-    attempts the same store (`rendezvous.py` no longer prefixes them), in which the ranks of a restarted job would find
-    the addresses of the dead one.
+    Each attempt of a launcher that restarts failed jobs has keys of its own in the store (`agreed_name`): torch 2.13
+    gives all attempts the same store (`rendezvous.py` no longer prefixes them), in which the ranks of a restarted job
+    would find the addresses of the dead one.
 
     Args:
         timeout: How long a collective waits for the other ranks.
@@ -30,7 +32,9 @@ def join(timeout: datetime.timedelta, backend: str) -> None:
     if dist.is_initialized() or not named:
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    own = dist.PrefixStore(f"attempt_{collective.attempt()}", store)
+    launch = store.compare_set("launch", "", uuid.uuid4().hex)  # of all attempts
+    own = dist.PrefixStore(f"attempt_{agreed_name(store, rank, world, timeout)}", store)
+    collective.store(own).set("launch", launch)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 

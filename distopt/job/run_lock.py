@@ -27,7 +27,7 @@ class RunLock:
 
     Attributes:
         note: A line about an owner that has ended unfinished, and whose place this job takes; "" for none.
-        restarted: Whether that owner was an earlier attempt of the same launcher, which had opened the run.
+        restarted: Whether that owner was an earlier attempt of the same launch, which had opened the run.
 
     Raises:
         ValueError: If another job holds the folder, with its host, process, SLURM job and start.
@@ -50,7 +50,9 @@ class RunLock:
         before = _read(self._file)
         if before.get("opened") and not self.note:
             self.note = f"{folder} is taken over from a job that ended unfinished, {_told(before)}"
-        self.restarted = bool(before.get("opened")) and before.get("launcher") == _launcher()
+        self._launch = collective.launch()
+        same_launch = self._launch is not None and before.get("launch") == self._launch
+        self.restarted = same_launch and bool(before.get("opened"))
         self._write(opened=False)
 
     def opened(self) -> None:
@@ -66,7 +68,7 @@ class RunLock:
         owner = {
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "launcher": _launcher(),
+            "launch": self._launch,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "opened": opened,
@@ -91,16 +93,6 @@ def claim(folder: Path) -> tuple[RunLock | None, bool, list[str]]:
 
     restarted, notes = collective.on_first(lock)
     return (held[0] if held else None), restarted, notes
-
-
-def _launcher() -> str:
-    """A name of the process that has started this one: no other process has it, also later."""
-    import psutil  # a requirement of Accelerate
-
-    parent = os.getppid()
-    with contextlib.suppress(psutil.Error):
-        return f"{socket.gethostname()}/{parent}/{psutil.Process(parent).create_time()}"
-    return f"{socket.gethostname()}/{parent}"
 
 
 def _read(file: Path) -> dict[str, Any]:
