@@ -116,25 +116,15 @@ def one_after_another(task: Callable[[], T]) -> T:
 
 
 def attempt() -> int:
-    """Returns how often torch's launcher has restarted this job."""
+    """Returns how often torch's launcher on this machine counts that it has restarted this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def store(of_group: dist.Store | None = None) -> Any:
-    """Returns distopt's part of the store with which the process group was, or is to be, initialized."""
+def store() -> Any:
+    """Returns distopt's part of the store with which the process group was initialized."""
     from torch.distributed.distributed_c10d import _get_default_store  # private, as of torch 2.13
 
-    return dist.PrefixStore("distopt", of_group or _get_default_store())
-
-
-def launch() -> str | None:
-    """Returns the name of the launch that this job is an attempt of; None without a launcher that can restart it.
-
-    Launchers of several machines have one name together, also where one of them was started again.
-    """
-    if not dist.is_initialized() or not (meeting := store()).check(["launch"]):
-        return None
-    return str(meeting.get("launch").decode())
+    return dist.PrefixStore("distopt", _get_default_store())
 
 
 _meetings = itertools.count()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import uuid
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,9 +31,7 @@ def join(timeout: datetime.timedelta, backend: str) -> None:
     if dist.is_initialized() or not named:
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    launch = store.compare_set("launch", "", uuid.uuid4().hex)  # of all attempts
     own = dist.PrefixStore(f"attempt_{agreed_name(store, rank, world, timeout)}", store)
-    collective.store(own).set("launch", launch)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 

@@ -24,6 +24,7 @@ class RunLock:
 
     Args:
         folder: The run's folder; made if there is none.
+        restarts: How often a launcher has restarted this job.
 
     Attributes:
         note: A line about an owner that has ended unfinished, and whose place this job takes; "" for none.
@@ -33,7 +34,7 @@ class RunLock:
         ValueError: If another job holds the folder, with its host, process, SLURM job and start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, restarts: int = 0) -> None:
         self._file = folder / _OWNER
         self._lock = filelock.FileLock(folder / ".lock")
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,9 +51,7 @@ class RunLock:
         before = _read(self._file)
         if before.get("opened") and not self.note:
             self.note = f"{folder} is taken over from a job that ended unfinished, {_told(before)}"
-        self._launch = collective.launch()
-        same_launch = self._launch is not None and before.get("launch") == self._launch
-        self.restarted = same_launch and bool(before.get("opened"))
+        self.restarted = restarts > 0 and bool(before.get("opened")) and before.get("launch") == _launch()
         self._write(opened=False)
 
     def opened(self) -> None:
@@ -68,7 +67,7 @@ class RunLock:
         owner = {
             "host": socket.gethostname(),
             "process": os.getpid(),
-            "launch": self._launch,
+            "launch": _launch(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "opened": opened,
@@ -86,13 +85,21 @@ def claim(folder: Path) -> tuple[RunLock | None, bool, list[str]]:
         ValueError: On every rank, if another job holds the folder.
     """
     held: list[RunLock] = []
+    restarts = max(
+        collective.on_all(collective.attempt)
+    )  # a launcher may count none where that of another machine does
 
     def lock() -> tuple[bool, list[str]]:
-        held.append(RunLock(folder))
+        held.append(RunLock(folder, restarts))
         return held[0].restarted, [held[0].note] if held[0].note else []
 
     restarted, notes = collective.on_first(lock)
     return (held[0] if held else None), restarted, notes
+
+
+def _launch() -> str | None:
+    """Returns the name that torch's launchers of this job have in common; None without one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _read(file: Path) -> dict[str, Any]:
