@@ -30,7 +30,7 @@ def report(job: Job, after: float) -> None:
         return
     terminal.phase("drawing the curves")
     before = next((row["validation_loss"] for row in read_metrics(job.folder) if "validation_loss" in row), after)
-    bits = [job.bits_per_byte(loss) for loss in (before, after)]
+    bits = [job.evaluation.bits_per_byte(loss) for loss in (before, after)]
     length = "steps" if cfg.train.epochs is None else "epochs"
     changes = {"train__resume": "auto", f"train__{length}": f"{2 * cfg.train[length]}"}
     resume = run_folder.command(accelerator.num_processes, job.folder, str(cfg.name), **changes)
@@ -53,7 +53,7 @@ def _sampled(job: Job) -> dict[str, str]:
     if length <= 0:
         return {}
     ends = end_tokens(job.corpus.pretrained_tokenizer(), job.config)
-    with job.evaluated():
+    with job.evaluation.weights():
         written = sample(job.engine, job.model, prompt, length, job.cfg.seed, job.accelerator.device, ends)
     answer = written[len(prompt) :]
     ended = answer[-1] in ends
