@@ -100,8 +100,12 @@ class Data(Protocol):
         """Raises ValueError for what cannot be read; cheap, and before anything else."""
         ...
 
-    def build(self) -> Any:
-        """Returns the tokens, a `Text`: on one process first, whose files the others find."""
+    def build(self, processes: int = 1) -> Any:
+        """Returns the tokens, a `Text`: on one process first, whose files the others find.
+
+        Args:
+            processes: How many processes may tokenize, of which data that is there at once needs none.
+        """
         ...
 
     def sequences(self, corpus: Any, *, sequence_length: int, batch_size: int, seed: int) -> Any:
