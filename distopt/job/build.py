@@ -16,6 +16,7 @@ from distopt.engine.group import connect
 from distopt.job import run_folder
 from distopt.job.about import write_about
 from distopt.job.agreement import check_agreement, environment
+from distopt.job.callbacks import Callbacks
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components
@@ -64,7 +65,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     """
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     parts, accelerator, downloaded = _checked(cfg, terminal)
-    world = accelerator.num_processes
+    callbacks, world = Callbacks.of(cfg), accelerator.num_processes
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
     origin = Origin.find(options, folder, parts)
     batches = check_batch_schedule(cfg, micro_batch, world)
@@ -104,6 +105,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         passed_over=saved.get("passed_over", 0),
         checkpoint=origin.checkpoint,
         loss=parts.loss,
+        callbacks=callbacks,
         **text._asdict(),
         **trainee._asdict(),
     )
@@ -140,7 +142,7 @@ def _described(cfg: DictConfig, parts: Components, corpus: Corpus) -> tuple[Pret
 
 
 def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
-    """Sets what looks at a job while it trains: its report, proofs, the noise scale and its health."""
+    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, callbacks."""
     options = job.cfg.train
     if job.accelerator.is_main_process:
         write_about(job)
@@ -150,6 +152,7 @@ def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
         job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
+    job.callbacks.load_state_dict(saved.get("callbacks", {}))
 
 
 def join(cfg: DictConfig, engine: Engine) -> Accelerator:

@@ -30,11 +30,13 @@ class Evaluation:
     Attributes:
         step: The step of the last one; -1 before the first.
         loss: Its validation loss in nats per token.
+        metrics: All of its numbers, by their names in metrics.jsonl.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self.step, self.loss = -1, math.nan
+        self.metrics: dict[str, float] = {}
 
     def measure(self) -> float:
         """Returns the mean validation loss over all processes in nats per token, and logs it."""
@@ -44,9 +46,11 @@ class Evaluation:
         batches: Iterable[Tensor | Batch] = job.validation.batches(rank, world)
         with self.weights():
             own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device)
-        self.step, self.loss = job.step, job.accelerator.reduce(own, "mean").item()
-        bits = self.bits_per_byte(self.loss)
-        job.monitor.write({"validation_loss": self.loss, "bits_per_byte": bits})
+            self.step, self.loss = job.step, job.accelerator.reduce(own, "mean").item()
+            bits = self.bits_per_byte(self.loss)
+            self.metrics = {"validation_loss": self.loss, "bits_per_byte": bits}
+            self.metrics |= job.callbacks.call("after_evaluation", job, self.metrics)
+        job.monitor.write(self.metrics)
         tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte")
         return self.loss
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
@@ -20,6 +22,7 @@ from distopt.data.prefetch import Prefetch
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.train_step import Update, update
+from distopt.job.callbacks import Callbacks
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.config import max_grad_norm
 from distopt.job.diagnostics import nonfinite_gradient_report, write_layers
@@ -31,8 +34,8 @@ from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise
 from distopt.job.run_lock import RunLock
-from distopt.job.saving import save, way_back
-from distopt.job.stop import Stopped, StopSignal
+from distopt.job.saving import save, way_back, written
+from distopt.job.stop import StopSignal, leave, stop
 from distopt.job.summary import report
 from distopt.job.watchdog import Watchdog
 from distopt.optim.averaged import update_average
@@ -75,6 +78,7 @@ class Job:
         loss: What is minimized in place of the cross-entropy; None for that.
         health: What watches the run's health; None for nothing.
         noise: What measures the gradient noise scale; None for nothing.
+        callbacks: What is called after steps, evaluations and checkpoints.
         evaluation: Measures its loss on the validation batches.
     """
 
@@ -104,12 +108,14 @@ class Job:
     loss: LogitsLoss | None = None
     health: Health | None = None
     noise: Noise | None = None
+    callbacks: Callbacks = field(default_factory=lambda: Callbacks({}))
     evaluation: Evaluation = field(init=False)
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.evaluation = Evaluation(self)
+        self.checkpointer.written = functools.partial(written, self)
 
     def run(self) -> float:
         """Trains from `step` to the last step and returns the final validation loss in nats per token.
@@ -118,7 +124,7 @@ class Job:
             Stopped: After a checkpoint was saved, if a process was asked to stop by a signal.
             ValueError: After `train.max_skipped_steps` steps in a row without a finite gradient.
         """
-        steps, every = self.cfg.train.steps, (self.cfg.evaluation.every, self.cfg.checkpoint.every)
+        every = self.cfg.evaluation.every
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.watchdog.guard())
             stack.enter_context(contextlib.closing(self.monitor))  # an error would be printed at the end of the bar
@@ -128,34 +134,36 @@ class Job:
             if self.cfg.train.lr_range_test is not None:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
             self.monitor.begin("taking the next one")
-            stop, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
+            signals, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
             stack.callback(self._settle)  # the row of the last step, if the next one raises
-            while self.step < steps:
+            while not self._ends:
                 began = self.step
-                done = self.train_step(batches, stop)
+                done = self.train_step(batches, signals)
                 collect_garbage(self.step)
                 forward = self.step > began  # or the run was rolled back
-                evaluates, saves = (forward and (self.step % n == 0 or self.step == steps) for n in every)
-                if evaluates or saves or self._asked_to_stop:
+                evaluates = forward and (self.step % every == 0 or self._ends)
+                if evaluates or (forward and self._saves) or self._asked_to_stop:
                     self._settle()
-                stopping = self._asked_to_stop and self.step < steps
+                stopping = self._asked_to_stop and not self._ends
                 if evaluates and not stopping:
                     write_layers(self, done)
                     after = self.evaluation.measure()
-                if saves or stopping:
+                if (forward and self._saves) or stopping:
                     save(self)
                 if stopping:
-                    self._stop()
+                    stop(self)
             self.checkpointer.wait()
-            stop.restore()  # not before: a signal would end the process while the last checkpoint is written
+            if self.evaluation.step != self.step:  # a callback has ended the run after a checkpoint
+                after = self.evaluation.measure()
+            signals.restore()  # not before: a signal would end the process while the last checkpoint is written
         if not math.isfinite(after):
             raise ValueError(f"the run has diverged: its validation loss is {after}; {way_back(self)}")
         report(self, after)
-        self._leave()
+        leave(self)
         return after
 
-    def train_step(self, batches: Prefetch[Any], stop: StopSignal) -> Update:
+    def train_step(self, batches: Prefetch[Any], signals: StopSignal) -> Update:
         """Takes one step; returns what it did.
 
         Its loss, and whether a process was asked to stop, are read in the next step or by `_settle`, so that the host
@@ -179,13 +187,15 @@ class Job:
             self.schedule.step()
             self.step += 1
         self._settle()
-        mine = [done.loss, stop.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        mine = [done.loss, signals.request(done.loss), *([] if done.small_square is None else [done.small_square])]
         self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
         if self.noise:
             self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
         self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
+        if to is None and self.callbacks.wants("after_step"):
+            self._settle(lambda row: self.callbacks.call("after_step", self, row))
         if to is not None:
             self._settle()
             self.passed_over += self.step + 1 - to
@@ -204,24 +214,19 @@ class Job:
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         return Prefetch(lambda step: self.sequences.batch(step, rank, world), pin=device.type == "cuda")
 
-    def _settle(self) -> None:
+    def _settle(self, also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda row: {}) -> None:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
         (loss, asked, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None)
+        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None, also)
 
-    def _leave(self) -> None:
-        if self.lock:
-            self.lock.release()
-        self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
-        self.accelerator.end_training()
+    @property
+    def _ends(self) -> bool:
+        """Whether the last step was taken, or a callback has ended the run."""
+        return bool(self.step >= self.cfg.train.steps or self.callbacks.stopped)
 
-    def _stop(self) -> NoReturn:
-        self.checkpointer.wait()
-        self._leave()
-        raise Stopped(
-            f"by a signal, after step {self.step} of {self.cfg.train.steps}; train.resume=auto resumes from "
-            f"{self.checkpoint or 'the start: there is no checkpoint yet'}"
-        )
+    @property
+    def _saves(self) -> bool:
+        return self.step % self.cfg.checkpoint.every == 0 or self._ends

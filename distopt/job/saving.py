@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distopt.job.checkpointer import all_finite
@@ -29,6 +30,18 @@ def save(job: Job) -> None:
     tell(f"checkpoint {job.checkpoint.name}")
 
 
+def written(job: Job, path: Path) -> None:
+    """Calls the callbacks when a checkpoint is on the disk; every rank has to call it.
+
+    Args:
+        job: The job.
+        path: The folder of the checkpoint.
+    """
+    job.checkpoint = path
+    if added := job.callbacks.call("after_checkpoint", job, job.evaluation.metrics):
+        job.monitor.write(added)
+
+
 def extra(job: Job) -> dict[str, Any]:
     """Returns what the manifest of a checkpoint keeps beside the tensors: what the run is, and where it stands."""
     kept = {"step": job.step, "tokens": job.monitor.tokens(job.step), **job.identity}
@@ -38,6 +51,8 @@ def extra(job: Job) -> dict[str, Any]:
         kept |= {"passed_over": job.passed_over, "health": job.health.monitor.state_dict()}
     if job.noise:
         kept |= {"noise_scale": job.noise.scale.state_dict()}
+    if states := job.callbacks.state_dict():
+        kept |= {"callbacks": states}
     return kept
 
 
