@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import utils
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from distopt import collective
 from distopt.job.config import Config, named
@@ -185,4 +186,4 @@ def _numbers(returned: Any, there: Mapping[str, float]) -> dict[str, float]:
         raise ValueError(f"it must return numbers by name, or None, got {returned!r:.60}")
     if twice := [key for key in returned if key in there or key == "step"]:
         raise ValueError(f"it returns {twice[0]!r}, which the row has already: give another name")
-    return {key: float(value) for key, value in returned.items()}
+    return {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in returned.items()}
