@@ -198,4 +198,11 @@ REDUCE_DTYPE = or_null(choice("fp32", "bf16"))
 PARAM_DTYPE = or_null(choice("bf16"))
 STAGE = choice(1, 2, 3)
 SCOPE = choice("global", "local")
+CALLBACKS = Bound(
+    "a list of entries with _target_, such as [{_target_: mine.Distance}]",
+    lambda value: (
+        isinstance(value, Sequence)
+        and all(isinstance(entry, Mapping) and isinstance(entry.get("_target_"), str) for entry in value)
+    ),
+)
 OVERRIDES = or_null(mapping("options by pattern, such as {wte: {lr: 1e-4}},", of=Mapping))

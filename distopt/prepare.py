@@ -10,8 +10,6 @@ import os
 import sys
 import time
 
-from distopt.data.mixture import Mixture
-from distopt.data.text_data import TextData
 from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config, instantiate, named
@@ -28,7 +26,7 @@ def prepared(cfg: Config) -> None:
         check(cfg, "train")
         data, start = instantiate(cfg, "data", Data), time.monotonic()
         with named("data"):
-            corpus = data.build(_processes) if isinstance(data, (TextData, Mixture)) else data.build()
+            corpus = data.build(_processes)
     splits = " and ".join(f"{size:,} {split}" for split, size in corpus.sizes.items())
     print(f"{corpus.source}: {splits} tokens, in {time.monotonic() - start:.0f} s by {_processes} processes")
 

@@ -19,15 +19,15 @@ BEST = {**EVERY_2, "checkpoint__best": "validation_loss", "checkpoint__keep": "1
 
 def scripted(losses: dict[int, float]) -> None:
     """Has the validation loss of a step as it is said."""
-    from distopt.job import job as program
+    from distopt.job import evaluate as program
 
-    evaluate = program.Job.evaluate
+    measure = program.Evaluation.measure
 
-    def scripted_evaluate(job: program.Job) -> float:
-        program.validation_loss = lambda *args: torch.tensor(losses.get(job.step, 5.0))
-        return evaluate(job)
+    def scripted_measure(evaluation: program.Evaluation) -> float:
+        program.validation_loss = lambda *args: torch.tensor(losses.get(evaluation._job.step, 5.0))
+        return measure(evaluation)
 
-    program.Job.evaluate = scripted_evaluate
+    program.Evaluation.measure = scripted_measure
 
 
 @pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.matrix)])

@@ -50,6 +50,8 @@ def test_all_parts_train_together(cwd: Path) -> None:
     rows = metrics(cwd / "runs" / "own")
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     assert losses[-1] < 0.5 * losses[0]
+    perplexities = [row["perplexity"] for row in rows if "validation_loss" in row]
+    assert perplexities == pytest.approx([math.exp(loss) for loss in losses])
     rates = [row["lr"] for row in rows if "lr" in row]
     assert max(rates) == pytest.approx(2e-3) and rates[0] < max(rates) > rates[-1]
     first = next(row["loss"] for row in rows if "loss" in row)

@@ -74,10 +74,13 @@ class CompletionData:
         """
         self._open()
 
-    def build(self) -> CompletionCorpus:
+    def build(self, processes: int = 1) -> CompletionCorpus:
         """Open the corpus, tokenizing the examples first if they are not in the cache.
 
         Several ranks may call this at once, but each of them may then tokenize the examples: let one rank finish first.
+
+        Args:
+            processes: Not used: tokenizers encode a batch of examples on all cores.
 
         Raises:
             ValueError: An argument or an example is invalid; names the file and line of the latter.

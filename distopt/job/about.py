@@ -35,6 +35,16 @@ def write_about(job: Job) -> None:
     }
     if job.step and (began := _began(file)):
         about["began"] = began
+    _write(file, about)
+
+
+def write_stopped(job: Job) -> None:
+    """Adds to `run.json` why a callback has ended the run, on its main process."""
+    file = job.folder / RUN
+    _write(file, {**json.loads(file.read_text()), "stopped_early": job.callbacks.stopped})
+
+
+def _write(file: Path, about: dict[str, Any]) -> None:
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(about, indent=1) + "\n")
     aside.replace(file)  # a report that watches the run reads it meanwhile

@@ -9,12 +9,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distopt import collective
-from distopt.checkpoint import load_checkpoint
+from distopt.data.batch_sizes import BatchSizes
+from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
 from distopt.job import run_folder
 from distopt.job.about import write_about
 from distopt.job.agreement import check_agreement, environment
+from distopt.job.callbacks import Callbacks
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components
@@ -34,9 +36,7 @@ from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
-from distopt.job.phases import find_init
-from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
-from distopt.job.run_lock import claim
+from distopt.job.origin import Origin, identity_of
 from distopt.job.terminal import Terminal
 from distopt.job.text import open_text
 from distopt.job.tracking import check_trackers, start_trackers
@@ -48,6 +48,7 @@ from distopt.proof import prove_every
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PretrainedConfig
 
 
 def build(cfg: DictConfig, terminal: Terminal) -> Job:
@@ -63,92 +64,48 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         ValueError: On every process alike, for a configuration that cannot run.
     """
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
-    refuse_swept_ranks()
-    terminal.phase("checking the configuration")
-    check(cfg, "train")
-    check_steps(cfg)
-    check_best(cfg)
-    engine, downloaded, names = instantiate(cfg, "engine", Engine), list[str](), hub_names(cfg)
-    if names:
-        accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
-        terminal.phase("asking the hub")
-        downloaded = download(names)
-    parts = Components.of(cfg, engine)
-    if not names:
-        terminal.phase("waiting for the other processes")
-        accelerator = join(cfg, engine)
-    micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, accelerator.num_processes)
-    lock, restarted, taken = claim(folder)
-    start, notes = find_start(folder / "checkpoints", options.resume, restarted)
-    init = find_init(options, folder, start)
-    if init:
-        init.check_parts(parts, type(parts.probe()))
-    sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
-    batches = check_batch_schedule(cfg, micro_batch, accelerator.num_processes)
-    check_noise_scale(cfg, parts, micro_batch * accelerator.num_processes)
-    grows = {"batch_schedule": [list(change) for change in batches.changes[1:]] or None}
-    identity = {"seed": cfg.seed, **sizes, **grows, "adapter": parts.adapter and parts.adapter.describe()}
-    identity["frozen"] = parts.language_model.freeze or None
-    if start:
-        start.check(identity, options.steps)  # before the text is tokenized
+    parts, accelerator, downloaded = _checked(cfg, terminal)
+    callbacks, world = Callbacks.of(cfg), accelerator.num_processes
+    micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
+    origin = Origin.find(options, folder, parts)
+    batches = check_batch_schedule(cfg, micro_batch, world)
+    check_noise_scale(cfg, parts, micro_batch * world)
+    identity = identity_of(cfg, parts, batches)
+    origin.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
-    text = open_text(cfg, parts.data, sizes, batches)
+    text = open_text(cfg, parts.data, batches)
     if options.steps is None:
         options.steps = steps_of(options.epochs, text.sequences.count, batches)
         parts = parts.of_steps(cfg)
-    parts.language_model.check_added(text.corpus.pretrained_tokenizer())
-    config = parts.language_model.describe(text.corpus.vocab_size)
-    check_length(config, options.sequence_length, "train.sequence_length")
+    config, files = _described(cfg, parts, text.corpus)
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
-    check_agreement({"the digest of the data": text.corpus.digest}, "they have to read the same files")
-    if start:
-        start.check(identity | start.architecture(config), options.steps)  # before the model is built
-    files = pretrained.description(config, text.corpus.pretrained_tokenizer(), parts.language_model.path)
-    if init:
-        init.check_model(pretrained.architecture(config), files)
+    origin.check_model(identity, options.steps, config, files)  # before it is built
     terminal.phase("building the model")
     trainee = build_trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
-    if loaded := start or (init and init.start):
-        terminal.phase(f"loading {loaded.path.name}")
-    saved = _load(start, parts.engine, trainee) if start else {}
-    if init:
-        init.load(trainee, parts.engine.unwrap(trainee.model))
-    record = init.record() if init else saved.get("init")
-    moved = _open_folder(cfg, folder, start, accelerator)
-    if lock:
-        lock.opened()
-    step = start.step if start else 0
-    resumed = [f"resuming after step {step} from {start.path}"] if start else [str(init)] if init else []
+    saved = origin.load(trainee, parts.engine, terminal)
+    moved = _open_folder(cfg, folder, origin, accelerator)
     job = Job(
         cfg=cfg,
         folder=folder,
         accelerator=accelerator,
         engine=parts.engine,
         config=config,
-        monitor=Monitor(
-            folder,
-            step,
-            options.steps,
-            lambda done: batches.before(done) * options.sequence_length,
-            accelerator.is_main_process,
-            accelerator.log,
-            terminal,
-            watch(parts.engine.unwrap(trainee.model), options.sequence_length, parts.engine.bf16, accelerator),
-        ),
+        monitor=_monitor(cfg, folder, origin, batches, parts.engine, trainee, accelerator, terminal),
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
-        lock=lock,
-        identity=identity | ({"init": record} if record else {}),
+        lock=origin.lock,
+        identity=identity | origin.record(saved),
         micro_batch=micro_batch,
         notes=[
-            *(*downloaded, *taken, *moved, *notes, *parts.language_model.notes),
+            *(*downloaded, *origin.notes, *moved, *parts.language_model.notes),
             *(*text.sequences.notes, *text.validation.notes),
-            *(*decay_unneeded(trainee, options.steps), *resumed),
+            *(*decay_unneeded(trainee, options.steps), *origin.told()),
         ],
-        step=step,
+        step=origin.step,
         passed_over=saved.get("passed_over", 0),
-        checkpoint=start.path if start else None,
+        checkpoint=origin.checkpoint,
         loss=parts.loss,
+        callbacks=callbacks,
         **text._asdict(),
         **trainee._asdict(),
     )
@@ -156,8 +113,36 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     return job
 
 
+def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerator, list[str]]:
+    """Checks a configuration and joins the processes; returns its components, the process group and lines to tell."""
+    refuse_swept_ranks()
+    terminal.phase("checking the configuration")
+    check(cfg, "train")
+    check_steps(cfg)
+    check_best(cfg)
+    engine, names = instantiate(cfg, "engine", Engine), hub_names(cfg)
+    if names:
+        accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
+        terminal.phase("asking the hub")
+        downloaded = download(names)
+        return Components.of(cfg, engine), accelerator, downloaded
+    parts = Components.of(cfg, engine)
+    terminal.phase("waiting for the other processes")
+    return parts, join(cfg, engine), []
+
+
+def _described(cfg: DictConfig, parts: Components, corpus: Corpus) -> tuple[PretrainedConfig, dict[str, bytes]]:
+    """Returns the model's configuration, with the vocabulary of the data, and the files that describe both."""
+    tokenizer = corpus.pretrained_tokenizer()
+    parts.language_model.check_added(tokenizer)
+    config = parts.language_model.describe(corpus.vocab_size)
+    check_length(config, cfg.train.sequence_length, "train.sequence_length")
+    check_agreement({"the digest of the data": corpus.digest}, "they have to read the same files")
+    return config, pretrained.description(config, tokenizer, parts.language_model.path)
+
+
 def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
-    """Sets what looks at a job while it trains: its report, proofs, the noise scale and its health."""
+    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, callbacks."""
     options = job.cfg.train
     if job.accelerator.is_main_process:
         write_about(job)
@@ -167,6 +152,7 @@ def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
         job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
+    job.callbacks.load_state_dict(saved.get("callbacks", {}))
 
 
 def join(cfg: DictConfig, engine: Engine) -> Accelerator:
@@ -179,24 +165,41 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
     return accelerator
 
 
+def _monitor(
+    cfg: DictConfig,
+    folder: Path,
+    origin: Origin,
+    batches: BatchSizes,
+    engine: Engine,
+    trainee: Trainee,
+    accelerator: Accelerator,
+    terminal: Terminal,
+) -> Monitor:
+    length = cfg.train.sequence_length
+    return Monitor(
+        folder,
+        origin.step,
+        cfg.train.steps,
+        lambda done: batches.before(done) * length,
+        accelerator.is_main_process,
+        accelerator.log,
+        terminal,
+        watch(engine.unwrap(trainee.model), length, engine.bf16, accelerator),
+    )
+
+
 def _checkpointer(cfg: DictConfig, folder: Path) -> Checkpointer:
     options = {name: value for name, value in cfg.checkpoint.items() if name != "every"}
     return Checkpointer(folder / "checkpoints", **options)
 
 
-def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
-    """Loads the checkpoint, except the hyper-parameters, which stay those of this configuration; returns its extra."""
-    configured = hyperparameters(trainee.optimizer)
-    extra = load_checkpoint(start.path, engine.unwrap(trainee.model), trainee.stepper, trainee.schedule)
-    keep_configured(trainee.optimizer, trainee.schedule, configured)
-    return extra
-
-
-def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator) -> list[str]:
+def _open_folder(cfg: DictConfig, folder: Path, origin: Origin, accelerator: Accelerator) -> list[str]:
     """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
-    moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
+    moved = collective.on_first(lambda: run_folder.open_folder(folder, origin.checkpoint))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     start_trackers(accelerator, str(folder / "logs"), folder.name, values)
+    if origin.lock:
+        origin.lock.opened()
     return [moved] if moved else []

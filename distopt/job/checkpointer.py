@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ class Checkpointer:
         best: The number in `extra` whose least value makes the best checkpoint, which stays, and to which the link
             `best` in the folder points; None for none.
         asynchronous: Continue training while a checkpoint is written; the next save waits for the one before.
+
+    Attributes:
+        written: Called with the folder of each checkpoint when it is on the disk, on every rank.
     """
 
     def __init__(
@@ -38,7 +42,8 @@ class Checkpointer:
     ) -> None:
         self.folder, self.asynchronous = folder, asynchronous
         self.keep, self.keep_every, self.best = keep, keep_every, best
-        self._saving: Saving | None = None
+        self.written: Callable[[Path], None] = lambda path: None
+        self._saving: tuple[Saving, Path] | None = None
 
     def save(self, step: int, *run: Any) -> Path:
         """Saves the checkpoint of a step; every rank has to call it.
@@ -53,10 +58,10 @@ class Checkpointer:
         self.wait()
         path = checkpoint_path(self.folder, step)
         if self.asynchronous:
-            self._saving = async_save_checkpoint(path, *run)
+            self._saving = async_save_checkpoint(path, *run), path
         else:
             save_checkpoint(path, *run)
-            self._prune()
+            self._end(path)
         return path
 
     def wait(self) -> None:
@@ -66,11 +71,12 @@ class Checkpointer:
             RuntimeError: On every rank, if one of them could not write.
         """
         if self._saving is not None:
-            saving, self._saving = self._saving, None
+            (saving, path), self._saving = self._saving, None
             saving.result()
-            self._prune()
+            self._end(path)
 
-    def _prune(self) -> None:
+    def _end(self, path: Path) -> None:
         if self.best is not None:
             link_best(self.folder, self.best)  # first: the link never points to what has been removed
         prune_checkpoints(self.folder, self.keep, keep_every=self.keep_every, best=self.best)
+        self.written(path)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from distopt import collective
 from distopt.engine.mezo import MeZO
+from distopt.engine.train_step import Update
 from distopt.layout import layout_of
 from distopt.layout.names import bare_parameters
 from distopt.optim.clip import grad_norms
 from distopt.sam import SAM
+
+if TYPE_CHECKING:
+    from distopt.job.job import Job
 
 _UNKNOWN = "DeepSpeed has freed it, so the parameter is unknown: another engine names it"
 
@@ -44,6 +48,19 @@ def by_layer(
         "trust_ratio": {names[p]: float(ratio) for p, ratio in ratios.items() if p in names},
     }
     return {what: values for what, values in found.items() if any(values.values())}
+
+
+def write_layers(job: Job, done: Update) -> None:
+    """Writes each parameter's gradient norm before clipping and its trust ratio, or what the run's health watches.
+
+    Args:
+        job: The job.
+        done: Its last step.
+    """
+    if job.health:
+        job.health.write()
+    else:
+        job.monitor.write_layers(by_layer(job.engine.unwrap(job.model), job.stepper, done.grad_norms()))
 
 
 def nonfinite_gradient_report(model: nn.Module, stepper: torch.optim.Optimizer, step: int, times: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,58 @@ from torch import Tensor, nn
 from distopt import collective
 from distopt.data.batch import Batch, next_token_loss
 from distopt.models.generation import sampling
+from distopt.optim.averaged import averaged
+from distopt.optim.averaging import train_mode
 
 if TYPE_CHECKING:
     from distopt.engine import Engine
+    from distopt.job.job import Job
+
+
+class Evaluation:
+    """The evaluations of a job.
+
+    Args:
+        job: The job.
+
+    Attributes:
+        step: The step of the last one; -1 before the first.
+        loss: Its validation loss in nats per token.
+        metrics: All of its numbers, by their names in metrics.jsonl.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.step, self.loss = -1, math.nan
+        self.metrics: dict[str, float] = {}
+
+    def measure(self) -> float:
+        """Returns the mean validation loss over all processes in nats per token, and logs it."""
+        job = self._job
+        rank, world, device = job.accelerator.process_index, job.accelerator.num_processes, job.accelerator.device
+        tell = job.monitor.begin("evaluating")
+        batches: Iterable[Tensor | Batch] = job.validation.batches(rank, world)
+        with self.weights():
+            own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device)
+            self.step, self.loss = job.step, job.accelerator.reduce(own, "mean").item()
+            bits = self.bits_per_byte(self.loss)
+            self.metrics = {"validation_loss": self.loss, "bits_per_byte": bits}
+            self.metrics |= job.callbacks.call("after_evaluation", job, self.metrics)
+        job.monitor.write(self.metrics)
+        tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte")
+        return self.loss
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context in which the model has the weights to evaluate: their average, if `evaluation.average`."""
+        job = self._job
+        if job.cfg.evaluation.get("average") is False:
+            train_mode(job.stepper)  # a schedule-free optimizer's, since the last checkpoint
+            return contextlib.nullcontext()
+        return averaged(job.optimizer, job.engine.unwrap(job.model))
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Converts a loss in nats per token."""
+        return loss / math.log(2) / self._job.corpus.bytes_per_token
 
 
 @torch.no_grad()

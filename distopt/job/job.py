@@ -5,38 +5,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.batch import Batch, LogitsLoss, next_token_loss
+from distopt.data.batch import LogitsLoss
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.prefetch import Prefetch
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
-from distopt.engine.train_step import Loss, Update, update
-from distopt.job.checkpointer import Checkpointer, all_finite
+from distopt.engine.train_step import Update, update
+from distopt.job.callbacks import Callbacks
+from distopt.job.checkpointer import Checkpointer
 from distopt.job.config import max_grad_norm
-from distopt.job.diagnostics import by_layer, nonfinite_gradient_report
-from distopt.job.evaluate import validation_loss
+from distopt.job.diagnostics import nonfinite_gradient_report, write_layers
+from distopt.job.evaluate import Evaluation
 from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
+from distopt.job.loss import minimized
 from distopt.job.lr_range import run_lr_range_test
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise
 from distopt.job.run_lock import RunLock
-from distopt.job.stop import Stopped, StopSignal
+from distopt.job.saving import save, way_back, written
+from distopt.job.stop import StopSignal, leave, stop
 from distopt.job.summary import report
 from distopt.job.watchdog import Watchdog
-from distopt.optim.averaged import averaged, update_average
-from distopt.optim.averaging import eval_mode, train_mode
+from distopt.optim.averaged import update_average
 from distopt.optim.base import ShardedOptimizer
 from distopt.sam import SAM
 
@@ -76,6 +78,8 @@ class Job:
         loss: What is minimized in place of the cross-entropy; None for that.
         health: What watches the run's health; None for nothing.
         noise: What measures the gradient noise scale; None for nothing.
+        callbacks: What is called after steps, evaluations and checkpoints.
+        evaluation: Measures its loss on the validation batches.
     """
 
     cfg: DictConfig
@@ -104,9 +108,14 @@ class Job:
     loss: LogitsLoss | None = None
     health: Health | None = None
     noise: Noise | None = None
+    callbacks: Callbacks = field(default_factory=lambda: Callbacks({}))
+    evaluation: Evaluation = field(init=False)
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
-    _evaluated: tuple[int, float] = field(default=(-1, math.nan), init=False)  # the step and its validation loss
+
+    def __post_init__(self) -> None:
+        self.evaluation = Evaluation(self)
+        self.checkpointer.written = functools.partial(written, self)
 
     def run(self) -> float:
         """Trains from `step` to the last step and returns the final validation loss in nats per token.
@@ -115,44 +124,46 @@ class Job:
             Stopped: After a checkpoint was saved, if a process was asked to stop by a signal.
             ValueError: After `train.max_skipped_steps` steps in a row without a finite gradient.
         """
-        steps, every = self.cfg.train.steps, (self.cfg.evaluation.every, self.cfg.checkpoint.every)
+        every = self.cfg.evaluation.every
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.watchdog.guard())
             stack.enter_context(contextlib.closing(self.monitor))  # an error would be printed at the end of the bar
             for line in self.notes:
                 self.monitor.say(line)
-            after = self.evaluate()
+            after = self.evaluation.measure()
             if self.cfg.train.lr_range_test is not None:
                 run_lr_range_test(self, self.cfg.train.lr_range_test, max_grad_norm(self.cfg))
             self.monitor.begin("taking the next one")
-            stop, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
+            signals, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
             stack.callback(self._settle)  # the row of the last step, if the next one raises
-            while self.step < steps:
+            while not self._ends:
                 began = self.step
-                done = self.train_step(batches, stop)
+                done = self.train_step(batches, signals)
                 collect_garbage(self.step)
                 forward = self.step > began  # or the run was rolled back
-                evaluates, saves = (forward and (self.step % n == 0 or self.step == steps) for n in every)
-                if evaluates or saves or self._asked_to_stop:
+                evaluates = forward and (self.step % every == 0 or self._ends)
+                if evaluates or (forward and self._saves) or self._asked_to_stop:
                     self._settle()
-                stopping = self._asked_to_stop and self.step < steps
+                stopping = self._asked_to_stop and not self._ends
                 if evaluates and not stopping:
-                    self._write_layers(done)
-                    after = self.evaluate()
-                if saves or stopping:
-                    self.save()
+                    write_layers(self, done)
+                    after = self.evaluation.measure()
+                if (forward and self._saves) or stopping:
+                    save(self)
                 if stopping:
-                    self._stop()
+                    stop(self)
             self.checkpointer.wait()
-            stop.restore()  # not before: a signal would end the process while the last checkpoint is written
+            if self.evaluation.step != self.step:  # a callback has ended the run after a checkpoint
+                after = self.evaluation.measure()
+            signals.restore()  # not before: a signal would end the process while the last checkpoint is written
         if not math.isfinite(after):
-            raise ValueError(f"the run has diverged: its validation loss is {after}; {self._way_back()}")
+            raise ValueError(f"the run has diverged: its validation loss is {after}; {way_back(self)}")
         report(self, after)
-        self._leave()
+        leave(self)
         return after
 
-    def train_step(self, batches: Prefetch[Any], stop: StopSignal) -> Update:
+    def train_step(self, batches: Prefetch[Any], signals: StopSignal) -> Update:
         """Takes one step; returns what it did.
 
         Its loss, and whether a process was asked to stop, are read in the next step or by `_settle`, so that the host
@@ -167,7 +178,7 @@ class Job:
             self.stepper.step_number = self.step
         parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
         noise = self.noise is not None
-        done = update(self.engine, self.model, self.stepper, parts, max_norm, self.minimized, noise=noise)
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, minimized(self.loss), noise=noise)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         if done.applied:
             update_average(self.optimizer)
@@ -176,13 +187,15 @@ class Job:
             self.schedule.step()
             self.step += 1
         self._settle()
-        mine = [done.loss, stop.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        mine = [done.loss, signals.request(done.loss), *([] if done.small_square is None else [done.small_square])]
         self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
         if self.noise:
             self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
         self.watchdog.leave()
         norm, finite = done.grad_norm, math.isfinite(done.grad_norm)
         self.monitor.end_step(lr=lr, grad_norm=norm, applied=done.applied, finite=finite)
+        if to is None and self.callbacks.wants("after_step"):
+            self._settle(lambda row: self.callbacks.call("after_step", self, row))
         if to is not None:
             self._settle()
             self.passed_over += self.step + 1 - to
@@ -196,97 +209,24 @@ class Job:
             raise ValueError(nonfinite_gradient_report(self.engine.unwrap(self.model), self.stepper, self.step, times))
         return done
 
-    @property
-    def minimized(self) -> Loss:
-        """The mean loss of a micro-batch that is minimized; the validation loss is always the cross-entropy."""
-        return next_token_loss if self.loss is None else functools.partial(next_token_loss, of_logits=self.loss)
-
     def _batches(self) -> Prefetch[Any]:
         """Returns this process's training batches, by the number of a step."""
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         return Prefetch(lambda step: self.sequences.batch(step, rank, world), pin=device.type == "cuda")
 
-    def _settle(self) -> None:
+    def _settle(self, also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda row: {}) -> None:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
         (loss, asked, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None)
+        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None, also)
 
-    def evaluate(self) -> float:
-        """Returns the mean validation loss over all processes in nats per token, and logs it."""
-        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        tell = self.monitor.begin("evaluating")
-        batches: Iterable[torch.Tensor | Batch] = self.validation.batches(rank, world)
-        with self.evaluated():
-            own = validation_loss(self.engine, self.model, self.watchdog.watched(batches), device)
-        loss: float = self.accelerator.reduce(own, "mean").item()
-        bits = self.bits_per_byte(loss)
-        self.monitor.write({"validation_loss": loss, "bits_per_byte": bits})
-        tell(f"validation loss {loss:.4f}, {bits:.4f} bits per byte")
-        self._evaluated = (self.step, loss)
-        return loss
+    @property
+    def _ends(self) -> bool:
+        """Whether the last step was taken, or a callback has ended the run."""
+        return bool(self.step >= self.cfg.train.steps or self.callbacks.stopped)
 
-    def evaluated(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context in which the model has the weights to evaluate: their average, if `evaluation.average`."""
-        if self.cfg.evaluation.get("average") is False:
-            train_mode(self.stepper)  # a schedule-free optimizer's, since the last checkpoint
-            return contextlib.nullcontext()
-        return averaged(self.optimizer, self.engine.unwrap(self.model))
-
-    def save(self) -> None:
-        """Saves a checkpoint of the current step, or starts to in the background, if a run can be resumed from it.
-
-        One without finite weights would be the newest, and the good ones before it would be pruned for it.
-        """
-        model, (evaluated, loss) = self.engine.unwrap(self.model), self._evaluated
-        if self.monitor.skipped_in_a_row or not math.isfinite(loss) or not all_finite(model):
-            self.monitor.say(f"step {self.step}: no checkpoint, since the run has diverged; {self._way_back()}")
-            return
-        # Schedule-free: a checkpoint has the average as its weights, and a resumed run takes the same way back.
-        eval_mode(self.stepper)
-        # Between two evaluations, after a signal, there is no validation loss of this step.
-        extra = {
-            "step": self.step,
-            "tokens": self.monitor.tokens(self.step),
-            **self.identity,
-            **({"validation_loss": loss} if evaluated == self.step else {}),
-        }
-        if self.health:
-            extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
-        if self.noise:
-            extra |= {"noise_scale": self.noise.scale.state_dict()}
-        tell = self.monitor.begin("saving a checkpoint")
-        self.checkpoint = self.checkpointer.save(self.step, model, self.stepper, self.schedule, extra, self.files)
-        tell(f"checkpoint {self.checkpoint.name}")
-
-    def _write_layers(self, done: Update) -> None:
-        """Writes each parameter's gradient norm before clipping and its trust ratio, or what the health watches."""
-        if self.health:
-            self.health.write()
-            return
-        self.monitor.write_layers(by_layer(self.engine.unwrap(self.model), self.stepper, done.grad_norms()))
-
-    def bits_per_byte(self, loss: float) -> float:
-        """Converts a loss in nats per token."""
-        return loss / math.log(2) / self.corpus.bytes_per_token
-
-    def _way_back(self) -> str:
-        if self.checkpoint is None:
-            return "it has no checkpoint to resume from: start it with a lower optimizer.lr"
-        return f"train.resume=auto resumes from {self.checkpoint}, with a lower optimizer.lr for example"
-
-    def _leave(self) -> None:
-        if self.lock:
-            self.lock.release()
-        self.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
-        self.accelerator.end_training()
-
-    def _stop(self) -> NoReturn:
-        self.checkpointer.wait()
-        self._leave()
-        raise Stopped(
-            f"by a signal, after step {self.step} of {self.cfg.train.steps}; train.resume=auto resumes from "
-            f"{self.checkpoint or 'the start: there is no checkpoint yet'}"
-        )
+    @property
+    def _saves(self) -> bool:
+        return self.step % self.cfg.checkpoint.every == 0 or self._ends

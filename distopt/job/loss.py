@@ -1,14 +1,16 @@
-"""The loss that a configuration names."""
+"""The loss that a configuration names, and what is minimized by it."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distopt.data.batch import LogitsLoss, cross_entropy_sum
+from distopt.data.batch import LogitsLoss, cross_entropy_sum, next_token_loss
 from distopt.data.cross_entropy import IGNORED
+from distopt.engine.train_step import Loss
 from distopt.job.config import Config, instantiate, named
 
 
@@ -24,3 +26,8 @@ def own_loss(cfg: Config) -> LogitsLoss | None:
                 f"it must return the sum of the losses of tokens, a scalar with a gradient, got {total!r:.60}"
             )
     return loss
+
+
+def minimized(loss: LogitsLoss | None) -> Loss:
+    """Returns the mean loss of a micro-batch that is minimized; the validation loss is always the cross-entropy."""
+    return next_token_loss if loss is None else functools.partial(next_token_loss, of_logits=loss)

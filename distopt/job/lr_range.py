@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distopt.engine.train_step import update
+from distopt.job.loss import minimized
 from distopt.optim.lr_range import LRRange, lr_range_test
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def run_lr_range_test(job: Job, steps: int, max_grad_norm: float) -> LRRange:
 
     def train_step(i: int) -> float:
         batch = job.sequences.batch(job.step + i, rank, world).to(device)
-        done = update(job.engine, job.model, job.optimizer, batch.split(job.micro_batch), max_grad_norm, job.minimized)
+        parts = batch.split(job.micro_batch)
+        done = update(job.engine, job.model, job.optimizer, parts, max_grad_norm, minimized(job.loss))
         return float(job.accelerator.reduce(done.loss, "mean")) if done.applied else math.nan
 
     job.engine.refresh(job.model)

@@ -105,12 +105,24 @@ class Monitor:
         if loss is not None:
             self.end_loss(loss)
 
-    def end_loss(self, loss: float, more: Mapping[str, float] | None = None) -> None:
-        """Writes the row of the last step, with its loss, and more numbers by name."""
+    def end_loss(
+        self,
+        loss: float,
+        more: Mapping[str, float] | None = None,
+        also: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda row: {},
+    ) -> None:
+        """Writes the row of the last step.
+
+        Args:
+            loss: Its loss.
+            more: More numbers by name.
+            also: Called with the row, on every process; returns what is written beside it.
+        """
         step, row = self._row
         row |= more or {}
+        added = also({"loss": loss, **row})
         if self.main:
-            self._write(step, {"loss": loss, **row})
+            self._write(step, {"loss": loss, **row, **added})
             tokens = self.tokens(step) - self.tokens(step - 1)
             self.progress.update(step, self._step_seconds, tokens, shown({"loss": loss, **row}))
 

@@ -81,8 +81,7 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     options = cfg.train
     micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
-    sizes = {"sequence_length": options.sequence_length, "batch_size": options.batch_size}
-    text = open_text(cfg, parts.data, sizes)
+    text = open_text(cfg, parts.data)
     config = parts.language_model.describe(text.corpus.vocab_size)
     model, _, _ = build_model(parts, config, device, lr=1.0, independent_decay=False)  # for no optimizer
     load_model(checkpoint, parts.engine.unwrap(model))

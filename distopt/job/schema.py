@@ -14,6 +14,7 @@ from distopt.bounds import POSITIVE, Bound, choice, integer, number, or_null, sw
 from distopt.data.batch_sizes import SCHEDULE as BATCHES
 from distopt.health.monitor import BOUNDS as HEALTH
 from distopt.health.noise_scale import DECAY as NOISE
+from distopt.job.early_stopping import BOUNDS as EARLY
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
 from distopt.job.optimizer_keys import OPTIMIZER_KEYS
@@ -43,9 +44,10 @@ SECTIONS = {
     "adapter": "parameter-efficient fine-tuning; `adapter=none` for none",
     "data": "the text",
     "loss": "what is minimized, a sum over tokens of what their logits give; one of your own by its `_target_`",
+    "early_stopping": "the end of a run that no longer improves; `early_stopping=off` for none",
     "cluster": "the hardware of a plan",
 }
-OPTIONAL = ("sam", "adapter", "health", "init", "average")
+OPTIONAL = ("sam", "adapter", "health", "init", "average", "early_stopping")
 
 STEP_OR_SHARE = Bound(
     "a step >= 0, or a fraction in [0.0, 1.0] of train.steps",
@@ -62,6 +64,7 @@ SCHEMA: dict[str, Key] = {
     "trackers": Key(
         or_null(texts("names such as [tensorboard, wandb],", one=True)), "Accelerate's experiment trackers"
     ),
+    "callbacks": Key(bounds.CALLBACKS, "what is called after steps, evaluations and checkpoints, by its `_target_`"),
     "nodes": Key(integer(1), "machines"),
     "gpus_per_node": Key(integer(1), "GPUs of each machine"),
     "vocabulary": Key(integer(1), "tokens in the vocabulary"),
@@ -151,6 +154,10 @@ SCHEMA: dict[str, Key] = {
     "average.decay": Key(AVERAGE["decay"], "decay rate of the exponential moving average of the weights"),
     "average.window": Key(AVERAGE["window"], "snapshots of the weights whose mean is the latest weight average"),
     "average.every": Key(AVERAGE["every"], "steps between two snapshots"),
+    "early_stopping.metric": Key(EARLY["metric"], "the metric of an evaluation, by its name in metrics.jsonl"),
+    "early_stopping.patience": Key(EARLY["patience"], "evaluations in a row without an improvement that end the run"),
+    "early_stopping.min_delta": Key(EARLY["min_delta"], "the least change of the metric that is an improvement"),
+    "early_stopping.mode": Key(EARLY["mode"], "min for a metric that falls, max for one that rises"),
     "health.action": Key(HEALTH["action"], "what to do about a spike: reload loads the last checkpoint"),
     "health.threshold": Key(HEALTH["threshold"], "deviations above the running mean of a layer that are a spike"),
     "health.decay": Key(HEALTH["decay"], "decay rate of the running statistics"),

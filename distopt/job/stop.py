@@ -1,13 +1,16 @@
-"""Stopping a run by a signal: it finishes the step, saves a checkpoint and exits with a code for "resume me"."""
+"""The end of a run, or its stop by a signal: it takes its step, saves, and exits with a code for "resume me"."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+
+if TYPE_CHECKING:
+    from distopt.job.job import Job
 
 # SLURM sends SIGTERM and SIGUSR1 before it preempts a job and before its time limit; submitit uses SIGUSR2 for both. A
 # terminal that is closed, as by a lost connection, sends SIGHUP; `nohup` has it ignored, and so it stays.
@@ -47,3 +50,25 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+def leave(job: Job) -> None:
+    """Gives the folder of a job to the next one, and ends its trackers; every rank has to call it."""
+    if job.lock:
+        job.lock.release()
+    job.accelerator.wait_for_everyone()  # gloo may abort a process that still talks to one which has ended
+    job.accelerator.end_training()
+
+
+def stop(job: Job) -> NoReturn:
+    """Ends a job that was asked to stop, and has saved; every rank has to call it.
+
+    Raises:
+        Stopped: With the way back.
+    """
+    job.checkpointer.wait()
+    leave(job)
+    raise Stopped(
+        f"by a signal, after step {job.step} of {job.cfg.train.steps}; train.resume=auto resumes from "
+        f"{job.checkpoint or 'the start: there is no checkpoint yet'}"
+    )

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from distopt.job import run_folder
+from distopt.job.about import write_stopped
 from distopt.job.curves import draw_curves
 from distopt.job.evaluate import sample
 from distopt.job.metrics import read_metrics
@@ -28,13 +29,21 @@ def report(job: Job, after: float) -> None:
     shown = _sampled(job) if math.isfinite(after) else {}  # nothing can be sampled from logits that are not finite
     if not accelerator.is_main_process:
         return
+    if job.callbacks.stopped:
+        write_stopped(job)
     terminal.phase("drawing the curves")
     before = next((row["validation_loss"] for row in read_metrics(job.folder) if "validation_loss" in row), after)
-    bits = [job.bits_per_byte(loss) for loss in (before, after)]
+    bits = [job.evaluation.bits_per_byte(loss) for loss in (before, after)]
     length = "steps" if cfg.train.epochs is None else "epochs"
-    changes = {"train__resume": "auto", f"train__{length}": f"{2 * cfg.train[length]}"}
+    changes = {"train__resume": "auto"}
+    stopped = job.callbacks.stopped
+    if not stopped:
+        changes[f"train__{length}"] = f"{2 * cfg.train[length]}"
+    elif cfg.get("early_stopping"):
+        changes["early_stopping__patience"] = f"{2 * cfg.early_stopping.patience}"
     resume = run_folder.command(accelerator.num_processes, job.folder, str(cfg.name), **changes)
     rows = {
+        **({"stopped early": f"after step {job.step} of {cfg.train.steps}: {stopped}"} if stopped else {}),
         **shown,
         "validation loss": f"{before:.4f} -> {after:.4f} nats per token, {bits[0]:.4f} -> {bits[1]:.4f} bits per byte",
         "curves": str(draw_curves(job.folder)),
@@ -53,7 +62,7 @@ def _sampled(job: Job) -> dict[str, str]:
     if length <= 0:
         return {}
     ends = end_tokens(job.corpus.pretrained_tokenizer(), job.config)
-    with job.evaluated():
+    with job.evaluation.weights():
         written = sample(job.engine, job.model, prompt, length, job.cfg.seed, job.accelerator.device, ends)
     answer = written[len(prompt) :]
     ended = answer[-1] in ends

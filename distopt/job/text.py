@@ -22,13 +22,12 @@ class Text(NamedTuple):
     validation: ValidationSequences | PackedValidationSequences
 
 
-def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int], batches: BatchSizes | None = None) -> Text:
+def open_text(cfg: DictConfig, data: Data, batches: BatchSizes | None = None) -> Text:
     """Opens the tokens of the data, after one process has made them if the cache has none.
 
     Args:
         cfg: The configuration.
         data: Its data.
-        sizes: `sequence_length` and `batch_size`.
         batches: The number of sequences of each step; None for `batch_size`.
 
     Raises:
@@ -36,6 +35,7 @@ def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int], batches: Batch
     """
     corpus = collective.one_after_another(data.build)
     most = cfg.evaluation.max_sequences
+    sizes = {"sequence_length": cfg.train.sequence_length, "batch_size": cfg.train.batch_size}
     sequences = data.sequences(corpus, **sizes, seed=cfg.seed)
     if batches and batches.schedule:
         if not hasattr(sequences, "sizes"):

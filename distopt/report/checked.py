@@ -11,7 +11,7 @@ from distopt.bounds import mapping, shown
 Rows = list[dict[str, Any]]
 _OF_A_STEP = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second")
 _OF_AN_ALARM = ("kind", "layer", "value", "bound", "others")
-_TEXTS = ("command", "model", "data", "tokenizer", "digest", "device", "version", "commit", "began")
+_TEXTS = ("command", "model", "data", "tokenizer", "digest", "device", "version", "commit", "began", "stopped_early")
 _COUNTS = ("parameters", "processes")
 
 

@@ -87,8 +87,9 @@ class Run:
     @property
     def diverged(self) -> bool:
         """Whether the last row is not finite; a run ends when its gradients are not finite."""
-        last = (self.rows[-1].get(key, 0.0) for key in ("loss", "grad_norm", "validation_loss"))
-        return not all(map(math.isfinite, last))
+        kinds = ("loss", "validation_loss")  # callbacks write rows of their own
+        last: dict[str, Any] = next((row for row in reversed(self.rows) if any(kind in row for kind in kinds)), {})
+        return not all(math.isfinite(last.get(key, 0.0)) for key in (*kinds, "grad_norm"))
 
     @property
     def final(self) -> float:
@@ -109,7 +110,12 @@ class Run:
     def unfinished(self) -> bool:
         """Whether the configuration asks for more steps."""
         steps = self.config.get("train.steps", 0)
-        return isinstance(steps, int) and self.steps < steps and not self.diverged
+        return isinstance(steps, int) and self.steps < steps and not self.diverged and not self.stopped_early
+
+    @property
+    def stopped_early(self) -> str:
+        """Why a callback has ended the run before its last step; "" if none has."""
+        return str(self.about.get("stopped_early", ""))
 
     @property
     def tokens_per_second(self) -> float:

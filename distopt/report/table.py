@@ -131,7 +131,11 @@ def _spread(values: Sequence[float]) -> Cell:
 
 def _state(runs: Sequence[Run]) -> str:
     """What is unusual about some runs, in words."""
-    counts = {"diverged": sum(run.diverged for run in runs), "unfinished": sum(run.unfinished for run in runs)}
+    counts = {
+        "diverged": sum(run.diverged for run in runs),
+        "unfinished": sum(run.unfinished for run in runs),
+        "stopped early": sum(bool(run.stopped_early) for run in runs),
+    }
     of = f" of {len(runs)} " if len(runs) > 1 else " "
     return ", ".join(f"{count}{of}{what}" if len(runs) > 1 else what for what, count in counts.items() if count)
 
