@@ -11,6 +11,7 @@ import sys
 import time
 
 from distopt.data.mixture import Mixture
+from distopt.data.stream import StreamData
 from distopt.data.text_data import TextData
 from distopt.job import cli
 from distopt.job.check import check
@@ -27,6 +28,8 @@ def prepared(cfg: Config) -> None:
     with one_line_errors():
         check(cfg, "train")
         data, start = instantiate(cfg, "data", Data), time.monotonic()
+        if isinstance(data, StreamData):
+            raise ValueError("data=stream is tokenized while it trains, and has nothing to prepare; data=text has")
         with named("data"):
             corpus = data.build(_processes) if isinstance(data, (TextData, Mixture)) else data.build()
     splits = " and ".join(f"{size:,} {split}" for split, size in corpus.sizes.items())

@@ -38,7 +38,7 @@ from distopt.job.phases import find_init
 from distopt.job.resume import Start, find_start, hyperparameters, keep_configured
 from distopt.job.run_lock import claim
 from distopt.job.terminal import Terminal
-from distopt.job.text import open_text
+from distopt.job.text import open_text, resume
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
@@ -111,6 +111,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if loaded := start or (init and init.start):
         terminal.phase(f"loading {loaded.path.name}")
     saved = _load(start, parts.engine, trainee) if start else {}
+    resume(text.sequences, saved.get("stream", []))
     if init:
         init.load(trainee, parts.engine.unwrap(trainee.model))
     record = init.record() if init else saved.get("init")

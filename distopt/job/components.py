@@ -20,7 +20,7 @@ from distopt.health import Monitor
 from distopt.init import Initialization, Width, widths
 from distopt.init.width import Shapes
 from distopt.job.average import check_average
-from distopt.job.config import Config, check_kind, instantiate, named
+from distopt.job.config import Config, check_kind, instantiate, named, refuse_epochs
 from distopt.job.loss import own_loss
 from distopt.job.protocols import Data
 from distopt.models.language_model import LanguageModel
@@ -103,6 +103,8 @@ class Components:
         independent_decay = bool(cfg.param_groups.get("independent_decay"))
         parts.check_init(independent_decay)
         parts.check_model(independent_decay)
+        if cfg.train.epochs is not None and getattr(parts.data, "is_stream", False):
+            refuse_epochs(cfg.train.epochs)
         with named("data"):
             parts.data.check()
         parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))

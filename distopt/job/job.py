@@ -34,6 +34,7 @@ from distopt.job.noise import Noise
 from distopt.job.run_lock import RunLock
 from distopt.job.stop import Stopped, StopSignal
 from distopt.job.summary import report
+from distopt.job.text import bookmarks
 from distopt.job.watchdog import Watchdog
 from distopt.optim.averaged import averaged, update_average
 from distopt.optim.averaging import eval_mode, train_mode
@@ -253,6 +254,8 @@ class Job:
             **self.identity,
             **({"validation_loss": loss} if evaluated == self.step else {}),
         }
+        if marks := bookmarks(self.sequences, self.step + self.passed_over):
+            extra |= {"stream": marks}
         if self.health:
             extra |= {"passed_over": self.passed_over, "health": self.health.monitor.state_dict()}
         if self.noise:
