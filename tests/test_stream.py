@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from omegaconf import OmegaConf
 
 from distopt.data import lane, stream_rows
 from distopt.data.batch_sizes import BatchSizes
 from distopt.data.mixture import Mixture
 from distopt.data.stream import StreamData
 from distopt.data.streamed_sequences import Bookmark, StreamedSequences, lanes_of
+from distopt.job.downloads import hub_names
+from tests.harness.hub import COMMIT, served
 from tests.harness.pretrained import write_tokenizer
 
 LENGTH = 8
@@ -155,9 +159,9 @@ def saved(*ranks: StreamedSequences, step: int) -> list[Bookmark]:
 
 @pytest.mark.parametrize("name", ["jsonl", "jsonl.gz", "parquet", "one.jsonl"])
 def test_a_run_of_one_rank_is_resumed_by_two(folders: dict[str, str], name: str) -> None:
-    """In the middle of files, blocks and documents, at every step of three passes; and by one again."""
+    """In the middle of files, blocks and documents; and by one again."""
     unbroken, expected = sequences(folders[name]), dict[int, torch.Tensor]()
-    for step in range(0, 150, 7):
+    for step in range(0, 150, 29):
         expected |= {step + i: batch for i, batch in enumerate(batches(unbroken, step, step + 9))}
         kept = saved(unbroken, step=step)
         ranks = [sequences(folders[name]) for _ in range(2)]
@@ -264,6 +268,35 @@ def test_a_network_that_is_gone_is_one_line(lossy: str) -> None:
     assert "6 times in a row (ConnectionError: the connection is gone): resume with train.resume=auto" in said
 
 
+def test_a_dataset_on_the_hub_is_read_there(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the files whose path fits, at the commit of the start, and nothing is downloaded into the hub's cache."""
+    from huggingface_hub import constants
+
+    shutil.copytree(folders["jsonl"], tmp_path / "rows" / "train")
+    jsonl(tmp_path / "rows" / "test" / "a.jsonl", texts(0, 3))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    cfg = OmegaConf.create({"data": {"_target_": "distopt.data.stream.StreamData", "path": "me/rows"}})
+    assert hub_names(cfg) == []
+    with served({"datasets/me/rows": tmp_path / "rows"}) as (address, requests):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with pytest.raises(ValueError, match=r"data\.path=me/rows has files of train, test: give data\.files"):
+            StreamData(path="me/rows").check()
+        with pytest.raises(ValueError, match=r"data\.path=me/other: no such path here, and the hub has no dataset of"):
+            StreamData(path="me/other").check()
+        found = sequences("me/rows", files="train/*")
+        expected = batches(sequences(folders["jsonl"]), 0, 10)
+        assert torch.equal(torch.stack(batches(found, 0, 10)), torch.stack(expected))
+        read = {request.rpartition("/resolve/")[2] for request in requests if "/resolve/" in request}
+    assert len(read) == 11 and all(name.startswith(f"{COMMIT}/train/") for name in read)
+    assert not (tmp_path / "cache").exists()
+
+
 # Evaluation.
 
 
@@ -300,6 +333,14 @@ def test_a_tokenizer_makes_the_tokens(folders: dict[str, str], tmp_path: Path) -
     assert {bookmark.lane for bookmark in found.bookmarks(0)} == set(range(8))
 
 
+def test_links_are_files(folders: dict[str, str], tmp_path: Path) -> None:
+    """As in the hub's cache, and below a name that is a pattern elsewhere."""
+    (folder := tmp_path / "[a]*$b").mkdir()
+    for file in Path(folders["jsonl"]).iterdir():
+        (folder / file.name).symlink_to(file)
+    assert torch.equal(sequences(str(folder)).batch(7), sequences(folders["jsonl"]).batch(7))
+
+
 def test_other_files_are_other_data(folders: dict[str, str], tmp_path: Path) -> None:
     def digest(**options: Any) -> str:
         return StreamData(**{"path": str(tmp_path / "a.jsonl"), **OPTIONS, **options}).build().digest
@@ -310,3 +351,132 @@ def test_other_files_are_other_data(folders: dict[str, str], tmp_path: Path) -> 
     different = [digest(shuffle_buffer=1), digest(separate=True), digest(validation_documents=3)]
     jsonl(tmp_path / "a.jsonl", texts(0, 41))
     assert len({first, *different, digest()}) == 5
+
+
+# Mixtures.
+
+
+def mixture(folders: dict[str, str], cache: Path, **change: Any) -> Any:
+    prepared = {"path": folders["one.jsonl"], "weight": 1}
+    streamed = {"path": folders["parquet"], "stream": True, "weight": 3, **OPTIONS, **change}
+    data = Mixture(sources={"prepared": prepared, "streamed": streamed}, cache_dir=str(cache))
+    data.check()
+    corpus = data.build()
+    assert corpus.source.startswith("prepared 25.0% of ") and set(corpus.sizes) == {"validation"}
+    return data.sequences(corpus, **SIZES, seed=3)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_mixture_of_both_is_the_same_at_every_world_size(folders: dict[str, str], cache: Path) -> None:
+    expected = batches(mixture(folders, cache), 0, 20)
+    for world in (2, 8):
+        ranks = [mixture(folders, cache) for _ in range(world)]
+        for step, batch in enumerate(expected):
+            assert torch.equal(torch.cat([ranks[rank].batch(step, rank, world) for rank in range(world)]), batch)
+        lanes = [{bookmark.lane for bookmark in rank.bookmarks(20)} for rank in ranks]
+        assert sorted(lane for own in lanes for lane in own) == list(range(8))  # none is read twice
+
+
+def test_a_mixture_of_both_has_its_shares(folders: dict[str, str], cache: Path) -> None:
+    """In each cycle of each lane: the prepared source in epochs of its own, the stream in its own order."""
+    found = mixture(folders, cache)
+    assert found.count is None
+    prepared, streamed = Counter[int](), list[int]()
+    for step in range(4096):  # 8 lanes, one sequence of each in a step
+        for source, index in found.members(step):
+            if source == 0:
+                prepared[index] += 1
+            else:
+                streamed.append(index)
+    assert prepared.total() == 8 * 1024 and max(prepared.values()) - min(prepared.values()) <= 1
+    assert sorted(streamed) == list(range(8 * 3072))
+    for part in range(8):
+        assert (own := [index for index in streamed if index % 8 == part]) == sorted(own)
+
+
+def test_a_mixture_of_both_is_resumed_by_two(folders: dict[str, str], cache: Path) -> None:
+    """Within a cycle and in the next one."""
+    for step in (37, 4100):
+        unbroken = mixture(folders, cache)
+        batches(unbroken, step - 2, step)
+        expected = batches(unbroken, step, step + 4)
+        ranks = [mixture(folders, cache) for _ in range(2)]
+        for rank in ranks:
+            rank.resume(saved(unbroken, step=step))
+        for i, batch in enumerate(expected):
+            assert torch.equal(torch.cat([ranks[rank].batch(step + i, rank, 2) for rank in range(2)]), batch)
+        assert max(bookmark.block for bookmark in ranks[0].bookmarks(step + 4)) >= step * 3 // 4 // 8 - 1
+
+
+# What cannot be streamed.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": None}, r"data\.path must be a path, got None"),
+        ({"path": "/nowhere/rows"}, r"data\.path=/nowhere/rows does not exist"),
+        ({"path": "/nowhere/rows.jsonl"}, r"data\.path=/nowhere/rows.jsonl does not exist"),
+        ({"path": "texts"}, r"data\.path=texts has no file of rows to stream, .* \(\.csv, \.txt there\): data=text"),
+        ({"path": "texts/a.txt"}, r"has no file of rows to stream"),
+        ({"path": "empty"}, r"data\.path=empty has no file of rows to stream"),
+        ({"path": "both"}, r"has files of lines and of Parquet; give data\.files"),
+        ({"path": "both", "files": "*.csv"}, r"no file of rows to stream whose path fits data\.files=\*\.csv"),
+        ({"path": "rows.jsonl", "field": "body"}, r"rows\.jsonl:1 has no text under 'body' \(found: id, text\)"),
+        ({"path": "rows.parquet", "field": "body"}, r"rows\.parquet has no column 'body'; give field=<one of: id, text>"),
+        ({"path": "list.json"}, r"list\.json:1 is not UTF-8 JSON .* one JSON object per line is needed"),
+        ({"path": "torn.parquet"}, r"torn\.parquet cannot be read as Parquet"),
+        ({"path": "no://where"}, r"data\.path=no://where cannot be listed \(Protocol not known: no"),
+        ({"path": "rows.jsonl", "shuffle_buffer": 0}, r"data\.shuffle_buffer must be an integer >= 1, got 0"),
+        ({"path": "rows.jsonl", "validation_documents": 0}, r"data\.validation_documents must be an integer >= 1"),
+        ({"path": "rows.jsonl", "validation_path": "empty"}, r"data\.validation_path=empty has no file of rows"),
+        ({"path": "rows.jsonl", "validation_documents": 9}, r"data\.validation_documents=9 holds out all 9 documents"),
+        ({"path": "blank.jsonl"}, r"blank\.jsonl contains no text"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts/a.txt", "texts/b.csv", "empty/.hidden/c.jsonl", "empty/README.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (tmp_path / "empty" / "none.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text('\n{"text": ""}\n\n')
+    (tmp_path / "list.json").write_text('[\n{"text": "a"}\n]')
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    for folder in (tmp_path, tmp_path / "both"):
+        folder.mkdir(exist_ok=True)
+        jsonl(folder / "rows.jsonl", texts(0, 9))
+        parquet(folder / "rows.parquet", texts(0, 9))
+    data = StreamData(**options)
+    with pytest.raises(ValueError, match=message) as failed:
+        data.check()
+        data.build()
+    assert "\n" not in str(failed.value)
+
+
+def test_too_few_rows_for_all_readers_are_one_line(tmp_path: Path) -> None:
+    found = sequences(str(jsonl(tmp_path / "a.jsonl", texts(0, 5))), validation_documents=1)
+    with pytest.raises(ValueError, match=r"a\.jsonl and the other files .* too few rows .* 8 readers: prepare them"):
+        found.batch(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "jsonl"}, r"data\.sources\.streamed: 'format' is no option of a source that is streamed; it has path"),
+        ({"stream": "yes"}, r"data\.sources\.streamed: stream must be true or false, got 'yes'"),
+        ({"stream": False}, r"data\.sources\.streamed: 'validation_documents' is no option of a source; it has path"),
+        ({"shuffle_buffer": -1}, r"data\.sources\.streamed: data\.shuffle_buffer must be"),
+    ],
+)
+def test_a_wrong_stream_of_a_mixture_is_refused_by_name(
+    folders: dict[str, str], cache: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture(folders, cache, **change)

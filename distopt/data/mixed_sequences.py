@@ -45,7 +45,7 @@ class MixedSequences:
         self._names, self.orders = list(weights), [orders[name] for name in weights]
         counts = [order.count for order in self.orders if order.count is not None]
         self.count = sum(counts) if len(counts) == len(orders) else None
-        self._cycle = Order(CYCLE, batch_size, seed)
+        self._seed = seed
         self._counts = np.array(apportioned(list(weights.values()), CYCLE))
         self._ends = np.cumsum(self._counts)
         self.sizes = BatchSizes(batch_size)
@@ -120,7 +120,8 @@ class MixedSequences:
         """Return the source of each sequence of a cycle of a lane, and its place in the source, in which it grows."""
         known = self._drawn.get(lane)
         if known is None or known[0] != cycle:
-            slots = self._cycle.entries((cycle * self._lanes + lane) * CYCLE + np.arange(CYCLE))
+            # An order of its own: a checkpoint asks in another thread than the batches.
+            slots = Order(CYCLE, 1, self._seed).entries((cycle * self._lanes + lane) * CYCLE + np.arange(CYCLE))
             sources = np.searchsorted(self._ends, slots, side="right")
             by_source = np.argsort(sources, kind="stable")
             nth = np.empty_like(sources)

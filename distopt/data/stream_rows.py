@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from distopt.data.rows import Row, text_of
+from distopt.data.rows import Row, need, text_of
 from distopt.data.stream_files import StreamFile
 
 TRIES = 6  # in a row without a document, after which reading has failed
@@ -91,6 +91,7 @@ def _lines(
 def _table(
     file: StreamFile, field: str, start: Position, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[Position, Row]]:
+    need("pyarrow", "parquet")
     import pyarrow
     from pyarrow import parquet
 
