@@ -25,6 +25,8 @@ def prepared(cfg: Config) -> None:
     with one_line_errors():
         check(cfg, "train")
         data, start = instantiate(cfg, "data", Data), time.monotonic()
+        if getattr(data, "is_stream", False):
+            raise ValueError("data=stream is tokenized while it trains, and has nothing to prepare; data=text has")
         with named("data"):
             corpus = data.build(_processes)
     splits = " and ".join(f"{size:,} {split}" for split, size in corpus.sizes.items())

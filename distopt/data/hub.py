@@ -92,6 +92,34 @@ def _snapshot(name: str, revision: str | None, kind: Kind, files: tuple[str, ...
     return folder
 
 
+def listing(key: str, value: str) -> tuple[str, str, list[str]]:
+    """Return the name of a dataset on the hub, its commit, and the paths of its files, of which none is downloaded.
+
+    Args:
+        key: The option, for messages.
+        value: A name as in `is_name`.
+
+    Raises:
+        ValueError: The name is not on the hub, needs a login, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    found = _NAME.fullmatch(value)
+    assert found is not None
+    try:
+        info = HfApi().dataset_info(found["name"], revision=found["revision"])
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(f"{key}={value}: no such path here, and {_reason(error, value, DATA, ())}") from error
+    except Exception as error:  # of httpx and of the hub
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key}={value}: no such path here, and a stream is read from the hub, which does not answer ({reason}): "
+            f"data=text reads what `{command(value, DATA)}` downloads"
+        ) from error
+    return found["name"], str(info.sha), [file.rfilename for file in info.siblings or []]
+
+
 def _reason(error: Exception, value: str, kind: Kind, files: Sequence[str]) -> str:
     from huggingface_hub import errors
 

@@ -6,19 +6,22 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from distopt.bounds import POSITIVE, SOURCES
+from distopt.bounds import POSITIVE, SOURCES, switch
 from distopt.data import tokenizers
 from distopt.data.mixed_sequences import CYCLE, MixedSequences, MixedValidationSequences, apportioned
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.separate import SeparateSequences, SeparateValidationSequences
+from distopt.data.stream import StreamCorpus, StreamData
+from distopt.data.streamed_sequences import StreamedSequences
 from distopt.data.text_data import TextData
-from distopt.data.token_cache import Corpus, Split
+from distopt.data.token_cache import SPLITS, Corpus
 
-_ITS_OWN = ("path", "format", "field", "suffixes", "files", "weight")  # what a source may set
+# What a source may set, beside its weight and whether it is streamed.
+_PREPARED = ("path", "format", "field", "suffixes", "files")
+_STREAMED = ("path", "field", "files", "validation_path", "validation_documents", "shuffle_buffer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class Mixture:
     source with a large weight the epochs come sooner. Which source is next is a pure function of seed and step.
 
     Args:
-        sources: By name: `weight`, > 0, and `path`, `format`, `field`, `suffixes`, `files` as in `TextData`.
+        sources: By name: `weight`, > 0, and `path`, `format`, `field`, `suffixes`, `files` as in `TextData`; or
+            `stream`, true, and `path`, `field`, `files`, `validation_path`, `validation_documents`, `shuffle_buffer` as
+            in `StreamData`.
         tokenizer, add_tokens, separate, validation_fraction, cache_dir: As in `TextData`, for all of them.
     """
 
@@ -46,17 +51,22 @@ class Mixture:
         Raises:
             ValueError: One of them is invalid, or has too small a share; with its name.
         """
-        for name, text in self._texts().items():
+        for name, text in self._texts.items():
             with _named(name):
                 text.check()
 
     def build(self, processes: int = 1) -> MixedCorpus:
         """Open the corpora of all sources, tokenizing those that are not in the cache; as `TextData.build`."""
-        corpora = {}
-        for name, text in self._texts().items():
+        corpora = dict[str, Corpus | StreamCorpus]()
+        for name, text in self._texts.items():
             with _named(name):
                 corpora[name] = text.build(processes)
         return MixedCorpus(corpora, self.weights)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether a source is streamed, so that nobody knows how many sequences there are."""
+        return any(source.get("stream") is True for source in self.sources.values())
 
     @property
     def weights(self) -> dict[str, float]:
@@ -69,7 +79,12 @@ class Mixture:
     ) -> MixedSequences | SeparateSequences:
         """Return the training sequences of a corpus."""
         sizes = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
-        orders = {name: Sequences(tokens, **sizes) for name, tokens in corpus.of("train").items()}
+        orders = {
+            name: StreamedSequences(each.stream, **sizes)
+            if isinstance(each, StreamCorpus)
+            else Sequences(each.train, **sizes)
+            for name, each in corpus.corpora.items()
+        }
         mixed = MixedSequences(orders, corpus.weights, batch_size, seed)
         return SeparateSequences(mixed, corpus.end) if self.separate else mixed
 
@@ -78,26 +93,35 @@ class Mixture:
     ) -> MixedValidationSequences | SeparateValidationSequences:
         """Return the validation sequences of a corpus."""
         sizes = dict(sequence_length=sequence_length, batch_size=1)
-        held = {name: ValidationSequences(tokens, **sizes) for name, tokens in corpus.of("validation").items()}
+        held = {name: ValidationSequences(each.validation, **sizes) for name, each in corpus.corpora.items()}
         mixed = MixedValidationSequences(held, corpus.weights, batch_size, max_sequences)
         return SeparateValidationSequences(mixed, corpus.end) if self.separate else mixed
 
-    def _texts(self) -> dict[str, TextData]:
+    @cached_property
+    def _texts(self) -> dict[str, TextData | StreamData]:
         SOURCES.check("data.sources", self.sources, "give data.sources={web: {path: web.jsonl, weight: 0.7}, ...}")
-        shared = ("tokenizer", "add_tokens", "separate", "validation_fraction", "cache_dir")
-        common = {name: getattr(self, name) for name in shared}
         texts = {}
         for name, source in self.sources.items():
             with _named(name):
-                if unknown := [key for key in source if key not in _ITS_OWN]:
-                    raise ValueError(f"{unknown[0]!r} is no option of a source; it has {', '.join(_ITS_OWN)}")
-                POSITIVE.check("weight", source.get("weight"), "the share of the sequences, such as 0.7")
-                own = {key: value for key, value in source.items() if key != "weight"}
-                texts[str(name)] = TextData(**common, **own)
+                texts[str(name)] = self._text(source)
         counts = apportioned(list(self.weights.values()), CYCLE)
         if small := [name for name, count in zip(self.sources, counts) if not count]:
             raise ValueError(f"data.sources.{small[0]}.weight is less than 1/{CYCLE} of the sum: leave the source out")
         return texts
+
+    def _text(self, source: Mapping[str, Any]) -> TextData | StreamData:
+        common = {name: getattr(self, name) for name in ("tokenizer", "add_tokens", "separate", "cache_dir")}
+        own = {key: value for key, value in source.items() if key not in ("weight", "stream")}
+        streamed = source.get("stream", False)
+        switch().check("stream", streamed)
+        known = _STREAMED if streamed else _PREPARED
+        if unknown := [key for key in own if key not in known]:
+            what = "a source that is streamed" if streamed else "a source"
+            raise ValueError(f"{unknown[0]!r} is no option of {what}; it has {', '.join((*known, 'weight', 'stream'))}")
+        POSITIVE.check("weight", source.get("weight"), "the share of the sequences, such as 0.7")
+        if streamed:
+            return StreamData(**common, **own)
+        return TextData(validation_fraction=self.validation_fraction, **common, **own)
 
 
 @contextlib.contextmanager
@@ -113,6 +137,7 @@ class MixedCorpus:
     """The corpora of a mixture, by name, with what they have in common.
 
     Attributes:
+        corpora: The corpora.
         weights: The share of each.
         vocab_size, tokenizer, encode, decode, pretrained_tokenizer: As of each corpus.
         bytes_per_token: The mean of the corpora, by weight: bits per byte are those of the mixture.
@@ -120,8 +145,8 @@ class MixedCorpus:
         digest: A hash of the tokens of all corpora, and of their weights.
     """
 
-    def __init__(self, corpora: dict[str, Corpus], weights: dict[str, float]) -> None:
-        self._corpora, self.weights = corpora, weights
+    def __init__(self, corpora: dict[str, Corpus | StreamCorpus], weights: dict[str, float]) -> None:
+        self.corpora, self.weights = corpora, weights
         first = next(iter(corpora.values()))
         self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer
         self.encode, self.decode, self.pretrained_tokenizer = first.encode, first.decode, first.pretrained_tokenizer
@@ -137,10 +162,7 @@ class MixedCorpus:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of tokens of each split."""
-        of_each = [corpus.sizes for corpus in self._corpora.values()]
-        return {split: sum(sizes[split] for sizes in of_each) for split in of_each[0]}
-
-    def of(self, split: Split) -> dict[str, np.ndarray]:
-        """Return the tokens of a split of each source, by name."""
-        return {name: getattr(corpus, split) for name, corpus in self._corpora.items()}
+        """The number of tokens of each split; of those to train on it is not known if a source is streamed."""
+        of_each = [corpus.sizes for corpus in self.corpora.values()]
+        known = [split for split in SPLITS if all(split in sizes for sizes in of_each)]
+        return {split: sum(sizes[split] for sizes in of_each) for split in known}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from distopt.bounds import SEED, integer, or_null
 from distopt.data.batch_sizes import BatchSizes
 from distopt.data.permutation import Permutation
+
+if TYPE_CHECKING:
+    from distopt.data.streamed_sequences import Bookmark
 
 
 class Order:
@@ -54,6 +58,13 @@ class Order:
     def identity(self) -> dict[str, str]:
         """What must not change when a run is resumed, beyond the seed and the data."""
         return {"order": f"keyed, above {self.LARGE} sequences"} if self.count > self.LARGE else {}
+
+    def bookmarks(self, step: int) -> list[Bookmark]:
+        """Return what a checkpoint keeps to go on at a step: nothing, as entries are a pure function of it."""
+        return []
+
+    def resume(self, bookmarks: Iterable[Bookmark]) -> None:
+        """Go on from bookmarks: there are none."""
 
     def _permutation(self, epoch: int) -> np.ndarray | Permutation:
         if self.count > self.LARGE:

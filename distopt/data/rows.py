@@ -95,7 +95,7 @@ def read_csv(file: Path, name: str, columns: Sequence[str] = ()) -> Iterator[Row
 
 def read_parquet(file: Path, name: str, columns: Sequence[str] = ()) -> Iterator[Row]:
     """Yield every row of a Parquet file, in batches of bounded memory."""
-    _need("pyarrow", "parquet")
+    need("pyarrow", "parquet")
     import pyarrow
     from pyarrow import parquet
 
@@ -113,7 +113,7 @@ def read_parquet(file: Path, name: str, columns: Sequence[str] = ()) -> Iterator
 
 def read_saved(folder: Path, name: str, columns: Sequence[str] = ()) -> Iterator[Row]:
     """Yield every row of a folder that `Dataset.save_to_disk` wrote."""
-    _need("datasets", "datasets")
+    need("datasets", "datasets")
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
@@ -161,7 +161,8 @@ def _check_columns(found: Sequence[str], wanted: Sequence[str], file: Path) -> N
             raise ValueError(f"{file} has no column {column!r}; give field=<one of: {names}>")
 
 
-def _need(package: str, format: str) -> None:
+def need(package: str, format: str) -> None:
+    """Raise `ValueError` unless the package that reads a format is installed."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"data format {format!r} needs the {package} package; pip install distopt[data]")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,16 +11,23 @@ from torch import Tensor
 from distopt.data.batch import IGNORED, Batch
 from distopt.data.batch_sizes import BatchSizes
 
+if TYPE_CHECKING:
+    from distopt.data.streamed_sequences import Bookmark
+
 
 class Windows(Protocol):
     """Training sequences of tokens, such as `Sequences`."""
 
     sizes: BatchSizes
-    count: int
+    count: int | None
     notes: list[str]
 
     @property
     def identity(self) -> dict[str, str]: ...
+
+    def bookmarks(self, step: int) -> list[Bookmark]: ...
+
+    def resume(self, bookmarks: Iterable[Bookmark]) -> None: ...
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Tensor: ...
 
@@ -62,6 +69,14 @@ class SeparateSequences:
     @sizes.setter
     def sizes(self, sizes: BatchSizes) -> None:
         self._sequences.sizes = sizes
+
+    def bookmarks(self, step: int) -> list[Bookmark]:
+        """As of the sequences."""
+        return self._sequences.bookmarks(step)
+
+    def resume(self, bookmarks: Iterable[Bookmark]) -> None:
+        """As of the sequences."""
+        self._sequences.resume(bookmarks)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """As `Sequences.batch`; every rank reads the whole batch, of which it needs to know the number of targets."""

@@ -156,7 +156,7 @@ class Source:
     def _fields(self) -> Iterator[Document]:
         for row in self.rows([self.field]):
             text = text_of(row, self.field)
-            yield Document(row.key, len(text), _split(text))
+            yield Document(row.key, len(text), split_text(text))
 
 
 def _is_utf8(file: Path) -> bool:
@@ -186,7 +186,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
                 yield piece
 
 
-def _split(text: bytes) -> Iterator[bytes]:
+def split_text(text: bytes) -> Iterator[bytes]:
     """Split a text into pieces of at most `PIECE` bytes, at a line end if possible."""
     start = 0
     while len(text) - start > PIECE:

@@ -38,7 +38,7 @@ from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
 from distopt.job.terminal import Terminal
-from distopt.job.text import open_text
+from distopt.job.text import open_text, resume
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
@@ -83,6 +83,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     terminal.phase("building the model")
     trainee = build_trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
     saved = origin.load(trainee, parts.engine, terminal)
+    resume(text.sequences, saved.get("stream", []))
     moved = _open_folder(cfg, folder, origin, accelerator)
     job = Job(
         cfg=cfg,

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import utils
 from hydra.core.hydra_config import HydraConfig
@@ -139,14 +139,26 @@ def check_steps(cfg: DictConfig) -> None:
         raise ValueError(f"{' and '.join(given)}: give one of them, and null for the other")
 
 
-def steps_of(epochs: float, sequences: int, batches: BatchSizes) -> int:
+def refuse_epochs(epochs: float) -> NoReturn:
+    """Raises ValueError for a number of epochs of a stream."""
+    raise ValueError(
+        f"train.epochs={epochs}: how many sequences a stream has is known only once it has been read: give train.steps"
+    )
+
+
+def steps_of(epochs: float, sequences: int | None, batches: BatchSizes) -> int:
     """The number of steps that see the training sequences so many times: the last batch may begin another epoch.
 
     Args:
         epochs: The number of times, which may be a fraction.
-        sequences: The number of training sequences, which is the same at any number of processes.
+        sequences: The number of training sequences, which is the same at any number of processes; None for a stream.
         batches: Sequences per step.
+
+    Raises:
+        ValueError: For a stream.
     """
+    if sequences is None:
+        refuse_epochs(epochs)
     return batches.steps(math.ceil(round(epochs * sequences, 6)))
 
 

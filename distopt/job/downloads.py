@@ -37,16 +37,21 @@ class Name(NamedTuple):
 
 
 def hub_names(cfg: DictConfig) -> list[Name]:
-    """Returns the names on the hub in a configuration: what is no path here."""
+    """Returns the names on the hub in a configuration: what is no path here, and is not read from there as a stream."""
     return [name for name in _values(cfg) if isinstance(name.value, str) and hub.is_name(name.value, name.kind)]
 
 
 def _values(cfg: DictConfig) -> Iterator[Name]:
+    streamed = str(OmegaConf.select(cfg, "data._target_")).endswith(".StreamData")
     for key, kind in _KINDS.items():
+        if streamed and kind is hub.DATA:
+            continue
         files = OmegaConf.select(cfg, "data.files") if kind is hub.DATA else None
         yield Name(key, OmegaConf.select(cfg, key), kind, (files,) if files else ())
     for source, options in (OmegaConf.select(cfg, "data.sources") or {}).items():
         files = options.get("files")
+        if options.get("stream") is True:
+            continue
         yield Name(f"data.sources.{source}.path", options.get("path"), hub.DATA, (files,) if files else ())
 
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from distopt.data.cross_entropy import use_chunks
 from distopt.health import Monitor
 from distopt.job.average import check_average
-from distopt.job.config import Config, check_kind, named
+from distopt.job.config import Config, check_kind, named, refuse_epochs
 from distopt.optim.mup import check_decoupled, rule_of
 from distopt.sam import SAM
 
@@ -37,6 +37,8 @@ def dry_run(parts: Components, cfg: Config, steps: int) -> None:
     independent_decay = bool(cfg.param_groups.get("independent_decay"))
     _check_init(parts, independent_decay)
     _check_model(parts, independent_decay)
+    if cfg.train.epochs is not None and getattr(parts.data, "is_stream", False):
+        refuse_epochs(cfg.train.epochs)
     with named("data"):
         parts.data.check()
     parts.language_model.check_tokenizer(getattr(parts.data, "tokenizer", cfg.model.get("path")))

@@ -25,7 +25,7 @@ def header(job: Job, planned_bytes: int | None) -> dict[str, str]:
     rows = {
         "run": f"{cfg.name}, distopt {__version__}",
         "model": _model(job),
-        "data": f"{corpus.source}: {sizes['train']:,} training tokens, {sizes['validation']:,} held out",
+        "data": f"{corpus.source}: {_training_tokens(sizes)}, {sizes['validation']:,} held out",
         "training": _training(job),
         "optimizer": _optimizer(job),
         "devices": described(job.accelerator),
@@ -34,6 +34,10 @@ def header(job: Job, planned_bytes: int | None) -> dict[str, str]:
         "folder": near(job.folder),
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _training_tokens(sizes: dict[str, int]) -> str:
+    return f"{sizes['train']:,} training tokens" if "train" in sizes else "read while it trains"
 
 
 def _model(job: Job) -> str:
@@ -53,12 +57,13 @@ def _training(job: Job) -> str:
     grows = f", growing to {largest}" if largest > options.batch_size else ""
     each = f"{options.batch_size} x {options.sequence_length} = {tokens:,} tokens{grows}"
     total = sizes.before(options.steps)
-    epochs = total / sequences.count
+    epochs = total / sequences.count if sequences.count else None
     passes = options.batch_size // job.accelerator.num_processes // job.micro_batch
     accumulated = f" in {passes} micro-batches" if passes > 1 else ""
     return (
         f"{options.steps:,} steps of {each}{accumulated}: "
-        f"{total * options.sequence_length:,} tokens, {epochs:.3g} epoch{'s' * (epochs != 1)}"
+        f"{total * options.sequence_length:,} tokens{'' if epochs is None else f', {epochs:.3g} epoch'}"
+        f"{'s' * (epochs not in (None, 1))}"
     )
 
 

@@ -47,7 +47,7 @@ MODEL_KEYS: dict[str, Key] = {
     "data.sources": Key(
         or_null(bounds.SOURCES),
         "the texts of a mixture by name: `weight`, its share of all sequences, and `path`, `format`, `field`, "
-        "`suffixes`, `files` as below",
+        "`suffixes`, `files` as below; or `stream: true` with keys of `data=stream`",
         "as {web: {path: web.jsonl, weight: 0.7}, code: {path: src, weight: 0.3}}",
     ),
     "data.format": Key(
@@ -69,6 +69,10 @@ MODEL_KEYS: dict[str, Key] = {
     ),
     "data.validation_fraction": Key(bounds.VALIDATION_FRACTION, "share of the text that is held out"),
     "data.validation_path": Key(or_null(PATH), "text to evaluate on; null: a share of `data.path`'s"),
+    "data.validation_documents": Key(bounds.VALIDATION_DOCUMENTS, "documents of a stream that are evaluated on"),
+    "data.shuffle_buffer": Key(
+        bounds.SHUFFLE_BUFFER, "sequences of a stream that are shuffled among each other; 1: the order of the files"
+    ),
     "data.cache_dir": Key(or_null(PATH), "where tokens are cached; null: $XDG_CACHE_HOME/distopt or ~/.cache/distopt"),
     "data.add_tokens": Key(bounds.TOKENS, "as `model.add_tokens`, which it follows"),
     "data.separate": Key(switch(), "keep the documents of a sequence apart, in attention, positions and loss"),

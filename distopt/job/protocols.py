@@ -38,7 +38,7 @@ class Text(Protocol):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of tokens of the splits `train` and `validation`."""
+        """The number of tokens of the splits `train`, if it is known, and `validation`."""
         ...
 
     def encode(self, prompt: str) -> list[int]:
@@ -58,11 +58,11 @@ class TrainingSequences(Protocol):
     """The batches of a run: a pure function of the step, at any number of processes.
 
     Attributes:
-        count: The number of sequences in an epoch.
+        count: The number of sequences in an epoch; None if it is not known.
         notes: Lines for the user.
     """
 
-    count: int
+    count: int | None
     notes: list[str]
 
     @property

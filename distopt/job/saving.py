@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distopt.job.checkpointer import all_finite
+from distopt.job.text import bookmarks
 from distopt.optim.averaging import eval_mode
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def extra(job: Job) -> dict[str, Any]:
     kept = {"step": job.step, "tokens": job.monitor.tokens(job.step), **job.identity}
     if job.evaluation.step == job.step:  # between two evaluations, after a signal, there is no loss of this step
         kept["validation_loss"] = job.evaluation.loss
+    if marks := bookmarks(job.sequences, job.step + job.passed_over):
+        kept |= {"stream": marks}
     if job.health:
         kept |= {"passed_over": job.passed_over, "health": job.health.monitor.state_dict()}
     if job.noise:

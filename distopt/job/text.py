@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -10,6 +11,7 @@ from distopt import collective
 from distopt.data.batch_sizes import BatchSizes
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
+from distopt.data.streamed_sequences import Bookmark
 from distopt.data.token_cache import Corpus
 from distopt.job.protocols import Data
 
@@ -42,3 +44,22 @@ def open_text(cfg: DictConfig, data: Data, batches: BatchSizes | None = None) ->
             raise ValueError(f"train.batch_schedule: {type(sequences).__name__} has batches of one size: give null")
         sequences.sizes = batches
     return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))
+
+
+def bookmarks(sequences: Any, step: int) -> list[Bookmark]:
+    """Returns where the readers of all processes are in a stream at a step; every process has to call it.
+
+    Of a reader that several processes have, the farthest: the others may never have asked it.
+    """
+    if getattr(sequences, "count", 0) is not None:
+        return []
+    found = {}
+    for bookmark in sorted(each for every in collective.on_all(lambda: sequences.bookmarks(step)) for each in every):
+        found[bookmark.source, bookmark.lane] = bookmark
+    return list(found.values())
+
+
+def resume(sequences: Any, saved: Sequence[Sequence[Any]]) -> None:
+    """Lets a stream go on from the bookmarks of a checkpoint."""
+    if saved:
+        sequences.resume([Bookmark(*each) for each in saved])

@@ -38,7 +38,7 @@ def served(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
             path = unquote(urlsplit(self.path).path).strip("/")
             requests.append(f"{self.command} {path}")
             plain = path.removeprefix("api/").removeprefix("models/")
-            folder = next((content for name, content in repositories.items() if plain.startswith(f"{name}/")), None)
+            folder = next((content for name, content in repositories.items() if f"{plain}/".startswith(f"{name}/")), None)
             if folder is None:
                 self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
                 return
@@ -47,7 +47,12 @@ def served(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
                 name = path.split(f"/resolve/{COMMIT}/")[-1]
                 data = files[name].read_bytes()
                 digest = hashlib.sha1(data).hexdigest()
-                self._answer(200, data, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+                headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+                if (asked := self.headers.get("Range")) is not None:
+                    first, _, last = asked.removeprefix("bytes=").partition("-")
+                    self._answer(206, data[int(first) : int(last) + 1 if last else None], headers)
+                else:
+                    self._answer(200, data, headers)
             elif "/tree/" in path:
                 rows = [
                     {

@@ -1,0 +1,215 @@
+"""A stream of text: rows that are read, and tokenized, while the model trains, and are never whole on a disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from distopt.bounds import FIELD, PATH, SHUFFLE_BUFFER, VALIDATION_DOCUMENTS, or_null, switch
+from distopt.data import tokenizers
+from distopt.data.added_tokens import extended
+from distopt.data.lane import Stream
+from distopt.data.order import ValidationSequences
+from distopt.data.separate import SeparateSequences, SeparateValidationSequences
+from distopt.data.sources import split_text
+from distopt.data.stream_files import StreamFiles
+from distopt.data.stream_rows import Position, documents
+from distopt.data.streamed_sequences import StreamedSequences
+from distopt.data.text_data import cache_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class StreamCorpus:
+    """The tokens that are held out of a stream, and how the others are read.
+
+    Attributes:
+        stream: What is trained on.
+        validation: The validation tokens, a 1-D array.
+        vocabulary: What makes tokens of text.
+        bytes_per_token, tokenizer, source, digest: As of `Corpus`; the digest is one of the names of the files, their
+            sizes or their commit, of the documents held out, and of what else determines the batches.
+    """
+
+    stream: Stream
+    validation: np.ndarray
+    vocabulary: tokenizers.Bytes | tokenizers.Tokenizer
+    bytes_per_token: float
+    tokenizer: str | None
+    source: str
+    digest: str
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return self.vocabulary.size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of tokens that are held out: how many there are to train on is not known."""
+        return {"validation": len(self.validation)}
+
+    @property
+    def end(self) -> int:
+        """The token that ends a document; raises `ValueError` if there is none."""
+        return tokenizers.end_of(self.tokenizer)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Tokenize a prompt, without an end-of-document token."""
+        return self.vocabulary.encode([prompt.encode()])[0].tolist()
+
+    def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
+        """Return the text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.vocabulary.decode(np.asarray(tokens).tolist())
+
+    def pretrained_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return a tokenizer of transformers that produces these tokens."""
+        return self.vocabulary.pretrained()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamData:
+    """Text of rows that is read and tokenized while the model trains: each document in turn, pass after pass.
+
+    Args:
+        path: A file of rows (JSONL, which may be compressed, or Parquet), a folder of them (searched recursively), the
+            URL of either for fsspec, such as `s3://bucket/folder`, or the name of a dataset on the hub.
+        field: The field or column that contains the text of a row.
+        files: A pattern of the paths of the files to read, within a folder, such as "*train*"; None for all.
+        validation_path: Rows to evaluate on, alike; None for the first documents of `path`, which are held out.
+        validation_documents: The number of documents to evaluate on, >= 1.
+        shuffle_buffer: The number of sequences, over all processes, that are shuffled among each other; 1 for the
+            order of the files.
+        tokenizer, add_tokens, separate: As in `TextData`.
+        cache_dir: The folder of tokenizers with added tokens, as in `TextData`: of the stream nothing is kept.
+    """
+
+    path: str | None = None
+    field: str = "text"
+    files: str | None = None
+    validation_path: str | None = None
+    validation_documents: int = 512
+    shuffle_buffer: int = 4096
+    tokenizer: str | None = None
+    add_tokens: Sequence[str] = ()
+    separate: bool = False
+    cache_dir: str | None = None
+
+    is_stream = True
+
+    def check(self) -> None:
+        """Check the arguments, list the files and read the first document.
+
+        Raises:
+            ValueError: One of them is invalid.
+        """
+        for found in dict.fromkeys(self._found):
+            if next(self._documents(found), None) is None:
+                raise ValueError(f"{found.origin} contains no text; give another path")
+
+    def build(self, processes: int = 1) -> StreamCorpus:
+        """Read the documents that are held out; the others are read from the first step on, whatever the processes.
+
+        Raises:
+            ValueError: An argument is invalid, or the files cannot be read.
+        """
+        return self._corpus
+
+    def sequences(
+        self, corpus: StreamCorpus, *, sequence_length: int, batch_size: int, seed: int = 0
+    ) -> StreamedSequences | SeparateSequences:
+        """Return the training sequences of a corpus."""
+        sequences = StreamedSequences(corpus.stream, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        return SeparateSequences(sequences, corpus.end) if self.separate else sequences
+
+    def validation_sequences(
+        self, corpus: StreamCorpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
+    ) -> ValidationSequences | SeparateValidationSequences:
+        """Return the validation sequences of a corpus."""
+        sequences = ValidationSequences(
+            corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
+        )
+        return SeparateValidationSequences(sequences, corpus.end) if self.separate else sequences
+
+    @cached_property
+    def _found(self) -> tuple[StreamFiles, StreamFiles]:
+        """The files to train on, and those to evaluate on."""
+        FIELD.check("data.field", self.field)
+        VALIDATION_DOCUMENTS.check("data.validation_documents", self.validation_documents)
+        SHUFFLE_BUFFER.check("data.shuffle_buffer", self.shuffle_buffer, "1 is the order of the files")
+        switch().check("data.separate", self.separate)
+        or_null(PATH).check("data.tokenizer", self.tokenizer)
+        or_null(PATH).check("data.cache_dir", self.cache_dir)
+        if self.separate:
+            tokenizers.end_of(self._tokenizer)
+        train = StreamFiles.find(self.path, self.files)
+        if self.validation_path is None:
+            return train, train
+        return train, StreamFiles.find(self.validation_path, key="data.validation_path")
+
+    @cached_property
+    def _tokenizer(self) -> str | None:
+        return extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
+
+    @cached_property
+    def _corpus(self) -> StreamCorpus:
+        vocabulary = tokenizers.load(self._tokenizer)
+        encode = _encoder(vocabulary)
+        train, validation = self._found
+        texts, rows = self._held_out(validation)
+        tokens = np.concatenate(encode(texts)).astype(np.min_scalar_type(vocabulary.size - 1))
+        held_out = rows if self.validation_path is None else [0] * len(train.files)
+        size = sum(map(len, texts)) + len(texts) * len(vocabulary.separator)
+        options = self.field, self.shuffle_buffer, self.separate, held_out
+        what = repr((train.version, tokenizers.digest(self._tokenizer), options)).encode(errors="surrogateescape")
+        return StreamCorpus(
+            Stream(train.files, self.field, tuple(held_out), encode, tokens.dtype, self.shuffle_buffer),
+            tokens,
+            vocabulary,
+            size / len(tokens),
+            self._tokenizer,
+            f"a stream of {train.origin} ({len(train.files):,} files)",
+            hashlib.blake2b(what + tokens.tobytes(), digest_size=16).hexdigest(),
+        )
+
+    def _held_out(self, found: StreamFiles) -> tuple[list[bytes], list[int]]:
+        """Read the documents to evaluate on; returns them, and the number of rows of each file up to the last one."""
+        texts, rows = list[bytes](), [0] * len(found.files)
+        for index, row, text in self._documents(found):
+            if len(texts) == self.validation_documents:
+                return texts, rows
+            texts.append(text)
+            rows[index] = row + 1
+        if self.validation_path is None:
+            raise ValueError(
+                f"data.validation_documents={self.validation_documents} holds out all {len(texts)} documents of "
+                f"{found.origin}: give fewer, or data.validation_path"
+            )
+        return texts, rows
+
+    def _documents(self, found: StreamFiles) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the documents in the order of the files, each with the index of its file and the number of its row."""
+        for index, file in enumerate(found.files):
+            for position, text in documents(file, self.field, Position(), lambda row: True):
+                yield index, position.row, text
+
+
+def _encoder(vocabulary: tokenizers.Bytes | tokenizers.Tokenizer) -> Callable[[Sequence[bytes]], list[np.ndarray]]:
+    """Return what makes tokens of documents as the token cache has them: in pieces, and with the end of each."""
+    separator = np.asarray(vocabulary.separator, dtype=np.uint32)
+
+    def encode(texts: Sequence[bytes]) -> list[np.ndarray]:
+        pieces = [list(split_text(text)) for text in texts]
+        tokens = iter(vocabulary.encode([piece for each in pieces for piece in each]))
+        return [np.concatenate([*(next(tokens) for _ in each), separator]) for each in pieces]
+
+    return encode
