@@ -39,7 +39,7 @@ from distopt.job.resume import Start, find_start, hyperparameters, keep_configur
 from distopt.job.run_lock import claim
 from distopt.job.terminal import Terminal
 from distopt.job.text import open_text
-from distopt.job.tracking import check_trackers, start_trackers
+from distopt.job.tracking import Trackers, check_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
@@ -114,7 +114,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if init:
         init.load(trainee, parts.engine.unwrap(trainee.model))
     record = init.record() if init else saved.get("init")
-    moved = _open_folder(cfg, folder, start, accelerator)
+    moved, trackers = _open_folder(cfg, folder, start, accelerator)
     if lock:
         lock.opened()
     step = start.step if start else 0
@@ -125,13 +125,14 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         accelerator=accelerator,
         engine=parts.engine,
         config=config,
+        trackers=trackers,
         monitor=Monitor(
             folder,
             step,
             options.steps,
             lambda done: batches.before(done) * options.sequence_length,
             accelerator.is_main_process,
-            accelerator.log,
+            trackers.log,
             terminal,
             watch(parts.engine.unwrap(trainee.model), options.sequence_length, parts.engine.bf16, accelerator),
         ),
@@ -192,11 +193,14 @@ def _load(start: Start, engine: Engine, trainee: Trainee) -> dict[str, Any]:
     return extra
 
 
-def _open_folder(cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator) -> list[str]:
-    """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
+def _open_folder(
+    cfg: DictConfig, folder: Path, start: Start | None, accelerator: Accelerator
+) -> tuple[list[str], Trackers]:
+    """Opens the run's folder, with its configuration; returns a line if an older run was moved, and the trackers."""
     moved = collective.on_first(lambda: run_folder.open_folder(folder, start.path if start else None))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    start_trackers(accelerator, str(folder / "logs"), folder.name, values)
-    return [moved] if moved else []
+    resumed = start.step if start and run_folder.is_own(folder, start.path) else None
+    trackers = Trackers(accelerator, folder, folder.name, run_folder.sweep(), values, resumed)
+    return [moved] if moved else [], trackers
