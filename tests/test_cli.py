@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,8 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -125,46 +122,6 @@ def test_tensorboard_has_the_configuration(trained: tuple[Path, jobs.Ended]) -> 
         "[0.9, 0.95]",
         None,
     )
-
-
-def fake_wandb(folder: str) -> None:
-    """A module that writes what Accelerate's tracker tells it: what a run needs of W&B, without its servers."""
-    from accelerate import tracking
-
-    def write(kind: str, *values: Any) -> None:
-        with (Path(folder) / f"wandb-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
-            file.write(json.dumps([kind, *values]) + "\n")
-
-    run = SimpleNamespace(
-        log=lambda values, step: write("log", step, values),
-        finish=lambda: write("finish"),
-    )
-
-    def init(**options: Any) -> SimpleNamespace:
-        write("init", options)
-        return run
-
-    module: Any = ModuleType("wandb")
-    module.init = init
-    module.config = SimpleNamespace(update=lambda values, allow_val_change: write("config", values))
-    sys.modules["wandb"] = module
-    tracking._available_trackers.append(tracking.LoggerType.WANDB)
-
-
-def test_wandb_gets_the_configuration_and_the_metrics(tmp_path: Path) -> None:
-    jobs.write_text(tmp_path)
-    changes = {"trackers": "[wandb]", "train__steps": "3", "schedule__warmup_steps": "0", "evaluation__every": "2"}
-    jobs.train(tmp_path, 2, fake_wandb, str(tmp_path), name="tracked", **changes)
-    assert not (tmp_path / "wandb-1.jsonl").exists()
-    told = [json.loads(line) for line in (tmp_path / "wandb-0.jsonl").read_text().splitlines()]
-    assert told[0] == ["init", {"project": "distopt", "name": "tracked"}]
-    assert [kind for kind, *_ in told[1:]] == ["config", *["log"] * (len(told) - 3), "finish"]
-    config = told[1][1]
-    for name, value in {"train.steps": 3, "optimizer.lr": 2e-3, "optimizer.betas": "[0.9, 0.95]", "seed": 0}.items():
-        assert config[name] == value
-    logged = [{"step": step, **values} for _, step, values in told[2:-1]]
-    assert logged == metrics(tmp_path / "runs" / "tracked")
-    assert [row["step"] for row in logged if "validation_loss" in row] == [0, 2, 3]
 
 
 @pytest.mark.matrix

@@ -7,33 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from distopt.report.page import write_report
 from tests.harness import jobs
+from tests.harness.faults import SPIKED as WEIGHT
+from tests.harness.faults import spike
 from tests.harness.jobs import metrics, overrides, train
 from tests.harness.runs import rows
 
 WATCHED = {"health": "on", "train__steps": "12", "evaluation__every": "4", "health__warmup": "3"}
-WEIGHT = "transformer.h.1.mlp.c_fc.weight"
-
-
-def spike(pass_number: int) -> None:
-    """Multiplies one layer's gradient by 10,000 in one pass of each rank."""
-    from distopt.engine import train_step
-
-    backward, passes = train_step.backward, [0]
-
-    def spiked(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
-        loss = backward(engine, model, *args, **more)
-        passes[0] += 1
-        if passes[0] == pass_number:
-            grad = engine.unwrap(model).get_parameter(WEIGHT).grad
-            with torch.no_grad():
-                grad.mul_(1e4)
-        return loss
-
-    train_step.backward = spiked
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

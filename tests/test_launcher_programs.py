@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -107,34 +108,38 @@ def test_an_interrupted_sweep_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_optuna_minimises_the_loss(tmp_path: Path) -> None:
-    """Its trials are jobs; started again, it finds the finished ones and ends with the same result."""
+def test_optuna_minimises_the_loss_and_the_worst_are_stopped(tmp_path: Path) -> None:
+    """Its trials are jobs, two at a time; those that a rung stops are pruned; started again, nothing runs."""
     jobs.write_text(tmp_path)
     search = [
         "hydra/sweeper=optuna",
-        "hydra/sweeper/sampler=random",
         "hydra.sweeper.sampler.seed=1",
         "hydra.sweeper.n_trials=4",
-        "hydra.sweeper.n_jobs=2",
         "hydra.launcher.jobs=2",
-        "optimizer.lr=tag(log,interval(1e-5,1e-1))",
+        "hydra.launcher.rungs=[20]",
+        "optimizer.lr=tag(log,interval(1e-9,1e-1))",
     ]
     command, run = [sys.executable, "-m", "distopt.train"], tmp_path / "runs" / "search"
-    words = [*overrides(name="search", train__steps="8"), *search]
+    words = [*overrides(name="search", train__steps="100", evaluation__every="10"), *search]
     ended = sweep(tmp_path, command, *words, seconds=200)
     assert ended.code == 0, ended.err
     best = yaml.safe_load((run / "optimization_results.yaml").read_text())
+    trials = json.loads((run / "trials.json").read_text())["trials"]
     found = {}
-    for number in range(4):
-        rows = metrics(run / str(number))
+    for number, trial in enumerate(trials):
+        stopped = re.search(rf"^#{number} .*: stopped at step (\d+): ", ended.err, re.M)
+        assert trial["state"] == ("pruned" if stopped else "complete")
+        values = {row["step"]: row["validation_loss"] for row in metrics(run / str(number)) if "validation_loss" in row}
+        assert trial["values"] == [values[int(stopped[1]) if stopped else 100]]
         lr = yaml.safe_load((run / str(number) / "config.yaml").read_text())["optimizer"]["lr"]
-        found[[row["validation_loss"] for row in rows if "validation_loss" in row][-1]] = lr
-    assert len(found) == 4
-    assert best["best_value"] == min(found)
-    assert best["best_params"]["optimizer.lr"] == found[min(found)]
+        assert trial["params"] == {"optimizer.lr": lr}
+        if not stopped:
+            found[values[100]] = lr
+    assert len(trials) == 4 and 1 <= len(found) <= 3
+    assert best == {"name": "optuna", "best_params": {"optimizer.lr": found[min(found)]}, "best_value": min(found)}
 
     again = sweep(tmp_path, command, *words, seconds=200)
-    assert again.err.count("done before\n") == 4 and "started" not in again.err
+    assert "search: 4 of 4 trials were done before" in again.err and "started" not in again.err
     assert yaml.safe_load((run / "optimization_results.yaml").read_text()) == best
 
 

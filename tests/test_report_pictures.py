@@ -19,6 +19,9 @@ from distopt.report.comparison import Row, draw
 from distopt.report.figure import Figure, apart, numbers, thinned
 from distopt.report.find import Finder
 from distopt.report.grouping import DataSet, by_data
+from distopt.report.page import write_report
+from distopt.report.search import Search, read_search
+from distopt.report.search import draw as search_figure
 from tests.harness.run_folders import write_rows, write_run
 
 NAN, INF = math.nan, math.inf
@@ -227,6 +230,40 @@ def test_a_comparison_has_every_seed(tmp_path: Path) -> None:
     assert seeds["x"] == [2.0, 2.2] and average["x"] == [2.1]
     assert average["error_x"]["array"] == [pytest.approx(0.141421)]
     assert others["x"] == [3.0] and above["text"] == ["diverged"]
+
+
+def trials(folder: Path, directions: list[str], *rows: tuple[str, list[float] | None]) -> Search:
+    """What `hydra/sweeper=optuna` writes of a search."""
+    written = [
+        {"number": i, "state": state, "values": values, "params": {"lr": 0.5 + i, "kind": "<b>"}}
+        for i, (state, values) in enumerate(rows)
+    ]
+    (folder / "trials.json").write_text(json.dumps({"directions": directions, "trials": written}))
+    search = read_search(folder)
+    assert search is not None
+    return search
+
+
+def test_a_search_has_every_trial_and_the_best_so_far(tmp_path: Path) -> None:
+    rows = [("complete", [3.0]), ("complete", [2.0]), ("pruned", [2.5]), ("fail", None), ("complete", [INF])]
+    search = trials(tmp_path, ["minimize"], *rows, ("complete", [1.5]), ("running", None))
+    assert search.about == ("4 ended, 1 stopped early, 1 failed, 1 running. The best is #5: 1.5 with lr=5.5, kind=<b>")
+    done, pruned, best = valid(search_figure(search)).data
+    assert (done["x"], done["y"]) == ([0.0, 1.0, 4.0, 5.0], [3.0, 2.0, 3.0, 1.5])
+    assert done["marker"]["symbol"] == ["circle", "circle", "triangle-up", "circle"]
+    assert done["text"][2] == "#4: inf; lr=4.5, kind=&lt;b&gt;"
+    assert (pruned["x"], pruned["y"], best["y"]) == ([2.0], [2.5], [3.0, 2.0, 2.0, 1.5])
+
+
+def test_a_search_for_two_values_shows_one_by_the_other(tmp_path: Path) -> None:
+    search = trials(tmp_path, ["minimize", "maximize"], ("complete", [3.0, 1.0]), ("pruned", None), ("running", None))
+    (points,) = valid(search_figure(search)).data
+    assert (points["x"], points["y"]) == ([3.0], [1.0]) and search.about == "1 ended, 1 stopped early, 1 running"
+    assert valid(search_figure(trials(tmp_path, ["maximize"], ("running", None)))).data[0]["y"] == []
+    write_run(tmp_path / "0")
+    assert "<p>1 trial: 1 running.</p>" in write_report(tmp_path, tmp_path / "report").read_text()
+    with pytest.raises(ValueError, match=r"trials\.json is no search \(.*a trial has no value.*\); remove it"):
+        trials(tmp_path, ["minimize"], ("complete", None))
 
 
 def test_plotly_reads_no_text_of_ours_as_html(tmp_path: Path) -> None:

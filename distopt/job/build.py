@@ -39,7 +39,7 @@ from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
 from distopt.job.terminal import Terminal
 from distopt.job.text import open_text, resume
-from distopt.job.tracking import check_trackers, start_trackers
+from distopt.job.tracking import Trackers, check_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
 from distopt.models import pretrained
@@ -84,14 +84,15 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     trainee = build_trainee(cfg, parts, text.corpus, config, accelerator, micro_batch, files)
     saved = origin.load(trainee, parts.engine, terminal)
     resume(text.sequences, saved.get("stream", []))
-    moved = _open_folder(cfg, folder, origin, accelerator)
+    moved, trackers = _open_folder(cfg, folder, origin, accelerator)
     job = Job(
         cfg=cfg,
         folder=folder,
         accelerator=accelerator,
         engine=parts.engine,
         config=config,
-        monitor=_monitor(cfg, folder, origin, batches, parts.engine, trainee, accelerator, terminal),
+        trackers=trackers,
+        monitor=_monitor(cfg, folder, origin, batches, parts.engine, trainee, accelerator, trackers, terminal),
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=origin.lock,
@@ -174,6 +175,7 @@ def _monitor(
     engine: Engine,
     trainee: Trainee,
     accelerator: Accelerator,
+    trackers: Trackers,
     terminal: Terminal,
 ) -> Monitor:
     length = cfg.train.sequence_length
@@ -183,7 +185,7 @@ def _monitor(
         cfg.train.steps,
         lambda done: batches.before(done) * length,
         accelerator.is_main_process,
-        accelerator.log,
+        trackers.log,
         terminal,
         watch(engine.unwrap(trainee.model), length, engine.bf16, accelerator),
     )
@@ -194,13 +196,14 @@ def _checkpointer(cfg: DictConfig, folder: Path) -> Checkpointer:
     return Checkpointer(folder / "checkpoints", **options)
 
 
-def _open_folder(cfg: DictConfig, folder: Path, origin: Origin, accelerator: Accelerator) -> list[str]:
-    """Opens the run's folder, with its configuration and trackers; returns a line if an older run was moved."""
+def _open_folder(cfg: DictConfig, folder: Path, origin: Origin, accelerator: Accelerator) -> tuple[list[str], Trackers]:
+    """Opens the run's folder, with its configuration; returns a line if an older run was moved, and the trackers."""
     moved = collective.on_first(lambda: run_folder.open_folder(folder, origin.checkpoint))
     if accelerator.is_main_process:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    start_trackers(accelerator, str(folder / "logs"), folder.name, values)
+    resumed = origin.step if origin.start and run_folder.is_own(folder, origin.start.path) else None
+    trackers = Trackers(accelerator, folder, folder.name, run_folder.sweep(), values, resumed)
     if origin.lock:
         origin.lock.opened()
-    return [moved] if moved else []
+    return [moved] if moved else [], trackers

@@ -10,7 +10,6 @@ import torch
 from distopt.checkpoint import load_checkpoint
 from distopt.health import Alarm, Monitor, StepNorms
 from distopt.job.resume import hyperparameters, keep_configured
-from distopt.job.tracking import log_histograms
 
 if TYPE_CHECKING:
     from distopt.job.job import Job
@@ -54,7 +53,7 @@ class Health:
         values = by_layer(self.monitor.names, last)
         job.monitor.write_layers(values, last.step)
         if job.accelerator.is_main_process:
-            log_histograms(job.accelerator, {key: [*layers.values()] for key, layers in values.items()}, last.step)
+            job.trackers.log_histograms({key: [*layers.values()] for key, layers in values.items()}, last.step)
 
     def _tell(self, alarm: Alarm) -> None:
         self._job.monitor.say(f"health: {alarm}")

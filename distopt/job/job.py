@@ -37,6 +37,7 @@ from distopt.job.run_lock import RunLock
 from distopt.job.saving import save, way_back, written
 from distopt.job.stop import StopSignal, leave, stop
 from distopt.job.summary import report
+from distopt.job.tracking import Trackers
 from distopt.job.watchdog import Watchdog
 from distopt.optim.averaged import update_average
 from distopt.optim.base import ShardedOptimizer
@@ -54,7 +55,8 @@ class Job:
     Attributes:
         cfg: The composed configuration.
         folder: The run's folder.
-        accelerator: The process group, the device and the trackers.
+        accelerator: The process group and the device.
+        trackers: The trackers, such as TensorBoard.
         engine: Runs the model on these processes.
         corpus: The tokens of both splits.
         sequences: The training batches, by step.
@@ -85,6 +87,7 @@ class Job:
     cfg: DictConfig
     folder: Path
     accelerator: Accelerator
+    trackers: Trackers
     engine: Engine
     corpus: Corpus
     sequences: Sequences | PackedSequences
@@ -200,6 +203,7 @@ class Job:
             self._settle()
             self.passed_over += self.step + 1 - to
             self.step = to
+            self.trackers.go_back(to, self.monitor.done)
             self.monitor.go_back(to)
             self.monitor.say(f"health: rolled back to step {to}; {self.passed_over} batches are passed over")
         if self.monitor.skipped_in_a_row >= self.cfg.train.max_skipped_steps:

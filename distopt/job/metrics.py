@@ -156,6 +156,9 @@ class Monitor:
             _forget_after(self.metrics, step)
             self.file = self.metrics.open("a")
             self.progress.go_back(step)
+            for alarm in read_lines(self.alarms):
+                if alarm["step"] > step:  # which the trackers have forgotten, too
+                    self.track({"health/alarm": 1.0}, alarm["step"])
 
     def begin(self, doing: str) -> Callable[[str], None]:
         """Shows what begins now; returns a function that says how it has ended, and after what time."""

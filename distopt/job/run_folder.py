@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from distopt.job.config import CONF
 from distopt.job.metrics import METRICS
@@ -29,8 +30,7 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
         ValueError: For a folder with something else in it, which is left as it is.
     """
     moved = None
-    # By their targets: the checkpoints, or the run, may have been moved to another disk, with a link in their place.
-    resumed = checkpoint is not None and checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+    resumed = checkpoint is not None and is_own(folder, checkpoint)
     entries = list(folder.iterdir()) if folder.is_dir() else []
     # Hydra and its launcher write there before the run starts: .hydra, .launch, launch.log.
     outer = [path.name for path in entries if path.name.startswith(".") or path.suffix == ".log"]
@@ -47,6 +47,18 @@ def open_folder(folder: Path, checkpoint: Path | None) -> str | None:
         moved = f"{folder} contained an older run: moved to {aside}"
     folder.mkdir(parents=True, exist_ok=True)
     return moved
+
+
+def is_own(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run in this folder."""
+    # By their targets: the checkpoints, or the run, may have been moved to another disk, with a link in their place.
+    return checkpoint.resolve().parent == (folder / "checkpoints").resolve()
+
+
+def sweep() -> str | None:
+    """The name of the sweep whose job this run of Hydra is; None for a run of its own."""
+    hydra = HydraConfig.get()
+    return None if OmegaConf.is_missing(hydra.job, "num") else Path(str(hydra.sweep.dir)).name
 
 
 def command(processes: int, folder: Path, name: str, **changes: str) -> str:

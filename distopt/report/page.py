@@ -21,6 +21,8 @@ from distopt.report.find import Finder
 from distopt.report.grouping import DataSet, by_data
 from distopt.report.layers import layers
 from distopt.report.rates import by_lr
+from distopt.report.search import draw as search_picture
+from distopt.report.search import read_search
 from distopt.report.table import all_runs, results
 
 NAME = "report.html"
@@ -57,12 +59,16 @@ def write_page(finder: Finder, out: Path, every: float | None = None) -> Path:
     """
     runs = finder.find()
     comparisons, damaged = _comparisons(finder.folders)
-    damaged = [*finder.damaged, *damaged]
+    searches, more = _searches(finder.folders)
+    damaged = [*finder.damaged, *damaged, *more]
     datasets = by_data(runs)
     sections, figures = _sections(datasets)
     for comparison in comparisons:
         comparison["figure"] = len(figures)
         figures.append(draw(comparison["rows"]))
+    for search in searches:
+        search["figure"] = len(figures)
+        figures.append(search_picture(search["search"]))
     out.mkdir(parents=True, exist_ok=True)
     text = _render(
         title=", ".join(folder.resolve().name for folder in finder.folders),
@@ -70,6 +76,7 @@ def write_page(finder: Finder, out: Path, every: float | None = None) -> Path:
         groups=sum(len(dataset.groups) for dataset in datasets),
         sections=sections,
         comparisons=comparisons,
+        searches=searches,
         figures=figures,
         damaged=damaged,
         table_of_runs=all_runs(runs, out),
@@ -119,6 +126,20 @@ def _comparisons(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[st
             damaged.append(str(error))
         else:
             found += [{"title": folder.resolve().name, "rows": rows}] if rows else []
+    return found, damaged
+
+
+def _searches(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The searches in the folders, and a line about each that is damaged."""
+    found: list[dict[str, Any]] = []
+    damaged = []
+    for folder in folders:
+        try:
+            search = read_search(folder)
+        except ValueError as error:
+            damaged.append(str(error))
+        else:
+            found += [{"title": folder.resolve().name, "search": search}] if search else []
     return found, damaged
 
 

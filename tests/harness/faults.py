@@ -184,3 +184,24 @@ def elsewhere(folder: str) -> None:
     """Starts rank 1 in another folder, as on a machine with other files under the same names."""
     if os.environ["RANK"] == "1":
         os.chdir(folder)
+
+
+SPIKED = "transformer.h.1.mlp.c_fc.weight"
+
+
+def spike(pass_number: int) -> None:
+    """Multiplies one layer's gradient by 10,000 in one pass of each rank."""
+    from distopt.engine import train_step
+
+    backward, passes = train_step.backward, [0]
+
+    def spiked(engine: Any, model: Any, *args: Any, **more: Any) -> Any:
+        loss = backward(engine, model, *args, **more)
+        passes[0] += 1
+        if passes[0] == pass_number:
+            grad = engine.unwrap(model).get_parameter(SPIKED).grad
+            with torch.no_grad():
+                grad.mul_(1e4)
+        return loss
+
+    train_step.backward = spiked

@@ -12,6 +12,24 @@ from typing import NamedTuple
 METRICS = "metrics.jsonl"
 
 
+class Stopped(float):
+    """The return value of a job that was stopped: its metric, for every sweeper a number.
+
+    Attributes:
+        stopped_at: The step of the metric.
+    """
+
+    stopped_at: int
+
+    def __new__(cls, value: float, step: int) -> Stopped:
+        found = super().__new__(cls, value)
+        found.stopped_at = step
+        return found
+
+    def __getnewargs__(self) -> tuple[float, int]:  # type: ignore[override]
+        return float(self), self.stopped_at
+
+
 class Stop(NamedTuple):
     """Why a job is stopped: the step of its metric, its value, and its place among so many jobs at that rung."""
 

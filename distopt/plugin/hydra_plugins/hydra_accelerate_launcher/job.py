@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from . import log
 from .errors import JobFailed
+from .halving import Stop, Stopped
 from .processes import ProcessTree
 from .result import FILE
 
@@ -124,10 +125,11 @@ class Job:
             why = log.error(self.log, self._wrote + 1)
         self.result.status, self.result.return_value = JobStatus.FAILED, JobFailed(f"{why} (log: {self.log})")
 
-    def stop(self, value: float) -> None:
-        """Record that a job was stopped by the sweep, unless it has ended well by then: `value` is what it returns."""
+    def stop(self, stop: Stop) -> None:
+        """Record that a job was stopped by the sweep, unless it has ended well: it returns its metric."""
         self._took()
         if not self.done():
+            value = Stopped(stop.value, stop.step)
             (self._own / "result.pickle").write_bytes(pickle.dumps(value))
             self.result.status, self.result.return_value = JobStatus.COMPLETED, value
 

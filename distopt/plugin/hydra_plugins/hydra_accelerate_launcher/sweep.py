@@ -121,7 +121,7 @@ def _ended(job: Job, options: AccelerateLauncherConf, halving: Halving) -> str:
     if job.tree.alive:
         end([job.tree], options.grace_seconds + 5 if code is None else 5)
     if stop is not None and code is None:
-        job.stop(stop.value)
+        job.stop(stop)
         return str(stop)
     job.finish(1 if code is None else code, late)
     halving.judge(job.number, job.folder, job.started)  # its last rows, for those that follow
