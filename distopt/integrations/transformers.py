@@ -50,15 +50,16 @@ class ShardedTrainerMixin:
             which would train on its own.
     """
 
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None  # the Trainer's
     _starts = False  # whether the next pass is the first one of `train`
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Overrides the Trainer's, whose two groups, with and without decay, say nothing of matrices."""
-        kind, options = self.optimizer_cls_and_kwargs or (None, {})  # type: ignore[has-type]
-        mixed = isinstance(kind, type) and issubclass(kind, MixedOptimizer)
-        if self.optimizer is None and mixed and "params" not in options:  # type: ignore[attr-defined]
-            decay = options.get("weight_decay", self.args.weight_decay)  # type: ignore[attr-defined]
-            groups = param_groups(self.model if model is None else model, decay, matrices=kind.own)  # type: ignore[attr-defined]
+        kind, options = self.optimizer_cls_and_kwargs or (None, {})
+        missing = self.optimizer is None and "params" not in options  # type: ignore[attr-defined]
+        if missing and isinstance(kind, type) and issubclass(kind, MixedOptimizer):
+            decay: Any = options.get("weight_decay", self.args.weight_decay)  # type: ignore[attr-defined]
+            groups = param_groups(model or self.model, decay, matrices=kind.own)  # type: ignore[attr-defined]
             self.optimizer_cls_and_kwargs = kind, options | {"params": groups}
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return made
@@ -144,7 +145,7 @@ class SAMTrainerMixin(ShardedTrainerMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Wraps the Trainer's optimizer in SAM."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)
         if self._make_sam is not None and sam_of(optimizer) is None:
             optimizer = self.optimizer = self._make_sam(optimizer)
         attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
@@ -181,10 +182,10 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         """The Trainer's, and after the last micro-batch of a step SAM's second pass over all of them."""
         sam = self._sam
         if sam is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return super().training_step(model, inputs, num_items_in_batch)
         if inputs is self._batches[0]:
             self._start = random_state(self.args.device)  # type: ignore[attr-defined]
-        step = super().training_step  # type: ignore[misc]
+        step = super().training_step
 
         def run_pass(this: Pass) -> Tensor:
             if this.second:
@@ -213,8 +214,8 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]
-                super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
-        loss: Tensor = super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+                super().training_step(model, batch, num_items_in_batch)
+        loss: Tensor = super().training_step(model, last, num_items_in_batch)
         return loss
 
 
