@@ -9,16 +9,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distopt.layout import local
+
+
+_LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # of torch's functional collectives, those that send nothing
 
 
 class Collectives(TorchDispatchMode):
     """A dispatch mode that records every collective, those of DDP's buckets included.
 
         sent = k (N-1)/N * size          k is 2 for an all-reduce, 1 for others; size is that of the unsharded tensor
-        sent = size                      for a message to one rank, and an all-to-all without the rank's own rows
+        sent = size                      for a message to one rank
+        sent = the rows of other ranks   for an all-to-all
 
     CommDebugMode of torch 2.13 hooks modules, and warns.
 
@@ -35,13 +40,16 @@ class Collectives(TorchDispatchMode):
         self.sent = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            size = max((nbytes(_tensors(side)) for side in args), default=0)
-            world = next((dist.ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)), 1)
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # whose own dispatch calls the collectives
+        result = func(*args, **(kwargs or {}))
+        operation = func.overloadpacket.__name__
+        if func.namespace == "c10d" or (func.namespace == "_c10d_functional" and operation not in _LOCAL):
+            size = max(nbytes(_tensors(side)) for side in (*args, result))
             self.seen.append(str(func))
             self.bytes += size
-            self.sent += _share(func.overloadpacket.__name__, args, world) * size
-        return func(*args, **(kwargs or {}))
+            self.sent += _sent(operation, args, size)
+        return result
 
 
 def written() -> int:
@@ -57,16 +65,19 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
-def _share(operation: str, args: tuple[Any, ...], world: int) -> float:
-    """Return the share of a collective's tensor that a rank sends."""
+def _sent(operation: str, args: tuple[Any, ...], size: int) -> float:
+    """Return the bytes of a collective's tensor that this rank sends."""
+    group = next((dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)), dist.group.WORLD)
+    assert group is not None
     match operation:
         case "send":
-            return 1.0
+            return size
         case "recv_":
             return 0.0
         case "alltoall_base_" if args[4]:  # rows for each rank
-            return 1.0 if min(args[4]) == 0 else (world - 1) / world
-    return (1 + ("allreduce" in operation)) * (world - 1) / world
+            rows = sum(args[4])
+            return nbytes([args[1]]) * (rows - args[4][group.rank()]) / max(1, rows)
+    return size * (1 + ("all" in operation and "reduce" in operation)) * (group.size() - 1) / group.size()
 
 
 def _tensors(value: Any) -> list[Tensor]:

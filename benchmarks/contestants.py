@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import distopt
+from benchmarks.muons import MUONS, split
 from distopt.optim.clip import step_clipped
 
 Make = Callable[[list[Tensor]], Any]  # returns what has the method `step`
@@ -91,7 +92,7 @@ def contestants(gpu: bool) -> dict[str, dict[str, tuple[int, Make]]]:
             continue
         found["layerwise"][name] = 40, _maker(package, cls, _ADAM)
     found["layerwise"]["distopt LAMB, consumes_grads"] = 40, _consuming
-    return found | {"clipping": clipping()}
+    return found | {"matrices": _muons(), "clipping": clipping()}
 
 
 class Stepper:
@@ -136,6 +137,19 @@ def clipping() -> dict[str, tuple[int, Make]]:
         "distopt clip in LAMB": (44, within(distopt.LAMB)),
         "distopt clip in LARS": (20, within(distopt.LARS)),
     }
+
+
+def _muons() -> dict[str, tuple[int, Make]]:
+    """Return the Muons, which read weights, gradients and momentum, and write two; their products are the work."""
+    found: dict[str, tuple[int, Make]] = {}
+    for name, make in MUONS.items():
+        try:
+            make(split([torch.zeros(1, 1, requires_grad=True) for _ in range(3)]))
+        except ImportError as error:
+            print(f"{name} does not take part: {error}")
+            continue
+        found[name] = 20, lambda params, make=make: make(split(params))  # type: ignore[misc]
+    return found
 
 
 def _consuming(params: list[Tensor]) -> Stepper:

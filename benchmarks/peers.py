@@ -28,7 +28,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{name: group[name] for name in ("params", "weight_decay")} for group in made]
 
 
-def torch_loop(engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+def torch_loop(engine: Engine, model: nn.Module, optimizer: Any) -> Step:
     """Return the training step of torch's tutorials, for a model that torch has wrapped."""
 
     def step(batch: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from benchmarks import memory
 from benchmarks.arguments import COUNT
 from benchmarks.contestants import BASE, CLIPPED_BASE, Make, clipping, contestants
+from benchmarks.muons import split
 
 Shapes = list[tuple[int, ...]]
+_SMALL = 20_000_000  # elements: the matrices of fewer a CPU makes orthogonal within a second
 
 
 def add_parser(benchmarks: Any) -> None:
@@ -70,14 +72,28 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{name}: {numel / 1e6:,.1f}M parameters in {len(shapes)} tensors", flush=True)
         results[name] = {}
         for family, members in families.items():
+            if family == "matrices" and not _worth_it(name, bool(options.only) or device.type == "cuda"):
+                continue
             if members:
                 print(f"{name}: {family}, {len(members)} contestants ...", file=sys.stderr, flush=True)
                 first = {CLIPPED_BASE: clipping()[CLIPPED_BASE]} if family == "clipping" else {BASE: base}
                 clock = time.process_time if options.cpu_time else time.perf_counter
                 results[name][family] = measure(shapes, {**first, **members}, device, options.rounds, clock)
-        _print_table(results[name], numel)
+        if results[name]:
+            _print_table(results[name], numel)
     if options.json:
         options.json.write_text(json.dumps({"where": where, "torch": torch.__version__, **results}, indent=1) + "\n")
+
+
+def _worth_it(name: str, wanted: bool) -> bool:
+    """Return whether Muon takes part with these tensors; print why not, if they have matrices."""
+    shapes = SHAPES[name]
+    if not split([torch.empty(shape, device="meta") for shape in shapes]):
+        return False
+    if wanted or sum(torch.Size(shape).numel() for shape in shapes) < _SMALL:
+        return True
+    print(f"Muon does not take part: a step takes minutes on a CPU; --shapes {name} --only Muon measures it")
+    return False
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distopt
-from benchmarks import gpt
+from benchmarks import gpt, muons, peers
 from benchmarks.arguments import COUNT
 from benchmarks.collectives import Collectives, nbytes, written
 from benchmarks.team import spawn
@@ -22,7 +22,11 @@ from distopt import layout
 from distopt.data.text_data import TextData
 from distopt.engine import DDP, FSDP2, Engine, Zero1
 from distopt.engine.train_step import update
+from distopt.layout import full_shape
 from distopt.models.language_model import blocks
+from distopt.optim.newton_schulz import newton_schulz_cost
+from distopt.plan.footprint import Param
+from distopt.plan.matrices import matrix_wire
 
 
 class FullGradients(DDP):
@@ -33,6 +37,16 @@ class FullGradients(DDP):
         return model
 
 
+def adamw(model: nn.Module) -> distopt.AdamW:
+    """Return the optimizer of the sides whose rule needs nothing of other ranks."""
+    return distopt.AdamW(distopt.param_groups(model, muons.WEIGHT_DECAY), lr=muons.LR)
+
+
+def muon(make: Callable[[muons.Groups], Any], model: nn.Module) -> Any:
+    """Return a Muon for the hidden matrices of a model."""
+    return make(distopt.param_groups(model, muons.WEIGHT_DECAY, matrices="muon"))
+
+
 class Side(NamedTuple):
     """An engine, and the number of times that each of N ranks sends (N-1)/N of the parameters in a step.
 
@@ -40,11 +54,13 @@ class Side(NamedTuple):
         engine: Makes the engine.
         inside: The number for parameters of the blocks.
         outside: The number for the other parameters.
+        optimizer: Makes the optimizer of a model. Muon's matrices come on top, for distopt's by `distopt.plan`.
     """
 
     engine: Callable[[], Engine]
     inside: float
     outside: float
+    optimizer: Callable[[nn.Module], Any] = adamw
 
 
 SIDES = {
@@ -56,12 +72,20 @@ SIDES = {
     "zero2": Side(partial(FSDP2, reshard_after_forward=False), 2, 2),
     "fsdp2": Side(FSDP2, 3, 2),
 }
+MUON_SIDES = {
+    "ddp, Muon": Side(DDP, 2, 2, partial(muon, muons.of_distopt)),
+    "ddp, torch Muon": Side(DDP, 2, 2, partial(muon, muons.of_torch)),
+    "zero1, Muon": Side(Zero1, 2, 2, partial(muon, muons.of_distopt)),
+    "fsdp2, Muon": Side(FSDP2, 3, 2, partial(muon, muons.of_distopt)),
+    "fsdp2, torch Muon": Side(FSDP2, 3, 2, partial(muon, muons.of_torch)),
+}
+ALL = SIDES | MUON_SIDES
 
 
 def add_parser(benchmarks: Any) -> None:
     """Add the options of `python -m benchmarks wire`."""
     parser = benchmarks.add_parser("wire", help="bytes sent and time of a step on each engine")
-    parser.add_argument("--only", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=list(ALL), choices=list(ALL), metavar="NAME")
     gpt.add_sizes(parser, layers=12, width=256, batch_size=4, sequence_length=64)
     parser.add_argument("--rounds", type=COUNT, default=11, help="number of turns of the sides")
     parser.add_argument("--steps", type=COUNT, default=2, help="steps in a turn")
@@ -78,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
 def _measure(device: torch.device, options: argparse.Namespace) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     sequences = gpt.sequences(options)
-    names = [name for name in SIDES if name in options.only]
+    names = [name for name in ALL if name in options.only]
     sides = {name: _step(name, device, options) for name in names}
     rows = {name: _count(name, *sides[name], sequences.batch(0, rank, world).to(device)) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -100,10 +124,12 @@ def _measure(device: torch.device, options: argparse.Namespace) -> None:
             print(f"| {name} | {1e3 * medians[name]:.1f} | {medians[name] / medians[names[0]]:.3f} | {row}")
 
 
-def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple[Callable[[Tensor], None], nn.Module]:
-    engine = SIDES[name].engine()
+def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple[Callable[[Tensor], Any], nn.Module]:
+    engine = ALL[name].engine()
     model = gpt.build(engine, device, options)
-    optimizer = distopt.AdamW(distopt.param_groups(engine.unwrap(model), 0.1), lr=1e-3)
+    optimizer = ALL[name].optimizer(engine.unwrap(model))
+    if isinstance(optimizer, muons.Both):
+        return peers.torch_loop(engine, model, optimizer), engine.unwrap(model)
     model = engine.attach(model, optimizer, 1, 1.0)
 
     def step(batch: Tensor) -> None:
@@ -112,7 +138,7 @@ def _step(name: str, device: torch.device, options: argparse.Namespace) -> tuple
     return step, engine.unwrap(model)
 
 
-def _count(name: str, step: Callable[[Tensor], None], model: nn.Module, batch: Tensor) -> str:
+def _count(name: str, step: Callable[[Tensor], Any], model: nn.Module, batch: Tensor) -> str:
     """Return the cells of a typical step, after the state was created and DDP has rebuilt its buckets."""
     for _ in range(2):
         step(batch)
@@ -122,9 +148,14 @@ def _count(name: str, step: Callable[[Tensor], None], model: nn.Module, batch: T
         step(batch)
     dist.barrier()
     sent = written() - before
-    world, side = dist.get_world_size(), SIDES[name]
+    world, side = dist.get_world_size(), ALL[name]
     inside = [p for block in blocks(model) for p in block.parameters()]
     own = nbytes(inside) * (world if hasattr(inside[0], "placements") else 1)
     every = nbytes(model.parameters()) * (world if hasattr(inside[0], "placements") else 1)
     formula = (side.inside * own + side.outside * (every - own)) * (world - 1) / world
+    if isinstance(side.optimizer, partial) and side.optimizer.args == (muons.of_distopt,):
+        groups = distopt.param_groups(model, matrices="muon")
+        hidden = [p for group in groups if group["rule"] == "muon" for p in group["params"]]
+        units = [[Param(full_shape(p), True, i, work=newton_schulz_cost) for i, p in enumerate(hidden)]]
+        formula += sum(c.sent for c in matrix_wire(side.engine(), units, world))
     return f"{len(mode.seen)} | {formula / 1e6:.2f} | {mode.sent / 1e6:.2f} | {sent / 1e6:.2f} |"

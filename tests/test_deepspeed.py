@@ -30,7 +30,7 @@ from tests.harness.sharded import whole
 SOME = ["lamb", "lars", "adamw"]
 # stage, world, more of zero_optimization, rows
 CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
-    (0, 2, {}, ["lamb"]),
+    (0, 2, {}, ["lamb", "muon"]),
     (2, 1, {}, ["lamb"]),
     (3, 1, {}, ["lamb"]),
     (1, 2, {}, [*SOME, "muon"]),
@@ -38,10 +38,10 @@ CASES: list[tuple[int, int, dict[str, Any], list[str]]] = [
     (1, 4, {}, ["lamb"]),
     (3, 4, {}, ["lamb"]),
     # DeepSpeed 0.19.8's own map of the partitions is wrong with this; a parameter's address is right.
-    (2, 2, {"round_robin_gradients": True}, ["lamb"]),
+    (2, 2, {"round_robin_gradients": True}, ["lamb", "muon"]),
     (3, 2, {"stage3_param_persistence_threshold": 0}, ["lamb"]),
-    (2, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb"]),
-    (3, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb"]),
+    (2, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb", "muon"]),
+    (3, 2, {"offload_optimizer": {"device": "cpu"}}, ["lamb", "muon"]),
 ]
 # Each stage, each option, and two and four ranks; `make matrix` has all.
 QUICK = (0, 3, 4, 6, 7, 8, 10)

@@ -65,3 +65,9 @@ def test_an_optimizer_with_one_rule_refuses_groups_that_name_one() -> None:
         distopt.AdamW(param_groups(Vision(), matrices="muon"))
     with pytest.raises(ValueError, match="rule must be one of muon, adamw, lion, got 'shampoo'"):
         distopt.Muon(param_groups(Vision(), matrices="shampoo"))
+
+
+def test_mup_has_no_row_for_matrices() -> None:
+    """It multiplied the rate of Muon's groups by Adam's factor of the width."""
+    with pytest.raises(ValueError, match="muP's table has no row for the steps of matrices='muon'"):
+        param_groups(Vision(), mup=Vision(), lr=1e-3, matrices="muon")

@@ -29,6 +29,9 @@ from tests.harness.bits import full
 from tests.harness.cells import some
 from tests.harness.checkpoints import assert_equal, everything, start, train
 from tests.harness.distributed import RankError, run
+from tests.harness.engines import ENGINES
+from tests.harness.matrix import FEW, TOLERANCE, Job
+from tests.harness.matrix import trained as trained_on
 from tests.harness.optimizers import distance, initial, pull
 from tests.harness.sharded import mesh
 from tests.test_checkpoint import first_half, second_half
@@ -140,6 +143,14 @@ def test_given_equal_gradients_the_bits_are_those_of_one_rank(way: str) -> None:
         expected = trained("", ns_dtype, clips)
         for found in run(torch.Size(WAYS[way][0]).numel(), trained, way, ns_dtype, clips):
             assert [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)] == []
+
+
+@pytest.mark.parametrize("engine", some(["zero2", "deepspeed_zero2"], ENGINES))
+def test_on_every_engine_it_is_the_unsharded_run(engine: str) -> None:
+    """The cells of the equivalence matrix that `make test` leaves to `make matrix` with its other rows."""
+    job = Job(engine, 2, "fp32", 2, "some", FEW)
+    for params in run(2, trained_on, job, "muon"):
+        assert distance(params, job.unsharded("muon")) < TOLERANCE["fp32"]
 
 
 def collectives(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""LAMB and SAM in the SFTTrainer of TRL."""
+"""LAMB, Muon and SAM in the SFTTrainer of TRL."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import distopt
+from tests.harness.cells import some
 from tests.harness.distributed import run
 from tests.harness.pretrained import chats, write_model
-from tests.harness.trainers import SEQUENCES, arguments, error, sharding, whole
+from tests.harness.trainers import SEQUENCES, SETUPS, arguments, error, sharding, whole
 
 # float32 sums over a batch in another order, which each step passes on.
 TOLERANCE = 2e-5
 SAM = partial(distopt.SAM, rho=0.1)
 LAMB = {"optimizer_cls_and_kwargs": (distopt.LAMB, {"lr": 0.02})}
-OPTIONS: dict[str, dict[str, Any]] = {"lamb": LAMB, "sam": LAMB | {"sam": SAM}}
+
+
+def muon(model: nn.Module, **options: Any) -> distopt.Muon:
+    """What transformers calls a factory: a function of the model, here with groups of its own."""
+    groups = distopt.param_groups(model, 0.1, {"lm_head": {"lr": 0.005}}, matrices="muon")
+    return distopt.Muon(groups, adjust_lr_fn="match_rms_adamw", ns_dtype="float32", **options)
+
+
+MUON = {"optimizer_cls_and_kwargs": (lambda: muon, {"lr": 0.02})}
+OPTIONS: dict[str, dict[str, Any]] = {"lamb": LAMB, "muon": MUON, "sam": LAMB | {"sam": SAM}}
 
 
 def trainer(base: Path, setup: str, accumulation: int, options: dict[str, Any], **more: Any) -> Any:
@@ -111,7 +121,11 @@ def test_trainers_that_generate_their_batches_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "setup"), [pytest.param("lamb", "ddp", marks=pytest.mark.matrix), ("sam", "fsdp2_full")]
+    ("options", "setup"),
+    some(
+        [("muon", "ddp"), ("sam", "fsdp2_full")],
+        [("lamb", "ddp"), ("sam", "fsdp2_full"), *(("muon", setup) for setup in SETUPS)],
+    ),
 )
 def test_two_processes_fine_tune_as_one(tmp_path: Path, options: str, setup: str) -> None:
     base = write_model(tmp_path / "base")

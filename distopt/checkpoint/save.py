@@ -198,8 +198,9 @@ def _buffer(size: int) -> Tensor:
 
 def contents_of(model: nn.Module, optimizer: Optimizer) -> Contents | FlatContents:
     """The contents of a checkpoint of this model and this optimizer, whose missing state is created first."""
-    if hasattr(optimizer, "init_state"):  # also SAM's own, where it has some
-        optimizer.init_state()
+    stateful = unwrap_optimizer(optimizer, lambda inner: hasattr(inner, "init_state"))  # SAM makes its own as well
+    if hasattr(stateful, "init_state"):
+        stateful.init_state()
     optimizer = unwrap_optimizer(optimizer)
     if isinstance(optimizer, ShardedOptimizer) and optimizer.layout.flat:
         return FlatContents(model, optimizer, cast(FlatLayout, optimizer.layout))

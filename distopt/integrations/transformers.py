@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from distopt.engine.fsdp2 import leave_pass
-from distopt.integrations.accelerate.attach import attach_deepspeed, check_processes
+from distopt.integrations.accelerate.attach import attach_ddp, attach_deepspeed, check_processes
 from distopt.integrations.accelerate.sam import attach_sam, sam_of
 from distopt.layout import unwrap_optimizer
 from distopt.layout.fsdp2 import reshard
 from distopt.optim.averaging import eval_mode
+from distopt.optim.mixed import MixedOptimizer
+from distopt.optim.param_groups import param_groups
 from distopt.rng import RandomState, random_state
 from distopt.sam import SAM
 from distopt.sam.two_passes import Pass, two_passes
@@ -37,13 +39,30 @@ class ShardedTrainerMixin:
         Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(distopt.LAMB, {"lr": 2e-3}))
 
     DeepSpeed: binds the layout of its partitions, without which a step raises ValueError. FSDP2: creates all state
-    before a checkpoint is loaded, since torch fills only existing state. DDP and one process need nothing. Works with
-    any subclass of the Trainer, including TRL's.
+    before a checkpoint is loaded, since torch fills only existing state. DDP: its processes share the matrices of Muon;
+    other optimizers, and one process, need nothing. Works with any subclass of the Trainer, including TRL's.
+
+    `distopt.Muon` gets the param groups of `distopt.param_groups(model, matrices="muon")`, with the `weight_decay` of
+    its own arguments or else of the TrainingArguments, unless its arguments have `params`.
 
     Raises:
         ValueError: If DeepSpeed's optimizer is SAM or not distopt's, and if several processes were launched, each of
             which would train on its own.
     """
+
+    optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None  # the Trainer's
+    _starts = False  # whether the next pass is the first one of `train`
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Overrides the Trainer's, whose two groups, with and without decay, say nothing of matrices."""
+        kind, options = self.optimizer_cls_and_kwargs or (None, {})
+        missing = self.optimizer is None and "params" not in options  # type: ignore[attr-defined]
+        if missing and isinstance(kind, type) and issubclass(kind, MixedOptimizer):
+            decay: Any = options.get("weight_decay", self.args.weight_decay)  # type: ignore[attr-defined]
+            groups = param_groups(model or self.model, decay, matrices=kind.own)  # type: ignore[attr-defined]
+            self.optimizer_cls_and_kwargs = kind, options | {"params": groups}
+        made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Overrides the Trainer's, which calls it after preparing the optimizer and before loading a checkpoint."""
@@ -55,7 +74,16 @@ class ShardedTrainerMixin:
             inner = unwrap_optimizer(self.optimizer, lambda inner: hasattr(inner, "init_state"))  # type: ignore[attr-defined]
             if hasattr(inner, "init_state"):
                 inner.init_state()
+        self._starts = True
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Overrides the Trainer's, whose first call is the first that has the model in DDP."""
+        if self._starts:
+            attach_ddp(model, self.optimizer)  # type: ignore[attr-defined]
+            self._starts = False
+        loss: Tensor = super().training_step(model, *args, **kwargs)  # type: ignore[misc]
+        return loss
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Overrides the Trainer's: saves the weights that a schedule-free optimizer evaluates."""
@@ -117,7 +145,7 @@ class SAMTrainerMixin(ShardedTrainerMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Wraps the Trainer's optimizer in SAM."""
-        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)
         if self._make_sam is not None and sam_of(optimizer) is None:
             optimizer = self.optimizer = self._make_sam(optimizer)
         attach_sam(self.accelerator, self.model, optimizer)  # type: ignore[attr-defined]
@@ -134,7 +162,8 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             (kind, ("_prepare_inputs",)) for kind in kinds if kind not in inner
         ]:
             path = f"{kind.__module__}.{kind.__qualname__}"
-            if self.same_in_both_passes or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES:
+            ours = kind is ShardedTrainerMixin or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES
+            if self.same_in_both_passes or ours:
                 continue
             if own := [name for name in names if name in vars(kind)]:
                 raise ValueError(
@@ -153,10 +182,10 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         """The Trainer's, and after the last micro-batch of a step SAM's second pass over all of them."""
         sam = self._sam
         if sam is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+            return super().training_step(model, inputs, num_items_in_batch)
         if inputs is self._batches[0]:
             self._start = random_state(self.args.device)  # type: ignore[attr-defined]
-        step = super().training_step  # type: ignore[misc]
+        step = super().training_step
 
         def run_pass(this: Pass) -> Tensor:
             if this.second:
@@ -185,8 +214,8 @@ class SAMTrainerMixin(ShardedTrainerMixin):
         *others, last = self._batches
         for batch in others:
             with self.accelerator.no_sync(model):  # type: ignore[attr-defined]
-                super().training_step(model, batch, num_items_in_batch)  # type: ignore[misc]
-        loss: Tensor = super().training_step(model, last, num_items_in_batch)  # type: ignore[misc]
+                super().training_step(model, batch, num_items_in_batch)
+        loss: Tensor = super().training_step(model, last, num_items_in_batch)
         return loss
 
 

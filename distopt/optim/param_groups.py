@@ -93,11 +93,14 @@ def param_groups(
 
     Raises:
         ValueError: For a negative weight decay, a model with nothing to train, an expression that is malformed or that
-            matches no trainable parameter, and an option that no optimizer of torch or distopt has; for a
-            learning rate that is missing; and as `distopt.init.widths`. The optimizer checks the values of options.
+            matches no trainable parameter, and an option that no optimizer of torch or distopt has; for a learning rate
+            that is missing; for `mup` with `matrices`; and as `distopt.init.widths`. The optimizer checks the values of
+            options.
     """
     patterns = _patterns(weight_decay, overrides := {} if overrides is None else overrides)
     check_scaling(lr, rule, independent_decay, mup is not None)
+    if mup is not None and matrices is not None:
+        raise ValueError(f"muP's table has no row for the steps of matrices={matrices!r}: give mup=None, or no matrices")
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")

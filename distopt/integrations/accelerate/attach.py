@@ -110,11 +110,22 @@ def _attach_whole(accelerator: Accelerator, model: nn.Module, optimizer: Optimiz
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         inner.bind(zero1_layout(accelerator, model, inner))
         refuse_files(inner)
-    elif isinstance(model, DistributedDataParallel) and isinstance(
-        inner := layout.unwrap_optimizer(optimizer), MixedOptimizer
-    ):
-        inner.bind(layout.ddp_layout(model))
+    else:
+        attach_ddp(model, optimizer)
     keep_in_folder(accelerator)
+
+
+def attach_ddp(model: nn.Module, optimizer: Optimizer) -> None:
+    """Binds an optimizer of full matrices (Muon) to the layout of DDP, whose ranks then share the matrices.
+
+    Args:
+        model: Does nothing unless it is or contains DDP.
+        optimizer: Others, and those that share no work, need no layout under DDP.
+    """
+    ddp = next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+    inner = layout.unwrap_optimizer(optimizer)
+    if ddp is not None and isinstance(inner, MixedOptimizer):
+        inner.bind(layout.ddp_layout(ddp))
 
 
 def _attach_fsdp2(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, zero_stage: int | None) -> None:
