@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,28 @@ def test_bash_completes_the_value_of_a_word_that_it_has_split() -> None:
     assert (item.type, item.value) == ("file", "boo")
 
 
+MISTYPED = {
+    "optimzer=lamb": "there is no optimzer: did you mean optimizer?",
+    "optimizer=lamv": "optimizer=lamv: there is no such optimizer: did you mean lamb?",
+    "train.stepz=3": "there is no train.stepz: did you mean steps?",
+    "steps=3": "there is no steps: did you mean train.steps?",
+    "path=book.txt": "there is no path: did you mean model.path or data.path?",
+    "train.steps=-1": "train.steps must be an integer >= 1 or null, got -1",
+}
+
+
+def test_what_is_mistyped_never_reaches_the_launcher(
+    shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """torchrun reported it for every process, after seconds, in twenty lines."""
+    for command in ("train --processes 2", "launch --num_processes 2"):
+        for word, message in MISTYPED.items():
+            assert ended(["distopt", *command.split(), word], shell) == 1
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1 and err.startswith(f"distopt: error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
 PROBE = """
 import contextlib, json, sys, time
 began, sys.argv = time.process_time(), ["distopt", *sys.argv[1:]]
@@ -199,6 +222,45 @@ def test_it_answers_without_torch(words: list[str], tmp_path: Path) -> None:
     assert seconds < 0.3 and modules == []
     expected = {"--help": "prepare", "train": f"distopt {__version__}", "completion": "_DISTOPT_COMPLETE=bash_complete"}
     assert expected[words[0]] in "\n".join(out)
+
+
+NO_TORCH = """
+import runpy, sys
+sys.argv = ["distopt.train", *sys.argv[1:]]
+sys.modules["torch"] = sys.modules["numpy"] = None  # to import one of them fails
+runpy.run_module("distopt.train", run_name="__main__")
+"""
+# The exit code, and the beginning of a line.
+TRAIN_ANSWERS = {
+    "--help": (0, "keys (KEY=VALUE), with their values now"),
+    "optimizer=lamb optimizer.lr=1 --help": (0, "optimizer.lr=1 "),
+    "optimizer=lamv": (1, "distopt: error: optimizer=lamv: there is no such optimizer: did you mean lamb?"),
+    "train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), TRAIN_ANSWERS.items(), ids=TRAIN_ANSWERS)
+def test_help_and_mistakes_of_train_do_not_wait_for_torch(
+    words: str, expected: tuple[int, str], tmp_path: Path
+) -> None:
+    """What is left is Hydra, which composes the configuration in less than a second, on a busy machine too."""
+    code, line = expected
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command, env = [sys.executable, "-c", NO_TORCH, *words.split()], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert f"\n{line}" in "\n" + done.stdout + done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.0
+
+
+def test_help_lists_the_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.NAdam\n_partial_: true\nlr: 1e-3\n")
+    command = [sys.executable, "-c", NO_TORCH, "--config-dir", str(tmp_path), "optimizer=mine", "--help"]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("optimizer: "))
+    ours = {file.stem for file in (ROOT / "conf" / "optimizer").glob("*.yaml")}
+    assert set(line.removeprefix("optimizer: ").split(", ")) == ours | {"mine"}
 
 
 def test_the_console_script_is_declared() -> None:

@@ -8,6 +8,7 @@ import os
 import torch.distributed as dist
 
 from distopt import collective
+from distopt.failures import attempt
 
 
 def join(timeout: datetime.timedelta, backend: str) -> None:
@@ -25,7 +26,7 @@ def join(timeout: datetime.timedelta, backend: str) -> None:
     if dist.is_initialized() or not named:
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    own = dist.PrefixStore(f"attempt_{collective.attempt()}", store)
+    own = dist.PrefixStore(f"attempt_{attempt()}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=timeout)
 
 

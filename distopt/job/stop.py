@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # SLURM sends SIGTERM and SIGUSR1 before it preempts a job and before its time limit; submitit uses SIGUSR2 for both. A
 # terminal that is closed, as by a lost connection, sends SIGHUP; `nohup` has it ignored, and so it stays.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distopt.bounds import OVERRIDES
+from distopt.bounds.optimizer import BOUNDS
 from distopt.init import Width, widths
 from distopt.init.width import Shapes
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
 from distopt.optim.hidden import outside, summary
 from distopt.optim.mup import check_scaling, scale
-from distopt.optim.validate import BOUNDS
 
 # Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
 # gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
