@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from distopt import __version__
 from distopt.command import start
 from distopt.command.main import ENTRIES, main
 from distopt.command.words import completed, groups
-from tests.harness.jobs import ENVIRONMENT, ROOT
+from tests.harness.jobs import BIN, ENVIRONMENT, ROOT
 
 
 class Became(Exception):
@@ -198,6 +199,29 @@ def test_what_is_mistyped_never_reaches_the_launcher(
             out, err = capsys.readouterr()
             assert out == "" and err.count("\n") == 1 and err.startswith(f"distopt: error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+# What a person types, up to TAB, and what each shell is asked for it. Completion in zsh needs a terminal, so there the
+# script is read, and the program is called as the script calls it.
+TYPED, OFFERED = "distopt train optimizer=ada", ["adafactor", "adagrad", "adam", "adamw", "adamw_schedule_free"]
+SHELLS = {
+    "bash": "source ./script; COMP_WORDS=(distopt train optimizer = ada) COMP_CWORD=4; _distopt_completion distopt;"
+    ' printf "%s\\n" "${COMPREPLY[@]}"',
+    "fish": f"source ./script; complete -C '{TYPED}'",
+    "zsh": f"zsh -n ./script && _DISTOPT_COMPLETE=zsh_complete COMP_WORDS='{TYPED}' COMP_CWORD=2 distopt",
+}
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_a_shell_completes(name: str, tmp_path: Path) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    env = {**os.environ, **ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    script = subprocess.run(["distopt", "completion", name], env=env, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "script").write_text(script)
+    done = subprocess.run([name, "-c", SHELLS[name]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    offered = [line.removeprefix("optimizer=") for line in done.stdout.split() if line not in ("plain", "_")]
+    assert offered == OFFERED, done.stderr
 
 
 PROBE = """
