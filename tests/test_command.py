@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +119,14 @@ def test_visible_gpus_are_counted(listed: str, count: int, shell: pytest.MonkeyP
     assert start.gpus() == count
 
 
+def test_windows_is_told_what_to_use(shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Instead of a traceback about a module that it does not have; `--version` and `--help` answer anywhere."""
+    shell.setattr(sys, "platform", "win32")
+    assert ended(["distopt", "plan"], shell) == 1
+    assert capsys.readouterr().err.endswith("on Windows use WSL 2\n")
+    assert ended(["distopt", "train", "--version"], shell) == 0
+
+
 REFUSED = {
     "trian x=1": (2, "there is no command trian: did you mean train? There are train, finetune, sweep"),
     "zzz": (2, "there is no command zzz. There are train"),
@@ -193,11 +206,12 @@ def test_what_is_mistyped_never_reaches_the_launcher(
     shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """torchrun reported it for every process, after seconds, in twenty lines."""
-    for command in ("train --processes 2", "launch --num_processes 2"):
-        for word, message in MISTYPED.items():
-            assert ended(["distopt", *command.split(), word], shell) == 1
-            out, err = capsys.readouterr()
-            assert out == "" and err.count("\n") == 1 and err.startswith(f"distopt: error: {message}")
+    commands = {word: ["train", "--processes", "2", word] for word in MISTYPED}
+    commands["optimzer=lamb"] = ["launch", "--num_processes", "2", "optimzer=lamb"]
+    for word, words in commands.items():
+        assert ended(["distopt", *words], shell) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith(f"distopt: error: {MISTYPED[word]}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,6 +299,30 @@ def test_help_lists_the_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("optimizer: "))
     ours = {file.stem for file in (ROOT / "conf" / "optimizer").glob("*.yaml")}
     assert set(line.removeprefix("optimizer: ").split(", ")) == ours | {"mine"}
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_is_broken_for_the_terminal(columns: int, tmp_path: Path) -> None:
+    """Lines of up to 250 characters were broken by the terminal, in the middle of words."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    env = {**os.environ, **ENVIRONMENT}
+    env.pop("COLUMNS", None)
+    process = subprocess.Popen([sys.executable, "-c", NO_TORCH, "--help"], cwd=tmp_path, env=env, stdout=theirs)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while piece := os.read(ours, 65536):
+            text += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    lines = text.decode().replace("\r\n", "\n").splitlines()
+    assert len(lines) > 80
+    long = [line for line in lines if len(line) > columns and " " in line.strip() and "={" not in line]
+    assert long == []
+    (lr,) = (number for number, line in enumerate(lines) if line.startswith("optimizer.lr="))
+    meaning = "the learning rate, before the schedule (a number >= 0)"
+    assert lines[lr].endswith(meaning) if columns == 200 else lines[lr + 1] == " " * 6 + meaning
 
 
 def test_the_console_script_is_declared() -> None:

@@ -21,10 +21,15 @@ def become(words: list[str]) -> NoReturn:
     """Replaces this process by Python with some words.
 
     `--version` is answered here, for every program.
+
+    Raises:
+        ValueError: On Windows, which has neither the signals nor the locks that they use.
     """
     if words[2:] == ["--version"]:
         print(f"distopt {__version__}")
         sys.exit(0)
+    if sys.platform == "win32":
+        raise ValueError("distopt's programs need Linux, or macOS, where they train on the CPU: on Windows use WSL 2")
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *words])

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from distopt.job.check import check, meant
 from distopt.job.config import CONF
-from distopt.job.reference import help_lines
+from distopt.job.reference import aligned, help_lines
 from distopt.job.schema import SCHEMA
 
 
@@ -75,7 +75,9 @@ def _list_groups(program: Hydra, wanted: Callable[[str], bool], compact: bool = 
     for source in program.config_loader.get_search_path().get_path():
         for file in Path(str(source.path).removeprefix("file://")).glob("*/*.yaml"):
             choices[file.parent.name].add(file.stem)
-    return "".join(f"{group}: {', '.join(sorted(choices[group]))}\n" for group in sorted(choices) if wanted(group))
+    listed = sorted(group for group in choices if wanted(group))
+    texts = {group: ", ".join(sorted(choices[group])) for group in listed}
+    return "".join(aligned(f"{group}:", text, 12, f"{group}: {text}") + "\n" for group, text in texts.items())
 
 
 def _no_choice(words: list[str]) -> str:
