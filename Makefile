@@ -1,4 +1,4 @@
-# make install | test | check | matrix | faults | soak | fuzz | quickstart | docs.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
+# make install | test | check | matrix | faults | soak | fuzz | quickstart | docs | dist.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # The number of tests that run at the same time, with up to four processes of one thread each, which often wait.
@@ -8,7 +8,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; with GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 
-.PHONY: install test check matrix faults soak fuzz quickstart docs gpu format clean
+.PHONY: install test check matrix faults soak fuzz quickstart docs dist gpu format clean
 
 install: $(STAMP)
 
@@ -28,11 +28,11 @@ check: install
 	$(BIN)/mypy
 	$(MAKE) test
 
-# The complete equivalence matrix, which updates its table in the README, and all other tests; `make test` runs a part of
+# The complete equivalence matrix, which updates its table in docs/equivalence.md, and all other tests; `make test` runs a part of
 # both. One worker spends an hour on the search (tests/test_search.py), while the other runs the rest.
 # The tests of a file stay together, since one process has to see all cells of the table.
 matrix: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=README.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=docs/equivalence.md
 
 # Every fault that docs/reliability.md lists: kills, restarts, hangs, ranks that differ, weights that are not finite.
 faults: install
@@ -59,6 +59,10 @@ gpu: install
 # The pages of docs/ and the reference: build/docs/index.html.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+
+# The wheel and the sdist, for an index: dist/.
+dist: install
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 quickstart: install
 	$(BIN)/accelerate launch --config_file launch/local.yaml $(PROCESSES) -m distopt.train experiment=quickstart

@@ -11,16 +11,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from distopt.failures import FileError
+
 T = TypeVar("T")
-
-
-class FileError(RuntimeError):
-    """An error of a rank that could not read or write a file."""
-
-
-class LostRank(RuntimeError):
-    """An error of a rank that waits for another one which does not come."""
-
 
 _RAISED = {"value": ValueError, "file": FileError, "other": RuntimeError}
 
@@ -113,11 +106,6 @@ def one_after_another(task: Callable[[], T]) -> T:
             dist.all_gather_object(every, (None, wrong))
         _results(every, failure)
     return results[-1]
-
-
-def attempt() -> int:
-    """Returns how often torch's launcher on this machine counts that it has restarted this job."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def store() -> Any:

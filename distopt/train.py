@@ -6,18 +6,23 @@ import io
 import sys
 
 from distopt.job import cli
-from distopt.job.build import build
+from distopt.job.check import check
 from distopt.job.config import Config
 from distopt.job.errors import end_as_before, one_line_errors
-from distopt.job.header import header
 from distopt.job.process import end_of_process, end_on_interrupt, end_with_launcher
-from distopt.job.terminal import Terminal
-from distopt.plan.running import planned_bytes
 
 
 @cli.program("train")
 def job(cfg: Config) -> float:
     """Trains as configured and returns the final validation loss in nats per token; a sweep runs it once per job."""
+    with one_line_errors():
+        check(cfg, "train")
+        # What is mistyped, and `--help`, do not wait for torch.
+        from distopt.job.build import build
+        from distopt.job.header import header
+        from distopt.job.terminal import Terminal
+        from distopt.plan.running import planned_bytes
+
     with one_line_errors(), Terminal() as terminal:
         built = build(cfg, terminal)
         terminal.block(header(built, planned_bytes(built)))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import resource
+import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from distopt import __version__
 from distopt.command import start
 from distopt.command.main import ENTRIES, main
 from distopt.command.words import completed, groups
-from tests.harness.jobs import ENVIRONMENT, ROOT
+from tests.harness.jobs import BIN, ENVIRONMENT, ROOT
 
 
 class Became(Exception):
@@ -112,6 +119,14 @@ def test_visible_gpus_are_counted(listed: str, count: int, shell: pytest.MonkeyP
     assert start.gpus() == count
 
 
+def test_windows_is_told_what_to_use(shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Instead of a traceback about a module that it does not have; `--version` and `--help` answer anywhere."""
+    shell.setattr(sys, "platform", "win32")
+    assert ended(["distopt", "plan"], shell) == 1
+    assert capsys.readouterr().err.endswith("on Windows use WSL 2\n")
+    assert ended(["distopt", "train", "--version"], shell) == 0
+
+
 REFUSED = {
     "trian x=1": (2, "there is no command trian: did you mean train? There are train, finetune, sweep"),
     "zzz": (2, "there is no command zzz. There are train"),
@@ -177,6 +192,52 @@ def test_bash_completes_the_value_of_a_word_that_it_has_split() -> None:
     assert (item.type, item.value) == ("file", "boo")
 
 
+MISTYPED = {
+    "optimzer=lamb": "there is no optimzer: did you mean optimizer?",
+    "optimizer=lamv": "optimizer=lamv: there is no such optimizer: did you mean lamb?",
+    "train.stepz=3": "there is no train.stepz: did you mean steps?",
+    "steps=3": "there is no steps: did you mean train.steps?",
+    "path=book.txt": "there is no path: did you mean model.path or data.path?",
+    "train.steps=-1": "train.steps must be an integer >= 1 or null, got -1",
+}
+
+
+def test_what_is_mistyped_never_reaches_the_launcher(
+    shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """torchrun reported it for every process, after seconds, in twenty lines."""
+    commands = {word: ["train", "--processes", "2", word] for word in MISTYPED}
+    commands["optimzer=lamb"] = ["launch", "--num_processes", "2", "optimzer=lamb"]
+    for word, words in commands.items():
+        assert ended(["distopt", *words], shell) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith(f"distopt: error: {MISTYPED[word]}")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a person types, up to TAB, and what each shell is asked for it. Completion in zsh needs a terminal, so there the
+# script is read, and the program is called as the script calls it.
+TYPED, OFFERED = "distopt train optimizer=ada", ["adafactor", "adagrad", "adam", "adamw", "adamw_schedule_free"]
+SHELLS = {
+    "bash": "source ./script; COMP_WORDS=(distopt train optimizer = ada) COMP_CWORD=4; _distopt_completion distopt;"
+    ' printf "%s\\n" "${COMPREPLY[@]}"',
+    "fish": f"source ./script; complete -C '{TYPED}'",
+    "zsh": f"zsh -n ./script && _DISTOPT_COMPLETE=zsh_complete COMP_WORDS='{TYPED}' COMP_CWORD=2 distopt",
+}
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_a_shell_completes(name: str, tmp_path: Path) -> None:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    env = {**os.environ, **ENVIRONMENT, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    script = subprocess.run(["distopt", "completion", name], env=env, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "script").write_text(script)
+    done = subprocess.run([name, "-c", SHELLS[name]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    offered = [line.removeprefix("optimizer=") for line in done.stdout.split() if line not in ("plain", "_")]
+    assert offered == OFFERED, done.stderr
+
+
 PROBE = """
 import contextlib, json, sys, time
 began, sys.argv = time.process_time(), ["distopt", *sys.argv[1:]]
@@ -199,6 +260,69 @@ def test_it_answers_without_torch(words: list[str], tmp_path: Path) -> None:
     assert seconds < 0.3 and modules == []
     expected = {"--help": "prepare", "train": f"distopt {__version__}", "completion": "_DISTOPT_COMPLETE=bash_complete"}
     assert expected[words[0]] in "\n".join(out)
+
+
+NO_TORCH = """
+import runpy, sys
+sys.argv = ["distopt.train", *sys.argv[1:]]
+sys.modules["torch"] = sys.modules["numpy"] = None  # to import one of them fails
+runpy.run_module("distopt.train", run_name="__main__")
+"""
+# The exit code, and the beginning of a line.
+TRAIN_ANSWERS = {
+    "--help": (0, "keys (KEY=VALUE), with their values now"),
+    "optimizer=lamb optimizer.lr=1 --help": (0, "optimizer.lr=1 "),
+    "optimizer=lamv": (1, "distopt: error: optimizer=lamv: there is no such optimizer: did you mean lamb?"),
+    "train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), TRAIN_ANSWERS.items(), ids=TRAIN_ANSWERS)
+def test_help_and_mistakes_of_train_do_not_wait_for_torch(
+    words: str, expected: tuple[int, str], tmp_path: Path
+) -> None:
+    """What is left is Hydra, which composes the configuration in less than a second, on a busy machine too."""
+    code, line = expected
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command, env = [sys.executable, "-c", NO_TORCH, *words.split()], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert f"\n{line}" in "\n" + done.stdout + done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.0
+
+
+def test_help_lists_the_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.NAdam\n_partial_: true\nlr: 1e-3\n")
+    command = [sys.executable, "-c", NO_TORCH, "--config-dir", str(tmp_path), "optimizer=mine", "--help"]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("optimizer: "))
+    ours = {file.stem for file in (ROOT / "conf" / "optimizer").glob("*.yaml")}
+    assert set(line.removeprefix("optimizer: ").split(", ")) == ours | {"mine"}
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_is_broken_for_the_terminal(columns: int, tmp_path: Path) -> None:
+    """Lines of up to 250 characters were broken by the terminal, in the middle of words."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    env = {**os.environ, **ENVIRONMENT}
+    env.pop("COLUMNS", None)
+    process = subprocess.Popen([sys.executable, "-c", NO_TORCH, "--help"], cwd=tmp_path, env=env, stdout=theirs)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while piece := os.read(ours, 65536):
+            text += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    lines = text.decode().replace("\r\n", "\n").splitlines()
+    assert len(lines) > 80
+    long = [line for line in lines if len(line) > columns and " " in line.strip() and "={" not in line]
+    assert long == []
+    (lr,) = (number for number, line in enumerate(lines) if line.startswith("optimizer.lr="))
+    meaning = "the learning rate, before the schedule (a number >= 0)"
+    assert lines[lr].endswith(meaning) if columns == 200 else lines[lr + 1] == " " * 6 + meaning
 
 
 def test_the_console_script_is_declared() -> None:

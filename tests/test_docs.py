@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_dir
 import distopt
 from distopt.command.main import ENTRIES
 from distopt.command.start import taken
+from distopt.job.cli import model_words
 from distopt.job.config import CONF
 from distopt.optim import schedules
 from tests.harness import jobs, pages
@@ -113,8 +114,11 @@ def test_commands_that_do_not_run_exist() -> None:
             if words[0] == "distopt":
                 assert words[1:2] == [] or words[1] in ENTRIES, f"{name(page)}: {command}"
                 module, rest = "distopt", words[2:]
-                if words[1:2] in (["train"], ["finetune"], ["sweep"]):
+                if words[1:2] in (["train"], ["finetune"], ["sweep"], ["prepare"]):
                     module, rest = "distopt.train", [*["-m"] * (words[1] == "sweep"), *taken(rest)[1]]
+                    rest = [*["experiment=finetune"] * (words[1] == "finetune"), *rest]
+                elif words[1:2] == ["plan"]:
+                    module = "distopt.plan"
             elif "-m" not in words:
                 continue
             else:
@@ -126,7 +130,10 @@ def test_commands_that_do_not_run_exist() -> None:
                 if "-m" in rest:  # a sweep, by the first value of each key
                     rest = [re.sub(r"^([\w./]+=[^,\[(]+),.*", r"\1", word) for word in rest if word != "-m"]
                 with initialize_config_dir(str(CONF), version_base="1.3"):
-                    compose("train", rest, return_hydra_config=True)
+                    compose("train", model_words(rest), return_hydra_config=True)
+            if module == "distopt.plan" and "..." not in rest:
+                with initialize_config_dir(str(CONF), version_base="1.3"):
+                    compose("plan", rest)
     assert seen > 10
 
 
@@ -146,7 +153,9 @@ def test_the_site_builds(tmp_path: Path) -> None:
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=jobs.ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+    index = (jobs.ROOT / "docs" / "index.md").read_text()
     for page in PAGES[1:]:
+        assert page.name == "index.md" or f"({page.relative_to(jobs.ROOT / 'docs')})" in index, f"{page}: not there"
         assert (tmp_path / page.relative_to(jobs.ROOT / "docs").with_suffix(".html")).is_file()
     pages_of_reference = (jobs.ROOT / "docs" / "reference").glob("*.md")
     listed = re.findall(r"^::: (?:\w+\.)+(\w+)$", "".join(map(Path.read_text, pages_of_reference)), re.MULTILINE)
@@ -155,4 +164,8 @@ def test_the_site_builds(tmp_path: Path) -> None:
     html = (tmp_path / "reference" / "optimizers.html").read_text()
     assert "ratio = |p| / |direction|" in html
     assert re.search(r"<code>momentum</code>.{0,300}In \[0, 1\)", html, re.DOTALL)
-    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:css|js|woff2?)"', html)  # nothing is fetched
+    assert not re.findall(r'src="https?://|href="https?://[^"]*\.(?:css|js|woff2?)"', html)  # nothing is fetched
+    assert (
+        "iframe-worker.js" in html and (tmp_path / "search" / "search_index.js").is_file()
+    )  # search, from the disk too
+    assert "prefers-color-scheme: dark" in html and "md-footer__link--next" in html

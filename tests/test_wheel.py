@@ -1,4 +1,4 @@
-"""The wheel is complete and trains without the checkout; the benchmarks are in the sdist only."""
+"""The wheel is complete and trains without the checkout; the sdist gives the same wheel, and has the benchmarks too."""
 
 from __future__ import annotations
 
@@ -77,10 +77,16 @@ def test_everything_is_in_it(wheel: Path) -> None:
     assert f"{stem(wheel)}.dist-info/licenses/LICENSE" in names
 
 
-def test_the_benchmarks_are_in_the_sdist(wheel: Path, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), cwd=ROOT)
-    (path,) = tmp_path.glob("distopt-*.tar.gz")
-    with tarfile.open(path) as archive:
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), cwd=ROOT)
+    (path,) = folder.glob("distopt-*.tar.gz")
+    return path
+
+
+def test_the_benchmarks_are_in_the_sdist(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     programs = {f"benchmarks/{name}" for name in files(ROOT / "benchmarks", "*.py")}
     assert {"benchmarks/__main__.py", "benchmarks/ranks.py"} <= programs <= packed
@@ -89,6 +95,50 @@ def test_the_benchmarks_are_in_the_sdist(wheel: Path, tmp_path: Path) -> None:
 
 def stem(wheel: Path) -> str:
     return "-".join(wheel.name.split("-")[:2])
+
+
+def test_the_sdist_gives_the_same_wheel(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    """As pip builds it from an index where no wheel fits; without the checkout beside it."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), cwd=source)
+    (built,) = tmp_path.glob("distopt-*.whl")
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(built) as theirs:
+        assert {info.filename: info.CRC for info in ours.infolist()} == {
+            info.filename: info.CRC for info in theirs.infolist()
+        }
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a new environment, in which pip has installed distopt's wheel by its name, from a folder.
+
+    What it needs is that of this environment, whose folder is appended to its path: pip looks at no network.
+    """
+    folder = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder), cwd=folder)
+    programs = folder / "bin"
+    (packages,) = folder.glob("lib/python*/site-packages")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(programs / "python"))
+    pip += ("install", "--quiet", "--no-deps", "--no-index", "--find-links", str(wheel.parent), "distopt")
+    run(*pip, cwd=folder)
+    site_packages = next(path for path in sys.path if (Path(path) / "click").is_dir())
+    (packages / "needed.pth").write_text(f"{site_packages}\n")
+    return programs
+
+
+def test_in_a_clean_environment_the_command_answers(clean: Path, tmp_path: Path) -> None:
+    """What somebody types first, in a folder of their own."""
+    command = str(clean / "distopt")
+    nothing = {"PYTHONPATH": "", "PATH": "/usr/bin:/bin"}
+    import distopt
+
+    assert run(command, "--version", cwd=tmp_path, **nothing).stdout == f"distopt {distopt.__version__}\n"
+    assert "distopt train experiment=quickstart" in run(command, cwd=tmp_path, **nothing).stdout
+    assert "groups (GROUP=CHOICE):" in run(command, "train", "--help", cwd=tmp_path, **nothing).stdout
+    where = "import distopt, sys; print(distopt.__file__)"
+    assert run(str(clean / "python"), "-c", where, cwd=tmp_path, **nothing).stdout.startswith(str(clean.parent))
 
 
 def test_its_metadata_has_version_and_requirements(site: Path) -> None:
@@ -100,6 +150,8 @@ def test_its_metadata_has_version_and_requirements(site: Path) -> None:
     needed = "torch accelerate hydra-core transformers click rich matplotlib plotly tensorboard"
     for package in needed.split():
         assert f"\nRequires-Dist: {package}" in text
+    for extra in ("all", "data", "deepspeed", "finetune", "sweep", "wandb"):
+        assert f"\nProvides-Extra: {extra}\n" in text
 
 
 def test_the_installed_package_trains(site: Path, tmp_path: Path) -> None:

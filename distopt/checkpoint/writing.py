@@ -16,6 +16,7 @@ from distopt.checkpoint.pieces import Piece, Plan
 from distopt.checkpoint.plain import dumps
 from distopt.checkpoint.storage import PathLike, storage
 from distopt.checkpoint.verify import fingerprint_of
+from distopt.failures import FileError
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Writing:
             if collective.rank() != 0:
                 return None
             if failed := [written for written, _ in every if isinstance(written, str)]:
-                raise collective.FileError(f"{self.path}: {failed[0]}")
+                raise FileError(f"{self.path}: {failed[0]}")
             self._complete([written for written, _ in every], [random for _, random in every])
         except Exception as error:
             if collective.rank() == 0:

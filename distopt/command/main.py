@@ -18,10 +18,11 @@ from distopt.version import __version__
 _TRY = """\
 distopt trains language models with sharded optimizers. What to do next:
 
-  distopt train experiment=quickstart                       train a small model, in two minutes
-  distopt train data=text data.path=book.txt name=book      train on a text of your own
-  distopt finetune model.path=FOLDER data.path=CHATS.jsonl  fine-tune a pretrained model
-  distopt sweep optimizer=adamw,lamb name=grid              compare, and `distopt report runs/grid`
+  distopt train experiment=quickstart                      a small model
+  distopt train data=text data.path=book.txt name=book     a text of your own
+  distopt finetune model.path=MODEL data.path=CHATS.jsonl  a pretrained model
+  distopt sweep optimizer=adamw,lamb name=grid             compare optimizers
+  distopt report runs/grid                                 and see how
 """
 
 
@@ -108,7 +109,7 @@ def distopt(ctx: click.Context) -> None:
     GROUP=CHOICE and KEY=VALUE configure train, finetune, sweep, plan and prepare; `distopt train --help` lists them.
     """
     if ctx.invoked_subcommand is None:
-        click.echo(_TRY + _newest_run() + "\n  distopt --help                                            all commands")
+        click.echo(_TRY + _newest_run() + "\n  distopt --help                                           all commands")
 
 
 for _name, _entry in ENTRIES.items():
@@ -137,7 +138,7 @@ def _newest_run() -> str:
     if not runs:
         return ""
     newest = max(runs, key=lambda run: run.stat().st_mtime)
-    return f'  distopt sample {newest} "Once"{" " * max(1, 36 - len(str(newest)))}what its model writes\n'
+    return f'  distopt sample {newest} "Once"{" " * max(1, 35 - len(str(newest)))}what it writes\n'
 
 
 def main() -> None:

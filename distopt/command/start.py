@@ -21,10 +21,15 @@ def become(words: list[str]) -> NoReturn:
     """Replaces this process by Python with some words.
 
     `--version` is answered here, for every program.
+
+    Raises:
+        ValueError: On Windows, which has neither the signals nor the locks that they use.
     """
     if words[2:] == ["--version"]:
         print(f"distopt {__version__}")
         sys.exit(0)
+    if sys.platform == "win32":
+        raise ValueError("distopt's programs need Linux, or macOS, where they train on the CPU: on Windows use WSL 2")
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *words])
@@ -39,8 +44,7 @@ def train(words: list[str]) -> NoReturn:
         ValueError: `--processes` is no integer >= 1, or is given with a sweep.
     """
     processes, words = taken(words)
-    given = {*words, *(word.partition("=")[0] for word in words)}
-    run = not given & {"hydra.mode=MULTIRUN", *_NO_RUN.split()}
+    run = _is_run(words)
     if processes is not None and not run:
         raise ValueError(f"{PROCESSES} is for one run; for those of a sweep: distopt sweep {PROCESSES} {processes} ...")
     if not run or "WORLD_SIZE" in os.environ:
@@ -51,6 +55,7 @@ def train(words: list[str]) -> NoReturn:
         if sys.stderr.isatty():
             print("distopt: one process, loading PyTorch", file=sys.stderr)
         become(["-m", "distopt.train", *words])
+    _refuse(words)
     _accelerate([*single_machine(processes), "-m", "distopt.train", *words])
 
 
@@ -79,8 +84,12 @@ def launch(words: list[str]) -> NoReturn:
     """Trains by `accelerate launch`: its options, then the configuration from the first KEY=VALUE on, or after `--`."""
     first = next((i for i, word in enumerate(words) if word == "--" or (word[:1] != "-" and "=" in word)), len(words))
     options, rest = words[:first], words[first:]
-    program = [] if "--help" in options or "-h" in options else ["-m", "distopt.train", *rest[rest[:1] == ["--"] :]]
-    _accelerate([*options, *program])
+    if {"-h", "--help"} & {*options}:
+        _accelerate(options)
+    words = rest[rest[:1] == ["--"] :]
+    if _is_run(words):
+        _refuse(words)
+    _accelerate([*options, "-m", "distopt.train", *words])
 
 
 def single_machine(processes: int) -> list[str]:
@@ -112,6 +121,18 @@ def taken(words: list[str]) -> tuple[int | None, list[str]]:
         if not number.isascii() or not number.isdigit() or int(number) < 1:
             raise ValueError(f"{PROCESSES} must be an integer >= 1, got {number or 'nothing'}")
     return None if number is None else int(number), kept
+
+
+def _is_run(words: list[str]) -> bool:
+    given = {*words, *(word.partition("=")[0] for word in words)}
+    return not given & {"hydra.mode=MULTIRUN", *_NO_RUN.split()}
+
+
+def _refuse(words: list[str]) -> None:
+    """Raises ValueError for what is mistyped, in one line; a launcher reports it for every process, after seconds."""
+    from distopt.job.cli import refuse  # Hydra takes 0.3 s
+
+    refuse(words)
 
 
 def gpus() -> int:

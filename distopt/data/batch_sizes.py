@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from distopt.bounds import Bound, integer, or_null
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _are_sizes(value: object) -> bool:
@@ -59,5 +61,7 @@ class BatchSizes:
 
     def positions(self, step: int) -> np.ndarray:
         """Returns the positions of the sequences of a step among those of all steps: int64, of shape [size]."""
+        import numpy as np  # the configuration is read without it
+
         first = self.before(step)
         return np.arange(first, first + self.size(step))

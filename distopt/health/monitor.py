@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distopt.bounds import Bound, choice, integer, number
+from distopt.bounds.health import BOUNDS
 from distopt.health.alarms import Alarm
 from distopt.health.backup import Rollback, Stateful
 from distopt.health.depth import Trend
@@ -19,17 +19,6 @@ from distopt.layout import ShardLayout, full_shape, unwrap_optimizer
 from distopt.layout.names import bare_parameters
 from distopt.optim.observer import StepNorms, observe, stop_observing
 
-ACTIONS = ("warn", "clip", "skip", "rollback", "reload")
-BOUNDS: dict[str, Bound] = {
-    "action": choice(*ACTIONS),
-    "threshold": number(0.0, above=True),
-    "decay": number(0.0, 1.0, below=True),
-    "warmup": integer(1),
-    "depth_factor": number(1.0, above=True),
-    "dead_steps": integer(1),
-    "copy_every": integer(1),
-    "max_rollbacks": integer(1),
-}
 _log = logging.getLogger("distopt.health")
 
 

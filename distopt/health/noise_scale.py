@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distopt.bounds import number
-
-DECAY = number(0.0, 1.0, below=True)
+from distopt.bounds.health import NOISE_DECAY
 
 
 class NoiseScale:
@@ -32,7 +30,7 @@ class NoiseScale:
     """
 
     def __init__(self, decay: float = 0.99) -> None:
-        DECAY.check("decay", decay)
+        NOISE_DECAY.check("decay", decay)
         self.decay = decay
         self.steps, self._signal, self._noise = 0, 0.0, 0.0
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from distopt import counter
 from distopt.bounds import number
+from distopt.bounds.init import BOUNDS
 from distopt.init.places import part_of
 from distopt.init.quantiles import standardized
 from distopt.init.roles import Named, residual_factors, roles
-from distopt.init.scheme import BOUNDS, RESIDUAL, SCHEMES, Scheme
+from distopt.init.scheme import RESIDUAL, SCHEMES, Scheme
 from distopt.init.width import Shapes, Width, widths
 from distopt.layout import full_shape
 from distopt.layout.places import global_indices

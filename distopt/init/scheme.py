@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from distopt.bounds import choice, integer, mapping, number, or_null, text
+from distopt.bounds.init import NAMES
 
 # The names that projections into the residual stream have in transformers and in torch.
 RESIDUAL = r"(c_proj|o_proj|out_proj|down_proj|attention\.dense|dense_4h_to_h|fc2|linear2)\.weight$"
@@ -44,14 +44,4 @@ SCHEMES = {
     "gpt2": Scheme("normal", std=0.02, residual=True),
     "mup": Scheme("normal", std=0.02),
 }
-BOUNDS = {
-    "scheme": choice(*SCHEMES),
-    "seed": integer(0),
-    "fan": or_null(choice("in", "out", "avg")),
-    "gain": or_null(number(0, above=True)),
-    "std": or_null(number(0, above=True)),
-    "embedding_std": number(0, above=True),
-    "residual": or_null(text("a regular expression for names of parameters", empty=False)),
-    "stds": or_null(mapping("standard deviations by pattern, such as {pos_embed: 0.02},")),
-    "base_width": or_null(integer(1)),
-}
+assert tuple(SCHEMES) == NAMES

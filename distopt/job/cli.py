@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import hydra
 from hydra._internal import utils
+from hydra._internal.hydra import Hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from distopt.job.check import meant
+from distopt.job.check import check, meant
 from distopt.job.config import CONF
-from distopt.job.reference import help_lines
+from distopt.job.reference import aligned, help_lines
 from distopt.job.schema import SCHEMA
 
 
@@ -30,8 +33,13 @@ def program(config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[],
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Around the call of a program: raises ValueError, with a message for one line, where Hydra refuses the command."""
-    # hydra-core 1.3.8 (hydra/_internal/utils.py) prints errors, in up to 25 lines, and exits.
-    with mock.patch.object(utils, "run_and_report", lambda function: function()):
+    # hydra-core 1.3.8 (hydra/_internal/utils.py) prints errors, in up to 25 lines, and exits; for `--help` it copies
+    # the configuration once for each group (hydra/_internal/hydra.py), which takes longer than all the rest.
+    listed = Hydra.format_config_groups if "--hydra-help" in sys.argv else _list_groups
+    with (
+        mock.patch.object(utils, "run_and_report", lambda function: function()),
+        mock.patch.object(Hydra, "format_config_groups", listed),
+    ):
         try:
             yield
         except (HydraException, OmegaConfBaseException) as error:
@@ -40,6 +48,36 @@ def explained() -> Iterator[None]:
             if "Config group override" not in str(error):
                 raise
             raise ValueError(_no_choice(sys.argv[1:])) from error
+
+
+def refuse(words: list[str]) -> None:
+    """Raises ValueError, without torch, for a command of `distopt.train` that every process of it would refuse."""
+
+    refused: list[ValueError] = []
+
+    @program("train")
+    def checked(cfg: DictConfig) -> None:
+        try:
+            check(cfg, "train")
+        except ValueError as error:  # of which Hydra would print a line of its own
+            refused.append(error)
+
+    sys.argv = ["distopt.train", *model_words(words), "hydra.run.dir=."]  # it leaves no folder
+    with explained():
+        checked()
+    for error in refused:
+        raise error
+
+
+def _list_groups(program: Hydra, wanted: Callable[[str], bool], compact: bool = True) -> str:
+    """The groups of conf/ and of `--config-dir`, a line each, with their choices."""
+    choices: dict[str, set[str]] = defaultdict(set)
+    for source in program.config_loader.get_search_path().get_path():
+        for file in Path(str(source.path).removeprefix("file://")).glob("*/*.yaml"):
+            choices[file.parent.name].add(file.stem)
+    listed = sorted(group for group in choices if wanted(group))
+    texts = {group: ", ".join(sorted(choices[group])) for group in listed}
+    return "".join(aligned(f"{group}:", text, 12, f"{group}: {text}") + "\n" for group, text in texts.items())
 
 
 def _no_choice(words: list[str]) -> str:
@@ -67,7 +105,9 @@ def explanation(error: Exception) -> str:
         found := re.match("Could not override '(.+)'", str(error))
     ):
         keys = [str(key) for key in cause.parent_node or () if key != "hydra" and not str(key).startswith("_")]
-        return f"there is no {found[1]}{meant(str(cause.key), keys)} There are {', '.join(sorted(keys))}"
+        elsewhere = " or ".join(path for path in SCHEMA if path.endswith(f".{cause.key}"))  # train.steps of `steps=10`
+        likely = f": did you mean {elsewhere}?" if elsewhere else meant(str(cause.key), keys)
+        return f"there is no {found[1]}{likely} There are {', '.join(sorted(keys))}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"
     return f"{error} {cause or ''}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from distopt import collective
+from distopt.failures import FileError, LostRank
 from distopt.job.restart import earlier_end, tell_launcher
 from distopt.job.stop import SIGNALS, STOPPED, Stopped
 
@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except Stopped as stopped:
         _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first, final=True)
-    except (ValueError, OSError, collective.FileError, collective.LostRank) as error:
+    except (ValueError, OSError, FileError, LostRank) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         _end(_line(str(error)), 1, final=isinstance(error, ValueError))
@@ -57,11 +57,20 @@ def _end(line: str, code: int, quiet: bool = False, final: bool = False) -> NoRe
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
     tell_launcher(line, int(time.time()), code if final else None)
-    if collective.world() > 1:
+    if _has_joined():
         # Without shutdown: gloo aborts a process that closes its connections after another one has ended.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _has_joined() -> bool:
+    """Whether this process has others; without torch, which takes seconds to import, it has none."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    from distopt import collective
+
+    return collective.world() > 1
 
 
 def end_as_before() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distopt import bounds
 from distopt.bounds import PATH, POSITIVE, either, integer, or_null, switch
-from distopt.init.scheme import BOUNDS as INIT
+from distopt.bounds.init import BOUNDS as INIT
 from distopt.job.key import Key
 
 MODEL_KEYS: dict[str, Key] = {

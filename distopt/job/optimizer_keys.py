@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distopt import bounds
 from distopt.bounds import either
+from distopt.bounds.optimizer import BOUNDS, FACTORED, MATRICES
 from distopt.job.key import Key
-from distopt.optim.validate import BOUNDS, FACTORED, MATRICES
 
 OPTIMIZER_KEYS: dict[str, Key] = {
     "optimizer.lr": Key(BOUNDS["lr"], "the learning rate, before the schedule"),

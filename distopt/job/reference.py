@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,15 +20,28 @@ _FILES = {"train": ("train", "evaluation", "checkpoint", "param_groups"), "plan"
 
 
 def help_lines(root: Any) -> str:
-    """One line per key of a composed configuration: `key=value`, its bound and its meaning."""
+    """One line per key of a composed configuration, broken for a terminal: `key=value`, its bound and its meaning."""
     lines = []
     values: Any = OmegaConf.to_container(root)
     for path, value in _leaves(values):
         section, _, name = path.rpartition(".")
         key = find(section, name)
         if key is not None and name not in HYDRA:
-            lines.append(f"{f'{path}={_shown(value)}':40} {key.help} ({key.bound})")
+            head, text = f"{path}={_shown(value)}", f"{key.help} ({key.bound})"
+            lines.append(aligned(head, text, 41, f"{head:40} {text}"))
     return "\n".join(lines).replace("$", "$$")  # Hydra substitutes in the text once more
+
+
+def aligned(head: str, text: str, column: int, plain: str) -> str:
+    """Returns a text from a column on, broken for a terminal, below the head if it is narrow; else a plain line."""
+    if not sys.stdout.isatty():
+        return plain
+    width = shutil.get_terminal_size().columns - 1
+    column = column if width >= 2 * column + 20 else 6
+    lines = textwrap.wrap(text, width - column, break_long_words=False, break_on_hyphens=False)
+    beside = len(head) < column
+    first = [f"{head:{column}}{lines[0]}"] if beside else [head, " " * column + lines[0]]
+    return "\n".join([*first, *(" " * column + line for line in lines[1:])])
 
 
 def page() -> str:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distopt import collective
+from distopt.failures import attempt
 
 _FILE = "TORCHELASTIC_ERROR_FILE"  # <folder of the launch>/attempt_<n>/<local rank>/error.json
 
@@ -25,10 +25,10 @@ def earlier_end() -> End | None:
     A job that has been refused or stopped ends the same way however often it is started; torch's launcher restarts
     every process whose exit code is not 0.
     """
-    file, attempt = os.environ.get(_FILE), collective.attempt()
-    if not file or not attempt:
+    file, restarts = os.environ.get(_FILE), attempt()
+    if not file or not restarts:
         return None
-    before = Path(file).parents[1].with_name(f"attempt_{attempt - 1}")
+    before = Path(file).parents[1].with_name(f"attempt_{restarts - 1}")
     for error in sorted(before.glob("*/error.json")):
         try:
             content: Any = json.loads(error.read_text())

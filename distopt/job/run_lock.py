@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 
 from distopt import collective
+from distopt.failures import attempt
 
 _OWNER = ".owner.json"
 
@@ -85,9 +86,7 @@ def claim(folder: Path) -> tuple[RunLock | None, bool, list[str]]:
         ValueError: On every rank, if another job holds the folder.
     """
     held: list[RunLock] = []
-    restarts = max(
-        collective.on_all(collective.attempt)
-    )  # a launcher may count none where that of another machine does
+    restarts = max(collective.on_all(attempt))  # a launcher may count none where that of another machine does
 
     def lock() -> tuple[bool, list[str]]:
         held.append(RunLock(folder, restarts))

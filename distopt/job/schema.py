@@ -11,16 +11,14 @@ from typing import Any
 
 from distopt import bounds
 from distopt.bounds import POSITIVE, Bound, choice, integer, number, or_null, switch, text, texts
+from distopt.bounds.health import BOUNDS as HEALTH
+from distopt.bounds.health import NOISE_DECAY
+from distopt.bounds.optimizer import AVERAGE, BOUNDS, RHO_FACTORS
 from distopt.data.batch_sizes import SCHEDULE as BATCHES
-from distopt.health.monitor import BOUNDS as HEALTH
-from distopt.health.noise_scale import DECAY as NOISE
 from distopt.job.early_stopping import BOUNDS as EARLY
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
 from distopt.job.optimizer_keys import OPTIMIZER_KEYS
-from distopt.optim.validate import BOUNDS
-from distopt.optim.weight_average import BOUNDS as AVERAGE
-from distopt.sam.rho_schedule import FACTORS
 
 
 def _is_name(value: object) -> bool:
@@ -80,7 +78,7 @@ SCHEMA: dict[str, Key] = {
         BATCHES, "sequences per step from a step on, as {1000: 64, 3000: 128}; null: `train.batch_size` at every step"
     ),
     "train.noise_scale": Key(
-        or_null(NOISE), "measure the gradient noise scale: decay rate of its means, as 0.99; null: do not"
+        or_null(NOISE_DECAY), "measure the gradient noise scale: decay rate of its means, as 0.99; null: do not"
     ),
     "train.micro_batch_size": Key(
         or_null(integer(1)), "sequences in one forward pass of a process; null: its whole share, without accumulation"
@@ -143,7 +141,7 @@ SCHEMA: dict[str, Key] = {
     "sam.start": Key(STEP_OR_SHARE, "the first step that perturbs; a fraction such as 0.8 is one of `train.steps`"),
     "sam.stop": Key(or_null(STEP_OR_SHARE), "the first step that no longer perturbs, likewise; null: never"),
     "sam.rho_schedule": Key(
-        FACTORS, "factors of rho by step, with straight lines between them, as {0: 0.0, 1000: 1.0}; null: 1"
+        RHO_FACTORS, "factors of rho by step, with straight lines between them, as {0: 0.0, 1000: 1.0}; null: 1"
     ),
     "sam.eta": Key(number(0), "added to |parameter| in ASAM's scale"),
     "sam.sigma": Key(number(0, 1), "how much of the mean gradient is removed from the perturbation"),

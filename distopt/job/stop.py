@@ -7,9 +7,9 @@ import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from distopt.job.job import Job
 
 # SLURM sends SIGTERM and SIGUSR1 before it preempts a job and before its time limit; submitit uses SIGUSR2 for both. A

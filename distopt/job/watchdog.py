@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from distopt import collective
+from distopt.failures import LostRank
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Around a run: raises `collective.LostRank` in place of a backend's error about a connection; then closes."""
+        """Around a run: raises `LostRank` in place of a backend's error about a connection; then closes."""
         try:
             yield
         except RuntimeError as error:
@@ -68,9 +69,7 @@ class Watchdog:
                 raise
             self.leave()  # this thread says it
             late = "timed out" in str(error).lower()
-            raise collective.LostRank(
-                self._told() if late else "another rank has ended; its message says why"
-            ) from error
+            raise LostRank(self._told() if late else "another rank has ended; its message says why") from error
         finally:
             self._closed.set()
 

@@ -30,13 +30,17 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Returns the compiled kernels; None where there is no C compiler, or DISTOPT_KERNELS=off.
+    """Returns the compiled kernels; None where there is no C compiler, elsewhere than on Linux, or with
+    DISTOPT_KERNELS=off.
 
     They are kept in ~/.cache/distopt/kernels (or $XDG_CACHE_HOME/distopt/kernels), a folder that only this user can
     write, under a hash of source, compiler, processor and C library, since machines may share a home. Where that cannot
     be, each process compiles its own.
     """
-    if os.environ.get("DISTOPT_KERNELS") == "off" or sys.platform != "linux":
+    if os.environ.get("DISTOPT_KERNELS") == "off":
+        return None
+    if sys.platform != "linux":
+        _log.warning("the C kernels are for Linux: optimizers on the CPU use the unfused fallback")
         return None
     name = os.environ.get("CC", "").strip() or "cc"
     try:

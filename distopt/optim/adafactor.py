@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt import layout as layouts
+from distopt.bounds.optimizer import BOUNDS, FACTORED
 from distopt.kernels import exact
 from distopt.kernels.norms import squared_norms
 from distopt.kernels.rules import Rule
@@ -19,7 +20,6 @@ from distopt.layout import ShardLayout
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.factored import RowsAndColumns, column_slot, row_slot, unfactored_slot
 from distopt.optim.options import DECOUPLED, options
-from distopt.optim.validate import BOUNDS, FACTORED
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distopt import layout as layouts
 from distopt.bounds import Bound
+from distopt.bounds.optimizer import BOUNDS
 from distopt.kernels import dispatch
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
@@ -25,7 +26,6 @@ from distopt.optim.options import COMMON, OWN, TORCH_OPTIONS, Accepted, check_to
 from distopt.optim.ratios import Ratios
 from distopt.optim.state import LocalState
 from distopt.optim.state_dict import load_state_dict
-from distopt.optim.validate import BOUNDS
 from distopt.proof import before_step
 
 if TYPE_CHECKING:

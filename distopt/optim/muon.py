@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt import layout as layouts
+from distopt.bounds.optimizer import BOUNDS, MATRICES
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.kernels.update import Update
@@ -19,7 +20,6 @@ from distopt.optim.matrix_update import matrix_updates
 from distopt.optim.mixed import MixedOptimizer
 from distopt.optim.newton_schulz import newton_schulz, newton_schulz_cost, scale
 from distopt.optim.options import DECOUPLED, options
-from distopt.optim.validate import BOUNDS, MATRICES
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from distopt.bounds import OVERRIDES
+from distopt.bounds.optimizer import BOUNDS
 from distopt.init import Width, widths
 from distopt.init.width import Shapes
 from distopt.layout import full_shape
 from distopt.layout.names import bare_parameters
 from distopt.optim.hidden import outside, summary
 from distopt.optim.mup import check_scaling, scale
-from distopt.optim.validate import BOUNDS
 
 # Stacks of vectors, one for each expert or head, which have two or more dimensions: biases, the scales of norms, the
 # gains of weight norm; and the logarithm of Mamba's A, which mamba_ssm marks and transformers does not.
@@ -100,7 +100,9 @@ def param_groups(
     patterns = _patterns(weight_decay, overrides := {} if overrides is None else overrides)
     check_scaling(lr, rule, independent_decay, mup is not None)
     if mup is not None and matrices is not None:
-        raise ValueError(f"muP's table has no row for the steps of matrices={matrices!r}: give mup=None, or no matrices")
+        raise ValueError(
+            f"muP's table has no row for the steps of matrices={matrices!r}: give mup=None, or no matrices"
+        )
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.bounds import integer, number
+from distopt.bounds.optimizer import AVERAGE
 from distopt.kernels import rounding
 from distopt.layout import fit, unwrap_optimizer
 from distopt.optim.averaged import Averages, filled, mean, params_with
 from distopt.optim.base import ShardedOptimizer
-
-BOUNDS = {"decay": number(0.0, 1.0, below=True), "window": integer(1), "every": integer(1)}
 
 
 class WeightAverage:
@@ -162,7 +160,7 @@ class EMA(WeightAverage):
     group_state = ("ema_weight",)
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.999) -> None:
-        BOUNDS["decay"].check("decay", decay)
+        AVERAGE["decay"].check("decay", decay)
         super().__init__(optimizer)
         self.decay = float(decay)
 
@@ -206,8 +204,8 @@ class LAWA(WeightAverage):
     group_state = ("lawa_snapshots", "lawa_steps", "lawa_window")
 
     def __init__(self, optimizer: torch.optim.Optimizer, window: int = 5, every: int = 100) -> None:
-        BOUNDS["window"].check("window", window)
-        BOUNDS["every"].check("every", every)
+        AVERAGE["window"].check("window", window)
+        AVERAGE["every"].check("every", every)
         super().__init__(optimizer)
         self.window, self.every = window, every
 

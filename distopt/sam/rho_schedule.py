@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from distopt.bounds import Bound, integer, is_number, or_null
+from distopt.bounds import integer, or_null
+from distopt.bounds.optimizer import RHO_FACTORS
 
 
 class RhoOptions(TypedDict, total=False):
@@ -16,15 +17,6 @@ class RhoOptions(TypedDict, total=False):
     start: int
     stop: int | None
     rho_schedule: Mapping[int, float] | None
-
-
-def _are_factors(value: object) -> bool:
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(integer(0).accepts(step) and is_number(factor) and factor >= 0 for step, factor in value.items())
-
-
-FACTORS = or_null(Bound("factors >= 0 by step, such as {0: 0.0, 1000: 1.0},", _are_factors))
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class RhoSchedule:
             raise ValueError(
                 f"stop must be > start, got start={self.start} and stop={self.stop}: leave SAM out, or swap"
             )
-        FACTORS.check("rho_schedule", self.points)
+        RHO_FACTORS.check("rho_schedule", self.points)
         object.__setattr__(self, "_sorted", tuple(sorted((self.points or {0: 1.0}).items())))
 
     @property

@@ -19,6 +19,8 @@ ENVIRONMENT = {
 # Python has one fork server per process, whose imports are those of whoever starts it: so there is one list for all.
 _IMPORTED_ONCE = [
     "accelerate",
+    "distopt.job.build",
+    "distopt.plan.running",
     "distopt.train",
     "matplotlib.pyplot",
     "pytest",

@@ -1,4 +1,4 @@
-"""The equivalence matrix as tables of the README."""
+"""The equivalence matrix as the tables of docs/equivalence.md."""
 
 from __future__ import annotations
 
