@@ -19,8 +19,8 @@ _COLUMNS = (
 class Row(NamedTuple):
     """The records of a phase and of the fine-tuning after it, by seed."""
 
-    phases: Sequence[Record]
-    tuned: Sequence[Record]
+    phases: list[Record]
+    tuned: list[Record]
 
     @property
     def seconds(self) -> float:
@@ -53,8 +53,8 @@ def table(size: Size, chosen: Chosen, base: Sequence[Record], rows: Mapping[str,
     trained = ", ".join(f"{name} {count} steps ({count * tokens / 1e6:.3g}M bytes)" for name, count in steps.items())
     lines = [
         f"{base[0]['parameters'] / 1e6:.2f}M parameters, {size.layers} layers of width {size.width}; {trained}; "
-        f"learning rates {size.lr:g}, {chosen.lr:g}, {chosen.tuning_lr:g}. Nats per byte, mean ± deviation over "
-        f"{len(base)} seeds. Pretrained: loss {_spread([b['loss'] for b in base])}, by 4 bits "
+        f"learning rates {size.lr:g}, {chosen.lr:g}, {chosen.tuning_lr:g}. Nats per byte, means ± standard deviations, "
+        f"n = {len(base)} seeds. Pretrained: loss {_spread([b['loss'] for b in base])}, by 4 bits "
         f"{_spread([b['quantized'] - b['loss'] for b in base])}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",

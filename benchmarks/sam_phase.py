@@ -67,13 +67,14 @@ def run(options: argparse.Namespace) -> None:
         methods = {name: method for name, method in METHODS.items() if name in options.only}
         chosen = experiment.choose(options, {method.radius for method in methods.values()})
         bar.reset(total=options.seeds * experiment.gradients(methods.values()))
-        seeds = range(options.seeds)
-        base = [experiment.pretrained(seed) for seed in seeds]
-        tuned = {name: [experiment.fine_tuned(seed, m, chosen) for seed in seeds] for name, m in methods.items()}
-        rows = {
-            name: Row([experiment.phase(seed, method, chosen) for seed in seeds], tuned[name])
-            for name, method in methods.items()
-        }
+        base: list[Record] = []
+        rows = {name: Row([], []) for name in methods}
+        for seed in range(options.seeds):
+            base.append(experiment.pretrained(seed))
+            for name, method in methods.items():
+                bar.set_description(f"seed {seed}, {name}")
+                rows[name].tuned.append(experiment.fine_tuned(seed, method, chosen))
+                rows[name].phases.append(experiment.phase(seed, method, chosen))
         experiment.runs.write(chosen=chosen._asdict())
         shown = table(size, chosen, base, rows)
         Path("table.md").write_text(shown)
@@ -184,7 +185,7 @@ class Experiment:
         return {"loss": loss_on(job, first), "second": loss_on(job, second)}
 
 
-def best(score: Callable[[float], float], start: float, factor: float, most: int = 6) -> float:
+def best(score: Callable[[float], float], start: float, factor: float, most: int = 5) -> float:
     """Return the value with the least score, of three around a start and further ones while the best is at an end.
 
     Args:
