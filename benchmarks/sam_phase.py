@@ -94,15 +94,16 @@ class Experiment:
 
     def __init__(self, size: Size, path: Path | None, sequences: int, bar: tqdm) -> None:
         self.size, self.bar, self._counted = size, bar, set[str]()
-        self.runs = Runs(Path("results.json"), size._asdict() | {"path": path and str(path), "sequences": sequences})
         if path is None and not _READMES.is_file():
             write_readmes(_READMES)
         text = str(path or _READMES)
         quoted = text.replace("\\", "\\\\").replace("'", "\\'")
         self._second = ["data=text", f"data.path='{quoted}'", f"data.validation_fraction={_HELD_OUT}"]
+        texts = TextData().build(), TextData(path=text, format="ending", validation_fraction=_HELD_OUT).build()
         sizes = {"sequence_length": size.sequence_length, "batch_size": size.batch_size, "max_sequences": sequences}
-        texts = TextData(), TextData(path=text, format="ending", validation_fraction=_HELD_OUT)
-        self._held_out = [ValidationSequences(each.build().validation, **sizes) for each in texts]
+        self._held_out = [ValidationSequences(each.validation, **sizes) for each in texts]
+        domains = {f"{name} domain": each.digest[:16] for name, each in zip(("first", "second"), texts)}
+        self.runs = Runs(Path("results.json"), size._asdict() | {"sequences": sequences} | domains)
 
     def pretrained(self, seed: int) -> Record:
         """Return the losses of the pretrained model."""
