@@ -9,7 +9,7 @@ from typing import NoReturn
 
 _NAMES = (
     *("checkpoint", "depth", "growth", "health", "host", "loop", "mup", "proof"),
-    *("rounding", "sam", "scale", "sharpness", "state", "step", "train", "wire"),
+    *("rounding", "sam", "sam_phase", "scale", "sharpness", "state", "step", "train", "wire"),
 )
 
 

@@ -121,6 +121,7 @@ def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
         ("loop --rounds two", "argument --rounds: must be an integer >= 1, got two"),
         ("loop --processes 2 --batch-size 3", "--batch-size 3 is not a multiple of --processes 2"),
         ("sharpness --seeds 0", "argument --seeds: must be an integer >= 1, got 0"),
+        ("sam_phase --rho nan", "argument --rho: must be a number > 0, got nan"),
     ],
 )
 def test_bad_options_are_one_line(
