@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor
 
 import distopt
 from distopt.kernels import build, dispatch
+from distopt.kernels.cpu import products
+from distopt.kernels.exact import LOWEST, WIDTH
 from distopt.kernels.shards import Shards
 from tests.harness import jobs
 from tests.harness.optimizers import ROWS, Row, distance, every_compiled_row, initial, pull
@@ -284,3 +288,17 @@ def test_a_compiler_that_is_no_command_is_the_fallback(monkeypatch: pytest.Monke
         assert (build.library() is None) == (compiler == "'cc")
     finally:
         build.library.cache_clear()
+
+
+def test_sums_of_single_elements_are_exact() -> None:
+    """Rows of one element, as of a vector, whose shards may end anywhere: every product counts with all of its bits."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3000, generator=draw) * 2.0 ** torch.randint(-148, 63, (3000,), generator=draw) for _ in "ab")
+    (digits,), done = products([a], [b], [1])
+    expected = sum(Fraction(x) * Fraction(y) for x, y in zip(a.tolist(), b.tolist()))
+    assert done == [0] and sum(int(d) * Fraction(2) ** (WIDTH * i + LOWEST) for i, d in enumerate(digits)) == expected
+    for wrong in (torch.inf, -torch.inf, torch.nan):
+        a[7], b[7] = wrong, 1.0
+        (digits,), _ = products([a], [b], [1])
+        total = digits.sum().item()
+        assert math.isnan(total) if math.isnan(wrong) else total == wrong

@@ -30,6 +30,7 @@ enum { STEP, MEASURE, APPLY, KEEP, APPLY_KEPT, SUM, SUM_KEEP }; /* SUM: as MEASU
 enum { HALF = 1, NARROW = 2 }; /* flags */
 enum { PIECE = 8192, WAVE = 2048, HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
 enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
+#define INFINITE 0x7ff0000000000000ll
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
 
 typedef struct { int64_t tensor, start, numel; } Piece;
@@ -172,23 +173,45 @@ static inline void add(Sum *sum, double value) {
     add_integer(sum, bits >> 63 ? -1 : 1, mantissa, place);
 }
 
-/* Adds the products of at most CHUNK elements one by one, as integers in one bin per exponent. */
+/* The bits of |value|, which are in the order of the values; those of inf and nan are at least INFINITE. */
+static inline int64_t magnitude(double value) {
+    int64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & INT64_MAX;
+}
+
+/* Adds the products of at most CHUNK elements exactly, whatever their order: digit by digit, from that of the largest one
+ * down. Adding and subtracting 1.5 * 2^52 units rounds each to units of the digit; what is left goes to the next. */
 static void add_each(Sum *sum, const float *a, const float *b, int64_t n) {
-    int64_t bins[2 * 255] = {0};
+    double left[CHUNK];
+    int64_t largest = 0;
+    _Pragma("omp simd reduction(max : largest)")
     for (int64_t i = 0; i < n; i++) {
-        uint32_t x, y;
-        memcpy(&x, a + i, sizeof x);
-        memcpy(&y, b + i, sizeof y);
-        int low = x >> 23 & 0xff, high = y >> 23 & 0xff;
-        if (low == 0xff || high == 0xff) {
-            sum->broken += (double)a[i] * (double)b[i];
-            continue;
-        }
-        const int64_t left = (x & 0x7fffff) | (low ? 1u << 23 : 0), right = (y & 0x7fffff) | (high ? 1u << 23 : 0);
-        bins[(low ? low : 1) + (high ? high : 1)] += (x ^ y) >> 31 ? -left * right : left * right;
+        left[i] = (double)a[i] * (double)b[i]; /* exact */
+        const int64_t bits = magnitude(left[i]);
+        largest = bits > largest ? bits : largest;
     }
-    for (int e = 0; e < 2 * 255; e++)
-        if (bins[e] != 0) add_integer(sum, bins[e] < 0 ? -1 : 1, bins[e] < 0 ? -bins[e] : bins[e], e - 300 - LOWEST);
+    for (int64_t i = 0; largest >= INFINITE && i < n; i++)
+        if (magnitude(left[i]) >= INFINITE) {
+            sum->broken += left[i];
+            left[i] = 0.0;
+        }
+    for (int digit = DIGITS; largest > 0;) {
+        const int top = ((int)(largest >> 52) - 1023 - LOWEST) / WIDTH;
+        digit = top < digit ? top : digit - 1;
+        const double unit = ldexp(1.0, digit * WIDTH + LOWEST), rounder = 1.5 * 0x1p52 * unit;
+        double total = 0.0;
+        largest = 0;
+        _Pragma("omp simd reduction(max : largest) reduction(+ : total)")
+        for (int64_t i = 0; i < n; i++) {
+            const double rounded = (left[i] + rounder) - rounder;
+            left[i] -= rounded;
+            total += rounded;
+            const int64_t bits = magnitude(left[i]);
+            largest = bits > largest ? bits : largest;
+        }
+        sum->digit[digit] += (int64_t)(total / unit); /* exact: at most 2^(WIDTH + 10) units */
+    }
 }
 
 /* Carries, so that every digit but the last is in [0, 2^WIDTH). */
