@@ -9,7 +9,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distopt import collective
-from distopt.data.batch_sizes import BatchSizes
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
@@ -39,6 +38,7 @@ from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
 from distopt.job.terminal import Terminal
 from distopt.job.text import open_text
+from distopt.job.totals import Totals
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
@@ -90,7 +90,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         accelerator=accelerator,
         engine=parts.engine,
         config=config,
-        monitor=_monitor(cfg, folder, origin, batches, parts.engine, trainee, accelerator, terminal),
+        monitor=_monitor(cfg, folder, origin.step, saved, parts.engine, trainee, accelerator, terminal),
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=origin.lock,
@@ -168,8 +168,8 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
 def _monitor(
     cfg: DictConfig,
     folder: Path,
-    origin: Origin,
-    batches: BatchSizes,
+    step: int,
+    saved: dict[str, Any],
     engine: Engine,
     trainee: Trainee,
     accelerator: Accelerator,
@@ -178,9 +178,9 @@ def _monitor(
     length = cfg.train.sequence_length
     return Monitor(
         folder,
-        origin.step,
+        step,
         cfg.train.steps,
-        lambda done: batches.before(done) * length,
+        Totals(step, saved),
         accelerator.is_main_process,
         accelerator.log,
         terminal,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distopt import collective
+from distopt.data.accuracy import TokenAccuracy
 from distopt.data.batch import Batch, next_token_loss
 from distopt.models.generation import sampling
 from distopt.optim.averaged import averaged
@@ -45,13 +46,17 @@ class Evaluation:
         tell = job.monitor.begin("evaluating")
         batches: Iterable[Tensor | Batch] = job.validation.batches(rank, world)
         with self.weights():
-            own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device)
-            self.step, self.loss = job.step, job.accelerator.reduce(own, "mean").item()
-            bits = self.bits_per_byte(self.loss)
+            accuracy = TokenAccuracy()
+            accuracy.start(len(job.validation))
+            own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device, accuracy)
+            self.loss, share = job.accelerator.reduce(torch.stack([own, accuracy.value(own)]), "mean").tolist()
+            self.step, bits = job.step, self.bits_per_byte(self.loss)
             self.metrics = {"validation_loss": self.loss, "bits_per_byte": bits}
+            self.metrics |= {} if math.isnan(share) else {"validation_token_accuracy": share}
             self.metrics |= job.callbacks.call("after_evaluation", job, self.metrics)
         job.monitor.write(self.metrics)
-        tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte")
+        right = "" if math.isnan(share) else f", accuracy {share:.1%}"
+        tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte{right}")
         return self.loss
 
     def weights(self) -> contextlib.AbstractContextManager[None]:
@@ -69,7 +74,11 @@ class Evaluation:
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, model: nn.Module, batches: Iterable[Tensor | Batch], device: torch.device
+    engine: Engine,
+    model: nn.Module,
+    batches: Iterable[Tensor | Batch],
+    device: torch.device,
+    accuracy: TokenAccuracy | None = None,
 ) -> Tensor:
     """Returns this rank's mean loss in nats per token, a scalar tensor.
 
@@ -78,12 +87,13 @@ def validation_loss(
         model: The wrapped model.
         batches: Batches of equally many sequences, int64 [sequences, length + 1].
         device: The device of this process.
+        accuracy: Counts the targets that have the largest logit.
     """
     model.eval()
     losses = []
     for batch in batches:
         with engine.autocast(device):
-            losses.append(next_token_loss(model, batch.to(device)))
+            losses.append(next_token_loss(model, batch.to(device), accuracy=accuracy))
     model.train()
     engine.refresh(model)
     return torch.stack(losses).mean()

@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.batch import LogitsLoss
+from distopt.data.accuracy import TokenAccuracy
+from distopt.data.batch import LogitsLoss, counted
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.prefetch import Prefetch
@@ -80,6 +81,7 @@ class Job:
         noise: What measures the gradient noise scale; None for nothing.
         callbacks: What is called after steps, evaluations and checkpoints.
         evaluation: Measures its loss on the validation batches.
+        accuracy: That of the tokens of the last step.
     """
 
     cfg: DictConfig
@@ -110,6 +112,7 @@ class Job:
     noise: Noise | None = None
     callbacks: Callbacks = field(default_factory=lambda: Callbacks({}))
     evaluation: Evaluation = field(init=False)
+    accuracy: TokenAccuracy = field(default_factory=TokenAccuracy, init=False)
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
 
@@ -173,12 +176,13 @@ class Job:
         self.watchdog.enter(self.step)
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
-        self.monitor.got_batch()
+        self.monitor.got_batch(counted(batch, self.accelerator.num_processes))
         if isinstance(self.stepper, SAM):
             self.stepper.step_number = self.step
         parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
-        noise = self.noise is not None
-        done = update(self.engine, self.model, self.stepper, parts, max_norm, minimized(self.loss), noise=noise)
+        self.accuracy.start(len(parts))
+        loss, noise = minimized(self.loss, self.accuracy), self.noise is not None
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, loss, noise=noise)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         if done.applied:
             update_average(self.optimizer)
@@ -187,7 +191,8 @@ class Job:
             self.schedule.step()
             self.step += 1
         self._settle()
-        mine = [done.loss, signals.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        mine = [done.loss, signals.request(done.loss), self.accuracy.value(done.loss)]
+        mine += [] if done.small_square is None else [done.small_square]
         self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
         if self.noise:
             self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
@@ -218,9 +223,10 @@ class Job:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
-        (loss, asked, *small), self._late = self._late.read(), None
+        (loss, asked, accuracy, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None, also)
+        more = {} if math.isnan(accuracy) else {"token_accuracy": accuracy}
+        self.monitor.end_loss(loss, more | (self.noise.row(*small) if self.noise else {}), also)
 
     @property
     def _ends(self) -> bool:

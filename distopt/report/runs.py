@@ -124,6 +124,21 @@ class Run:
         return last["tokens"] / last["seconds"] if last["seconds"] else math.nan
 
     @property
+    def tokens(self) -> float:
+        """The number of tokens of all steps, without padding."""
+        return float(self.train[-1]["tokens"])
+
+    @property
+    def target_tokens(self) -> float:
+        """The number of those that were learnt to be predicted; nan for a run that has not counted them."""
+        return float(self.train[-1].get("target_tokens", math.nan))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the targets of the last evaluation that were the most likely token; nan if it is not known."""
+        return float(self.validation[-1].get("validation_token_accuracy", math.nan)) if self.validation else math.nan
+
+    @property
     def skipped(self) -> int:
         """The number of steps whose gradient was not finite."""
         return int(self.train[-1].get("skipped", 0))
