@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distopt import collective
+from distopt.data.batch_sizes import BatchSizes
 from distopt.data.token_cache import Corpus
 from distopt.engine import Engine
 from distopt.engine.group import connect
@@ -31,13 +32,15 @@ from distopt.job.config import (
 from distopt.job.device import watch
 from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
+from distopt.job.generate import Generation
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
+from distopt.job.prompts import Prompt, encoded, read_prompts
 from distopt.job.terminal import Terminal
-from distopt.job.text import open_text
+from distopt.job.text import Text, open_text
 from distopt.job.totals import Totals
 from distopt.job.tracking import check_trackers, start_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
@@ -66,10 +69,8 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     parts, accelerator, downloaded = _checked(cfg, terminal)
     callbacks, world = Callbacks.of(cfg), accelerator.num_processes
-    micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
+    micro_batch, batches = _sizes(cfg, parts, world)
     origin = Origin.find(options, folder, parts)
-    batches = check_batch_schedule(cfg, micro_batch, world)
-    check_noise_scale(cfg, parts, micro_batch * world)
     identity = identity_of(cfg, parts, batches)
     origin.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
@@ -77,7 +78,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if options.steps is None:
         options.steps = steps_of(options.epochs, text.sequences.count, batches)
         parts = parts.of_steps(cfg)
-    config, files = _described(cfg, parts, text.corpus)
+    config, files, prompts = _described(cfg, parts, text.corpus)
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
     origin.check_model(identity, options.steps, config, files)  # before it is built
     terminal.phase("building the model")
@@ -96,11 +97,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         lock=origin.lock,
         identity=identity | origin.record(saved),
         micro_batch=micro_batch,
-        notes=[
-            *(*downloaded, *origin.notes, *moved, *parts.language_model.notes),
-            *(*text.sequences.notes, *text.validation.notes),
-            *(*decay_unneeded(trainee, options.steps), *origin.told()),
-        ],
+        notes=[*downloaded, *origin.notes, *moved, *_notes(parts, text, trainee, options.steps), *origin.told()],
         step=origin.step,
         passed_over=saved.get("passed_over", 0),
         checkpoint=origin.checkpoint,
@@ -109,7 +106,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         **text._asdict(),
         **trainee._asdict(),
     )
-    _watch(job, parts, saved)
+    _watch(job, parts, saved, prompts)
     return job
 
 
@@ -120,6 +117,7 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     check(cfg, "train")
     check_steps(cfg)
     check_best(cfg)
+    read_prompts(cfg.evaluation.generate)
     engine, names = instantiate(cfg, "engine", Engine), hub_names(cfg)
     if names:
         accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
@@ -131,18 +129,35 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     return parts, join(cfg, engine), []
 
 
-def _described(cfg: DictConfig, parts: Components, corpus: Corpus) -> tuple[PretrainedConfig, dict[str, bytes]]:
-    """Returns the model's configuration, with the vocabulary of the data, and the files that describe both."""
+def _sizes(cfg: DictConfig, parts: Components, world: int) -> tuple[int, BatchSizes]:
+    """Returns the number of sequences of a forward pass of a process, and of each step."""
+    micro_batch = micro_batch_size(cfg.train.batch_size, cfg.train.micro_batch_size, world)
+    check_noise_scale(cfg, parts, micro_batch * world)
+    return micro_batch, check_batch_schedule(cfg, micro_batch, world)
+
+
+def _described(
+    cfg: DictConfig, parts: Components, corpus: Corpus
+) -> tuple[PretrainedConfig, dict[str, bytes], list[Prompt]]:
+    """Returns the model's configuration, with the vocabulary of the data, the files that describe both, and prompts."""
     tokenizer = corpus.pretrained_tokenizer()
     parts.language_model.check_added(tokenizer)
     config = parts.language_model.describe(corpus.vocab_size)
     check_length(config, cfg.train.sequence_length, "train.sequence_length")
     check_agreement({"the digest of the data": corpus.digest}, "they have to read the same files")
-    return config, pretrained.description(config, tokenizer, parts.language_model.path)
+    given = collective.on_first(lambda: read_prompts(cfg.evaluation.generate))
+    prompts = encoded(given, corpus.encode, config, cfg.evaluation.generate_tokens)
+    return config, pretrained.description(config, tokenizer, parts.language_model.path), prompts
 
 
-def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
-    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, callbacks."""
+def _notes(parts: Components, text: Text, trainee: Trainee, steps: int) -> list[str]:
+    """Lines for the user about the model, the data and the schedule."""
+    of_data = [*text.sequences.notes, *text.validation.notes]
+    return [*parts.language_model.notes, *of_data, *decay_unneeded(trainee, steps)]
+
+
+def _watch(job: Job, parts: Components, saved: dict[str, Any], prompts: list[Prompt]) -> None:
+    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, samples, callbacks."""
     options = job.cfg.train
     if job.accelerator.is_main_process:
         write_about(job)
@@ -152,6 +167,8 @@ def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
         job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
+    if prompts:
+        job.generation = Generation(job, prompts)
     job.callbacks.load_state_dict(saved.get("callbacks", {}))
 
 

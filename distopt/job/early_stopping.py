@@ -22,7 +22,8 @@ class EarlyStopping(Callback):
         improved = metric < best - min_delta      (mode=min), or metric > best + min_delta (mode=max)
 
     The run then ends as after its last step, with a checkpoint of its last weights; `checkpoint.best` keeps the best
-    ones. The best value and the count are in the checkpoint. A value that is not finite is no improvement.
+    ones. The best value and the count are in the checkpoint. A value that is not finite is no
+    improvement, and an evaluation without the metric does not count.
 
     Args:
         metric: The metric of an evaluation, by its name in metrics.jsonl: `validation_loss`, `bits_per_byte`,
@@ -49,7 +50,9 @@ class EarlyStopping(Callback):
     def after_evaluation(self, run: RunState) -> None:
         """Compares the metric with the best one; a step that was evaluated before does not count again."""
         if self.metric not in run.metrics:
-            there = ", ".join(name for name in run.metrics)
+            if self._seen >= 0:  # one that is not measured at every evaluation
+                return
+            there = ", ".join(run.metrics)
             raise ValueError(f"early_stopping.metric={self.metric}: an evaluation has {there}")
         value = run.metrics[self.metric]
         if run.step > self._seen:

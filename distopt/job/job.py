@@ -28,6 +28,7 @@ from distopt.job.checkpointer import Checkpointer
 from distopt.job.config import max_grad_norm
 from distopt.job.diagnostics import nonfinite_gradient_report, write_layers
 from distopt.job.evaluate import Evaluation
+from distopt.job.generate import Generation
 from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.loss import minimized
@@ -80,6 +81,7 @@ class Job:
         health: What watches the run's health; None for nothing.
         noise: What measures the gradient noise scale; None for nothing.
         callbacks: What is called after steps, evaluations and checkpoints.
+        generation: Lets the model write at evaluations; None for nothing.
         evaluation: Measures its loss on the validation batches.
         accuracy: That of the tokens of the last step.
     """
@@ -110,6 +112,7 @@ class Job:
     loss: LogitsLoss | None = None
     health: Health | None = None
     noise: Noise | None = None
+    generation: Generation | None = None
     callbacks: Callbacks = field(default_factory=lambda: Callbacks({}))
     evaluation: Evaluation = field(init=False)
     accuracy: TokenAccuracy = field(default_factory=TokenAccuracy, init=False)
@@ -140,15 +143,15 @@ class Job:
             signals, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
             stack.callback(self._settle)  # the row of the last step, if the next one raises
-            while not self._ends:
+            while not self.ends:
                 began = self.step
                 done = self.train_step(batches, signals)
                 collect_garbage(self.step)
                 forward = self.step > began  # or the run was rolled back
-                evaluates = forward and (self.step % every == 0 or self._ends)
+                evaluates = forward and (self.step % every == 0 or self.ends)
                 if evaluates or (forward and self._saves) or self._asked_to_stop:
                     self._settle()
-                stopping = self._asked_to_stop and not self._ends
+                stopping = self._asked_to_stop and not self.ends
                 if evaluates and not stopping:
                     write_layers(self, done)
                     after = self.evaluation.measure()
@@ -229,10 +232,10 @@ class Job:
         self.monitor.end_loss(loss, more | (self.noise.row(*small) if self.noise else {}), also)
 
     @property
-    def _ends(self) -> bool:
+    def ends(self) -> bool:
         """Whether the last step was taken, or a callback has ended the run."""
         return bool(self.step >= self.cfg.train.steps or self.callbacks.stopped)
 
     @property
     def _saves(self) -> bool:
-        return self.step % self.cfg.checkpoint.every == 0 or self._ends
+        return self.step % self.cfg.checkpoint.every == 0 or self.ends

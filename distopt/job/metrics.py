@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from distopt.job.totals import Totals
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
 ALARMS = "alarms.jsonl"  # of the run's health
+SAMPLES = "samples.jsonl"  # what the model writes at evaluations
 RUN = "run.json"  # the command of the run, and the choices of its groups
 
 
@@ -57,7 +58,9 @@ class Monitor:
         self.seconds = 0.0
         if not main:
             return
-        self.layers, self.alarms, self.metrics = (folder / name for name in (LAYERS, ALARMS, METRICS))
+        names = (LAYERS, ALARMS, SAMPLES, METRICS)
+        self.layers, self.alarms, self.samples, self.metrics = (folder / name for name in names)
+        _forget_after(self.samples, first_step - 1)  # those of the checkpoint are written again
         _forget_after(self.layers, first_step)
         _forget_after(self.alarms, first_step)
         kept = _forget_after(self.metrics, first_step)
@@ -143,6 +146,12 @@ class Monitor:
         if self.main and values:
             _append(self.layers, {"step": self.done if step is None else step, **values})
 
+    def write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes lines of samples.jsonl: what the model has written at the current step."""
+        if self.main:
+            for row in rows:
+                _append(self.samples, {"step": self.done, **row})
+
     def write_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Writes a line of alarms.jsonl, and counts it for the trackers."""
         if self.main:
@@ -156,6 +165,7 @@ class Monitor:
         if self.main:
             self.file.close()
             _forget_after(self.layers, step)
+            _forget_after(self.samples, step)
             _forget_after(self.metrics, step)
             self.file = self.metrics.open("a")
             self.progress.go_back(step)
@@ -215,7 +225,7 @@ def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    rows = read_lines(path) if step else []
+    rows = read_lines(path) if step >= 0 else []
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "validation_loss" not in row)]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -87,6 +87,16 @@ def checked_layers(rows: Rows, file: Path) -> Rows:
     return rows
 
 
+def checked_samples(rows: Rows, file: Path) -> Rows:
+    """Return the rows of samples.jsonl of its last step; raise `ValueError` for one without its texts."""
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    for row in last:
+        for name in ("prompt", "sample", *(("answer",) if "match" in row else ())):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{file}: {name} of step {row['step']} must be a text, got {shown(row.get(name))}")
+    return last
+
+
 def checked_alarms(rows: Rows, file: Path) -> Rows:
     """Return the rows of alarms.jsonl; raise `ValueError` for one that lacks a value, or has text for a number."""
     for row in rows:
