@@ -25,9 +25,10 @@ WATCH = """
 import json, os
 
 class Watch:
-    def __init__(self, fails_at=None): self.fails_at, self.calls = fails_at, 0
+    def __init__(self, fails_at=None, stops_at=None): self.fails_at, self.stops_at, self.calls = fails_at, stops_at, 0
     def after_step(self, run):
         if (run.rank, run.step) == (1, self.fails_at): raise KeyError("mine")
+        if (run.rank, run.step) == (1, self.stops_at): run.stop("enough")
         return {"rank": run.rank, "grown": run.metrics["loss"] + 1} if run.rank or run.step < 3 else None
     def after_evaluation(self, run):
         self.calls += 1
@@ -96,6 +97,14 @@ def test_an_exception_of_one_rank_ends_all_in_a_line_and_numbers_are_means(own: 
         (line,) = rank.err.strip().splitlines()
         assert line.endswith("error: watch.Watch.after_step on rank 1: KeyError: 'mine'")
     assert [row["rank"] for row in jobs.metrics(own / "runs" / "f") if "rank" in row] == [0.5, 0.5, 1.0]
+
+
+def test_one_rank_stops_all_with_an_evaluation_and_a_checkpoint_at_that_step(own: Path) -> None:
+    ended = jobs.train(own, 2, find_modules, name="s", callbacks="[{_target_: watch.Watch, stops_at: 3}]")
+    assert "stopped early:   after step 3 of 12: enough" in ended[0].out and "patience" not in ended[0].out
+    rows = jobs.metrics(own / "runs" / "s")
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 3]
+    assert checkpoints(own / "runs" / "s") == ["step_00000003"]
 
 
 def test_what_is_no_callback_is_refused(own: Path) -> None:
@@ -225,6 +234,11 @@ def test_early_stopping_counts(options: dict[str, Any], values: list[float], end
 def test_early_stopping_names_the_metrics_that_there_are() -> None:
     with pytest.raises(ValueError, match=r"early_stopping\.metric=loss: an evaluation has validation_loss, mine"):
         EarlyStopping("loss").after_evaluation(run_state(1, validation_loss=1.0, mine=2.0))
+    sometimes = EarlyStopping("a", patience=1)  # not measured at every evaluation
+    for step, metrics in enumerate(({"a": 1.0}, {}, {}, {"a": 0.5})):
+        run = run_state(step, **metrics)
+        sometimes.after_evaluation(run)
+        assert not run._reasons
     state = EarlyStopping("a").state_dict() | {"best": 1.0}
     other = EarlyStopping("b")
     other.load_state_dict(state)

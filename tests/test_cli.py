@@ -97,8 +97,9 @@ def test_it_leaves_what_it_says(trained: tuple[Path, jobs.Ended]) -> None:
     training = [row for row in metrics(run) if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 17))
     assert [row["tokens"] for row in training] == [128 * step for step in range(1, 17)]
-    times = {"tokens_per_second", "data_seconds"}
-    assert set(training[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "skipped", *times}
+    assert all(row["target_tokens"] == row["tokens"] and 0 <= row["token_accuracy"] <= 1 for row in training)
+    names = {"loss", "token_accuracy", "lr", "grad_norm", "tokens", "target_tokens", "skipped"}
+    assert set(training[0]) == {"step", *names, "tokens_per_second", "data_seconds"}
 
 
 def test_tensorboard_has_the_same_numbers(trained: tuple[Path, jobs.Ended]) -> None:

@@ -80,6 +80,7 @@ def test_a_block_that_does_not_run_states_its_reason() -> None:
         "what to change in the command above",
         "needs a pretrained model",
         "needs axolotl",
+        "needs lm-evaluation-harness",
     }
     assert {reason for _, reason in left_out} <= reasons, left_out
     for page in PAGES:

@@ -11,19 +11,27 @@ from typing import Any
 import pytest
 from PIL import Image, ImageColor
 
+from distopt.data.accuracy import Counts
 from distopt.job.curves import draw_curves
 from distopt.job.drawing import COLORS
 from distopt.job.metrics import METRICS, Monitor, read_metrics
+from distopt.job.totals import Totals
 
 
 def monitor(folder: Path, first_step: int = 0, steps: int = 8, main: bool = True, track: Any = None) -> Monitor:
     return Monitor(
-        folder, first_step, steps, tokens=lambda step: 64 * step, main=main, track=track or (lambda *_: None)
+        folder,
+        first_step,
+        steps,
+        totals=Totals(first_step, {"tokens": 64 * first_step, "target_tokens": 8 * first_step}),
+        main=main,
+        track=track or (lambda *_: None),
     )
 
 
 def step(m: Monitor, loss: float = 2.0, lr: float = 0.1, grad_norm: float = 1.5, applied: bool = True) -> None:
     m.start_step()
+    m.got_batch(Counts(64, 8))
     m.end_step(loss=loss, lr=lr, grad_norm=grad_norm, applied=applied)
 
 
@@ -56,8 +64,9 @@ def test_a_step_is_a_line_and_goes_to_the_trackers(tmp_path: Path, capsys: pytes
     assert first == {"step": 0, "validation_loss": 5.0, "bits_per_byte": 7.2}
     speed = second.pop("tokens_per_second")
     assert speed > 0
-    assert second.pop("data_seconds") == 0.0  # no batch was waited for
-    assert second == {"step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens": 64, "skipped": 0}
+    assert 0.0 <= second.pop("data_seconds") < 1.0
+    counts = {"tokens": 64, "target_tokens": 8, "skipped": 0}
+    assert second == {"step": 1, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, **counts}
     assert (third["step"], third["tokens"]) == (2, 128)
     assert [(number, {"step": number, **metrics}) for number, metrics in tracked] == [
         (row["step"], row) for row in read_metrics(tmp_path)
@@ -143,7 +152,7 @@ def test_no_metrics_are_no_rows(tmp_path: Path) -> None:
 
 def test_the_tokens_per_second_leave_evaluation_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 tokens in 2 s, whatever happened between the end of the step before and the start of this one."""
-    clock = iter([100.0, 102.0, 900.0, 904.0])
+    clock = iter([100.0, 101.0, 102.0, 900.0, 901.0, 904.0])  # of the batch, too
     m = monitor(tmp_path)
     monkeypatch.setattr("distopt.job.metrics.time.perf_counter", lambda: next(clock))
     step(m)

@@ -20,7 +20,7 @@ from distopt.report.__main__ import main
 from distopt.report.find import Finder
 from distopt.report.grouping import by_data
 from distopt.report.page import write_report
-from tests.harness.run_folders import ABOUT, write_run
+from tests.harness.run_folders import ABOUT, write_rows, write_run
 
 NAN = math.nan
 
@@ -85,6 +85,7 @@ def test_the_table_of_runs_has_what_differs_and_says_the_rest_once(page: str) ->
         "6.0000",
         "3.0000",
         "3",
+        "30",
         "finished",
         "0.3 s",
         "100",
@@ -251,3 +252,23 @@ def test_sections_are_by_data(tmp_path: Path) -> None:
     assert len(by_data(Finder([tmp_path]).find())) == 2
     assert "Losses of different data or tokenizers are not comparable" in page
     assert "<h2>chats.jsonl, bytes as tokens</h2>" in page
+
+
+def test_samples_are_on_the_page_as_text_and_a_run_that_stopped_early_is_not_unfinished(tmp_path: Path) -> None:
+    """A model may write what HTML would take for a tag."""
+    stopped = {**ABOUT, "stopped_early": "validation_loss has not improved in 3 evaluations"}
+    folder = write_run(tmp_path / "a", config={"train": {"steps": 9}}, about=stopped)
+    old = {"step": 0, "prompt": "1+1=", "sample": "old", "ended": False, "answer": "2", "match": False}
+    right = {"step": 3, "prompt": "1+1=", "sample": "2", "ended": True, "answer": "2", "match": True}
+    wrong = {"step": 3, "prompt": "2+2=", "sample": "<script>alert(1)</script>", "ended": True, "answer": "4"}
+    write_rows(folder / "samples.jsonl", [old, right, {**wrong, "match": False}])
+    (run,) = Finder([tmp_path]).find()
+    assert (run.unfinished, run.exact_match, len(run.samples)) == (False, 0.5, 2)
+    made = table.all_runs([run], tmp_path)
+    assert made.common["exact match"] == "50.0%" and made.common["state"] == "stopped early"
+    page = write_report(tmp_path, tmp_path / "out").read_text()
+    assert "<h2>Samples</h2>" in page and "&lt;script&gt;alert(1)" in page and "<script>alert(1)" not in page
+    assert "the same" in page and "did not reach" not in page and ">old<" not in page
+    write_rows(folder / "samples.jsonl", [{"step": 1, "prompt": "a"}])
+    with pytest.raises(ValueError, match=r"samples\.jsonl: sample of step 1 must be a text, got None"):
+        Finder([tmp_path]).find()

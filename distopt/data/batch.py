@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distopt.data.accuracy import Counts, TokenAccuracy, hits_of
 from distopt.data.cross_entropy import IGNORED, loss_in_head, use_chunks
 from distopt.data.single_sequences import one_sequence_per_row
 
@@ -39,12 +40,14 @@ class Batch:
         positions: The position of each token within its example, int64, shape [sequences, length], by which attention
             is restricted to the example; None if every sequence is a single example.
         targets: The mean number of targets per sequence of the global batch.
+        tokens: The mean number of inputs per sequence of the global batch that are no padding; None if all are none.
     """
 
     inputs: Tensor
     labels: Tensor
     positions: Tensor | None
     targets: float
+    tokens: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,35 +64,38 @@ class Batch:
 
     def _with(self, copy: Callable[[Tensor], Tensor]) -> Batch:
         positions = None if self.positions is None else copy(self.positions)
-        return Batch(copy(self.inputs), copy(self.labels), positions, self.targets)
+        return Batch(copy(self.inputs), copy(self.labels), positions, self.targets, self.tokens)
 
     def split(self, sequences: int) -> list[Batch]:
         """Split the batch into micro-batches of `sequences` sequences each."""
         parts = self.inputs.split(sequences), self.labels.split(sequences)
         positions = [None] * len(parts[0]) if self.positions is None else self.positions.split(sequences)
-        return [Batch(i, t, p, self.targets) for i, t, p in zip(*parts, positions)]
+        return [Batch(i, t, p, self.targets, self.tokens) for i, t, p in zip(*parts, positions)]
 
-    def loss(self, model: nn.Module, pass_loss: PassLoss = None, of_logits: LogitsLoss | None = None) -> Tensor:
+    def loss(
+        self,
+        model: nn.Module,
+        pass_loss: PassLoss = None,
+        of_logits: LogitsLoss | None = None,
+        accuracy: TokenAccuracy | None = None,
+    ) -> Tensor:
         """Compute this micro-batch's share of the loss, in nats per target (see the class).
 
         Args:
             model: A causal language model of transformers.
-            pass_loss, of_logits: As for `next_token_loss`.
+            pass_loss, of_logits, accuracy: As for `next_token_loss`.
 
         Returns:
             A 0-D float32 tensor on the model's device.
         """
         packed = {} if self.positions is None else {"position_ids": self.positions}
+        scale = 1.0 / (len(self.inputs) * self.targets)
         with contextlib.nullcontext() if packed else one_sequence_per_row():
-            return self._loss(model, pass_loss, of_logits, packed)
-
-    def _loss(
-        self, model: nn.Module, pass_loss: PassLoss, of_logits: LogitsLoss | None, options: dict[str, Tensor]
-    ) -> Tensor:
-        if use_chunks(model, self.inputs.numel(), pass_loss is not None or of_logits is not None):
-            scale = 1.0 / (len(self.inputs) * self.targets)
-            return loss_in_head(model, self.labels, scale, input_ids=self.inputs, **options)
-        logits = model(input_ids=self.inputs, **options).logits
+            if use_chunks(model, self.inputs.numel(), pass_loss is not None or of_logits is not None):
+                return loss_in_head(model, self.labels, scale, accuracy, input_ids=self.inputs, **packed)
+            logits = model(input_ids=self.inputs, **packed).logits
+        if accuracy:
+            accuracy.add(hits_of(logits, self.labels), scale)
 
         def cross_entropy(logits: Tensor) -> Tensor:
             total = (of_logits or cross_entropy_sum)(logits.float().flatten(0, 1), self.labels.flatten())
@@ -104,7 +110,11 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def next_token_loss(
-    model: nn.Module, batch: Tensor | Batch, pass_loss: PassLoss = None, of_logits: LogitsLoss | None = None
+    model: nn.Module,
+    batch: Tensor | Batch,
+    pass_loss: PassLoss = None,
+    of_logits: LogitsLoss | None = None,
+    accuracy: TokenAccuracy | None = None,
 ) -> Tensor:
     """Compute the mean cross-entropy of every token given the preceding tokens, in nats per token.
 
@@ -116,22 +126,20 @@ def next_token_loss(
         pass_loss: Called with the logits and the function that computes the loss from them, where the loss depends on
             the pass (`SAM.loss`); None for the cross-entropy itself.
         of_logits: A loss in place of the cross-entropy.
+        accuracy: Counts the targets that have the largest logit; None for no count.
 
     Returns:
         A 0-D float32 tensor on the model's device.
     """
     if not isinstance(batch, Tensor):
-        return batch.loss(model, pass_loss, of_logits)
+        return batch.loss(model, pass_loss, of_logits, accuracy)
+    inputs, labels = batch[:, :-1], batch[:, 1:]
     with one_sequence_per_row():
-        return _loss_of_tokens(model, batch[:, :-1], batch[:, 1:], pass_loss, of_logits)
-
-
-def _loss_of_tokens(
-    model: nn.Module, inputs: Tensor, labels: Tensor, pass_loss: PassLoss, of_logits: LogitsLoss | None
-) -> Tensor:
-    if use_chunks(model, inputs.numel(), pass_loss is not None or of_logits is not None):
-        return loss_in_head(model, labels, 1.0 / labels.numel(), input_ids=inputs)
-    logits = model(input_ids=inputs).logits
+        if use_chunks(model, inputs.numel(), pass_loss is not None or of_logits is not None):
+            return loss_in_head(model, labels, 1.0 / labels.numel(), accuracy, input_ids=inputs)
+        logits = model(input_ids=inputs).logits
+    if accuracy:
+        accuracy.add(hits_of(logits, labels), 1.0 / labels.numel())
 
     def cross_entropy(logits: Tensor) -> Tensor:
         if of_logits is not None:
@@ -139,3 +147,13 @@ def _loss_of_tokens(
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
     return cross_entropy(logits) if pass_loss is None else pass_loss(logits, cross_entropy)
+
+
+def counted(batch: Tensor | Batch, world: int) -> Counts:
+    """Counts the tokens of a global batch, of which this is the block of one of `world` ranks; reads no tensor."""
+    if isinstance(batch, Tensor):
+        every = world * len(batch) * (batch.shape[1] - 1)
+        return Counts(every, every)
+    sequences = world * len(batch.inputs)
+    tokens = batch.inputs.shape[1] if batch.tokens is None else batch.tokens
+    return Counts(round(sequences * tokens), round(sequences * batch.targets))

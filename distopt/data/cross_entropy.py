@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from distopt.data.accuracy import TokenAccuracy
+
 IGNORED = -100  # the label of a position without a target, as in `torch.nn.functional.cross_entropy`
 LARGE = 2**28  # logits of a micro-batch, 1 GiB in float32, from which on the loss is computed in chunks by default
 CHUNK = 2**27  # logits of a chunk, 0.5 GiB in float32
@@ -34,7 +36,13 @@ _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float = 1.0, chunk: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+    hits: Tensor | None = None,
 ) -> Tensor:
     """Compute scale * the sum of the cross-entropies of a linear layer's logits, in nats.
 
@@ -45,13 +53,14 @@ def chunked_cross_entropy(
         labels: The index of each token's target, or -100 for none; int64, shape [tokens].
         scale: A factor of the loss.
         chunk: The number of logits that exist at a time, at most, but those of one token at least.
+        hits: A 0-D tensor, to which the number of targets is added that have the largest logit; None for no count.
 
     Returns:
         A 0-D float32 tensor. It has no second derivative.
     """
     tokens = max(1, chunk // weight.shape[0])
     needed = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    total: Tensor = _Chunked.apply(hidden, weight, bias, labels, scale, tokens, needed)
+    total: Tensor = _Chunked.apply(hidden, weight, bias, labels, scale, tokens, needed, hits)
     return total
 
 
@@ -66,6 +75,7 @@ class _Chunked(torch.autograd.Function):
         scale: float,
         tokens: int,
         needed: tuple[bool, bool, bool],
+        hits: Tensor | None,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needed[0] else None
@@ -76,7 +86,9 @@ class _Chunked(torch.autograd.Function):
             h, target = hidden[part], labels[part, None]
             is_target, index = target != IGNORED, target.clamp_min(0)
             z = F.linear(h, weight, bias).float()
-            of_target, largest = z.gather(1, index), z.amax(1, keepdim=True)
+            of_target, (largest, guess) = z.gather(1, index), z.max(1, keepdim=True)
+            if hits is not None:
+                hits += (guess == target).sum()
             z.sub_(largest).exp_()  # in place, which logsumexp would not be
             exp_sum = z.sum(1, keepdim=True)
             total += (exp_sum.log() + largest - of_target).masked_fill_(~is_target, 0.0).sum()
@@ -100,7 +112,7 @@ class _Chunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked cross-entropy has been differentiated already, which frees its gradients")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None, None, None
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
@@ -154,7 +166,9 @@ def use_chunks(model: nn.Module, tokens: int, needs_logits: bool = False) -> boo
     return asked is True or tokens * head.out_features >= LARGE
 
 
-def loss_in_head(model: nn.Module, labels: Tensor, scale: float, **inputs: Tensor) -> Tensor:
+def loss_in_head(
+    model: nn.Module, labels: Tensor, scale: float, accuracy: TokenAccuracy | None = None, **inputs: Tensor
+) -> Tensor:
     """Run a language model whose output layer computes scale * the sum of the cross-entropies instead of logits.
 
     The layer is called as a module, so that FSDP2 and DeepSpeed gather its weight once, and reduce its gradient once.
@@ -163,6 +177,7 @@ def loss_in_head(model: nn.Module, labels: Tensor, scale: float, **inputs: Tenso
         model: The model, wrapped by its engine, for which `use_chunks` holds.
         labels: The targets, shape [sequences, length].
         scale: A factor of the loss.
+        accuracy: Counts the targets that have the largest logit; None for no count.
         **inputs: The inputs of the model.
 
     Raises:
@@ -172,6 +187,7 @@ def loss_in_head(model: nn.Module, labels: Tensor, scale: float, **inputs: Tenso
     head = head_of(inner)
     assert head is not None
     losses: list[Tensor] = []
+    hits = torch.zeros((), dtype=torch.float32, device=labels.device) if accuracy else None
 
     def forward(hidden: Tensor) -> Tensor:
         weight: Tensor = head.weight
@@ -180,7 +196,7 @@ def loss_in_head(model: nn.Module, labels: Tensor, scale: float, **inputs: Tenso
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         tokens = hidden.flatten(0, -2)
-        losses.append(chunked_cross_entropy(tokens, weight, bias, labels.flatten(), scale, CHUNK))
+        losses.append(chunked_cross_entropy(tokens, weight, bias, labels.flatten(), scale, CHUNK, hits))
         return losses[-1]
 
     with _forward_of(head, forward):
@@ -192,6 +208,8 @@ def loss_in_head(model: nn.Module, labels: Tensor, scale: float, **inputs: Tenso
                 "in chunks: set model.chunked_loss=false"
             )
         _checked.add(inner)
+    if accuracy and hits is not None:
+        accuracy.add(hits, scale)
     return loss
 
 

@@ -63,8 +63,9 @@ class PackedSequences(Order):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return block `rank` of the `world` contiguous blocks of the global batch of `step`: B / world sequences."""
-        rows = self.rows(step)
-        return self._bins.batch(np.split(rows, world)[rank], float(self._bins.targets[rows].mean()))
+        rows, bins = self.rows(step), self._bins
+        means = float(bins.targets[rows].mean()), float(bins.tokens[rows].mean())
+        return bins.batch(np.split(rows, world)[rank], *means)
 
 
 class PackedValidationSequences:
@@ -119,6 +120,7 @@ class _Bins:
     Attributes:
         members: The indices of the examples of each sequence.
         targets: The number of targets of each sequence, int64.
+        tokens: The number of positions of each sequence that are no padding, int64.
         lengths: The number of positions that each example takes, int64.
         notes: As for `PackedSequences`.
     """
@@ -148,6 +150,7 @@ class _Bins:
         packed = best_fit(self.lengths[kept], length) if packing else np.arange(len(kept))[:, None].tolist()
         self.members = [kept[bin] for bin in packed]
         self.targets = np.array([targets[bin].sum() for bin in self.members])
+        self.tokens = np.array([self.lengths[bin].sum() for bin in self.members])
         if packing:
             full = self.lengths[kept].sum() / (len(self.members) * length)
             self.notes.append(
@@ -157,8 +160,8 @@ class _Bins:
     def __len__(self) -> int:
         return len(self.members)
 
-    def batch(self, rows: np.ndarray, targets: float) -> Batch:
-        """Return the sequences at the indices `rows`, where -1 is an empty sequence, as a batch with `targets`."""
+    def batch(self, rows: np.ndarray, targets: float, tokens: float | None = None) -> Batch:
+        """Return the sequences at the indices `rows`, where -1 is an empty sequence, as a batch with these means."""
         members = [self.members[row] if row >= 0 else [] for row in rows]
         length = max([1, *(int(self.lengths[bin].sum()) for bin in members if len(bin))])
         inputs = np.zeros((len(rows), length), dtype=np.int64)
@@ -168,15 +171,15 @@ class _Bins:
             offset = 0
             for i in bin:
                 start, size = self.examples.starts[i], self.lengths[i]
-                tokens = self.examples.tokens[start : start + size + 1].astype(np.int64)
+                own = self.examples.tokens[start : start + size + 1].astype(np.int64)
                 is_target = self.examples.targets[start + 1 : start + size + 1].astype(bool)
-                inputs[row, offset : offset + size] = tokens[:-1]
-                labels[row, offset : offset + size] = np.where(is_target, tokens[1:], IGNORED)
+                inputs[row, offset : offset + size] = own[:-1]
+                labels[row, offset : offset + size] = np.where(is_target, own[1:], IGNORED)
                 positions[row, offset : offset + size] = np.arange(size)
                 offset += size
             positions[row, offset:] = np.arange(length - offset)  # so that padding is an example of its own
         packed_positions = torch.from_numpy(positions) if self.packing else None
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), packed_positions, targets)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), packed_positions, targets, tokens)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -32,13 +32,16 @@ from distopt.job.config import (
 from distopt.job.device import watch
 from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
+from distopt.job.generate import Generation
 from distopt.job.health import Health
 from distopt.job.job import Job
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
+from distopt.job.prompts import Prompt, encoded, read_prompts
 from distopt.job.terminal import Terminal
-from distopt.job.text import open_text, resume
+from distopt.job.text import Text, open_text, resume
+from distopt.job.totals import Totals
 from distopt.job.tracking import Trackers, check_trackers
 from distopt.job.trainee import Trainee, build_trainee, decay_unneeded
 from distopt.job.watchdog import Watchdog
@@ -66,10 +69,8 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     options, folder = cfg.train, Path(HydraConfig.get().runtime.output_dir)
     parts, accelerator, downloaded = _checked(cfg, terminal)
     callbacks, world = Callbacks.of(cfg), accelerator.num_processes
-    micro_batch = micro_batch_size(options.batch_size, options.micro_batch_size, world)
+    micro_batch, batches = _sizes(cfg, parts, world)
     origin = Origin.find(options, folder, parts)
-    batches = check_batch_schedule(cfg, micro_batch, world)
-    check_noise_scale(cfg, parts, micro_batch * world)
     identity = identity_of(cfg, parts, batches)
     origin.check(identity, options.steps)  # before the text is tokenized
     terminal.phase("reading the data")
@@ -77,7 +78,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
     if options.steps is None:
         options.steps = steps_of(options.epochs, text.sequences.count, batches)
         parts = parts.of_steps(cfg)
-    config, files = _described(cfg, parts, text.corpus)
+    config, files, prompts = _described(cfg, parts, text.corpus)
     identity |= {"data": text.corpus.digest, **text.sequences.identity}
     origin.check_model(identity, options.steps, config, files)  # before it is built
     terminal.phase("building the model")
@@ -92,17 +93,13 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         engine=parts.engine,
         config=config,
         trackers=trackers,
-        monitor=_monitor(cfg, folder, origin, batches, parts.engine, trainee, accelerator, trackers, terminal),
+        monitor=_monitor(cfg, folder, origin.step, saved, parts.engine, trainee, accelerator, trackers, terminal),
         checkpointer=_checkpointer(cfg, folder),
         watchdog=Watchdog(connect(), options.timeout_minutes, end_from_thread),
         lock=origin.lock,
         identity=identity | origin.record(saved),
         micro_batch=micro_batch,
-        notes=[
-            *(*downloaded, *origin.notes, *moved, *parts.language_model.notes),
-            *(*text.sequences.notes, *text.validation.notes),
-            *(*decay_unneeded(trainee, options.steps), *origin.told()),
-        ],
+        notes=[*downloaded, *origin.notes, *moved, *_notes(parts, text, trainee, options.steps), *origin.told()],
         step=origin.step,
         passed_over=saved.get("passed_over", 0),
         checkpoint=origin.checkpoint,
@@ -111,7 +108,7 @@ def build(cfg: DictConfig, terminal: Terminal) -> Job:
         **text._asdict(),
         **trainee._asdict(),
     )
-    _watch(job, parts, saved)
+    _watch(job, parts, saved, prompts)
     return job
 
 
@@ -122,6 +119,7 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     check(cfg, "train")
     check_steps(cfg)
     check_best(cfg)
+    read_prompts(cfg.evaluation.generate)
     engine, names = instantiate(cfg, "engine", Engine), hub_names(cfg)
     if names:
         accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait
@@ -133,18 +131,35 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     return parts, join(cfg, engine), []
 
 
-def _described(cfg: DictConfig, parts: Components, corpus: Corpus) -> tuple[PretrainedConfig, dict[str, bytes]]:
-    """Returns the model's configuration, with the vocabulary of the data, and the files that describe both."""
+def _sizes(cfg: DictConfig, parts: Components, world: int) -> tuple[int, BatchSizes]:
+    """Returns the number of sequences of a forward pass of a process, and of each step."""
+    micro_batch = micro_batch_size(cfg.train.batch_size, cfg.train.micro_batch_size, world)
+    check_noise_scale(cfg, parts, micro_batch * world)
+    return micro_batch, check_batch_schedule(cfg, micro_batch, world)
+
+
+def _described(
+    cfg: DictConfig, parts: Components, corpus: Corpus
+) -> tuple[PretrainedConfig, dict[str, bytes], list[Prompt]]:
+    """Returns the model's configuration, with the vocabulary of the data, the files that describe both, and prompts."""
     tokenizer = corpus.pretrained_tokenizer()
     parts.language_model.check_added(tokenizer)
     config = parts.language_model.describe(corpus.vocab_size)
     check_length(config, cfg.train.sequence_length, "train.sequence_length")
     check_agreement({"the digest of the data": corpus.digest}, "they have to read the same files")
-    return config, pretrained.description(config, tokenizer, parts.language_model.path)
+    given = collective.on_first(lambda: read_prompts(cfg.evaluation.generate))
+    prompts = encoded(given, corpus.encode, config, cfg.evaluation.generate_tokens)
+    return config, pretrained.description(config, tokenizer, parts.language_model.path), prompts
 
 
-def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
-    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, callbacks."""
+def _notes(parts: Components, text: Text, trainee: Trainee, steps: int) -> list[str]:
+    """Lines for the user about the model, the data and the schedule."""
+    of_data = [*text.sequences.notes, *text.validation.notes]
+    return [*parts.language_model.notes, *of_data, *decay_unneeded(trainee, steps)]
+
+
+def _watch(job: Job, parts: Components, saved: dict[str, Any], prompts: list[Prompt]) -> None:
+    """Sets what looks at a job while it trains: its report, proofs, the noise scale, health, samples, callbacks."""
     options = job.cfg.train
     if job.accelerator.is_main_process:
         write_about(job)
@@ -154,6 +169,8 @@ def _watch(job: Job, parts: Components, saved: dict[str, Any]) -> None:
         job.noise = Noise(job, options.noise_scale, saved.get("noise_scale"))
     if parts.make_health:
         job.health = Health(job, parts.make_health, saved.get("health"))
+    if prompts:
+        job.generation = Generation(job, prompts)
     job.callbacks.load_state_dict(saved.get("callbacks", {}))
 
 
@@ -170,8 +187,8 @@ def join(cfg: DictConfig, engine: Engine) -> Accelerator:
 def _monitor(
     cfg: DictConfig,
     folder: Path,
-    origin: Origin,
-    batches: BatchSizes,
+    step: int,
+    saved: dict[str, Any],
     engine: Engine,
     trainee: Trainee,
     accelerator: Accelerator,
@@ -181,9 +198,9 @@ def _monitor(
     length = cfg.train.sequence_length
     return Monitor(
         folder,
-        origin.step,
+        step,
         cfg.train.steps,
-        lambda done: batches.before(done) * length,
+        Totals(step, saved),
         accelerator.is_main_process,
         trackers.log,
         terminal,

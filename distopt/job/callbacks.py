@@ -88,22 +88,20 @@ class Callbacks:
             ValueError: On every rank, for an exception on any, with the name of the callback.
         """
         added: dict[str, float] = {}
-        if not self.wants(when):
-            return added
-        run = _state(job, metrics)
+        row = {} if when == "after_checkpoint" else metrics  # which is a row of its own
         for name, callback in self._callbacks.items():
             if _overrides(callback, when):
-                numbers = self._call(name, getattr(callback, when), when, run)
-                if twice := numbers.keys() & added.keys():
-                    raise ValueError(f"{name}.{when} returns {min(twice)!r}, which another callback has returned")
-                added |= numbers
+                run, there = _state(job, {**metrics, **added}), {"step", *row, *added}
+                added |= self._call(f"{name}.{when}", getattr(callback, when), run, there)
         return added
 
-    def _call(self, name: str, method: Any, when: str, run: RunState) -> dict[str, float]:
+    def _call(self, name: str, method: Any, run: RunState, there: set[str]) -> dict[str, float]:
         def task() -> tuple[dict[str, float], list[str]]:
-            place = f"{name}.{when}" + (f" on rank {run.rank}" if run.world > 1 else "")
-            with named(place):
-                return _numbers(method(run), run.metrics), run._reasons
+            with named(name + (f" on rank {run.rank}" if run.world > 1 else "")):
+                numbers = _numbers(method(run))
+                if twice := numbers.keys() & there:
+                    raise ValueError(f"it returns {min(twice)!r}, which the row has already: give another name")
+                return numbers, run._reasons
 
         found = collective.on_all(task)
         self.stopped = self.stopped or next((reason for _, reasons in found for reason in reasons), None)
@@ -168,9 +166,9 @@ def _overrides(callback: Any, name: str) -> bool:
 
 
 def _check(name: str, callback: Any) -> None:
-    for word in dir(callback):
+    for word in dir(type(callback)):
         near = difflib.get_close_matches(word, TIMES, n=1, cutoff=0.7)
-        if near and word not in TIMES:
+        if near and word not in TIMES and callable(getattr(type(callback), word)):
             raise ValueError(f"{name}: nothing calls {word}: did you mean {near[0]}?")
     if not any(_overrides(callback, when) for when in TIMES):
         raise ValueError(f"{name} makes {type(callback).__name__}, which has none of {', '.join(TIMES)}")
@@ -178,12 +176,10 @@ def _check(name: str, callback: Any) -> None:
         raise ValueError(f"{name} has one of state_dict and load_state_dict: it needs both, or none")
 
 
-def _numbers(returned: Any, there: Mapping[str, float]) -> dict[str, float]:
-    """What a callback has returned, as numbers by name, of which none is in the row yet."""
+def _numbers(returned: Any) -> dict[str, float]:
+    """What a callback has returned, as numbers by name."""
     if returned is None:
         return {}
     if not isinstance(returned, Mapping) or not all(isinstance(key, str) for key in returned):
         raise ValueError(f"it must return numbers by name, or None, got {returned!r:.60}")
-    if twice := [key for key in returned if key in there or key == "step"]:
-        raise ValueError(f"it returns {twice[0]!r}, which the row has already: give another name")
     return {key: float(value.detach() if isinstance(value, Tensor) else value) for key, value in returned.items()}

@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from distopt.bounds import choice, integer, number, text
+from distopt.bounds.evaluation import EARLY_STOPPING as BOUNDS
 from distopt.job.protocols import Callback, RunState
-
-BOUNDS = {
-    "metric": text("the name of a metric", empty=False),
-    "patience": integer(1),
-    "min_delta": number(0),
-    "mode": choice("min", "max"),
-}
 
 
 class EarlyStopping(Callback):
@@ -22,7 +15,8 @@ class EarlyStopping(Callback):
         improved = metric < best - min_delta      (mode=min), or metric > best + min_delta (mode=max)
 
     The run then ends as after its last step, with a checkpoint of its last weights; `checkpoint.best` keeps the best
-    ones. The best value and the count are in the checkpoint. A value that is not finite is no improvement.
+    ones. The best value and the count are in the checkpoint. A value that is not finite is no
+    improvement, and an evaluation without the metric does not count.
 
     Args:
         metric: The metric of an evaluation, by its name in metrics.jsonl: `validation_loss`, `bits_per_byte`,
@@ -49,7 +43,9 @@ class EarlyStopping(Callback):
     def after_evaluation(self, run: RunState) -> None:
         """Compares the metric with the best one; a step that was evaluated before does not count again."""
         if self.metric not in run.metrics:
-            there = ", ".join(name for name in run.metrics)
+            if self._seen >= 0:  # one that is not measured at every evaluation
+                return
+            there = ", ".join(run.metrics)
             raise ValueError(f"early_stopping.metric={self.metric}: an evaluation has {there}")
         value = run.metrics[self.metric]
         if run.step > self._seen:

@@ -1,18 +1,17 @@
-"""Evaluation of the model: its loss on held-out text, and a sample."""
+"""Evaluation of the model: its loss on held-out text, and what else is measured then."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from distopt import collective
+from distopt.data.accuracy import TokenAccuracy
 from distopt.data.batch import Batch, next_token_loss
-from distopt.models.generation import sampling
 from distopt.optim.averaged import averaged
 from distopt.optim.averaging import train_mode
 
@@ -45,13 +44,20 @@ class Evaluation:
         tell = job.monitor.begin("evaluating")
         batches: Iterable[Tensor | Batch] = job.validation.batches(rank, world)
         with self.weights():
-            own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device)
-            self.step, self.loss = job.step, job.accelerator.reduce(own, "mean").item()
-            bits = self.bits_per_byte(self.loss)
+            accuracy = TokenAccuracy()
+            accuracy.start(len(job.validation))
+            own = validation_loss(job.engine, job.model, job.watchdog.watched(batches), device, accuracy)
+            self.loss, share = job.accelerator.reduce(torch.stack([own, accuracy.value(own)]), "mean").tolist()
+            self.step, bits = job.step, self.bits_per_byte(self.loss)
             self.metrics = {"validation_loss": self.loss, "bits_per_byte": bits}
+            self.metrics |= {} if math.isnan(share) else {"validation_token_accuracy": share}
+            if job.generation and math.isfinite(self.loss):  # nothing can be drawn from logits that are not finite
+                self.metrics |= job.generation.measure()
             self.metrics |= job.callbacks.call("after_evaluation", job, self.metrics)
         job.monitor.write(self.metrics)
-        tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte")
+        right = "" if math.isnan(share) else f", accuracy {share:.1%}"
+        right += f", exact match {self.metrics['exact_match']:.1%}" if "exact_match" in self.metrics else ""
+        tell(f"validation loss {self.loss:.4f}, {bits:.4f} bits per byte{right}")
         return self.loss
 
     def weights(self) -> contextlib.AbstractContextManager[None]:
@@ -69,7 +75,11 @@ class Evaluation:
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, model: nn.Module, batches: Iterable[Tensor | Batch], device: torch.device
+    engine: Engine,
+    model: nn.Module,
+    batches: Iterable[Tensor | Batch],
+    device: torch.device,
+    accuracy: TokenAccuracy | None = None,
 ) -> Tensor:
     """Returns this rank's mean loss in nats per token, a scalar tensor.
 
@@ -78,51 +88,13 @@ def validation_loss(
         model: The wrapped model.
         batches: Batches of equally many sequences, int64 [sequences, length + 1].
         device: The device of this process.
+        accuracy: Counts the targets that have the largest logit.
     """
     model.eval()
     losses = []
     for batch in batches:
         with engine.autocast(device):
-            losses.append(next_token_loss(model, batch.to(device)))
+            losses.append(next_token_loss(model, batch.to(device), accuracy=accuracy))
     model.train()
     engine.refresh(model)
     return torch.stack(losses).mean()
-
-
-@torch.no_grad()
-def sample(
-    engine: Engine,
-    model: nn.Module,
-    prompt: list[int],
-    length: int,
-    seed: int,
-    device: torch.device,
-    ends: Sequence[int] = (),
-) -> list[int]:
-    """Continues a prompt by sampled tokens (temperature 0.8, top 50); every rank has to call it.
-
-    A sharded model is gathered block by block for each token, so all ranks sample the same tokens together.
-
-    Args:
-        engine: The engine that runs the model.
-        model: The wrapped model.
-        prompt: The tokens of the prompt, at least one.
-        length: The largest number of tokens to sample.
-        seed: The seed of the sampling.
-        device: The device of this process.
-        ends: The tokens that end it.
-
-    Returns:
-        The tokens of the prompt and of its continuation.
-    """
-    inner: Any = engine.unwrap(model)
-    tokens = torch.tensor([prompt], device=device)
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), engine.autocast(device):
-        torch.manual_seed(seed)
-        # A rank whose logits differ in the last bit may end at another token: it computes until all have ended.
-        mask, several = torch.ones_like(tokens), collective.world() > 1
-        out = inner.generate(tokens, attention_mask=mask, generation_config=sampling(length, ends), synced_gpus=several)
-    model.train()
-    engine.refresh(model)
-    return out[0].tolist()

@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.data.batch import LogitsLoss
+from distopt.data.accuracy import TokenAccuracy
+from distopt.data.batch import LogitsLoss, counted
 from distopt.data.order import Sequences, ValidationSequences
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.prefetch import Prefetch
@@ -27,6 +28,7 @@ from distopt.job.checkpointer import Checkpointer
 from distopt.job.config import max_grad_norm
 from distopt.job.diagnostics import nonfinite_gradient_report, write_layers
 from distopt.job.evaluate import Evaluation
+from distopt.job.generate import Generation
 from distopt.job.health import Health
 from distopt.job.late import Late, garbage_collected_by_hand
 from distopt.job.loss import minimized
@@ -81,7 +83,9 @@ class Job:
         health: What watches the run's health; None for nothing.
         noise: What measures the gradient noise scale; None for nothing.
         callbacks: What is called after steps, evaluations and checkpoints.
+        generation: Lets the model write at evaluations; None for nothing.
         evaluation: Measures its loss on the validation batches.
+        accuracy: That of the tokens of the last step.
     """
 
     cfg: DictConfig
@@ -111,8 +115,10 @@ class Job:
     loss: LogitsLoss | None = None
     health: Health | None = None
     noise: Noise | None = None
+    generation: Generation | None = None
     callbacks: Callbacks = field(default_factory=lambda: Callbacks({}))
     evaluation: Evaluation = field(init=False)
+    accuracy: TokenAccuracy = field(default_factory=TokenAccuracy, init=False)
     _late: Late | None = field(default=None, init=False)  # the loss of the last step, and whether to stop
     _asked_to_stop: bool = field(default=False, init=False)
 
@@ -140,15 +146,15 @@ class Job:
             signals, batches = StopSignal(), stack.enter_context(contextlib.closing(self._batches()))
             collect_garbage = stack.enter_context(garbage_collected_by_hand())
             stack.callback(self._settle)  # the row of the last step, if the next one raises
-            while not self._ends:
+            while not self.ends:
                 began = self.step
                 done = self.train_step(batches, signals)
                 collect_garbage(self.step)
                 forward = self.step > began  # or the run was rolled back
-                evaluates = forward and (self.step % every == 0 or self._ends)
+                evaluates = forward and (self.step % every == 0 or self.ends)
                 if evaluates or (forward and self._saves) or self._asked_to_stop:
                     self._settle()
-                stopping = self._asked_to_stop and not self._ends
+                stopping = self._asked_to_stop and not self.ends
                 if evaluates and not stopping:
                     write_layers(self, done)
                     after = self.evaluation.measure()
@@ -176,12 +182,13 @@ class Job:
         self.watchdog.enter(self.step)
         self.monitor.start_step()
         batch = batches.get(self.step + self.passed_over).to(device, non_blocking=True)
-        self.monitor.got_batch()
+        self.monitor.got_batch(counted(batch, self.accelerator.num_processes))
         if isinstance(self.stepper, SAM):
             self.stepper.step_number = self.step
         parts, max_norm = batch.split(self.micro_batch), max_grad_norm(self.cfg)
-        noise = self.noise is not None
-        done = update(self.engine, self.model, self.stepper, parts, max_norm, minimized(self.loss), noise=noise)
+        self.accuracy.start(len(parts))
+        loss, noise = minimized(self.loss, self.accuracy), self.noise is not None
+        done = update(self.engine, self.model, self.stepper, parts, max_norm, loss, noise=noise)
         lr = self.optimizer.param_groups[0]["lr"]  # every group follows the same curve from its own peak
         if done.applied:
             update_average(self.optimizer)
@@ -190,7 +197,8 @@ class Job:
             self.schedule.step()
             self.step += 1
         self._settle()
-        mine = [done.loss, signals.request(done.loss), *([] if done.small_square is None else [done.small_square])]
+        mine = [done.loss, signals.request(done.loss), self.accuracy.value(done.loss)]
+        mine += [] if done.small_square is None else [done.small_square]
         self._late = Late(self.accelerator.reduce(torch.stack([number.to(done.loss) for number in mine]), "mean"))
         if self.noise:
             self.noise.measured(done.grad_norm if done.applied else math.nan, self.step)
@@ -222,15 +230,16 @@ class Job:
         """Reads what the last step has left on the device, unless it was read: its row of the metrics is then there."""
         if self._late is None:
             return
-        (loss, asked, *small), self._late = self._late.read(), None
+        (loss, asked, accuracy, *small), self._late = self._late.read(), None
         self._asked_to_stop = self._asked_to_stop or asked > 0
-        self.monitor.end_loss(loss, self.noise.row(*small) if self.noise else None, also)
+        more = {} if math.isnan(accuracy) else {"token_accuracy": accuracy}
+        self.monitor.end_loss(loss, more | (self.noise.row(*small) if self.noise else {}), also)
 
     @property
-    def _ends(self) -> bool:
+    def ends(self) -> bool:
         """Whether the last step was taken, or a callback has ended the run."""
         return bool(self.step >= self.cfg.train.steps or self.callbacks.stopped)
 
     @property
     def _saves(self) -> bool:
-        return self.step % self.cfg.checkpoint.every == 0 or self._ends
+        return self.step % self.cfg.checkpoint.every == 0 or self.ends

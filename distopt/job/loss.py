@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.data.accuracy import TokenAccuracy
 from distopt.data.batch import LogitsLoss, cross_entropy_sum, next_token_loss
 from distopt.data.cross_entropy import IGNORED
 from distopt.engine.train_step import Loss
@@ -28,6 +29,11 @@ def own_loss(cfg: Config) -> LogitsLoss | None:
     return loss
 
 
-def minimized(loss: LogitsLoss | None) -> Loss:
-    """Returns the mean loss of a micro-batch that is minimized; the validation loss is always the cross-entropy."""
-    return next_token_loss if loss is None else functools.partial(next_token_loss, of_logits=loss)
+def minimized(loss: LogitsLoss | None, accuracy: TokenAccuracy | None = None) -> Loss:
+    """Returns the mean loss of a micro-batch that is minimized; the validation loss is always the cross-entropy.
+
+    Args:
+        loss: The loss of logits; None for the cross-entropy.
+        accuracy: Counts the targets that have the largest logit.
+    """
+    return functools.partial(next_token_loss, of_logits=loss, accuracy=accuracy)

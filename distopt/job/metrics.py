@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distopt.data.accuracy import Counts
 from distopt.job.progress import Progress, shown
 from distopt.job.terminal import Terminal
+from distopt.job.totals import Totals
 
 METRICS = "metrics.jsonl"
 LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
 ALARMS = "alarms.jsonl"  # of the run's health
+SAMPLES = "samples.jsonl"  # what the model writes at evaluations
 RUN = "run.json"  # the command of the run, and the choices of its groups
 
 
@@ -24,7 +27,7 @@ class Monitor:
         folder: The run's folder; its `metrics.jsonl` gets one JSON object per line.
         first_step: The number of steps done before (a resumed run).
         steps: The number of steps in all.
-        tokens: Returns the number of tokens of all steps before one, over all processes.
+        totals: The tokens of all steps before, over all processes.
         main: Whether this process writes.
         track: Called with (metrics, step), for Accelerate's trackers.
         terminal: Shows the progress; None for standard output.
@@ -42,20 +45,22 @@ class Monitor:
         folder: Path,
         first_step: int,
         steps: int,
-        tokens: Callable[[int], int],
+        totals: Totals,
         main: bool,
         track: Callable[[Mapping[str, float], int], None],
         terminal: Terminal | None = None,
         device: Callable[[float], Mapping[str, float]] = lambda speed: {},
     ) -> None:
         self.terminal, self._device = terminal or Terminal(main), device
-        self.main, self.track, self.tokens = main, track, tokens
+        self.main, self.track, self.totals = main, track, totals
         self.done, self.first_step = first_step, first_step
         self.skipped, self.skipped_in_a_row = 0, 0
         self.seconds = 0.0
         if not main:
             return
-        self.layers, self.alarms, self.metrics = (folder / name for name in (LAYERS, ALARMS, METRICS))
+        names = (LAYERS, ALARMS, SAMPLES, METRICS)
+        self.layers, self.alarms, self.samples, self.metrics = (folder / name for name in names)
+        _forget_after(self.samples, first_step - 1)  # those of the checkpoint are written again
         _forget_after(self.layers, first_step)
         _forget_after(self.alarms, first_step)
         kept = _forget_after(self.metrics, first_step)
@@ -67,9 +72,10 @@ class Monitor:
         """Starts the clock of a step."""
         self._started, self._waited = time.perf_counter(), 0.0
 
-    def got_batch(self) -> None:
-        """Marks the moment of a step at which its batch is there."""
+    def got_batch(self, counts: Counts) -> None:
+        """Marks the moment of a step at which its batch is there, and takes its tokens over all processes."""
         self._waited = time.perf_counter() - self._started
+        self.totals.add(counts)
 
     def end_step(
         self, *, lr: float, grad_norm: float, applied: bool, finite: bool = False, loss: float | None = None
@@ -88,14 +94,14 @@ class Monitor:
         self.done += 1
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied or finite else self.skipped_in_a_row + 1
-        self._step_seconds = seconds
-        speed = (self.tokens(self.done) - self.tokens(self.done - 1)) / seconds
+        self._step_seconds, self._step_tokens = seconds, self.totals.last.tokens
+        speed = self.totals.last.tokens / seconds
         self._row = (
             self.done,
             {
                 "lr": lr,
                 "grad_norm": grad_norm,
-                "tokens": self.tokens(self.done),
+                **self.totals.row(),
                 "tokens_per_second": round(speed, 1),
                 "data_seconds": round(self._waited, 6),
                 "skipped": self.skipped,
@@ -123,8 +129,7 @@ class Monitor:
         added = also({"loss": loss, **row})
         if self.main:
             self._write(step, {"loss": loss, **row, **added})
-            tokens = self.tokens(step) - self.tokens(step - 1)
-            self.progress.update(step, self._step_seconds, tokens, shown({"loss": loss, **row}))
+            self.progress.update(step, self._step_seconds, self._step_tokens, shown({"loss": loss, **row}))
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl for the current step, and passes the metrics to the trackers."""
@@ -141,6 +146,12 @@ class Monitor:
         if self.main and values:
             _append(self.layers, {"step": self.done if step is None else step, **values})
 
+    def write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes lines of samples.jsonl: what the model has written at the current step."""
+        if self.main:
+            for row in rows:
+                _append(self.samples, {"step": self.done, **row})
+
     def write_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Writes a line of alarms.jsonl, and counts it for the trackers."""
         if self.main:
@@ -150,9 +161,11 @@ class Monitor:
     def go_back(self, step: int) -> None:
         """Forgets the rows after a step, which a run that was rolled back to it writes again; but not its alarms."""
         self.done = step
+        self.totals.go_back(step)
         if self.main:
             self.file.close()
             _forget_after(self.layers, step)
+            _forget_after(self.samples, step)
             _forget_after(self.metrics, step)
             self.file = self.metrics.open("a")
             self.progress.go_back(step)
@@ -215,7 +228,7 @@ def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    rows = read_lines(path) if step else []
+    rows = read_lines(path) if step >= 0 else []
     kept = [row for row in rows if row["step"] < step or (row["step"] == step and "validation_loss" not in row)]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -103,6 +103,8 @@ def shown(row: Mapping[str, float]) -> dict[str, str]:
     values = {"loss": f"{row['loss']:.4f}"}
     if row["skipped"]:
         values["skipped"] = f"{row['skipped']}"
+    if "token_accuracy" in row:
+        values["accuracy"] = f"{row['token_accuracy']:.1%}"
     if "mfu" in row:
         values["MFU"] = f"{row['mfu']:.0%}"
     if "device_gib" in row:

@@ -11,11 +11,12 @@ from typing import Any
 
 from distopt import bounds
 from distopt.bounds import POSITIVE, Bound, choice, integer, number, or_null, switch, text, texts
+from distopt.bounds.evaluation import EARLY_STOPPING as EARLY
+from distopt.bounds.evaluation import PROMPTS
 from distopt.bounds.health import BOUNDS as HEALTH
 from distopt.bounds.health import NOISE_DECAY
 from distopt.bounds.optimizer import AVERAGE, BOUNDS, RHO_FACTORS
 from distopt.data.batch_sizes import SCHEDULE as BATCHES
-from distopt.job.early_stopping import BOUNDS as EARLY
 from distopt.job.key import Key
 from distopt.job.model_keys import MODEL_KEYS
 from distopt.job.optimizer_keys import OPTIMIZER_KEYS
@@ -116,6 +117,13 @@ SCHEMA: dict[str, Key] = {
     ),
     "evaluation.max_sequences": Key(or_null(integer(1)), "validation sequences; null: all"),
     "evaluation.prompt": Key(text(), "what the sample at the end continues", "quote it twice, as '\"5\"'"),
+    "evaluation.generate": Key(
+        or_null(PROMPTS),
+        "prompts that the model continues at evaluations: a file, or a list; with answers, `exact_match` is measured",
+    ),
+    "evaluation.generate_every": Key(integer(1), "evaluations between two of which it does"),
+    "evaluation.generate_tokens": Key(integer(1), "the largest number of tokens that it writes after each"),
+    "evaluation.temperature": Key(number(0), "the temperature of their sampling; 0: the most likely token"),
     "evaluation.sample_tokens": Key(integer(0), "tokens of the sample; 0: none"),
     "checkpoint.every": Key(integer(1), "steps between checkpoints; also after the last step"),
     "checkpoint.keep": Key(integer(1), "checkpoints to keep, the newest ones, beside those of the next two keys"),

@@ -10,6 +10,7 @@ from distopt.bounds import mapping, shown
 
 Rows = list[dict[str, Any]]
 _OF_A_STEP = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second")
+_ALSO = {"validation_loss", "bits_per_byte", "validation_token_accuracy", "target_tokens"}
 _OF_AN_ALARM = ("kind", "layer", "value", "bound", "others")
 _TEXTS = ("command", "model", "data", "tokenizer", "digest", "device", "version", "commit", "began", "stopped_early")
 _COUNTS = ("parameters", "processes")
@@ -64,7 +65,8 @@ def _check_starts(init: object, file: Path) -> None:
 def checked_rows(rows: Rows, file: Path) -> Rows:
     """Return the rows of metrics.jsonl; raise `ValueError` for the first that lacks a number, or has something else."""
     for row in rows:
-        for name in ("step", *(_OF_A_STEP if "loss" in row else row.keys() & {"validation_loss", "bits_per_byte"})):
+        also = row.keys() & _ALSO
+        for name in ("step", *(_OF_A_STEP if "loss" in row else ()), *also):
             if not _is_number(row.get(name)):
                 raise ValueError(f"{file}: {name} of step {row['step']} must be a number, got {shown(row.get(name))}")
         if type(row.get("skipped", 0)) is not int:
@@ -83,6 +85,16 @@ def checked_layers(rows: Rows, file: Path) -> Rows:
                     f"got {shown(values)}"
                 )
     return rows
+
+
+def checked_samples(rows: Rows, file: Path) -> Rows:
+    """Return the rows of samples.jsonl of its last step; raise `ValueError` for one without its texts."""
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    for row in last:
+        for name in ("prompt", "sample", *(("answer",) if "match" in row else ())):
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{file}: {name} of step {row['step']} must be a text, got {shown(row.get(name))}")
+    return last
 
 
 def checked_alarms(rows: Rows, file: Path) -> Rows:

@@ -17,6 +17,7 @@ from distopt.report.runs import Run
 _NOT_COMPARED = (
     *("name", "seed", "model.seed", "trackers", "train.resume", "train.timeout_minutes", "checkpoint."),
     *("evaluation.prompt", "evaluation.sample_tokens", "data.cache_dir"),
+    *("evaluation.generate", "evaluation.temperature"),
 )
 _RATES = ("optimizer.lr", "lr_scale")
 _IN_THE_NAME = ("optimizer", "optimizer._target_", "sam", "sam._target_")

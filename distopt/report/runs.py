@@ -10,8 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN, read_lines, read_metrics
-from distopt.report.checked import checked_about, checked_alarms, checked_layers, checked_rows, read_mapping
+from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN, SAMPLES, read_lines, read_metrics
+from distopt.report.checked import (
+    checked_about,
+    checked_alarms,
+    checked_layers,
+    checked_rows,
+    checked_samples,
+    read_mapping,
+)
 
 CONFIG = "config.yaml"
 
@@ -28,6 +35,7 @@ class Run:
         rows: The rows of metrics.jsonl.
         layers: The rows of layers.jsonl.
         alarms: The rows of alarms.jsonl.
+        samples: The rows of samples.jsonl that the last evaluation has written.
     """
 
     folder: Path
@@ -37,6 +45,7 @@ class Run:
     rows: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     alarms: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path, name: str) -> Run:
@@ -54,6 +63,7 @@ class Run:
             about=checked_about(read_mapping(folder / RUN, json.loads), folder / RUN),
             rows=checked_rows(read_metrics(folder), folder / METRICS),
             layers=checked_layers(read_lines(folder / LAYERS), folder / LAYERS),
+            samples=checked_samples(read_lines(folder / SAMPLES), folder / SAMPLES),
             alarms=checked_alarms(read_lines(folder / ALARMS), folder / ALARMS),
         )
 
@@ -122,6 +132,27 @@ class Run:
         """The throughput of all processes over all steps; nan if no time was measured."""
         last = self.train[-1]
         return last["tokens"] / last["seconds"] if last["seconds"] else math.nan
+
+    @property
+    def tokens(self) -> float:
+        """The number of tokens of all steps, without padding."""
+        return float(self.train[-1]["tokens"])
+
+    @property
+    def target_tokens(self) -> float:
+        """The number of those that were learnt to be predicted; nan for a run that has not counted them."""
+        return float(self.train[-1].get("target_tokens", math.nan))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the targets of the last evaluation that were the most likely token; nan if it is not known."""
+        return float(self.validation[-1].get("validation_token_accuracy", math.nan)) if self.validation else math.nan
+
+    @property
+    def exact_match(self) -> float:
+        """The share of the prompts whose last sample was the answer; nan for a run without answers."""
+        known = [row["match"] for row in self.samples if isinstance(row.get("match"), bool)]
+        return sum(known) / len(known) if known else math.nan
 
     @property
     def skipped(self) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import distopt
 from distopt.engine.train_step import update
-from distopt.job.evaluate import sample, validation_loss
+from distopt.job.evaluate import validation_loss
+from distopt.job.generate import sample
 from distopt.models.language_model import LanguageModel
 from distopt.optim import LAMB, SGD
 from tests.harness.distributed import run
