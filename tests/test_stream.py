@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -218,8 +218,8 @@ class Lossy(MemoryFileSystem):
     protocol = "lossy"
     failures = 0
     cachable = False
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         file = super()._open(path, mode, **options)
@@ -427,7 +427,10 @@ def test_a_mixture_of_both_is_resumed_by_two(folders: dict[str, str], cache: Pat
         ({"path": "both"}, r"has files of lines and of Parquet; give data\.files"),
         ({"path": "both", "files": "*.csv"}, r"no file of rows to stream whose path fits data\.files=\*\.csv"),
         ({"path": "rows.jsonl", "field": "body"}, r"rows\.jsonl:1 has no text under 'body' \(found: id, text\)"),
-        ({"path": "rows.parquet", "field": "body"}, r"rows\.parquet has no column 'body'; give field=<one of: id, text>"),
+        (
+            {"path": "rows.parquet", "field": "body"},
+            r"rows\.parquet has no column 'body'; give field=<one of: id, text>",
+        ),
         ({"path": "list.json"}, r"list\.json:1 is not UTF-8 JSON .* one JSON object per line is needed"),
         ({"path": "torn.parquet"}, r"torn\.parquet cannot be read as Parquet"),
         ({"path": "no://where"}, r"data\.path=no://where cannot be listed \(Protocol not known: no"),
@@ -469,7 +472,10 @@ def test_too_few_rows_for_all_readers_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "jsonl"}, r"data\.sources\.streamed: 'format' is no option of a source that is streamed; it has path"),
+        (
+            {"format": "jsonl"},
+            r"data\.sources\.streamed: 'format' is no option of a source that is streamed; it has path",
+        ),
         ({"stream": "yes"}, r"data\.sources\.streamed: stream must be true or false, got 'yes'"),
         ({"stream": False}, r"data\.sources\.streamed: 'validation_documents' is no option of a source; it has path"),
         ({"shuffle_buffer": -1}, r"data\.sources\.streamed: data\.shuffle_buffer must be"),

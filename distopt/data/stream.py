@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -128,9 +127,7 @@ class StreamData:
         self, corpus: StreamCorpus, *, sequence_length: int, batch_size: int, seed: int = 0
     ) -> StreamedSequences | SeparateSequences:
         """Return the training sequences of a corpus."""
-        sequences = StreamedSequences(
-            corpus.stream, sequence_length=sequence_length, batch_size=batch_size, seed=seed
-        )
+        sequences = StreamedSequences(corpus.stream, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
         return SeparateSequences(sequences, corpus.end) if self.separate else sequences
 
     def validation_sequences(

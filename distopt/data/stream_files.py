@@ -46,7 +46,9 @@ class StreamFile:
         compression = None if self.is_table else get_compression(self.path, "infer")
         if compression is None and not self.is_table and not self.path.endswith(LINES):
             ending = PurePosixPath(self.path).suffix
-            raise ValueError(f"{self} cannot be decompressed here: a {ending} file needs zstandard; pip install zstandard")
+            raise ValueError(
+                f"{self} cannot be decompressed here: a {ending} file needs zstandard; pip install zstandard"
+            )
         return OpenFile(self.filesystem, self.path, "rb", compression=compression)
 
     def __str__(self) -> str:

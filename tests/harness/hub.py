@@ -38,7 +38,9 @@ def served(repositories: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
             path = unquote(urlsplit(self.path).path).strip("/")
             requests.append(f"{self.command} {path}")
             plain = path.removeprefix("api/").removeprefix("models/")
-            folder = next((content for name, content in repositories.items() if f"{plain}/".startswith(f"{name}/")), None)
+            folder = next(
+                (content for name, content in repositories.items() if f"{plain}/".startswith(f"{name}/")), None
+            )
             if folder is None:
                 self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
                 return
