@@ -161,7 +161,7 @@ class Lane:
             if not found and epoch > start.epoch:
                 raise ValueError(
                     f"{stream.files[0]} and the other files of the stream have too few rows to be dealt out to "
-                    f"{self._lanes} readers: prepare them, by data=text"
+                    f"{self._lanes} lanes: prepare them, by data=text"
                 )
 
     def _turns(self, epoch: int) -> list[Turn]:

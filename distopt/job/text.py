@@ -47,9 +47,9 @@ def open_text(cfg: DictConfig, data: Data, sizes: dict[str, int], batches: Batch
 
 
 def bookmarks(sequences: Any, step: int) -> list[dict[str, Any]]:
-    """Returns where the readers of all processes are in a stream at a step; every process has to call it.
+    """Returns where the lanes of all processes are in a stream at a step; every process has to call it.
 
-    Of a reader that several processes have, the farthest: some may not have asked it since they were resumed.
+    Of a lane that several processes read, the farthest: some may not have asked it since they were resumed.
     """
     if getattr(sequences, "count", 0) is not None:
         return []
