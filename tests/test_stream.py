@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -111,7 +111,7 @@ def test_every_document_is_read_once_in_a_pass(folders: dict[str, str]) -> None:
 
 
 def test_documents_are_packed_as_those_of_a_prepared_text(folders: dict[str, str]) -> None:
-    """In the order of the file, one reader: its text with the end of each document, pass after pass."""
+    """In the order of the file, in one lane: its text with the end of each document, pass after pass."""
     data = StreamData(path=folders["one.jsonl"], validation_documents=2, shuffle_buffer=1)
     found = data.sequences(data.build(), sequence_length=LENGTH, batch_size=1)
     one = "".join(text + "\0" for text in texts(2, 298)).encode()
@@ -121,7 +121,7 @@ def test_documents_are_packed_as_those_of_a_prepared_text(folders: dict[str, str
 
 
 def test_a_block_has_its_sequences_in_another_order(folders: dict[str, str]) -> None:
-    """64 sequences of the buffer over 8 readers: blocks of 8 of each, which no sequence leaves."""
+    """64 sequences of the buffer over 8 lanes: blocks of 8 of each, which no sequence leaves."""
     shuffled = sequences(folders["one.jsonl"])
     reader = lane.Lane(shuffled._stream, 5, 8, LENGTH, 3)
     stretch = np.concatenate([reader.sequence(number)[:-1] for number in range(8)])
@@ -136,6 +136,14 @@ def test_a_block_has_its_sequences_in_another_order(folders: dict[str, str]) -> 
 def test_lanes_divide_every_batch() -> None:
     assert [lanes_of(BatchSizes(size)) for size in (1, 7, 8, 24, 34, 512)] == [1, 7, 8, 12, 2, 16]
     assert lanes_of(BatchSizes(32, {10: 48, 20: 72})) == 8
+
+
+def test_more_ranks_than_lanes_share_them(folders: dict[str, str]) -> None:
+    data = StreamData(path=folders["jsonl"], **OPTIONS)
+    found = [data.sequences(data.build(), sequence_length=LENGTH, batch_size=34) for _ in range(2)]
+    for step in range(3):
+        whole = torch.cat([found[1].batch(step, rank, 17) for rank in range(17)])
+        assert torch.equal(whole, found[0].batch(step)) and whole.shape == (34, LENGTH + 1)
 
 
 def test_batches_that_grow_are_the_same_at_every_world_size(folders: dict[str, str]) -> None:
@@ -193,7 +201,7 @@ def test_resuming_reads_no_more_than_two_blocks(folders: dict[str, str], monkeyp
     monkeypatch.setattr(lane, "documents", counted)
     assert torch.equal(resumed.batch(999), expected)
     longest = 30 + 1
-    assert sum(read) <= 8 * (2 * 8 * LENGTH + 1 + 2 * longest)  # readers times two blocks, and documents cut by them
+    assert sum(read) <= 8 * (2 * 8 * LENGTH + 1 + 2 * longest)  # lanes times two blocks, and documents cut by them
 
 
 def test_earlier_batches_are_read_again(folders: dict[str, str]) -> None:
@@ -218,8 +226,8 @@ class Lossy(MemoryFileSystem):
     protocol = "lossy"
     failures = 0
     cachable = False
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         file = super()._open(path, mode, **options)
@@ -239,32 +247,37 @@ class Lossy(MemoryFileSystem):
 
 
 @pytest.fixture
-def lossy(monkeypatch: pytest.MonkeyPatch) -> str:
+def lossy(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a file system with one.jsonl and the folder parquet."""
     fsspec.register_implementation("lossy", Lossy, clobber=True)
     monkeypatch.setattr(Lossy, "store", {})
     monkeypatch.setattr(stream_rows, "_CHUNK", 64)
     monkeypatch.setattr(stream_rows, "PAUSE", 0.0)
-    with fsspec.open("lossy://rows/a.jsonl", "wb") as file:
-        file.write("".join(json.dumps({"text": text}) + "\n" for text in texts(0, 300)).encode())
-    return "lossy://rows"
+    root = Path(folders["one.jsonl"]).parent
+    for local in (root / "one.jsonl", *(root / "parquet").iterdir()):
+        with fsspec.open(f"lossy://{local.relative_to(root)}", "wb") as file:
+            file.write(local.read_bytes())
+    return "lossy://"
 
 
-def test_what_a_network_loses_is_read_again(folders: dict[str, str], lossy: str) -> None:
-    expected = batches(sequences(folders["one.jsonl"]), 0, 20)
-    found = sequences(lossy)
+@pytest.mark.parametrize("name", ["one.jsonl", "parquet"])
+def test_what_a_network_loses_is_read_again(folders: dict[str, str], lossy: str, name: str) -> None:
+    expected = batches(sequences(folders[name]), 0, 20)
+    found = sequences(lossy + name)
     for step, batch in enumerate(expected):
         Lossy.failures = stream_rows.TRIES - 1
         assert torch.equal(found.batch(step), batch)
+        assert step or Lossy.failures == 0
 
 
 def test_a_network_that_is_gone_is_one_line(lossy: str) -> None:
-    found = sequences(lossy)
+    found = sequences(f"{lossy}one.jsonl")
     Lossy.failures = 1000
     with pytest.raises(ValueError) as failed:
         found.batch(0)
     Lossy.failures = 0
     said = str(failed.value)
-    assert said.startswith("lossy://rows/a.jsonl could not be read on from row") and "\n" not in said
+    assert said.startswith("lossy://one.jsonl could not be read on from row") and "\n" not in said
     assert "6 times in a row (ConnectionError: the connection is gone): resume with train.resume=auto" in said
 
 
@@ -463,9 +476,9 @@ def test_what_cannot_be_streamed_is_one_line(
     assert "\n" not in str(failed.value)
 
 
-def test_too_few_rows_for_all_readers_are_one_line(tmp_path: Path) -> None:
+def test_too_few_rows_for_all_lanes_are_one_line(tmp_path: Path) -> None:
     found = sequences(str(jsonl(tmp_path / "a.jsonl", texts(0, 5))), validation_documents=1)
-    with pytest.raises(ValueError, match=r"a\.jsonl and the other files .* too few rows .* 8 readers: prepare them"):
+    with pytest.raises(ValueError, match=r"a\.jsonl and the other files .* too few rows .* 8 lanes: prepare them"):
         found.batch(0)
 
 

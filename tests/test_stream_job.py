@@ -52,13 +52,13 @@ def test_a_run_of_one_process_is_resumed_by_two(cwd: Path) -> None:
     assert first.code == 0, first.err
     (checkpoint,) = (cwd / "runs" / "resumed" / "checkpoints").glob("step*")
     bookmarks = open_checkpoint(checkpoint)["extra"]["stream"]
-    assert [bookmark[:2] for bookmark in bookmarks] == [["", lane] for lane in range(8)]
+    assert [(bookmark["source"], bookmark["lane"]) for bookmark in bookmarks] == [("", lane) for lane in range(8)]
     second = jobs.run(cwd, words("resumed", 10, engine="fsdp2", **{"train.resume": "auto"}), 2)
     assert [rank.code for rank in second] == [0, 0], second[0].err
     assert losses(cwd, "resumed") == pytest.approx(losses(cwd, "unbroken"), rel=1e-5)
     assert len(losses(cwd, "resumed")) == 10
     checkpoint = max((cwd / "runs" / "resumed" / "checkpoints").glob("step*"))
-    assert [bookmark[1] for bookmark in open_checkpoint(checkpoint)["extra"]["stream"]] == list(range(8))
+    assert [bookmark["lane"] for bookmark in open_checkpoint(checkpoint)["extra"]["stream"]] == list(range(8))
 
 
 def test_what_a_stream_has_not_is_one_line(cwd: Path) -> None:
@@ -72,8 +72,8 @@ def test_what_a_stream_has_not_is_one_line(cwd: Path) -> None:
     ]
     ended = jobs.one_after_another(cwd, commands)
     expected = [
-        "train.epochs=2.0: how many sequences a stream has",
-        "train.epochs=2.0: how many sequences a stream has",
+        "train.epochs=2: how many sequences a stream has",
+        "train.epochs=2: how many sequences a stream has",
         "data.path=text.txt has no file of rows to stream",
         "data.shuffle_buffer must be an integer >= 1, got 'none'",
     ]

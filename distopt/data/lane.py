@@ -54,9 +54,9 @@ class Mark(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A file of a lane, of whose rows it takes every `turns`-th, from number `turn` on."""
+    """A file of a lane, by its index, of whose rows it takes every `turns`-th, from number `turn` on."""
 
-    index: int
+    file: int
     turn: int
     turns: int
 
@@ -128,7 +128,7 @@ class Lane:
     def _read(self, count: int) -> None:
         """Read until there are so many tokens from the start of the block on."""
         while len(self._tokens) < count:
-            marks, texts, size = [], [], 0
+            marks, texts, size = list[Mark](), list[bytes](), 0
             while size < _BATCH and (not marks or marks[-1].epoch == marks[0].epoch):
                 mark, text = next(self._documents)
                 marks.append(mark)
@@ -145,23 +145,23 @@ class Lane:
         """Yield the documents of this lane from a mark on, pass after pass, each with its mark."""
         stream, found = self._stream, False
         for epoch in itertools.count(start.epoch):
-            for place, (index, turn, turns) in enumerate(self._turns(epoch)):
+            for place, (file, turn, turns) in enumerate(self._turns(epoch)):
                 if (epoch, place) < (start.epoch, start.place):
                     continue
-                first, held_out = (epoch, place) == (start.epoch, start.place), stream.held_out[index]
+                first, held_out = (epoch, place) == (start.epoch, start.place), stream.held_out[file]
                 position = Position(start.row, start.byte) if first else Position()
 
                 def is_own(row: int, held_out: int = held_out, turn: int = turn, turns: int = turns) -> bool:
                     return row >= held_out and (row - held_out) % turns == turn
 
-                for (row, byte), text in documents(stream.files[index], stream.field, position, is_own):
+                for (row, byte), text in documents(stream.files[file], stream.field, position, is_own):
                     found = True
                     mark = Mark(epoch, place, row, byte)
                     yield mark._replace(skip=start.skip) if mark[:4] == start[:4] else mark, text
             if not found and epoch > start.epoch:
                 raise ValueError(
                     f"{stream.files[0]} and the other files of the stream have too few rows to be dealt out to "
-                    f"{self._lanes} readers: prepare them, by data=text"
+                    f"{self._lanes} lanes: prepare them, by data=text"
                 )
 
     def _turns(self, epoch: int) -> list[Turn]:

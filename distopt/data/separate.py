@@ -19,8 +19,10 @@ class Windows(Protocol):
     """Training sequences of tokens, such as `Sequences`."""
 
     sizes: BatchSizes
-    count: int | None
     notes: list[str]
+
+    @property
+    def count(self) -> int | None: ...
 
     @property
     def identity(self) -> dict[str, str]: ...

@@ -44,8 +44,12 @@ def documents(
     """
     at, done, failures = start, start.row - 1, 0
     while True:
+
+        def is_next(number: int, done: int = done) -> bool:
+            return number > done and wanted(number)
+
         try:
-            for position, row in _rows(file, field, at, lambda number: number > done and wanted(number)):
+            for position, row in _rows(file, field, at, is_next):
                 text = text_of(row, field)
                 at, done, failures = position, position.row, 0
                 if text:

@@ -76,8 +76,8 @@ class StreamedSequences:
     def sizes(self, sizes: BatchSizes) -> None:
         self._sizes, self.lanes = sizes, lanes_of(sizes)
         self._open = dict[int, Lane]()
-        readers = f"{self.lanes} reader{'s' * (self.lanes > 1)}"
-        self.notes = [f"a stream of {len(self._stream.files):,} files, read by {readers} at any number of processes"]
+        lanes = f"{self.lanes} lane{'s' * (self.lanes > 1)}"
+        self.notes = [f"a stream of {len(self._stream.files):,} files in {lanes}, the same at any number of processes"]
 
     @property
     def identity(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class StreamedSequences:
 
     def bookmarks_at(self, numbers: dict[int, int], source: str = "") -> list[Bookmark]:
         """Return where the lanes that this rank has read are, each at the number of a sequence."""
-        found = [(lane, *reader.mark(numbers[lane])) for lane, reader in sorted(self._open.items())]
+        found = [(lane, *each.mark(numbers[lane])) for lane, each in sorted(self._open.items())]
         return [Bookmark(source, lane, block, *mark) for lane, block, mark in found]
 
     def resume(self, bookmarks: Iterable[Bookmark]) -> None:

@@ -58,12 +58,15 @@ class TrainingSequences(Protocol):
     """The batches of a run: a pure function of the step, at any number of processes.
 
     Attributes:
-        count: The number of sequences in an epoch; None if it is not known.
         notes: Lines for the user.
     """
 
-    count: int | None
     notes: list[str]
+
+    @property
+    def count(self) -> int | None:
+        """The number of sequences in an epoch; None if it is not known, and `train.epochs` refused."""
+        ...
 
     @property
     def identity(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
@@ -46,20 +46,20 @@ def open_text(cfg: DictConfig, data: Data, batches: BatchSizes | None = None) ->
     return Text(corpus, sequences, data.validation_sequences(corpus, **sizes, max_sequences=most))
 
 
-def bookmarks(sequences: Any, step: int) -> list[Bookmark]:
-    """Returns where the readers of all processes are in a stream at a step; every process has to call it.
+def bookmarks(sequences: Any, step: int) -> list[dict[str, Any]]:
+    """Returns where the lanes of all processes are in a stream at a step; every process has to call it.
 
-    Of a reader that several processes have, the farthest: the others may never have asked it.
+    Of a lane that several processes read, the farthest: some may not have asked it since they were resumed.
     """
     if getattr(sequences, "count", 0) is not None:
         return []
     found = {}
     for bookmark in sorted(each for every in collective.on_all(lambda: sequences.bookmarks(step)) for each in every):
         found[bookmark.source, bookmark.lane] = bookmark
-    return list(found.values())
+    return [bookmark._asdict() for bookmark in found.values()]
 
 
-def resume(sequences: Any, saved: Sequence[Sequence[Any]]) -> None:
+def resume(sequences: Any, saved: Sequence[Mapping[str, Any]]) -> None:
     """Lets a stream go on from the bookmarks of a checkpoint."""
     if saved:
-        sequences.resume([Bookmark(*each) for each in saved])
+        sequences.resume([Bookmark(**each) for each in saved])
