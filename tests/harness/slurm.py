@@ -2,7 +2,7 @@
 """Stand-ins for the commands of SLURM, by the name under which this file is called: its nodes are this machine.
 
 What they know of a job is a folder in $FAKE_SLURM: `state`, `args`, `script`, and `cancelled` once it was cancelled.
-As in SLURM, sbatch runs the script in a process of its own, srun forwards SIGUSR1 to the nodes, `scancel --signal` sends
+In SLURM sbatch runs the script in a process of its own, srun forwards SIGUSR1 to the nodes, `scancel --signal` sends
 a signal to what srun has started, and a job that is requeued starts again with SLURM_RESTART_COUNT.
 """
 

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import pkgutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +74,7 @@ class OptunaSweeper(Sweeper):
                 "there is nothing to search: give a key several values, as lr=tag(log,interval(1e-4,0.1)) or sam=on,off"
             )
         folder = Path(str(self.config.hydra.sweep.dir))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna's on what is experimental in it
-            self._search(space, folder)
+        self._search(space, folder)
 
     def _search(self, space: Space, folder: Path) -> None:
         from ._samplers import sampler
