@@ -39,7 +39,7 @@ def sbatch(words: list[str]) -> None:
     (job / "args").write_text("\n".join(words))
     (job / "script").write_text(Path(words[-1]).read_text())
     (job / "env").write_text("\n".join(os.environ))
-    (job / "state").write_text("PENDING")
+    put(job, "PENDING")
     print(f"{number};cluster" if "--parsable" in words else f"Submitted batch job {number}", flush=True)
     if os.fork() == 0:  # slurmctld, which outlives sbatch
         os.setsid()
@@ -57,7 +57,7 @@ def control(job: Path, options: dict[str, str]) -> None:
         while (HOME / "full").exists() and not (job / "cancelled").exists():
             time.sleep(0.02)
         if (job / "cancelled").exists():
-            (job / "state").write_text("CANCELLED")
+            put(job, "CANCELLED")
             return
         env = {
             **os.environ,
@@ -72,17 +72,24 @@ def control(job: Path, options: dict[str, str]) -> None:
                 ["bash", str(job / "script")], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
         (job / "batch").write_text(str(process.pid))
-        (job / "state").write_text("RUNNING")
+        put(job, "RUNNING")
         code = process.wait()
         (job / "step").unlink(missing_ok=True)
         starts += 1
         if (job / "requeue").exists():
             (job / "requeue").unlink()
-            (job / "state").write_text("PENDING")
+            put(job, "PENDING")
             continue
         cancelled = (job / "cancelled").exists()
-        (job / "state").write_text("CANCELLED" if cancelled else "COMPLETED" if code == 0 else "FAILED")
+        put(job, "CANCELLED" if cancelled else "COMPLETED" if code == 0 else "FAILED")
         return
+
+
+def put(job: Path, state: str) -> None:
+    """Write a job's state, at once, since squeue may read it."""
+    aside = job / "state.tmp"
+    aside.write_text(state)
+    aside.replace(job / "state")
 
 
 def squeue(words: list[str]) -> None:

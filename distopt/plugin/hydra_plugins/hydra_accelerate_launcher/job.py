@@ -100,9 +100,9 @@ class Job:
         self._own.mkdir(parents=True)
         (self._own / "job.json").write_text(json.dumps(self.identity(), indent=1) + "\n")
         command = [*launch, *self.words]
-        self._wrote = self.log.stat().st_size if self.log.is_file() else 0
         with self.log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
+        self._wrote = self.log.stat().st_size
         own = {FILE: str(self._own / "result.pickle"), RESUME: "auto" if again else "never"}
         self.began, self.started = time.monotonic(), time.time()
         self.tree = make(command, {**env, **own}, self.log)
@@ -128,7 +128,7 @@ class Job:
         elif code == 0:
             why = "it ended, with exit code 0, before its function had returned"
         else:
-            why = log.error(self.log, self._wrote + 1)
+            why = log.error(self.log, self._wrote)
         self.fail(JobFailed(f"{why} (log: {self.log})"))
 
     def fail(self, error: JobFailed) -> None:
