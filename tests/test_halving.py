@@ -15,6 +15,7 @@ from hydra_plugins.hydra_accelerate_launcher.config import AccelerateLauncherCon
 from hydra_plugins.hydra_accelerate_launcher.errors import LauncherError
 from hydra_plugins.hydra_accelerate_launcher.halving import Halving, Stop
 from hydra_plugins.hydra_accelerate_launcher.job import Job
+from hydra_plugins.hydra_accelerate_launcher.places import Here
 from omegaconf import OmegaConf
 
 from tests.harness import jobs
@@ -119,12 +120,12 @@ def test_a_stopped_job_ends_early_and_returns_its_metric(
         (tmp_path / "now").unlink(missing_ok=True)
         (tmp_path / f"{number}").mkdir()
         (tmp_path / "now").symlink_to(tmp_path / f"{number}")
-        (result,) = sweep.run([job(number, value)], options, halving)
+        (result,) = sweep.run([job(number, value)], options, halving, lambda: Here(options))
     assert result.return_value == 4.0
     told = capsys.readouterr().err
     assert "#0 value=2.0: failed: the end" in told.replace("SystemExit: ", "")  # the program has no return value
     assert "#1 value=4.0: stopped at step 1: 4, number 2 of 2" in told
-    (again,) = sweep.run([job(1, 4.0)], options, Halving("loss", [1]))
+    (again,) = sweep.run([job(1, 4.0)], options, Halving("loss", [1]), lambda: Here(options))
     assert again.return_value == 4.0 and "#1 value=4.0: 4, done before" in capsys.readouterr().err
 
 

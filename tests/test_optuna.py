@@ -179,10 +179,14 @@ def test_what_is_no_number_has_failed(tmp_path: Path, value: Any) -> None:
     found = opened(tmp_path)
     (trial,) = found.ask(1)
     assert found.tell(trial, ended(value)) == f"it has to return a number, and returned {value!r}"
-    assert found.study.trials[0].state == TrialState.FAIL
-    (again,) = found.ask(1)
+    assert found.study.trials[0].state == TrialState.FAIL and found.missing(3) == 2
+    found.retry([0])  # if it ends the search; a failure that is allowed is a trial as any other
+    assert found.missing(3) == 3
+    (again,) = opened(tmp_path).ask(1)
     assert (again.number, again.params) == (1, trial.params)
     assert found.tell(again, ended(ValueError("memory"), JobStatus.FAILED)) == "memory"
+    (new,) = found.ask(1)
+    assert new.params != trial.params and found.missing(3) == 2
 
 
 def test_the_numbers_of_jobs_are_those_of_trials(tmp_path: Path) -> None:

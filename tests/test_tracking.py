@@ -22,7 +22,7 @@ RUN = {"trackers": "[tensorboard,wandb]", "train__steps": "14", "evaluation__eve
 def fake_wandb(folder: str, dies: int = 0) -> None:
     """A module that writes what Accelerate's tracker tells it: what a run needs of W&B, without its servers.
 
-    As these do, it drops a step that comes before the last one. The arguments of `init` are those of wandb 0.31.
+    It fails for what W&B drops. The arguments of `init` are some of those of wandb 0.31.
     dies: the forward pass in which the process is killed.
     """
     from accelerate import tracking
@@ -39,13 +39,14 @@ def fake_wandb(folder: str, dies: int = 0) -> None:
         resume: str | None = None,
     ) -> SimpleNamespace:
         write("init", {"project": project, "id": id, "name": name, "group": group, "resume": resume})
-        return SimpleNamespace(
-            log=lambda values, step: write(
-                "log", step, {k: v for k, v in values.items() if isinstance(v, (int, float))}
-            ),
-            finish=lambda: write("finish"),
-        )
+        return run
 
+    def log(values: dict[str, Any], step: int) -> None:
+        assert step >= run.step, f"W&B drops step {step} after step {run.step}"
+        run.step = step
+        write("log", step, {name: value for name, value in values.items() if isinstance(value, (int, float))})
+
+    run = SimpleNamespace(step=0, log=log, finish=lambda: write("finish"))
     module: Any = ModuleType("wandb")
     module.init, module.Histogram = init, list
     module.config = SimpleNamespace(update=lambda values, allow_val_change: write("config", values))
@@ -128,6 +129,15 @@ def test_a_run_that_is_rolled_back_shows_what_it_did_then(tmp_path: Path) -> Non
     rows = {row["step"]: row["loss"] for row in metrics(tmp_path / "runs/r") if "loss" in row}
     assert shown["loss"] == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in rows.items()]
     assert [step for step, _ in shown["health/alarm"]] == [8]
+
+
+def test_norms_that_are_known_late_belong_to_the_step_that_is_logged(tmp_path: Path) -> None:
+    """W&B dropped them, with a warning for each."""
+    jobs.write_text(tmp_path)
+    changes = {"trackers": "[wandb]", "health": "on", "train__steps": "3", "evaluation__every": "3"}
+    jobs.train(tmp_path, 1, fake_wandb, str(tmp_path), name="h", **changes)
+    logged = [(line[1], line[2]) for line in told(tmp_path) if line[0] == "log"]
+    assert [step for step, values in logged if not values] == [3] * 4
 
 
 def test_the_jobs_of_a_sweep_are_a_group(tmp_path: Path) -> None:

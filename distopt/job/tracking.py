@@ -123,7 +123,8 @@ class Trackers:
                 elif tracker.name == "wandb":
                     import wandb
 
-                    tracker.tracker.log({f"health/log10_{name}": wandb.Histogram(logarithms)}, step=step)
+                    now = max(step, tracker.tracker.step)  # norms are known one step late, and it drops what is late
+                    tracker.tracker.log({f"health/log10_{name}": wandb.Histogram(logarithms)}, step=now)
 
     def go_back(self, step: int, done: int) -> None:
         """Forgets the steps after one, to which the run was rolled back; what only appends keeps those until `done`."""

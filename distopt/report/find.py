@@ -10,7 +10,9 @@ from pathlib import Path
 
 from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN
 from distopt.job.run_folder import near
+from distopt.report.comparison import FILE as COMPARISON
 from distopt.report.runs import CONFIG, Run
+from distopt.report.search import FILE as SEARCH
 
 Stamp = tuple[tuple[int, int] | None, ...]  # the time and the size of each file of a run
 
@@ -57,8 +59,10 @@ class Finder:
         return sorted(runs, key=lambda run: _in_order(run.name))
 
     def stamps(self) -> dict[Path, Stamp]:
-        """Return when each run has last changed."""
-        return {folder: _stamp(folder) for root in self.folders if root.is_dir() for folder in _walk(root)}
+        """Return when each run, and what is written of a sweep, has last changed."""
+        runs = {folder: _stamp(folder) for root in self.folders if root.is_dir() for folder in _walk(root)}
+        of_sweeps = [root / name for root in self.folders for name in (COMPARISON, SEARCH)]
+        return runs | {file: (_time_and_size(file),) for file in of_sweeps}
 
     def _of(self, folder: Path, name: str, key: Path) -> Run | str:
         """The run of a folder, or what is damaged in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from . import command, sweep
-from .config import AccelerateLauncherConf
+from .config import AccelerateLauncherConf, SlurmLauncherConf, SweepConf
 from .errors import LauncherError
 from .halving import Halving
 from .job import Job
+from .places import Here, Place
+from .slurm import Slurm
 
 
 class AccelerateLauncher(Launcher):
@@ -31,10 +34,14 @@ class AccelerateLauncher(Launcher):
         options: The fields of `AccelerateLauncherConf`.
     """
 
+    conf: type[SweepConf] = AccelerateLauncherConf
+
     def __init__(self, **options: Any) -> None:
-        self.options: AccelerateLauncherConf = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(AccelerateLauncherConf), options)
-        )  # type: ignore[assignment]
+        self.options: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.conf), options))
+
+    def place(self) -> Place:
+        """Return where the jobs run."""
+        return Here(self.options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store Hydra's context.
@@ -71,7 +78,7 @@ class AccelerateLauncher(Launcher):
                         f"jobs #{same.number} and #{job.number} have the same folder {job.folder}: "
                         "hydra.sweep.subdir must differ between them, as '${hydra.job.num}' does"
                     )
-            return sweep.run(jobs, self.options, self.halving)
+            return sweep.run(jobs, self.options, self.halving, self.place)
 
     def _job(self, number: int, overrides: list[str], sweep_folder: Path) -> Job:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -99,7 +106,23 @@ class AccelerateLauncher(Launcher):
         return Job(number, overrides, " ".join(varied or overrides), folder, result, words)
 
 
-def check(options: AccelerateLauncherConf) -> None:
+class AccelerateSlurmLauncher(AccelerateLauncher):
+    """A launcher that runs every job of a sweep as a SLURM job of its own, of one or several nodes.
+
+    This process waits for them. If it dies, they run on, and the same command waits for them again.
+
+    Args:
+        options: The fields of `SlurmLauncherConf`.
+    """
+
+    conf = SlurmLauncherConf
+
+    def place(self) -> Place:
+        """Return the cluster."""
+        return Slurm(self.options)
+
+
+def check(options: SweepConf) -> None:
     """Check the options of the launcher and its environment.
 
     Raises:
@@ -113,18 +136,52 @@ def check(options: AccelerateLauncherConf) -> None:
             "a sweep with hydra/launcher=accelerate is started by python and starts the processes of its jobs itself; "
             "here every process of an accelerate launch, or of torchrun, would start the sweep"
         )
-    for name, low in {"jobs": 1, "num_processes": 1, "num_machines": 1, "grace_seconds": 0}.items():
-        value = getattr(options, name)
+    for name, low in _LEAST.items():
+        value = getattr(options, name, None)
         if value is not None and value < low:
             raise LauncherError(f"hydra.launcher.{name} must be >= {low}, got {value}")
-    if options.timeout_minutes is not None and not options.timeout_minutes > 0:
-        raise LauncherError(f"hydra.launcher.timeout_minutes must be > 0, got {options.timeout_minutes}")
+    for name in ("timeout_minutes", "poll_seconds", "mem_gb"):
+        value = getattr(options, name, None)
+        if value is not None and not value > 0:
+            raise LauncherError(f"hydra.launcher.{name} must be > 0, got {value}")
     if options.rungs != sorted({rung for rung in options.rungs if rung > 0}):
         raise LauncherError(f"hydra.launcher.rungs must be steps > 0 in increasing order, got {options.rungs}")
     if not 0 < options.keep < 1:
         raise LauncherError(f"hydra.launcher.keep must be > 0 and < 1, got {options.keep}: the share that goes on")
     if options.config_file is not None and not Path(options.config_file).is_file():
         raise LauncherError(f"hydra.launcher.config_file={options.config_file}: no such file")
+    if isinstance(options, AccelerateLauncherConf):
+        _check_machines(options)
+    if isinstance(options, SlurmLauncherConf):
+        _check_slurm(options)
+
+
+_LEAST = {
+    **{"jobs": 1, "num_processes": 1, "num_machines": 1, "grace_seconds": 0, "nodes": 1, "gpus_per_node": 0},
+    **{"processes_per_node": 1, "cpus_per_task": 1, "timeout_min": 1, "signal_delay_s": 1},
+}
+
+
+def _check_slurm(options: SlurmLauncherConf) -> None:
+    if options.requeue and options.signal_delay_s >= 60 * options.timeout_min:
+        raise LauncherError(
+            f"hydra.launcher.signal_delay_s must be < {60 * options.timeout_min}, the seconds of timeout_min, got "
+            f"{options.signal_delay_s}: a job would be asked to save as soon as it starts"
+        )
+    if options.main_process_port and options.nodes == 1 and options.jobs > 1:
+        raise LauncherError("hydra.launcher.main_process_port must be null with jobs > 1: each job takes a free one")
+    for name in options.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)):
+            raise LauncherError(f"hydra.launcher.env: {name!r} is no name of a variable: letters, digits and _")
+    for name in options.additional_parameters:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name)):
+            raise LauncherError(
+                f"hydra.launcher.additional_parameters: {name!r} is no option of sbatch, whose long names have small "
+                "letters and hyphens, as mail-user"
+            )
+
+
+def _check_machines(options: AccelerateLauncherConf) -> None:
     if options.prefix and shutil.which(options.prefix[0]) is None:
         raise LauncherError(f"hydra.launcher.prefix: there is no command {options.prefix[0]}")
     if options.num_machines > 1:

@@ -10,10 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import AccelerateLauncherConf
+from .config import AccelerateLauncherConf, SlurmLauncherConf
 from .errors import LauncherError
 
 RESULT = "hydra_plugins.hydra_accelerate_launcher.result.Result"
+FIRST, PORT = "$first_node", "$port"  # which the script of a SLURM job knows
 
 
 def target() -> list[str]:
@@ -31,23 +32,40 @@ def target() -> list[str]:
 
 def launch(options: AccelerateLauncherConf, gpus: list[str]) -> list[str]:
     """Return `accelerate launch` with its options, for a job on these GPUs."""
-    words = [*options.prefix, sys.executable, "-m", "accelerate.commands.launch"]
-    if options.config_file is not None:
-        words += ["--config_file", options.config_file]
     processes = num_processes(options, gpus)
+    if options.num_machines > 1:
+        port = str(options.main_process_port or free_port())
+        meeting = _meeting(options.num_machines, str(options.main_process_ip), port)
+    else:
+        meeting = ["--num_machines", "1", "--main_process_port", str(options.main_process_port or 0)]
+    return [*options.prefix, *_accelerate(options.config_file, processes), *meeting, *map(str, options.args)]
+
+
+def launch_on_nodes(options: SlurmLauncherConf, processes: int) -> list[str]:
+    """Return `accelerate launch` with its options, as each node of a SLURM job runs it."""
+    port = str(options.main_process_port or PORT)
+    meeting = ["--num_machines", "1", "--main_process_port", str(options.main_process_port or 0)]
+    if options.nodes > 1:
+        meeting = _meeting(options.nodes, FIRST, port)
+    return [*_accelerate(options.config_file, processes), *meeting, *map(str, options.args)]
+
+
+def _accelerate(config_file: str | None, processes: int | None) -> list[str]:
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    if config_file is not None:
+        words += ["--config_file", config_file]
     if processes is not None:
         words += ["--num_processes", str(processes)]
-        if processes > 1 and options.config_file is None:
+        if processes > 1 and config_file is None:
             words += ["--multi_gpu"]  # otherwise Accelerate 1.15 silently starts one, also on the CPU
-    if options.num_machines > 1:
-        port = options.main_process_port or free_port()
-        # The rendezvous assigns the ranks of the machines. With machine_rank 0 Accelerate 1.15 would check on every
-        # machine that the port is free.
-        words += ["--num_machines", str(options.num_machines), "--machine_rank", "1", "--rdzv_backend", "c10d"]
-        words += ["--main_process_ip", str(options.main_process_ip), "--main_process_port", str(port)]
-    else:
-        words += ["--num_machines", "1", "--main_process_port", str(options.main_process_port or 0)]
-    return [*words, *map(str, options.args)]
+    return words
+
+
+def _meeting(machines: int, address: str, port: str) -> list[str]:
+    # The rendezvous assigns the ranks of the machines. With machine_rank 0 Accelerate 1.15 would check on every machine
+    # that the port is free.
+    words = ["--num_machines", str(machines), "--machine_rank", "1", "--rdzv_backend", "c10d"]
+    return [*words, "--main_process_ip", address, "--main_process_port", port]
 
 
 def num_processes(options: AccelerateLauncherConf, gpus: list[str]) -> int | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import shlex
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from . import log
 from .errors import JobFailed
 from .halving import Stop, Stopped
-from .processes import ProcessTree
+from .processes import Tree
 from .result import FILE
 
 LOG = "launch.log"
@@ -52,7 +52,7 @@ class Job:
     folder: Path
     result: JobReturn
     words: list[str]
-    tree: ProcessTree | None = field(default=None, init=False)
+    tree: Tree | None = field(default=None, init=False)
     began: float = field(default=0.0, init=False)
     started: float = field(default=0.0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -86,25 +86,31 @@ class Job:
         self.result.status, self.result.return_value = JobStatus.COMPLETED, value
         return True
 
-    def start(self, launch: list[str], env: dict[str, str], resume: bool) -> None:
+    def start(self, launch: list[str], env: dict[str, str], resume: bool, make: Callable[..., Tree]) -> None:
         """Start the job.
 
         Args:
             launch: The words of `accelerate launch`.
             env: Variables that are added to the environment.
             resume: Whether a job that was interrupted is to resume.
+            make: Starts the processes, from the command, variables to add to the environment, and the file for output.
         """
         again = resume and self.begun()
         shutil.rmtree(self._own, ignore_errors=True)
         self._own.mkdir(parents=True)
         (self._own / "job.json").write_text(json.dumps(self.identity(), indent=1) + "\n")
         command = [*launch, *self.words]
-        self._wrote = self.log.stat().st_size if self.log.is_file() else 0
         with self.log.open("a") as file:
             file.write(f"$ {shlex.join(command)}\n")
+        self._wrote = self.log.stat().st_size
         own = {FILE: str(self._own / "result.pickle"), RESUME: "auto" if again else "never"}
         self.began, self.started = time.monotonic(), time.time()
-        self.tree = ProcessTree(command, {**os.environ, **env, **own}, self.log)
+        self.tree = make(command, {**env, **own}, self.log)
+
+    def follow(self, tree: Tree) -> None:
+        """Wait for a job that an earlier call of the sweep has started, in place of starting it."""
+        self._wrote = 0
+        self.began, self.started, self.tree = time.monotonic(), 0.0, tree
 
     def finish(self, code: int, late: bool = False) -> None:
         """Record the return value of a job that has ended, or the reason of its failure.
@@ -122,8 +128,12 @@ class Job:
         elif code == 0:
             why = "it ended, with exit code 0, before its function had returned"
         else:
-            why = log.error(self.log, self._wrote + 1)
-        self.result.status, self.result.return_value = JobStatus.FAILED, JobFailed(f"{why} (log: {self.log})")
+            why = log.error(self.log, self._wrote)
+        self.fail(JobFailed(f"{why} (log: {self.log})"))
+
+    def fail(self, error: JobFailed) -> None:
+        """Record that the job has failed."""
+        self.result.status, self.result.return_value = JobStatus.FAILED, error
 
     def stop(self, stop: Stop) -> None:
         """Record that a job was stopped by the sweep, unless it has ended well: it returns its metric."""

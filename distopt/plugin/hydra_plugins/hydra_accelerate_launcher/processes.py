@@ -11,7 +11,28 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+
+class Tree(Protocol):
+    """What runs of a job, here or elsewhere."""
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether any of it still runs."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        ...
+
+    def kill(self) -> None:
+        """End it."""
+        ...
 
 
 class ProcessTree:
@@ -21,7 +42,7 @@ class ProcessTree:
 
     Args:
         command: The command.
-        env: Its environment.
+        env: Variables that are added to its environment.
         log: The file to which its output is appended.
     """
 
@@ -29,7 +50,7 @@ class ProcessTree:
         with log.open("ab") as out:
             self.root = subprocess.Popen(
                 command,
-                env=env,
+                env={**os.environ, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -87,11 +108,11 @@ class ProcessTree:
                 process.send_signal(number)
 
 
-def end(trees: Sequence[ProcessTree], seconds: float) -> None:
+def end(trees: Sequence[Tree], seconds: float) -> None:
     """End all processes: SIGTERM, then SIGKILL to those that are left after the grace period or on a second interrupt.
 
     Args:
-        trees: The trees of processes.
+        trees: What runs.
         seconds: The grace period.
     """
     try:

@@ -8,25 +8,25 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from . import command, devices, log
-from .config import AccelerateLauncherConf
-from .errors import LauncherError
+from . import log
+from .config import SweepConf
+from .errors import JobFailed, LauncherError
 from .halving import Halving
 from .job import Job
+from .places import Place
 from .processes import end
-from .result import PROCESSES
 
 POLL_SECONDS = 0.1
 
 
-def run(jobs: Sequence[Job], options: AccelerateLauncherConf, halving: Halving) -> list[JobReturn]:
+def run(jobs: Sequence[Job], options: SweepConf, halving: Halving, place: Callable[[], Place]) -> list[JobReturn]:
     """Run the jobs that are not done yet.
 
     A job that fails is marked, and the others continue. SIGINT and SIGTERM end the running jobs, and then this process.
@@ -35,14 +35,14 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf, halving: Halving) 
         jobs: The jobs.
         options: The options of the launcher.
         halving: Says which jobs are stopped; knows those of earlier calls.
+        place: Returns where they run; called if there is one to run.
 
     Returns:
         The results of all jobs, in their order.
     """
     done = [job for job in jobs if options.resume and job.done()]
     waiting = [job for job in jobs if job not in done]
-    gpus = devices.visible() if waiting else []
-    slots = devices.deal(gpus, options.jobs)
+    where = place() if waiting else None
     with _bar(len(jobs)) as bar, _signals() as received:
         for job in done:
             halving.judge(job.number, job.folder)
@@ -52,13 +52,19 @@ def run(jobs: Sequence[Job], options: AccelerateLauncherConf, halving: Halving) 
         try:
             while (waiting or running) and not received:
                 for slot in range(options.jobs):
-                    if slot not in running and waiting:
-                        running[slot] = waiting.pop(0)
-                        _start(running[slot], options, slots[slot])
-                        _say(bar, f"#{running[slot].number} {running[slot].label}: started, {_near(running[slot].log)}")
+                    if slot not in running and waiting and where and not received:
+                        running[slot] = job = waiting.pop(0)
+                        try:
+                            how = where.start(job, slot)
+                        except JobFailed as error:
+                            del running[slot]
+                            job.fail(error)
+                            how = f"failed: {error}"
+                            bar.update()
+                        _say(bar, f"#{job.number} {job.label}: {how}, {_near(job.log)}")
                 time.sleep(POLL_SECONDS)
                 for slot, job in list(running.items()):
-                    if how := _ended(job, options, halving):
+                    if where and (how := _ended(job, options, halving, where)):
                         del running[slot]
                         _say(bar, f"#{job.number} {job.label}: {how}, {job.seconds:.1f} s")
                         bar.update()
@@ -98,24 +104,14 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _start(job: Job, options: AccelerateLauncherConf, gpus: list[str]) -> None:
-    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(options.grace_seconds)))}
-    if gpus and options.jobs > 1:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    processes = command.num_processes(options, gpus)
-    if processes is not None:
-        env[PROCESSES] = str(processes)
-    job.start(command.launch(options, gpus), {**env, **options.env}, options.resume)
-
-
-def _ended(job: Job, options: AccelerateLauncherConf, halving: Halving) -> str:
+def _ended(job: Job, options: SweepConf, halving: Halving, where: Place) -> str:
     """Return how a job has ended, by itself, at its time limit or at a rung; end the processes that it leaves behind.
 
     It is empty while the job runs.
     """
     assert job.tree is not None
     code, stop = job.tree.poll(), halving.judge(job.number, job.folder, job.started)
-    late = options.timeout_minutes is not None and time.monotonic() - job.began > 60 * options.timeout_minutes
+    late = where.late(job)
     if code is None and not late and stop is None:
         return ""
     if job.tree.alive:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler
 
 from .errors import StudyError
@@ -33,6 +35,7 @@ def sampler(make: Callable[..., BaseSampler], grid: Callable[[], dict[str, list[
     Raises:
         StudyError: For arguments that the sampler does not have or allow.
     """
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # of what is named in the configuration
     of: Any = getattr(make, "func", make)
     options = dict(getattr(make, "keywords", {}))
     count = None

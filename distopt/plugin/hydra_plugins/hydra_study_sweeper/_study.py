@@ -19,7 +19,7 @@ from ._samplers import Make
 from .errors import StudyError
 
 JOURNAL = "study.journal"
-_RETRIES, _FOLDER, _CONFIGURATION = "retries", "folder", "configuration"
+_RETRIES, _RETRY, _FOLDER, _CONFIGURATION = "retries", "retry", "folder", "configuration"
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -49,38 +49,42 @@ class Search:
     suggest: Callable[[Trial], None]
 
     def missing(self, count: int) -> int:
-        """Return how many of so many trials have no value yet."""
-        done = self.study.get_trials(deepcopy=False, states=_DONE)
-        return max(0, count - len(done))
+        """Return how many of so many trials have not ended; a failed one counts, unless it is tried again."""
+        trials = self.study.get_trials(deepcopy=False)
+        again = {*self._to_retry, *(trial.user_attrs.get(_RETRIES) for trial in trials)}
+        return max(0, count - sum(trial.state.is_finished() and trial.number not in again for trial in trials))
 
     def ask(self, count: int) -> list[Trial]:
-        """Return trials to run: those that were interrupted, then those that failed, then new ones."""
+        """Return trials to run: those that were interrupted, then those that are tried again, then new ones."""
         study = self.study
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        own = [t for t in running if t.user_attrs.get(_FOLDER) == self.folder]
-        asked = [self._again(t) for t in own[:count]]
-        failed = self._failed()
+        own = [trial for trial in running if trial.user_attrs.get(_FOLDER, "") == self.folder]
+        asked = [self._again(trial) for trial in own[:count]]
         while len(asked) < count:
-            study.sampler = self.make(len(study.get_trials(deepcopy=False)))
-            if failed:
-                retried = failed.pop(0)
-                study.enqueue_trial(retried.params, user_attrs={_RETRIES: retried.number})
+            known = study.get_trials(deepcopy=False)
+            study.sampler = self.make(len(known))
+            if numbers := self._to_retry:
+                study.enqueue_trial(known[numbers[0]].params, user_attrs={_RETRIES: numbers[0]})
+                study.set_user_attr(_RETRY, numbers[1:])
             trial = study.ask()
             trial.set_user_attr(_FOLDER, self.folder)
             self.suggest(trial)
             asked.append(trial)
         return asked
 
+    def retry(self, numbers: Sequence[int]) -> None:
+        """Have failed trials tried again, by trials with the same values."""
+        self.study.set_user_attr(_RETRY, [*self._to_retry, *numbers])
+
+    @property
+    def _to_retry(self) -> list[int]:
+        return list(self.study.user_attrs.get(_RETRY, ()))
+
     def _again(self, known: FrozenTrial) -> Trial:
         self.study.sampler = self.make(known.number)
         trial = Trial(self.study, known._trial_id)
         self.suggest(trial)
         return trial
-
-    def _failed(self) -> list[FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False)
-        retried = {t.user_attrs.get(_RETRIES) for t in trials}
-        return [t for t in trials if t.state == TrialState.FAIL and t.number not in retried and t.params]
 
     def tell(self, trial: Trial, result: JobReturn) -> str | None:
         """Tell Optuna how a job has ended; return the reason if it has failed."""
@@ -91,7 +95,7 @@ class Search:
                 trial.report(float(value), step)
             self.study.tell(trial, state=TrialState.PRUNED)
             return None
-        why = str(value)
+        why = str(value) or type(value).__name__
         if result.status == JobStatus.COMPLETED:
             values, why = _numbers(value, len(self.study.directions))
             if values:

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import pkgutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +74,7 @@ class OptunaSweeper(Sweeper):
                 "there is nothing to search: give a key several values, as lr=tag(log,interval(1e-4,0.1)) or sam=on,off"
             )
         folder = Path(str(self.config.hydra.sweep.dir))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna's on what is experimental in it
-            self._search(space, folder)
+        self._search(space, folder)
 
     def _search(self, space: Space, folder: Path) -> None:
         from ._samplers import sampler
@@ -99,12 +96,11 @@ class OptunaSweeper(Sweeper):
             if left < count:
                 _say(f"search: {count - left} of {count} trials were done before; {search.best()}")
             while left > 0:
-                left -= self._batch(search, space, min(left, options.n_jobs))
-                _write(folder / TRIALS, json.dumps(search.trials(), indent=1) + "\n")
+                left -= self._batch(search, space, min(left, options.n_jobs), folder)
                 _say(f"search: {count - left} of {count} trials; {search.best()}")
             self._end(search, folder)
 
-    def _batch(self, search: Search, space: Space, count: int) -> int:
+    def _batch(self, search: Search, space: Space, count: int, folder: Path) -> int:
         """Run a batch of trials; return their number."""
         from ._study import in_sequence
 
@@ -112,17 +108,21 @@ class OptunaSweeper(Sweeper):
             trials = search.ask(count)
         except ValueError as error:
             raise StudyError(f"hydra.sweeper: Optuna refuses to propose a trial: {_line(error)}") from None
-        failures = []
+        _write(folder / TRIALS, search.trials())
+        failures: dict[int, str] = {}
         for some in in_sequence(trials):
             words = [space.words(trial.params) for trial in some]
             returned: Sequence[JobReturn] = self.launcher.launch(words, initial_job_idx=some[0].number)  # type: ignore[union-attr]
             for trial, result in zip(some, returned):
                 if why := search.tell(trial, result):
-                    failures.append(f"#{trial.number}: {why}")
+                    failures[trial.number] = why
+        _write(folder / TRIALS, search.trials())
         if len(failures) / len(trials) > self.options.max_failure_rate:
+            search.retry([*failures])
+            first = next(iter(failures))
             raise StudyError(
                 f"{len(failures)} of {len(trials)} trials failed, with hydra.sweeper.max_failure_rate="
-                f"{self.options.max_failure_rate}; the same command tries them again; {failures[0]}"
+                f"{self.options.max_failure_rate}; the same command tries them again; #{first}: {failures[first]}"
             )
         return len(trials)
 
@@ -224,9 +224,9 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix[:-1], config
 
 
-def _write(file: Path, text: str) -> None:
+def _write(file: Path, found: dict[str, Any]) -> None:
     aside = file.with_suffix(".tmp")
-    aside.write_text(text)
+    aside.write_text(json.dumps(found, indent=1) + "\n")
     aside.replace(file)
 
 
