@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distopt.layout import local
 
-
 _LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # of torch's functional collectives, those that send nothing
 
 

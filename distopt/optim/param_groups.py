@@ -100,7 +100,9 @@ def param_groups(
     patterns = _patterns(weight_decay, overrides := {} if overrides is None else overrides)
     check_scaling(lr, rule, independent_decay, mup is not None)
     if mup is not None and matrices is not None:
-        raise ValueError(f"muP's table has no row for the steps of matrices={matrices!r}: give mup=None, or no matrices")
+        raise ValueError(
+            f"muP's table has no row for the steps of matrices={matrices!r}: give mup=None, or no matrices"
+        )
     trainable = {name: param for name, param in bare_parameters(model).items() if param.requires_grad}
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True: unfreeze what is to be trained")
