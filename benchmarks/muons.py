@@ -52,7 +52,8 @@ def of_dion(groups: Groups) -> Any:
     """Return dion's (github.com/microsoft/dion), which is on no package index."""
     from dion import Muon
 
-    return Muon([{"params": group["params"], "algorithm": group["rule"]} for group in groups], lr=LR, nesterov=True)
+    made = [{"algorithm": g["rule"], **{k: g[k] for k in ("params", "weight_decay")}} for g in groups]
+    return Muon(made, lr=LR, nesterov=True)
 
 
 MUONS: dict[str, Callable[[Groups], Any]] = {

@@ -92,7 +92,7 @@ def _worth_it(name: str, wanted: bool) -> bool:
         return False
     if wanted or sum(torch.Size(shape).numel() for shape in shapes) < _SMALL:
         return True
-    print(f"Muon does not take part: a step takes minutes on a CPU; --shapes {name} --only Muon measures it")
+    print(f"Muon does not take part: its step would take seconds here; --shapes {name} --only Muon measures it")
     return False
 
 

@@ -156,6 +156,6 @@ def _count(name: str, step: Callable[[Tensor], Any], model: nn.Module, batch: Te
     if isinstance(side.optimizer, partial) and side.optimizer.args == (muons.of_distopt,):
         groups = distopt.param_groups(model, matrices="muon")
         hidden = [p for group in groups if group["rule"] == "muon" for p in group["params"]]
-        units = [[Param(full_shape(p), True, i, work=newton_schulz_cost) for i, p in enumerate(hidden)]]
+        units = [[Param(full_shape(p), True, 1, work=newton_schulz_cost) for p in hidden]]
         formula += sum(c.sent for c in matrix_wire(side.engine(), units, world))
     return f"{len(mode.seen)} | {formula / 1e6:.2f} | {mode.sent / 1e6:.2f} | {sent / 1e6:.2f} |"

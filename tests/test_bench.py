@@ -81,6 +81,29 @@ def test_wire_counts_the_bytes_of_the_formula() -> None:
 
 
 @pytest.mark.matrix
+def test_wire_shows_muon_beside_torchs() -> None:
+    """Two collectives more than AdamW, as many bytes as the plan says; torch's gathers shards operation by operation."""
+    small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
+    done = bench("wire", *small, "--only", "ddp", "ddp, Muon", "fsdp2", "fsdp2, Muon", "fsdp2, torch Muon")
+    assert done.returncode == 0, done.stderr
+    rows = cells(done.stdout)
+    matrices = 2 * 12 * 64 * 64
+    for engine, more, collectives in (("ddp", 2 * matrices / 2, 1), ("fsdp2", 2 * 2 * matrices / 4, 2)):
+        plain, muon = rows[engine], rows[f"{engine}, Muon"]
+        assert int(muon[2]) - int(plain[2]) == collectives
+        for column in (3, 4, 5):
+            assert float(muon[column]) - float(plain[column]) == pytest.approx(more / 1e6, abs=0.02)
+    assert int(rows["fsdp2, torch Muon"][2]) > 10 * int(rows["fsdp2, Muon"][2])
+
+
+@pytest.mark.matrix
+def test_step_shows_muon_beside_torchs() -> None:
+    done = bench("step", "--shapes", "gpt_d256", "1000_small", "--rounds", "1", "--only", "Muon")
+    assert done.returncode == 0, done.stderr
+    assert {"torch AdamW fused", "torch Muon, AdamW fused", "distopt Muon"} <= cells(done.stdout).keys()
+
+
+@pytest.mark.matrix
 def test_sharpness_writes_every_run(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     file = tmp_path / "runs.json"

@@ -162,8 +162,8 @@ class SAMTrainerMixin(ShardedTrainerMixin):
             (kind, ("_prepare_inputs",)) for kind in kinds if kind not in inner
         ]:
             path = f"{kind.__module__}.{kind.__qualname__}"
-            ours = kind is ShardedTrainerMixin or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES
-            if self.same_in_both_passes or ours:
+            known = kind is ShardedTrainerMixin or path.startswith("transformers.") or path in _SAME_IN_BOTH_PASSES
+            if self.same_in_both_passes or known:
                 continue
             if own := [name for name in names if name in vars(kind)]:
                 raise ValueError(
