@@ -14,7 +14,6 @@ from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config, instantiate, named
 from distopt.job.errors import one_line_errors
-from distopt.job.protocols import Data
 
 _processes = os.cpu_count() or 1
 
@@ -24,6 +23,11 @@ def prepared(cfg: Config) -> None:
     """Tokenizes the data of a configuration."""
     with one_line_errors():
         check(cfg, "train")
+        # What is mistyped, and `--help`, do not wait for what these import.
+        from distopt.data.mixture import Mixture
+        from distopt.data.text_data import TextData
+        from distopt.job.protocols import Data
+
         data, start = instantiate(cfg, "data", Data), time.monotonic()
         if getattr(data, "is_stream", False):
             raise ValueError("data=stream is tokenized while it trains, and has nothing to prepare; data=text has")

@@ -264,29 +264,32 @@ def test_it_answers_without_torch(words: list[str], tmp_path: Path) -> None:
 
 NO_TORCH = """
 import runpy, sys
-sys.argv = ["distopt.train", *sys.argv[1:]]
+sys.argv = sys.argv[1:]
 sys.modules["torch"] = sys.modules["numpy"] = None  # to import one of them fails
-runpy.run_module("distopt.train", run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__")
 """
 # The exit code, and the beginning of a line.
-TRAIN_ANSWERS = {
-    "--help": (0, "keys (KEY=VALUE), with their values now"),
-    "optimizer=lamb optimizer.lr=1 --help": (0, "optimizer.lr=1 "),
-    "optimizer=lamv": (1, "distopt: error: optimizer=lamv: there is no such optimizer: did you mean lamb?"),
-    "train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
+ANSWERS = {
+    "distopt.train --help": (0, "keys (KEY=VALUE), with their values now"),
+    "distopt.train optimizer=lamb optimizer.lr=1 --help": (0, "optimizer.lr=1 "),
+    "distopt.train optimizer=lamv": (
+        1,
+        "distopt: error: optimizer=lamv: there is no such optimizer: did you mean lamb?",
+    ),
+    "distopt.train train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
+    "distopt.plan --help": (0, "cluster.memory_gib=80"),
+    "distopt.prepare train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
 }
 
 
-@pytest.mark.parametrize(("words", "expected"), TRAIN_ANSWERS.items(), ids=TRAIN_ANSWERS)
-def test_help_and_mistakes_of_train_do_not_wait_for_torch(
-    words: str, expected: tuple[int, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("words", "expected"), ANSWERS.items(), ids=ANSWERS)
+def test_help_and_mistakes_do_not_wait_for_torch(words: str, expected: tuple[int, str], tmp_path: Path) -> None:
     """What is left is Hydra, which composes the configuration in less than a second, on a busy machine too."""
     code, line = expected
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command, env = [sys.executable, "-c", NO_TORCH, *words.split()], {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code
+    assert done.returncode == code, done.stderr
     assert f"\n{line}" in "\n" + done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.0
 
@@ -294,7 +297,16 @@ def test_help_and_mistakes_of_train_do_not_wait_for_torch(
 def test_help_lists_the_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.NAdam\n_partial_: true\nlr: 1e-3\n")
-    command = [sys.executable, "-c", NO_TORCH, "--config-dir", str(tmp_path), "optimizer=mine", "--help"]
+    command = [
+        sys.executable,
+        "-c",
+        NO_TORCH,
+        "distopt.train",
+        "--config-dir",
+        str(tmp_path),
+        "optimizer=mine",
+        "--help",
+    ]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("optimizer: "))
     ours = {file.stem for file in (ROOT / "conf" / "optimizer").glob("*.yaml")}
@@ -308,7 +320,9 @@ def test_help_is_broken_for_the_terminal(columns: int, tmp_path: Path) -> None:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     env = {**os.environ, **ENVIRONMENT}
     env.pop("COLUMNS", None)
-    process = subprocess.Popen([sys.executable, "-c", NO_TORCH, "--help"], cwd=tmp_path, env=env, stdout=theirs)
+    process = subprocess.Popen(
+        [sys.executable, "-c", NO_TORCH, "distopt.train", "--help"], cwd=tmp_path, env=env, stdout=theirs
+    )
     os.close(theirs)
     text = b""
     with contextlib.suppress(OSError):  # the end of a terminal that nobody writes to any more

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,12 @@ def test_a_block_that_does_not_run_states_its_reason() -> None:
             assert not block.title or Path(block.title).stem in later, f"{page}: {block.title} is not used"
 
 
+@pytest.fixture
+def hydra() -> Iterator[None]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
 def commands(page: Path) -> list[str]:
     """Commands of a page that no other test runs: in indented blocks, and in blocks that do not run."""
     shown = "".join(block.code for block in pages.blocks(page) if block.kind == "bash" and block.reason)
@@ -102,7 +109,7 @@ def commands(page: Path) -> list[str]:
     return [re.sub(r"\$\(\w+\)", "there", line) for line in lines if COMMAND.match(line)]  # for a command substitution
 
 
-def test_commands_that_do_not_run_exist() -> None:
+def test_commands_that_do_not_run_exist(hydra: None) -> None:
     """Commands that take hours or a cluster: their modules, targets of make and configuration exist."""
     targets = re.findall(r"^(\w+):", (jobs.ROOT / "Makefile").read_text(), re.MULTILINE)
     seen = 0
@@ -116,8 +123,8 @@ def test_commands_that_do_not_run_exist() -> None:
                 assert words[1:2] == [] or words[1] in ENTRIES, f"{name(page)}: {command}"
                 module, rest = "distopt", words[2:]
                 if words[1:2] in (["train"], ["finetune"], ["sweep"], ["prepare"]):
-                    module, rest = "distopt.train", [*["-m"] * (words[1] == "sweep"), *taken(rest)[1]]
-                    rest = [*["experiment=finetune"] * (words[1] == "finetune"), *rest]
+                    implied = {"finetune": ["experiment=finetune"], "sweep": ["-m", "hydra/launcher=accelerate"]}
+                    module, rest = "distopt.train", [*implied.get(words[1], []), *taken(rest)[1]]
                 elif words[1:2] == ["plan"]:
                     module = "distopt.plan"
             elif "-m" not in words:
@@ -130,11 +137,9 @@ def test_commands_that_do_not_run_exist() -> None:
             if module == "distopt.train" and not {"...", "--help", "--cfg", "--config-dir"} & set(rest):
                 if "-m" in rest:  # a sweep, by the first value of each key
                     rest = [re.sub(r"^([\w./]+=[^,\[(]+),.*", r"\1", word) for word in rest if word != "-m"]
-                with initialize_config_dir(str(CONF), version_base="1.3"):
-                    compose("train", model_words(rest), return_hydra_config=True)
+                compose("train", model_words(rest), return_hydra_config=True)
             if module == "distopt.plan" and "..." not in rest:
-                with initialize_config_dir(str(CONF), version_base="1.3"):
-                    compose("plan", rest)
+                compose("plan", rest)
     assert seen > 10
 
 

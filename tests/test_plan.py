@@ -248,7 +248,7 @@ def test_what_is_refused_is_one_line(tmp_path: Path) -> None:
     """Hydra's own refusals were up to 25 lines."""
     words = ["optimizer=adamax", "noodes=2", "nodes", "~engine", "optimizer=null", "nodes=0"]
     commands = [[word] for word in words]
-    for word, ended in zip(words, one_after_another(tmp_path, commands, "distopt.plan.plan.planned"), strict=True):
+    for word, ended in zip(words, one_after_another(tmp_path, commands, "distopt.plan.__main__.planned"), strict=True):
         (line,) = ended.err.splitlines()
         assert ended.code == 1 and line.startswith("distopt: error: ") and word.strip("~").partition("=")[0] in line
 
@@ -319,5 +319,5 @@ def test_the_command_prints_a_plan_and_fails_where_none_fits(tmp_path: Path) -> 
     for row in ("parameters", "optimizer state", "peak", "reduce_scatter (backward)", "all_gather (step)", "tokens/s"):
         assert f"\n{row} " in done.out
     command = [*small, "cluster.memory_gib=1e-3"]
-    (failed,) = one_after_another(tmp_path, [command], "distopt.plan.plan.planned")
+    (failed,) = one_after_another(tmp_path, [command], "distopt.plan.__main__.planned")
     assert failed.code == 1 and failed.err.startswith("distopt: error: it does not fit: each GPU lacks 0.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,10 +10,8 @@ import torch
 
 from distopt.engine import Engine
 from distopt.engine.mezo import MeZO
-from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config, instantiate
-from distopt.job.errors import one_line_errors
 from distopt.models.language_model import LanguageModel
 from distopt.plan.cost import GIB, Cluster, Stage, stages
 from distopt.plan.footprint import Collective, Footprint, all_params, numel
@@ -229,19 +226,3 @@ def verdict(plan: Plan) -> str:
 def _gpus(cluster: Cluster) -> str:
     s = "s" * (cluster.gpus > 1)
     return f"{cluster.gpus} GPU{s} ({cluster.nodes} x {cluster.gpus_per_node})"
-
-
-@cli.program("plan")
-def planned(cfg: Config) -> None:
-    """Print the plan of the command line's configuration."""
-    with one_line_errors():
-        plan = make_plan(cfg)
-        print(format_plan(plan))
-        print(verdict(plan))
-
-
-def main() -> None:
-    """Runs the command line of `python -m distopt.plan`."""
-    sys.argv[1:] = cli.model_words(sys.argv[1:])
-    with one_line_errors(), cli.explained():
-        planned()
