@@ -47,9 +47,11 @@ class Runs:
         if not file.is_file():
             return
         found = json.loads(file.read_text())
-        if changed := [name for name, value in self.settings.items() if found["settings"].get(name) != value]:
-            before, now = (f"{changed[0]} {of.get(changed[0])}" for of in (found["settings"], self.settings))
-            raise ValueError(f"{file.resolve()} has runs with {before}, now it is {now}: give another --output")
+        for name, now in self.settings.items():
+            if (before := found["settings"].get(name)) != now:
+                raise ValueError(
+                    f"{file.resolve()} has runs with {name} {before}, now it is {now}: give another --output"
+                )
         self.records = found["runs"]
 
     def get(
@@ -109,7 +111,7 @@ def _watch(job: Job, stepped: Callable[[], None]) -> list[float]:
         stepped()
         return done
 
-    job.train_step = timed  # type: ignore[method-assign]
+    job.train_step = timed  # type: ignore[method-assign, assignment]
     return seconds
 
 
