@@ -19,6 +19,7 @@ from distopt.data.order import ValidationSequences
 from distopt.job import cli
 from distopt.job.build import build
 from distopt.job.config import Config
+from distopt.job.errors import one_line_errors
 from distopt.job.evaluate import validation_loss
 from distopt.job.job import Job
 from distopt.job.terminal import Terminal
@@ -45,6 +46,7 @@ class Runs:
         self.file, self.settings = file, dict(settings)
         self.records: dict[str, Record] = {}
         if not file.is_file():
+            self.write()  # before the first run, which may be interrupted
             return
         found = json.loads(file.read_text())
         for name, now in self.settings.items():
@@ -87,7 +89,7 @@ def train(words: list[str], measure: Callable[[Job], Record], stepped: Callable[
 
     @cli.program("train")
     def job(cfg: Config) -> None:
-        with Terminal(main=False) as terminal:
+        with one_line_errors(), Terminal(main=False) as terminal:  # in here: Hydra prints the words of what raises
             built = build(cfg, terminal)
             seconds = _watch(built, stepped)
             built.run()

@@ -67,7 +67,7 @@ def test_the_search_goes_on_while_the_best_is_at_an_end() -> None:
 
 def test_results_of_other_options_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    Runs(file, {"steps": 700, "sequences": 256}).write()
+    Runs(file, {"steps": 700, "sequences": 256})
     assert Runs(file, {"steps": 700, "sequences": 256}).records == {}
     with pytest.raises(ValueError, match=r"results.json has runs with steps 700, now it is 400: give another --output"):
         Runs(file, {"steps": 400, "sequences": 256})
