@@ -64,7 +64,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "0.4M": Size(4, 96, 256, 3, 1, 2e-3, 800, 120, 60, 8, 128),
+    "0.4M": Size(4, 96, 256, 3, 1, 2e-3, 800, 80, 40, 8, 128),
     "4M": Size(5, 256, 704, 4, 4, 2e-3, 3000, 600, 200, 32, 256),
     "20M": Size(12, 384, 1024, 6, 6, 1e-3, 6000, 1000, 300, 64, 512),
     "60M": Size(12, 640, 1728, 10, 10, 7e-4, 12000, 2000, 300, 64, 512),
@@ -91,6 +91,7 @@ class Method(NamedTuple):
     """A phase.
 
     Attributes:
+        name: Its name on the command line.
         label: Its name in the table.
         sam: The choice of the group `sam`.
         radius: The name of its radius in `Chosen`; None for no SAM.
@@ -99,6 +100,7 @@ class Method(NamedTuple):
         upper: Whether only the last half of the blocks, and the norm after them, are perturbed.
     """
 
+    name: str
     label: str
     sam: str = "off"
     radius: str | None = None
@@ -116,10 +118,11 @@ class Method(NamedTuple):
         return f"lr{chosen.lr:g}" + (f"-rho{getattr(chosen, self.radius):g}" if self.radius else "")
 
 
-METHODS = {
-    "AdamW": Method("AdamW"),
-    "AdamW-twice": Method("AdamW, twice the steps", factor=2),
-    "SAM": Method("SAM", "on", "rho", passes=2),
-    "SAM-upper": Method("SAM, last half of the blocks", "on", "rho", passes=2, upper=True),
-    "PreconditionedSAM": Method("PreconditionedSAM", "preconditioned", "preconditioned_rho", passes=2),
-}
+_METHODS = (
+    Method("AdamW", "AdamW"),
+    Method("AdamW-twice", "AdamW, twice the steps", factor=2),
+    Method("SAM", "SAM", "on", "rho", passes=2),
+    Method("SAM-upper", "SAM, last half of the blocks", "on", "rho", passes=2, upper=True),
+    Method("PreconditionedSAM", "PreconditionedSAM", "preconditioned", "preconditioned_rho", passes=2),
+)
+METHODS = {method.name: method for method in _METHODS}

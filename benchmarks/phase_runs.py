@@ -19,6 +19,7 @@ from distopt.data.order import ValidationSequences
 from distopt.job import cli
 from distopt.job.build import build
 from distopt.job.config import Config
+from distopt.job.errors import one_line_errors
 from distopt.job.evaluate import validation_loss
 from distopt.job.job import Job
 from distopt.job.terminal import Terminal
@@ -45,11 +46,14 @@ class Runs:
         self.file, self.settings = file, dict(settings)
         self.records: dict[str, Record] = {}
         if not file.is_file():
+            self.write()  # before the first run, which may be interrupted
             return
         found = json.loads(file.read_text())
-        if changed := [name for name, value in self.settings.items() if found["settings"].get(name) != value]:
-            before, now = (f"{changed[0]} {of.get(changed[0])}" for of in (found["settings"], self.settings))
-            raise ValueError(f"{file.resolve()} has runs with {before}, now it is {now}: give another --output")
+        for name, now in self.settings.items():
+            if (before := found["settings"].get(name)) != now:
+                raise ValueError(
+                    f"{file.resolve()} has runs with {name} {before}, now it is {now}: give another --output"
+                )
         self.records = found["runs"]
 
     def get(
@@ -85,7 +89,7 @@ def train(words: list[str], measure: Callable[[Job], Record], stepped: Callable[
 
     @cli.program("train")
     def job(cfg: Config) -> None:
-        with Terminal(main=False) as terminal:
+        with one_line_errors(), Terminal(main=False) as terminal:  # in here: Hydra prints the words of what raises
             built = build(cfg, terminal)
             seconds = _watch(built, stepped)
             built.run()
@@ -109,7 +113,7 @@ def _watch(job: Job, stepped: Callable[[], None]) -> list[float]:
         stepped()
         return done
 
-    job.train_step = timed  # type: ignore[method-assign]
+    job.train_step = timed  # type: ignore[method-assign, assignment]
     return seconds
 
 

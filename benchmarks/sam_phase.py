@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from distopt.data.text_data import TextData
 from distopt.job.errors import one_line_errors
 from distopt.job.job import Job
 
-_SEARCH = 1000  # the seed of the search
+_SEED = 1000  # the first one, which the search uses too
 _NEXT = 10_000  # what a phase adds to the seed: its batches are not those of the pretraining
 _HELD_OUT = 0.1  # of the documents of the second domain
 _READMES = Path("readmes.jsonl")
@@ -45,15 +46,15 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--seeds", type=COUNT, default=3)
     for name in ("steps", "phase-steps", "tuning-steps", "batch-size", "sequence-length"):
         parser.add_argument(f"--{name}", type=COUNT, help="in place of that of the size")
-    parser.add_argument("--sequences", type=COUNT, default=256, help="of each domain that a loss is measured on")
+    parser.add_argument("--sequences", type=COUNT, default=128, help="of each domain that a loss is measured on")
     for name in Chosen._fields:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=POSITIVE, help="in place of a search on another seed")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=POSITIVE, help="in place of a search")
     parser.add_argument("--output", type=Path, default=Path("sam_phase"), help="folder of runs, results and table")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Choose learning rates and radii on one seed, train every phase with the others, and print one Markdown table.
+    """Choose learning rates and radii on the first seed, train every phase with all, and print one Markdown table.
 
     results.json in the folder has every finished run, and the same command goes on from there.
     """
@@ -64,17 +65,9 @@ def run(options: argparse.Namespace) -> None:
         os.chdir(options.output)  # so that no name in a command needs quotes
         size = SIZES[options.size].replaced(options)
         experiment = Experiment(size, path, options.sequences, bar)
-        methods = {name: method for name, method in METHODS.items() if name in options.only}
-        chosen = experiment.choose(options, {method.radius for method in methods.values()})
-        bar.reset(total=options.seeds * experiment.gradients(methods.values()))
-        base: list[Record] = []
-        rows = {name: Row([], []) for name in methods}
-        for seed in range(options.seeds):
-            base.append(experiment.pretrained(seed))
-            for name, method in methods.items():
-                bar.set_description(f"seed {seed}, {name}")
-                rows[name].tuned.append(experiment.fine_tuned(seed, method, chosen))
-                rows[name].phases.append(experiment.phase(seed, method, chosen))
+        methods = [METHODS[name] for name in METHODS if name in options.only]
+        chosen = experiment.choose(options, {method.radius for method in methods})
+        base, rows = experiment.train(methods, chosen, range(_SEED, _SEED + options.seeds))
         experiment.runs.write(chosen=chosen._asdict())
         shown = table(size, chosen, base, rows)
         Path("table.md").write_text(shown)
@@ -105,6 +98,22 @@ class Experiment:
         domains = {f"{name} domain": each.digest[:16] for name, each in zip(("first", "second"), texts)}
         self.runs = Runs(Path("results.json"), size._asdict() | {"sequences": sequences} | domains)
 
+    def train(
+        self, methods: Collection[Method], chosen: Chosen, seeds: Collection[int]
+    ) -> tuple[list[Record], dict[str, Row]]:
+        """Return the records of the pretrained models by seed, and those of each phase by its name."""
+        self._counted.clear()
+        self.bar.reset(total=len(seeds) * self.gradients(methods))
+        base, rows = list[Record](), {method.name: Row([], []) for method in methods}
+        for seed in seeds:
+            self.bar.set_description(f"seed {seed}")
+            base.append(self.pretrained(seed))
+            for method in methods:
+                self.bar.set_description(f"seed {seed}, {method.label}")
+                rows[method.name].tuned.append(self.fine_tuned(seed, method, chosen))
+                rows[method.name].phases.append(self.phase(seed, method, chosen))
+        return base, rows
+
     def pretrained(self, seed: int) -> Record:
         """Return the losses of the pretrained model."""
         warmup = ["schedule=warmup_constant", f"schedule.warmup_steps={self.size.steps // 20}", f"seed={seed}"]
@@ -130,15 +139,13 @@ class Experiment:
         forget_checkpoints(name)
         return record
 
-    def gradients(self, methods: Any) -> int:
+    def gradients(self, methods: Collection[Method]) -> int:
         """Return the number of gradients of one seed."""
-        phases = sum(
-            method.factor * method.passes * self.size.phase_steps + self.size.tuning_steps for method in methods
-        )
-        return self.size.steps + phases
+        phases = sum(method.factor * method.passes for method in methods) * self.size.phase_steps
+        return self.size.steps + phases + len(methods) * self.size.tuning_steps
 
     def choose(self, given: argparse.Namespace, radii: set[str | None]) -> Chosen:
-        """Return learning rates and radii: those that are given, and for the others the best of a search on one seed.
+        """Return learning rates and radii: those given, and for the others the best of a search on the first seed.
 
         The rate of the fine-tuning is the best for the second domain after a phase of AdamW. Rate and radius of a phase
         are the best for the first domain after that fine-tuning.
@@ -149,19 +156,18 @@ class Experiment:
         """
         chosen = Chosen(tuning_lr=self.size.lr / 2, lr=self.size.lr, rho=0.1, preconditioned_rho=0.1)
         for option, name, domain, factor in _CHOICES:
-            self.bar.set_description(f"choosing {option.replace('_', ' ')}")
-
-            def score(
-                value: float, at: Chosen = chosen, option: str = option, name: str = name, domain: str = domain
-            ) -> float:
-                return self.fine_tuned(_SEARCH, METHODS[name], at._replace(**{option: value}))[domain]
-
             value = getattr(given, option)
             if value is None and (option in radii or option.endswith("lr")):
+                self.bar.set_description(f"choosing {option.replace('_', ' ')}")
+                score = partial(self._score, METHODS[name], chosen, option, domain)
                 value = best(score, getattr(chosen, option), factor)
             chosen = chosen if value is None else chosen._replace(**{option: value})
-        self.bar.set_description("")
         return chosen
+
+    def _score(self, method: Method, chosen: Chosen, option: str, domain: str, value: float) -> float:
+        """Return the loss on a domain after fine-tuning, with another value of an option."""
+        loss: float = self.fine_tuned(_SEED, method, chosen._replace(**{option: value}))[domain]
+        return loss
 
     def _get(
         self, name: str, steps: int, lr: float, words: list[str], measure: Callable[[Job], Record], passes: int = 1
@@ -186,7 +192,7 @@ class Experiment:
         return {"loss": loss_on(job, first), "second": loss_on(job, second)}
 
 
-def best(score: Callable[[float], float], start: float, factor: float, most: int = 5) -> float:
+def best(score: Callable[[float], float], start: float, factor: float, most: int = 4) -> float:
     """Return the value with the least score, of three around a start and further ones while the best is at an end.
 
     Args:
@@ -209,5 +215,4 @@ def best(score: Callable[[float], float], start: float, factor: float, most: int
 def _name(seed: int, method: Method | None = None, chosen: Chosen | None = None) -> str:
     if method is None or chosen is None:
         return f"seed{seed}"
-    kind = next(name for name, each in METHODS.items() if each is method)
-    return f"seed{seed}-{kind}-{method.option(chosen)}"
+    return f"seed{seed}-{method.name}-{method.option(chosen)}"

@@ -58,7 +58,7 @@ def test_the_search_goes_on_while_the_best_is_at_an_end() -> None:
         return abs(value - 0.9)
 
     assert best(score, start=0.1, factor=3.0) == 0.9
-    assert tried == [0.033, 0.1, 0.3, 0.9, 2.7]
+    assert tried == [0.033, 0.1, 0.3, 0.9]
     tried.clear()
     assert best(score, start=0.9, factor=3.0) == 0.9
     assert len(tried) == 3
@@ -67,10 +67,10 @@ def test_the_search_goes_on_while_the_best_is_at_an_end() -> None:
 
 def test_results_of_other_options_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    Runs(file, {"steps": 700, "path": None}).write()
-    assert Runs(file, {"steps": 700, "path": None}).records == {}
+    Runs(file, {"steps": 700, "sequences": 256})
+    assert Runs(file, {"steps": 700, "sequences": 256}).records == {}
     with pytest.raises(ValueError, match=r"results.json has runs with steps 700, now it is 400: give another --output"):
-        Runs(file, {"steps": 400, "path": None})
+        Runs(file, {"steps": 400, "sequences": 256})
 
 
 def test_layer_wise_sam_perturbs_the_last_half_of_the_blocks() -> None:
@@ -85,22 +85,22 @@ def test_layer_wise_sam_perturbs_the_last_half_of_the_blocks() -> None:
 @pytest.mark.matrix
 def test_every_phase_is_trained_once_and_tabulated(tmp_path: Path) -> None:
     sizes = "--steps 4 --phase-steps 2 --tuning-steps 2 --batch-size 2 --sequence-length 16 --sequences 4 --seeds 2"
-    rates = "--lr 1e-3 --tuning-lr 1e-3 --rho 0.1 --preconditioned-rho 0.1 --output results"
+    rates = "--lr 1e-3 --tuning-lr 1e-3 --rho 0.1 --only AdamW SAM-upper --output results"
     command = ["-m", "benchmarks", "sam_phase", *sizes.split(), *rates.split()]
     done = jobs.python(*command, cwd=tmp_path, seconds=240)
     assert done.code == 0, done.err
     lines = [line for line in done.out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [method.label for method in METHODS.values()]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["AdamW", "SAM, last half of the blocks"]
     file = tmp_path / "results" / "results.json"
     found = json.loads(file.read_text())["runs"]
-    assert len(found) == 2 * (1 + 2 * len(METHODS))
+    assert len(found) == 2 * (1 + 2 * 2)
     for name, record in found.items():
         assert record["seconds"] > 0.0 and 0.0 < record["loss"] < 8.0, name
     assert (tmp_path / "results" / "table.md").read_text() == done.out
-    trained = file.with_name("runs") / "seed1-AdamW-lr0.001" / "metrics.jsonl"
+    trained = file.with_name("runs") / "seed1001-AdamW-lr0.001" / "metrics.jsonl"
     before = trained.stat().st_mtime_ns
     again = jobs.python(*command, cwd=tmp_path, seconds=240)
     assert again.out == done.out and trained.stat().st_mtime_ns == before
-    refused = jobs.python(*command, "--steps", "5", cwd=tmp_path)
+    refused = jobs.python(*command, "--steps", "5", cwd=tmp_path, seconds=240)
     assert refused.code == 1
     assert "results.json has runs with steps 4, now it is 5: give another --output" in refused.err
