@@ -78,7 +78,8 @@ def test_it_begins_with_what_it_is(trained: tuple[Path, jobs.Ended]) -> None:
         "folder      runs/first",
     ):
         assert f"\n{line}" in ended.out
-    steps = re.findall(r"^step (\d+): validation loss [\d.]+, [\d.]+ bits per byte, in ", ended.out, re.MULTILINE)
+    numbers = r"validation loss [\d.]+, [\d.]+ bits per byte, accuracy [\d.]+%, in "
+    steps = re.findall(rf"^step (\d+): {numbers}", ended.out, re.MULTILINE)
     assert steps == ["0", "6", "12", "16"]
     assert re.findall(r"^step \d+: checkpoint (\w+), in ", ended.out, re.MULTILINE)[-1] == "step_00000016"
 
