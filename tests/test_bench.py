@@ -82,7 +82,7 @@ def test_wire_counts_the_bytes_of_the_formula() -> None:
 
 @pytest.mark.matrix
 def test_wire_shows_muon_beside_torchs() -> None:
-    """Two collectives more than AdamW, as many bytes as the plan says; torch's gathers shards operation by operation."""
+    """Two collectives more than AdamW, the bytes that the plan says; torch's gathers shards operation by operation."""
     small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
     done = bench("wire", *small, "--only", "ddp", "ddp, Muon", "fsdp2", "fsdp2, Muon", "fsdp2, torch Muon")
     assert done.returncode == 0, done.stderr
