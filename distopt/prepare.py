@@ -24,8 +24,6 @@ def prepared(cfg: Config) -> None:
     with one_line_errors():
         check(cfg, "train")
         # What is mistyped, and `--help`, do not wait for what these import.
-        from distopt.data.mixture import Mixture
-        from distopt.data.text_data import TextData
         from distopt.job.protocols import Data
 
         data, start = instantiate(cfg, "data", Data), time.monotonic()
