@@ -15,10 +15,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from hydra_plugins.hydra_coordinate_sweeper.descent import Descent, Losses, Trial, kept, tune
-from hydra_plugins.hydra_coordinate_sweeper.options import CoordinateSweeperConf
-from hydra_plugins.hydra_coordinate_sweeper.rows import check, rows
-from hydra_plugins.hydra_coordinate_sweeper.table import Result, printed, verdict, write
+from hydra_plugins.hydra_coordinate_sweeper._descent import Descent, Losses, Trial, kept, tune
+from hydra_plugins.hydra_coordinate_sweeper._options import CoordinateSweeperConf
+from hydra_plugins.hydra_coordinate_sweeper._rows import check, rows
+from hydra_plugins.hydra_coordinate_sweeper._table import Result, printed, verdict, write
 from omegaconf import OmegaConf
 
 from distopt.job.config import CONF

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from hydra.core.utils import JobReturn
-from hydra_plugins.hydra_accelerate_launcher import accelerate_launcher, command, sweep
-from hydra_plugins.hydra_accelerate_launcher.config import AccelerateLauncherConf
-from hydra_plugins.hydra_accelerate_launcher.errors import LauncherError
-from hydra_plugins.hydra_accelerate_launcher.halving import Halving, Stop
-from hydra_plugins.hydra_accelerate_launcher.job import Job
-from hydra_plugins.hydra_accelerate_launcher.places import Here
+from hydra_plugins.hydra_accelerate_launcher import _command as command
+from hydra_plugins.hydra_accelerate_launcher import _sweep as sweep
+from hydra_plugins.hydra_accelerate_launcher import accelerate_launcher
+from hydra_plugins.hydra_accelerate_launcher._config import AccelerateLauncherConf
+from hydra_plugins.hydra_accelerate_launcher._errors import LauncherError
+from hydra_plugins.hydra_accelerate_launcher._halving import Halving, Stop
+from hydra_plugins.hydra_accelerate_launcher._job import Job
+from hydra_plugins.hydra_accelerate_launcher._places import Here
 from omegaconf import OmegaConf
 
 from tests.harness import jobs

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra_plugins.hydra_accelerate_launcher import accelerate_launcher, devices, log
-from hydra_plugins.hydra_accelerate_launcher.config import AccelerateLauncherConf
-from hydra_plugins.hydra_accelerate_launcher.errors import LauncherError
-from hydra_plugins.hydra_accelerate_launcher.sweep import alone
+from hydra_plugins.hydra_accelerate_launcher import _devices as devices
+from hydra_plugins.hydra_accelerate_launcher import _log as log
+from hydra_plugins.hydra_accelerate_launcher import accelerate_launcher
+from hydra_plugins.hydra_accelerate_launcher._config import AccelerateLauncherConf
+from hydra_plugins.hydra_accelerate_launcher._errors import LauncherError
+from hydra_plugins.hydra_accelerate_launcher._sweep import alone
 
 from tests.harness import jobs
 from tests.harness.jobs import overrides

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
-from hydra_plugins.hydra_accelerate_launcher.halving import Stopped
+from hydra_plugins.hydra_accelerate_launcher._halving import Stopped
+from hydra_plugins.hydra_study_sweeper._errors import StudyError
 from hydra_plugins.hydra_study_sweeper._samplers import sampler
+from hydra_plugins.hydra_study_sweeper._settings import SAMPLERS, OptunaSweeperConf
 from hydra_plugins.hydra_study_sweeper._space import Space
 from hydra_plugins.hydra_study_sweeper._study import Search, in_sequence, open_study, storage
-from hydra_plugins.hydra_study_sweeper.errors import StudyError
 from hydra_plugins.hydra_study_sweeper.optuna_sweeper import alone, check
-from hydra_plugins.hydra_study_sweeper.settings import SAMPLERS, OptunaSweeperConf
 from omegaconf import OmegaConf
 from optuna.samplers import GridSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState

@@ -16,13 +16,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from . import command, sweep
-from .config import AccelerateLauncherConf, SlurmLauncherConf, SweepConf
-from .errors import LauncherError
-from .halving import Halving
-from .job import Job
-from .places import Here, Place
-from .slurm import Slurm
+from . import _command as command
+from . import _sweep as sweep
+from ._config import AccelerateLauncherConf, SlurmLauncherConf, SweepConf
+from ._errors import LauncherError
+from ._halving import Halving
+from ._job import Job
+from ._places import Here, Place
+from ._slurm import Slurm
 
 
 class AccelerateLauncher(Launcher):

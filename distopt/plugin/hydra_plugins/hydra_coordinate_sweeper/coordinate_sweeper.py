@@ -19,12 +19,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from .descent import Trial, kept, tune
-from .errors import ComparisonError
-from .options import CoordinateSweeperConf
-from .record import Record
-from .rows import Row, rows
-from .table import Result, printed, write
+from ._descent import Trial, kept, tune
+from ._errors import ComparisonError
+from ._options import CoordinateSweeperConf
+from ._record import Record
+from ._rows import Row, rows
+from ._table import Result, printed, write
 
 
 class CoordinateSweeper(Sweeper):

@@ -10,7 +10,7 @@ import numpy
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GridSampler, QMCSampler
 
-from .errors import StudyError
+from ._errors import StudyError
 
 Make = Callable[[int], BaseSampler]
 

@@ -21,7 +21,7 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
-from .errors import StudyError
+from ._errors import StudyError
 
 
 @dataclass

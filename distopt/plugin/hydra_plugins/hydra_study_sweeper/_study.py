@@ -15,8 +15,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from ._errors import StudyError
 from ._samplers import Make
-from .errors import StudyError
 
 JOURNAL = "study.journal"
 _RETRIES, _RETRY, _FOLDER, _CONFIGURATION = "retries", "retry", "folder", "configuration"

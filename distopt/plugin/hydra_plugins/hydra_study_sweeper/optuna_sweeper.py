@@ -20,8 +20,8 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from .errors import StudyError
-from .settings import OptunaSweeperConf
+from ._errors import StudyError
+from ._settings import OptunaSweeperConf
 
 if TYPE_CHECKING:
     from ._space import Space

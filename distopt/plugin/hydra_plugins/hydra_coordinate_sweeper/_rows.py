@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .descent import Descent, Trial
-from .errors import ComparisonError
-from .options import CoordinateSweeperConf
+from ._descent import Descent, Trial
+from ._errors import ComparisonError
+from ._options import CoordinateSweeperConf
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .command import FIRST, PORT
-from .config import SlurmLauncherConf
+from ._command import FIRST, PORT
+from ._config import SlurmLauncherConf
 
 # A signal ends `wait`, not the step, and srun forwards it to the nodes. USR1 comes before the time limit; at TERM, of a
 # preemption or scancel, SLURM decides about the queue. A job that starts again resumes.

@@ -16,11 +16,11 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from . import log
-from .errors import JobFailed
-from .halving import Stop, Stopped
-from .processes import Tree
-from .result import FILE
+from . import _log as log
+from ._errors import JobFailed
+from ._halving import Stop, Stopped
+from ._processes import Tree
+from ._result import FILE
 
 LOG = "launch.log"
 RESUME = "HYDRA_LAUNCHER_RESUME"

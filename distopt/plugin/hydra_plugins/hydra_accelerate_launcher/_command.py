@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import AccelerateLauncherConf, SlurmLauncherConf
-from .errors import LauncherError
+from ._config import AccelerateLauncherConf, SlurmLauncherConf
+from ._errors import LauncherError
 
-RESULT = "hydra_plugins.hydra_accelerate_launcher.result.Result"
+RESULT = "hydra_plugins.hydra_accelerate_launcher._result.Result"
 FIRST, PORT = "$first_node", "$port"  # which the script of a SLURM job knows
 
 

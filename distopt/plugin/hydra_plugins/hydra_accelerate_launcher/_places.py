@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from . import command, devices
-from .config import AccelerateLauncherConf
-from .job import Job
-from .processes import ProcessTree
-from .result import PROCESSES
+from . import _command as command
+from . import _devices as devices
+from ._config import AccelerateLauncherConf
+from ._job import Job
+from ._processes import ProcessTree
+from ._result import PROCESSES
 
 
 class Place(Protocol):

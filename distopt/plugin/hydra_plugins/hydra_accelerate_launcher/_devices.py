@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from .errors import LauncherError
+from ._errors import LauncherError
 
 
 def visible() -> list[str]:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import command
-from .config import SlurmLauncherConf
-from .errors import JobFailed, LauncherError
-from .job import Job
-from .result import PROCESSES
-from .slurm_script import script
+from . import _command as command
+from ._config import SlurmLauncherConf
+from ._errors import JobFailed, LauncherError
+from ._job import Job
+from ._result import PROCESSES
+from ._slurm_script import script
 
 ID, EXIT, SCRIPT = "slurm.json", "exit", "job.sh"
 # What squeue says of a job that has ended. After PREEMPTED and NODE_FAIL it may go into the queue again; SLURM forgets

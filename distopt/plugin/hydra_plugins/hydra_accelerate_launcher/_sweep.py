@@ -15,13 +15,13 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 
-from . import log
-from .config import SweepConf
-from .errors import JobFailed, LauncherError
-from .halving import Halving
-from .job import Job
-from .places import Place
-from .processes import end
+from . import _log as log
+from ._config import SweepConf
+from ._errors import JobFailed, LauncherError
+from ._halving import Halving
+from ._job import Job
+from ._places import Place
+from ._processes import end
 
 POLL_SECONDS = 0.1
 

@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from .processes import die_with_parent
+from ._processes import die_with_parent
 
 FILE, PROCESSES = "HYDRA_LAUNCHER_RESULT", "HYDRA_LAUNCHER_PROCESSES"
 
