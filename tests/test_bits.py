@@ -13,7 +13,6 @@ from tests.harness.distributed import run
 
 QUICK = [
     ("zero1", 3, "kernels", "some"),
-    ("buckets", 3, "kernels", "some"),
     ("hsdp", 4, "kernels", "some"),
     ("fsdp2", 2, "rules", "some"),
     ("zero1", 2, "kernels", "some_narrow"),

@@ -45,6 +45,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.matrix
 def test_a_run_is_the_same_on_shards_and_after_a_stop(folder: Path) -> None:
     """The noise is the same at every world size; its slope is the difference of two float32 losses over 2 eps."""
     plain = {"model__config__resid_pdrop": "0.0"}  # every process has a dropout of its own

@@ -83,7 +83,8 @@ class Cluster:
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
     def waits(self, number: int) -> bool:
-        return all((self.home.parent / f"waits-{number}-{rank}").exists() for rank in (0, 1))
+        both = all((self.home.parent / f"waits-{number}-{rank}").exists() for rank in (0, 1))
+        return both and (self.home / f"{number}/state").read_text() == "RUNNING"
 
     def cancels(self) -> list[str]:
         file = self.home / "cancels"

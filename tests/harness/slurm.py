@@ -127,12 +127,11 @@ def scontrol(words: list[str]) -> None:
 def srun(words: list[str]) -> None:
     while words[0].startswith("--"):
         words.pop(0)
-    nodes = [
-        subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(node)})
-        for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))
-    ]
-    Path(os.environ["FAKE_STEP"]).write_text(" ".join(str(node.pid) for node in nodes))
+    nodes: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGUSR1, lambda *_: [node.send_signal(signal.SIGUSR1) for node in nodes])
+    for node in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
+        nodes.append(subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(node)}))
+    Path(os.environ["FAKE_STEP"]).write_text(" ".join(str(node.pid) for node in nodes))
     sys.exit(max(abs(node.wait()) for node in nodes))
 
 
