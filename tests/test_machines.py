@@ -110,21 +110,6 @@ def test_a_rank_that_dies_brings_back_the_job_of_two_machines(cwd: Path, machine
     assert {path.name for path in (cwd / "runs").iterdir()} == {"broken", "unbroken"}  # nothing was moved aside
 
 
-@pytest.mark.matrix
-def test_a_machine_whose_launcher_is_killed_and_started_again_rejoins(cwd: Path) -> None:
-    """The launcher of the other machine has counted a restart by then, the new one has not."""
-    run = cwd / "runs" / "broken"
-    words = overrides(name="broken", engine="fsdp2", checkpoint__every="4", **LONG)
-    port = free_port()
-    with elastic(cwd, port, words) as first:
-        with elastic(cwd, port, words) as second:
-            until(lambda: last_step(run) > 5, lambda: first.poll() is None and second.poll() is None, 120)
-        with elastic(cwd, port, words) as second:  # after everything of the one before was killed
-            assert [first.wait(250), second.wait(250)] == [0, 0]
-    jobs.train(cwd, 2, name="unbroken", engine="fsdp2", **LONG)
-    assert losses(run) == losses(cwd / "runs" / "unbroken") and len(losses(run)) == 400
-
-
 SRUN = """#!/usr/bin/env bash
 # Starts the words on two nodes, which are this machine, forwards signals, and ends with the last non-zero exit code.
 while [[ $1 == --* ]]; do shift; done
