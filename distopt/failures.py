@@ -14,5 +14,5 @@ class LostRank(RuntimeError):
 
 
 def attempt() -> int:
-    """Returns how often torch's launcher has restarted this job."""
+    """Returns how often torch's launcher on this machine counts that it has restarted this job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -11,9 +11,9 @@ import pytest
 from hydra_plugins.hydra_accelerate_launcher import _devices as devices
 from hydra_plugins.hydra_accelerate_launcher import _log as log
 from hydra_plugins.hydra_accelerate_launcher import accelerate_launcher
+from hydra_plugins.hydra_accelerate_launcher._alone import alone
 from hydra_plugins.hydra_accelerate_launcher._config import AccelerateLauncherConf
 from hydra_plugins.hydra_accelerate_launcher._errors import LauncherError
-from hydra_plugins.hydra_accelerate_launcher._sweep import alone
 
 from tests.harness import jobs
 from tests.harness.jobs import overrides
@@ -80,7 +80,7 @@ def test_a_refusal_is_one_line(tmp_path: Path, script: list[str]) -> None:
         ended = sweep(tmp_path, script, *words)
         assert ended.code == 1 and "Traceback" not in ended.err
         assert any(line.strip().startswith(message) for line in ended.err.splitlines()), ended.err
-    with alone(tmp_path / "out"):
+    with alone(tmp_path / "out/.launch.lock", "sweep", ValueError):
         ended = sweep(tmp_path, script, "x=1")
     assert ended.code == 1 and f"another sweep runs in {tmp_path}/out: wait for it" in ended.err
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_accelerate_launcher._alone import alone
 from hydra_plugins.hydra_accelerate_launcher._halving import Stopped
 from hydra_plugins.hydra_study_sweeper._errors import StudyError
 from hydra_plugins.hydra_study_sweeper._samplers import sampler
 from hydra_plugins.hydra_study_sweeper._settings import SAMPLERS, OptunaSweeperConf
 from hydra_plugins.hydra_study_sweeper._space import Space
 from hydra_plugins.hydra_study_sweeper._study import Search, in_sequence, open_study, storage
-from hydra_plugins.hydra_study_sweeper.optuna_sweeper import alone, check
+from hydra_plugins.hydra_study_sweeper.optuna_sweeper import check
 from omegaconf import OmegaConf
 from optuna.samplers import GridSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
@@ -279,5 +280,6 @@ def test_what_a_sampler_does_not_have_is_refused() -> None:
 
 
 def test_two_searches_in_a_folder_are_refused(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(StudyError, match="another search runs in"), alone(tmp_path):
+    locked = partial(alone, tmp_path / ".search.lock", "search", StudyError)
+    with locked(), pytest.raises(StudyError, match="another search runs in"), locked():
         pass

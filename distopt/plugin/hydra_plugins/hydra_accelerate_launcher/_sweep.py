@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from . import _log as log
 from ._config import SweepConf
-from ._errors import JobFailed, LauncherError
+from ._errors import JobFailed
 from ._halving import Halving
 from ._job import Job
 from ._places import Place
@@ -85,23 +84,6 @@ def run(jobs: Sequence[Job], options: SweepConf, halving: Halving, place: Callab
         elif done:
             _say(bar, f"{len(done)} of {len(jobs)} jobs were done before; hydra.launcher.resume=false runs them again")
     return [job.result for job in jobs]
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock the folder of a sweep.
-
-    Raises:
-        LauncherError: If another sweep runs in the same folder.
-    """
-    with (folder / ".launch.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LauncherError(
-                f"another sweep runs in {folder}: wait for it, or give another hydra.sweep.dir"
-            ) from None
-        yield
 
 
 def _ended(job: Job, options: SweepConf, halving: Halving, where: Place) -> str:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from . import _command as command
 from . import _sweep as sweep
+from ._alone import alone
 from ._config import AccelerateLauncherConf, SlurmLauncherConf, SweepConf
 from ._errors import LauncherError
 from ._halving import Halving
@@ -70,7 +71,7 @@ class AccelerateLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        with sweep.alone(folder):
+        with alone(folder / ".launch.lock", "sweep", LauncherError):
             jobs = [self._job(initial_job_idx + i, list(words), folder) for i, words in enumerate(job_overrides)]
             for job in jobs:
                 same = next(other for other in jobs if other.folder == job.folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -20,6 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..hydra_accelerate_launcher._alone import alone
 from ._errors import StudyError
 from ._settings import OptunaSweeperConf
 
@@ -84,7 +83,8 @@ class OptunaSweeper(Sweeper):
         make, points = sampler(self._partial(), space.grid)
         configuration = self._compose(space)
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder):
+        # A second search would take up trials that run.
+        with alone(folder / ".search.lock", "search", StudyError):
             OmegaConf.save(self.config, folder / "multirun.yaml")
             own = options.storage is None
             name = options.study_name or ("sweep" if own else str(folder))
@@ -199,21 +199,6 @@ def check(options: Any) -> list[str]:
         if name not in ("minimize", "maximize"):
             raise StudyError(f"hydra.sweeper.direction must be minimize, maximize or a list of these, got {name!r}")
     return directions
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock the folder of a search: a second one would take up trials that run.
-
-    Raises:
-        StudyError: If another search runs in the same folder.
-    """
-    with (folder / ".search.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(f"another search runs in {folder}: wait for it, or give another hydra.sweep.dir") from None
-        yield
 
 
 def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
