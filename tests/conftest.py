@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from distopt.job.stop import SIGNALS
 from tests.harness import cpu_time, distributed, forkserver, jobs, launcher
 
 # Before anything asks: the tests never reach for a hub, and every process computes with one thread.
@@ -53,6 +55,17 @@ def _ranks() -> Iterator[None]:
     forkserver.start()
     yield
     distributed.stop_all()
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A test that leaves a signal ignored changes later ones: the processes that they start ignore it as well."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    now = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert now == before
 
 
 @pytest.fixture

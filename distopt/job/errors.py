@@ -49,9 +49,11 @@ def _line(message: str) -> str:
 
 def _end(line: str, code: int, quiet: bool = False, final: bool = False) -> NoReturn:
     """Ends the process; `final` where it would end so again, so that no other attempt may follow."""
-    # The launcher terminates the other ranks as soon as one exits, while they are exiting with the same code.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    # The launcher terminates the other ranks as soon as one exits, while they are exiting with the same code. Without a
+    # launcher the process may be a notebook, which lives on, and hands what it ignores to the processes that it starts.
+    if "RANK" in os.environ:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     if not quiet:
         # In one write: `print` writes the newline separately, and another rank's line may come in between.
         sys.stderr.write(line + "\n")

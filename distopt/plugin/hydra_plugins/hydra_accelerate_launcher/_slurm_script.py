@@ -20,16 +20,19 @@ if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then export HYDRA_LAUNCHER_RESUME=au
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 command=({command})
+step=
+asked=
+trap 'asked=1; ${{step:+kill -USR1 $step}}' USR1
+trap '${{step:+kill -USR1 $step}}' TERM
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} \\
   "${{command[@]}}" &
 step=$!
-asked=
-trap 'asked=1; kill -USR1 "$step"' USR1
-trap 'kill -USR1 "$step"' TERM
+[ -z "$asked" ] || kill -USR1 "$step"  # it came before there was a step
 while kill -0 "$step" 2>/dev/null; do
   wait "$step"
-  code=$?
 done
+wait "$step"  # what it ended with, where a signal ended the wait before
+code=$?
 if [ -n "$asked" ] && [ "$code" -ne 0 ] && scontrol requeue "$SLURM_JOB_ID"; then
   exit "$code"
 fi
