@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence as Many
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distopt
-from benchmarks.gpt import sequences
+from distopt.data.order import Sequences
+from distopt.data.text_data import TextData
 from distopt.models.language_model import LanguageModel
 from distopt.models.meta import base_shapes
 
@@ -31,7 +33,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each rate, from unlike weights and batches")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of mup.json and the two pictures")
     parser.set_defaults(run=run)
 
@@ -42,18 +44,19 @@ def run(options: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "options": {k: v for k, v in vars(options).items() if k in _OWN},
     }
-    report["check"] = {kind: [_check(kind, width, options) for width in options.check_widths] for kind in _KINDS}
+    seeds = [argparse.Namespace(**vars(options), seed=seed) for seed in range(options.seeds)]
+    report["check"] = {kind: [_check(kind, width, seeds[0]) for width in options.check_widths] for kind in _KINDS}
     report["loss"] = {kind: {} for kind in _KINDS}
     runs = [(kind, width, exponent) for kind in _KINDS for width in options.widths for exponent in options.log2_lrs]
     for kind, width, exponent in tqdm(runs, leave=False):
-        losses = report["loss"][kind].setdefault(str(width), [])
-        losses.append(_loss(_train(kind, width, 2.0**exponent, options.steps, options)[0]))
+        rates = report["loss"][kind].setdefault(str(width), [])
+        rates.append([_loss(_train(kind, width, 2.0**exponent, options.steps, seed)[0]) for seed in seeds])
     (options.output / "mup.json").write_text(json.dumps(report, indent=1) + "\n")
     _print(report)
     _draw(report, options.output)
 
 
-_OWN = ("base_width", "check_widths", "widths", "log2_lrs", "steps", "batch_size", "sequence_length", "seed")
+_OWN = ("base_width", "check_widths", "widths", "log2_lrs", "steps", "batch_size", "sequence_length", "seeds")
 
 
 def made(kind: str, width: int, lr: float, options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -74,7 +77,7 @@ def _train(
     kind: str, width: int, lr: float, steps: int, options: argparse.Namespace, watch: Any = None
 ) -> tuple[list[float], nn.Module]:
     model, optimizer = made(kind, width, lr, options)
-    data, losses = sequences(options), []
+    data, losses = _sequences(options), []
     schedule = distopt.warmup_linear(optimizer, warmup_steps=steps // 10, total_steps=steps)
     for step in range(steps):
         tokens = data.batch(step, 0, 1)
@@ -91,6 +94,11 @@ def _train(
     return losses, model
 
 
+def _sequences(options: argparse.Namespace) -> Sequences:
+    size, batch = options.sequence_length, options.batch_size
+    return Sequences(TextData().build().train, sequence_length=size, batch_size=batch, seed=options.seed)
+
+
 def _loss(losses: Many[float]) -> float:
     """Return the mean of the last tenth of the steps."""
     last = losses[-max(1, len(losses) // 10) :]
@@ -105,7 +113,7 @@ def _outputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 def _check(kind: str, width: int, options: argparse.Namespace) -> dict[str, float]:
     """Return how much outputs have changed after four steps, as the root of the mean square, by name."""
-    tokens = sequences(options).batch(10**3, 0, 1)[:, :-1]
+    tokens = _sequences(options).batch(10**3, 0, 1)[:, :-1]
     start, _ = made(kind, width, 0.01, options)
     model = _train(kind, width, 0.01, 4, options)[1]
     before, after = _outputs(start, tokens), _outputs(model, tokens)
@@ -122,8 +130,18 @@ def _print(report: dict[str, Any]) -> None:
     print("\nloss\n\n| | width | " + " | ".join(f"2^{e}" for e in options["log2_lrs"]) + " |")
     print("|---|---|" + "---|" * len(options["log2_lrs"]))
     for kind in _KINDS:
-        for width, losses in report["loss"][kind].items():
-            print(f"| {kind} | {width} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |")
+        for width, rates in report["loss"][kind].items():
+            cells = [f"{mean(losses):.3f} ± {_deviation(losses):.3f}" for losses in rates]
+            cells[_best(rates)] = f"**{cells[_best(rates)]}**"
+            print(f"| {kind} | {width} | " + " | ".join(cells) + " |")
+
+
+def _deviation(losses: Many[float]) -> float:
+    return stdev(losses) if len(losses) > 1 else 0.0
+
+
+def _best(rates: Many[Many[float]]) -> int:
+    return min(range(len(rates)), key=lambda rate: mean(rates[rate]))
 
 
 _NAMES = ("last block", "logits")
@@ -146,10 +164,11 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     figure.savefig(folder / "mup_coordinates.png", dpi=80)
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), sharey=True)
     for axis, kind in zip(axes, _KINDS):
-        for width, losses in report["loss"][kind].items():
-            (line,) = axis.plot(options["log2_lrs"], losses, "o-", label=f"width {width}")
-            best = min(range(len(losses)), key=losses.__getitem__)
-            axis.plot(options["log2_lrs"][best], losses[best], "*", markersize=14, color=line.get_color())
+        for width, rates in report["loss"][kind].items():
+            means, deviations = [mean(losses) for losses in rates], [_deviation(losses) for losses in rates]
+            bars = axis.errorbar(options["log2_lrs"], means, deviations, fmt="o-", capsize=2, label=f"width {width}")
+            best, color = _best(rates), bars.lines[0].get_color()
+            axis.plot(options["log2_lrs"][best], means[best], "*", markersize=14, color=color)
         axis.set(title=kind, xlabel="log2 of the learning rate", ylabel=f"nats per token, step {options['steps']}")
     axes[0].legend()
     figure.tight_layout()
