@@ -333,7 +333,7 @@ def test_the_first_documents_are_held_out(folders: dict[str, str]) -> None:
     corpus = data.build()
     held = [*texts(0, 40), *texts(100, 10)]
     assert bytes(corpus.validation.tolist()) == "".join(text + "\0" for text in held).encode()
-    assert corpus.stream.held_out == (40, 10, *[0] * 9) and corpus.bytes_per_token == 1.0
+    assert corpus.train.held_out == (40, 10, *[0] * 9) and corpus.bytes_per_token == 1.0
     assert corpus.sizes == {"validation": len(corpus.validation)}
     validation: Any = data.validation_sequences(corpus, **SIZES, max_sequences=16)
     whole = torch.cat(list(validation.batches()))
@@ -345,7 +345,7 @@ def test_rows_of_another_path_are_evaluated_on(folders: dict[str, str], tmp_path
     other = jsonl(tmp_path / "held.jsonl", texts(5000, 7))
     corpus = StreamData(path=folders["jsonl"], validation_path=str(other)).build()
     assert bytes(corpus.validation.tolist()) == "".join(text + "\0" for text in texts(5000, 7)).encode()
-    assert set(corpus.stream.held_out) == {0}
+    assert set(corpus.train.held_out) == {0}
 
 
 def test_a_tokenizer_makes_the_tokens(folders: dict[str, str], tmp_path: Path) -> None:
@@ -467,6 +467,8 @@ def test_a_mixture_of_both_is_resumed_by_two(folders: dict[str, str], cache: Pat
         ({"path": "rows.jsonl", "validation_path": "empty"}, r"data\.validation_path=empty has no file of rows"),
         ({"path": "rows.jsonl", "validation_documents": 9}, r"data\.validation_documents=9 holds out all 9 documents"),
         ({"path": "blank.jsonl"}, r"blank\.jsonl contains no text"),
+        ({"path": "rows.jsonl", "tokenizer": "texts"}, r"data\.tokenizer: .*texts has no tokenizer: give the folder"),
+        ({"path": "rows.jsonl", "cache_dir": 3}, r"data\.cache_dir must be a path or null, got 3"),
     ],
 )
 def test_what_cannot_be_streamed_is_one_line(

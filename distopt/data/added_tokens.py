@@ -7,30 +7,34 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from distopt.bounds import TOKENS
+from distopt.bounds import PATH, TOKENS, or_null
 from distopt.data import tokenizers
-from distopt.data.token_cache import atomic_directory
+from distopt.data.token_cache import atomic_directory, cache_folder
 
 
-def extended(tokenizer: str | None, tokens: Sequence[str], cache: Path) -> str | None:
-    """Return the folder of a tokenizer that has additional special tokens, written into the cache unless it is there.
+def extended(tokenizer: str | None, tokens: Sequence[str], cache_dir: str | None) -> tuple[str | None, str]:
+    """Return the folder of a tokenizer that has additional special tokens, and its digest.
 
     Args:
-        tokenizer: A Hugging Face tokenizer folder; None for bytes.
+        tokenizer: A Hugging Face tokenizer folder, or its name on the hub; None for bytes.
         tokens: The tokens, which get the next ids in this order; with none it is the tokenizer as it is.
-        cache: The folder of the token cache.
+        cache_dir: The folder of the token cache, where the folder is written unless it is there; None for the default.
 
     Raises:
-        ValueError: The tokenizer has one of the tokens already, or one is given twice.
+        ValueError: There is no such tokenizer, it has one of the tokens already, or one is given twice.
     """
+    or_null(PATH).check("data.tokenizer", tokenizer)
+    or_null(PATH).check("data.cache_dir", cache_dir)
     TOKENS.check("model.add_tokens", tokens)
+    located = tokenizers.locate(tokenizer)
+    digest = tokenizers.digest(located)
     if not tokens:
-        return tokenizer
-    key = f"{tokenizers.digest(tokenizer)} {list(tokens)}".encode(errors="surrogateescape")
-    folder = cache / f"tokenizer-{hashlib.blake2b(key, digest_size=10).hexdigest()}"
+        return located, digest
+    key = f"{digest} {list(tokens)}".encode(errors="surrogateescape")
+    folder = cache_folder(cache_dir) / f"tokenizer-{hashlib.blake2b(key, digest_size=10).hexdigest()}"
     if not folder.is_dir():
-        _write(folder, tokenizer, tokens)
-    return str(folder.absolute())
+        _write(folder, located, tokens)
+    return str(folder.absolute()), tokenizers.digest(str(folder))
 
 
 def _write(folder: Path, tokenizer: str | None, tokens: Sequence[str]) -> None:

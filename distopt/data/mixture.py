@@ -57,7 +57,7 @@ class Mixture:
 
     def build(self, processes: int = 1) -> MixedCorpus:
         """Open the corpora of all sources, tokenizing those that are not in the cache; as `TextData.build`."""
-        corpora = dict[str, Corpus | StreamCorpus]()
+        corpora = dict[str, Corpus]()
         for name, text in self._texts.items():
             with _named(name):
                 corpora[name] = text.build(processes)
@@ -80,7 +80,7 @@ class Mixture:
         """Return the training sequences of a corpus."""
         sizes = dict(sequence_length=sequence_length, batch_size=batch_size, seed=seed)
         orders = {
-            name: StreamedSequences(each.stream, **sizes)
+            name: StreamedSequences(each.train, **sizes)
             if isinstance(each, StreamCorpus)
             else Sequences(each.train, **sizes)
             for name, each in corpus.corpora.items()
@@ -145,7 +145,7 @@ class MixedCorpus:
         digest: A hash of the tokens of all corpora, and of their weights.
     """
 
-    def __init__(self, corpora: dict[str, Corpus | StreamCorpus], weights: dict[str, float]) -> None:
+    def __init__(self, corpora: dict[str, Corpus], weights: dict[str, float]) -> None:
         self.corpora, self.weights = corpora, weights
         first = next(iter(corpora.values()))
         self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from distopt.bounds import PATH, VALIDATION_FRACTION, or_null, switch
-from distopt.data import hub, tokenizers
+from distopt.bounds import VALIDATION_FRACTION, switch
+from distopt.data import hub
 from distopt.data.added_tokens import extended
 from distopt.data.chat import EncodedExample, Encoder
 from distopt.data.completion_corpus import CompletionCorpus
@@ -20,8 +20,7 @@ from distopt.data.examples import ExampleReader
 from distopt.data.packing import PackedSequences, PackedValidationSequences
 from distopt.data.rows import Row
 from distopt.data.sources import Source
-from distopt.data.text_data import cache_folder
-from distopt.data.token_cache import SPLITS, atomic_directory, in_validation
+from distopt.data.token_cache import SPLITS, atomic_directory, cache_folder, in_validation
 
 VERSION = 2  # of the cache: increment it when the same lines would give different tokens
 _BATCH = 512  # examples tokenized in one call
@@ -122,12 +121,9 @@ class CompletionData:
         switch().check("data.packing", self.packing)
         if self.path is None:
             raise ValueError("data.path is not set: give data.path=<a file of examples, or a folder of them>")
-        or_null(PATH).check("data.tokenizer", self.tokenizer)
-        or_null(PATH).check("data.cache_dir", self.cache_dir)
         options = self.format, self.fields, self.roles, self.ignore
         ExampleReader(*options)
-        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
-        digest = tokenizers.digest(tokenizer)
+        tokenizer, digest = extended(self.tokenizer, self.add_tokens, self.cache_dir)
         encoder = Encoder(tokenizer)
         reader = ExampleReader(*options, chat=bool(encoder.tokenizer.chat_template))
         sources = [Source.open(self.path, "auto", (), "", pattern=self.files)]

@@ -6,77 +6,41 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from distopt.bounds import FIELD, PATH, SHUFFLE_BUFFER, VALIDATION_DOCUMENTS, or_null, switch
+from distopt.bounds import FIELD, SHUFFLE_BUFFER, VALIDATION_DOCUMENTS
 from distopt.data import tokenizers
-from distopt.data.added_tokens import extended
+from distopt.data.documents import Documents
 from distopt.data.lane import Stream
-from distopt.data.order import ValidationSequences
-from distopt.data.separate import SeparateSequences, SeparateValidationSequences
+from distopt.data.separate import SeparateSequences
 from distopt.data.sources import split_text
 from distopt.data.stream_files import StreamFiles
 from distopt.data.stream_rows import Position, documents
 from distopt.data.streamed_sequences import StreamedSequences
-from distopt.data.text_data import cache_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from distopt.data.token_cache import Corpus
 
 
 @dataclass(frozen=True, eq=False)
-class StreamCorpus:
+class StreamCorpus(Corpus):
     """The tokens that are held out of a stream, and how the others are read.
 
     Attributes:
-        stream: What is trained on.
-        validation: The validation tokens, a 1-D array.
-        vocabulary: What makes tokens of text.
-        bytes_per_token, tokenizer, source, digest: As of `Corpus`; the digest is one of the names of the files, their
-            sizes or their commit, of the documents held out, and of what else determines the batches.
+        train: What is trained on.
+        digest: A hash of the names of the files, their sizes or their commit, of the documents held out, and of what
+            else determines the batches.
     """
 
-    stream: Stream
-    validation: np.ndarray
-    vocabulary: tokenizers.Bytes | tokenizers.Tokenizer
-    bytes_per_token: float
-    tokenizer: str | None
-    source: str
-    digest: str
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return self.vocabulary.size
+    train: Stream  # type: ignore[assignment]  # in place of the base class's stream of tokens
 
     @property
     def sizes(self) -> dict[str, int]:
         """The number of tokens that are held out: how many there are to train on is not known."""
         return {"validation": len(self.validation)}
 
-    @property
-    def end(self) -> int:
-        """The token that ends a document; raises `ValueError` if there is none."""
-        return tokenizers.end_of(self.tokenizer)
-
-    def encode(self, prompt: str) -> list[int]:
-        """Tokenize a prompt, without an end-of-document token."""
-        return self.vocabulary.encode([prompt.encode()])[0].tolist()
-
-    def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
-        """Return the text of some tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.vocabulary.decode(np.asarray(tokens).tolist())
-
-    def pretrained_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return a tokenizer of transformers that produces these tokens."""
-        return self.vocabulary.pretrained()
-
 
 @dataclass(frozen=True, kw_only=True)
-class StreamData:
+class StreamData(Documents):
     """Text of rows that is read and tokenized while the model trains: each document in turn, pass after pass.
 
     Args:
@@ -98,10 +62,6 @@ class StreamData:
     validation_path: str | None = None
     validation_documents: int = 512
     shuffle_buffer: int = 4096
-    tokenizer: str | None = None
-    add_tokens: Sequence[str] = ()
-    separate: bool = False
-    cache_dir: str | None = None
 
     is_stream = True
 
@@ -111,6 +71,7 @@ class StreamData:
         Raises:
             ValueError: One of them is invalid.
         """
+        _ = self._tokenizer
         for found in dict.fromkeys(self._found):
             if next(self._documents(found), None) is None:
                 raise ValueError(f"{found.origin} contains no text; give another path")
@@ -127,17 +88,8 @@ class StreamData:
         self, corpus: StreamCorpus, *, sequence_length: int, batch_size: int, seed: int = 0
     ) -> StreamedSequences | SeparateSequences:
         """Return the training sequences of a corpus."""
-        sequences = StreamedSequences(corpus.stream, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+        sequences = StreamedSequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
         return SeparateSequences(sequences, corpus.end) if self.separate else sequences
-
-    def validation_sequences(
-        self, corpus: StreamCorpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
-    ) -> ValidationSequences | SeparateValidationSequences:
-        """Return the validation sequences of a corpus."""
-        sequences = ValidationSequences(
-            corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
-        )
-        return SeparateValidationSequences(sequences, corpus.end) if self.separate else sequences
 
     @cached_property
     def _found(self) -> tuple[StreamFiles, StreamFiles]:
@@ -145,23 +97,15 @@ class StreamData:
         FIELD.check("data.field", self.field)
         VALIDATION_DOCUMENTS.check("data.validation_documents", self.validation_documents)
         SHUFFLE_BUFFER.check("data.shuffle_buffer", self.shuffle_buffer, "1 is the order of the files")
-        switch().check("data.separate", self.separate)
-        or_null(PATH).check("data.tokenizer", self.tokenizer)
-        or_null(PATH).check("data.cache_dir", self.cache_dir)
-        if self.separate:
-            tokenizers.end_of(self._tokenizer)
         train = StreamFiles.find(self.path, self.files)
         if self.validation_path is None:
             return train, train
         return train, StreamFiles.find(self.validation_path, key="data.validation_path")
 
     @cached_property
-    def _tokenizer(self) -> str | None:
-        return extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
-
-    @cached_property
     def _corpus(self) -> StreamCorpus:
-        vocabulary = tokenizers.load(self._tokenizer)
+        tokenizer, digest = self._tokenizer
+        vocabulary = tokenizers.load(tokenizer)
         encode = _encoder(vocabulary)
         train, validation = self._found
         texts, rows = self._held_out(validation)
@@ -169,13 +113,13 @@ class StreamData:
         held_out = rows if self.validation_path is None else [0] * len(train.files)
         size = sum(map(len, texts)) + len(texts) * len(vocabulary.separator)
         options = self.field, self.shuffle_buffer, self.separate, held_out
-        what = repr((train.version, tokenizers.digest(self._tokenizer), options)).encode(errors="surrogateescape")
+        what = repr((train.version, digest, options)).encode(errors="surrogateescape")
         return StreamCorpus(
             Stream(train.files, self.field, tuple(held_out), encode, tokens.dtype, self.shuffle_buffer),
             tokens,
-            vocabulary,
+            vocabulary.size,
             size / len(tokens),
-            self._tokenizer,
+            tokenizer,
             f"a stream of {train.origin} ({len(train.files):,} files)",
             hashlib.blake2b(what + tokens.tobytes(), digest_size=16).hexdigest(),
         )

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distopt.bounds import FIELD, PATH, SUFFIXES, VALIDATION_FRACTION, or_null, switch
-from distopt.data import hub, sources, token_cache, tokenizers, tokenizing
-from distopt.data.added_tokens import extended
-from distopt.data.order import Sequences, ValidationSequences
-from distopt.data.separate import SeparateSequences, SeparateValidationSequences
-from distopt.data.token_cache import Corpus
+from distopt.bounds import FIELD, SUFFIXES, VALIDATION_FRACTION
+from distopt.data import hub, sources, token_cache, tokenizing
+from distopt.data.documents import Documents
+from distopt.data.order import Sequences
+from distopt.data.separate import SeparateSequences
+from distopt.data.token_cache import Corpus, cache_folder
 
 _SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData:
+class TextData(Documents):
     """Text to train on, split by document into train and validation, tokenized once and cached.
 
     Args:
@@ -46,11 +45,7 @@ class TextData:
     field: str = "text"
     suffixes: str | Sequence[str] = _SUFFIXES
     files: str | None = None
-    tokenizer: str | None = None
-    add_tokens: Sequence[str] = ()
-    separate: bool = False
     validation_fraction: float = 0.02
-    cache_dir: str | None = None
 
     def check(self) -> None:
         """Check the arguments, the paths and the start of the first document, which is cheap.
@@ -86,27 +81,12 @@ class TextData:
         sequences = Sequences(corpus.train, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
         return SeparateSequences(sequences, corpus.end) if self.separate else sequences
 
-    def validation_sequences(
-        self, corpus: Corpus, *, sequence_length: int, batch_size: int, max_sequences: int | None = None
-    ) -> ValidationSequences | SeparateValidationSequences:
-        """Return the validation sequences of a corpus."""
-        sequences = ValidationSequences(
-            corpus.validation, sequence_length=sequence_length, batch_size=batch_size, max_sequences=max_sequences
-        )
-        return SeparateValidationSequences(sequences, corpus.end) if self.separate else sequences
-
     def _open(self) -> tuple[sources.Source, str | None, str]:
         """Return the checked source, the tokenizer folder, and a hash of everything that determines the tokens."""
         VALIDATION_FRACTION.check("data.validation_fraction", self.validation_fraction, "0.02 is usual")
         SUFFIXES.check("data.suffixes", self.suffixes)
         FIELD.check("data.field", self.field)
-        switch().check("data.separate", self.separate)
-        or_null(PATH).check("data.tokenizer", self.tokenizer)
-        or_null(PATH).check("data.cache_dir", self.cache_dir)
-        tokenizer = extended(tokenizers.locate(self.tokenizer), self.add_tokens, cache_folder(self.cache_dir))
-        tokenizer_digest = tokenizers.digest(tokenizer)
-        if self.separate:
-            tokenizers.end_of(tokenizer)
+        tokenizer, tokenizer_digest = self._tokenizer
         source = sources.Source.open(self.path, self.format, self.suffixes, self.field, pattern=self.files)
         first = next(source.documents(), None)
         if first is None:
@@ -114,8 +94,3 @@ class TextData:
         next(iter(first.pieces))
         key = f"{token_cache.VERSION} {source.fingerprint()} {tokenizer_digest} {self.validation_fraction!r}"
         return source, tokenizer, hashlib.blake2b(key.encode(), digest_size=10).hexdigest()
-
-
-def cache_folder(folder: str | None) -> Path:
-    """Return the folder of the token cache: `folder`, else `$XDG_CACHE_HOME/distopt`, else `~/.cache/distopt`."""
-    return Path(folder or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/distopt").expanduser()

@@ -94,6 +94,11 @@ class Corpus:
         return self._vocabulary.pretrained()
 
 
+def cache_folder(folder: str | None) -> Path:
+    """Return the folder of the token cache: `folder`, else `$XDG_CACHE_HOME/distopt`, else `~/.cache/distopt`."""
+    return Path(folder or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/distopt").expanduser()
+
+
 def map_file(file: Path, dtype: str, count: int) -> np.ndarray:
     """Map a file of `count` integers; raise `ValueError` if it has another size."""
     size = count * np.dtype(dtype).itemsize
