@@ -13,9 +13,10 @@ from torch import Tensor
 
 from distopt.kernels.device_lists import DeviceLists
 from distopt.kernels.shards import row_of
+from distopt.layout.dtensor import own_indices
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
-from distopt.layout.places import Box, Place, Run, Segment, cuts_blocks, own_indices
+from distopt.layout.places import Box, Place, Run, Segment, cuts_blocks
 from distopt.layout.tensors import local, local_parts, placements_of, trained, wide
 
 if TYPE_CHECKING:

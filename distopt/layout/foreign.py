@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.layout.dtensor import misread_by_torch
+
 _FSDP1 = (
     "belongs to FSDP1 (FullyShardedDataParallel), which keeps its shard in a plain tensor that does not say which part "
     "of which layer it is: shard the model by FSDP2 (torch.distributed.fsdp.fully_shard), and make the optimizer after"
@@ -36,6 +38,11 @@ _FREED = (
 _WRAPPER = (
     "is a {kind}, a tensor whose elements are not in memory of its own (quantized, or of low precision): train the "
     "tensor that it wraps, or leave the conversion out"
+)
+_MISREAD = (
+    "is sharded along one dimension by tensor or expert parallelism and then by FSDP2, with a remainder for which torch "
+    "2.13 writes checkpoints that it cannot read: choose a size that both numbers of ranks divide, or let FSDP2 shard "
+    "another dimension (fully_shard(module, shard_placement_fn=lambda param: Shard(1)))"
 )
 
 # The attributes by which libraries mark such parameters, the value that marks (None: any), and the message.
@@ -99,6 +106,8 @@ def _fault(param: Any) -> str:
         value, said = _MARKS[name]
         if (value is None or marks[name] is value) and not (said in _PLACED and hasattr(param, "placements")):
             return f"{said} ({name}={marks[name]})" if said in _PLACED else said
+    if misread_by_torch(param):
+        return _MISREAD
     tensor = param.to_local() if hasattr(param, "to_local") else param
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _is_fake(tensor):
         return _WRAPPER.format(kind=type(tensor).__name__)

@@ -13,6 +13,7 @@ from torch import Tensor
 from distopt.layout.base import ShardLayout
 from distopt.layout.matrices import Cost, Held, Matrix, buckets, matrices, with_owners
 from distopt.layout.region import Region, regions
+from distopt.layout.replicas import group_of
 
 
 class Move(NamedTuple):
@@ -187,7 +188,7 @@ def exchanges(layout: ShardLayout, layers: Sequence[int], limit: int, cost: Cost
     for ranks, members in sorted(by_group.items()):
         if ranks and dist.get_rank() not in ranks:
             continue
-        group = _group(ranks)
+        group = group_of(ranks) if len(ranks) > 1 else None
         held: list[Held] = [mine] * (group.size() if group else 1)
         if group:
             dist.all_gather_object(held, {layer: mine[layer] for layer in members if layer in mine}, group=group)
@@ -207,15 +208,6 @@ def _held(layout: ShardLayout, layers: set[int]) -> dict[int, list[Region]]:
                 shape = layout.full_shape(layout.params[segment.layer])
                 found.setdefault(segment.layer, []).extend(regions(place, shape))
     return found
-
-
-def _group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    if len(ranks) < 2:
-        return None
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    # No mesh._flatten: after it torch 2.13 gathers a tensor that two axes shard along one dimension wrongly.
-    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def _shards_of(index: int, m: Matrix, held: Sequence[Held]) -> Iterator[Move]:

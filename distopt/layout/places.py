@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Index = range | Tensor  # indices along one dimension, consecutive or arbitrary
+from distopt.layout.dtensor import Index, own_indices
 
 _PADDING = 1.05  # of the elements that a rank would have without padding
 _CHUNK = 2**20  # elements at once, whose indices take some 40 MB of scratch memory
@@ -57,23 +57,6 @@ def full_place(shape: Sequence[int]) -> Run:
 def size(place: Place) -> int:
     """Returns the number of elements of a place."""
     return place.length if isinstance(place, Run) else math.prod(map(len, place.indices))
-
-
-def own_indices(param: Any) -> tuple[Index, ...]:
-    """Returns the indices of the local elements of a DTensor, along each dimension."""
-    indices: list[Index] = [range(length) for length in param.shape]
-    coordinate = param.device_mesh.get_coordinate()
-    for axis, placement in enumerate(param.placements):
-        if placement.is_replicate():
-            continue
-        if coordinate is None:
-            return tuple(range(0) for _ in indices)
-        ranks, own = param.device_mesh.size(axis), coordinate[axis]
-        # FSDP2 over tensor parallelism (torch 2.13's _StridedShard) shards each of the existing shards.
-        pieces = _chunks(indices[placement.dim], getattr(placement, "split_factor", 1))
-        held = [_chunks(piece, ranks)[own] for piece in pieces]
-        indices[placement.dim] = held[0] if len(held) == 1 else torch.cat([as_tensor(index) for index in held])
-    return tuple(map(_consecutive, indices))
 
 
 def shard_dim(shape: Sequence[int], ranks: int) -> int:
@@ -143,11 +126,6 @@ def boxes(place: Place, shape: Sequence[int]) -> Iterator[tuple[int, Box]]:
         yield from _runs(place, tuple(shape))
 
 
-def as_tensor(index: Index) -> Tensor:
-    """Returns indices as an int64 tensor."""
-    return torch.arange(index.start, index.stop) if isinstance(index, range) else index
-
-
 def _runs(run: Run, shape: tuple[int, ...]) -> Iterator[tuple[int, Box]]:
     """Divides a run into what is left of a row (one index of dimension 0), full rows, and the start of another."""
     if len(shape) < 2:
@@ -175,18 +153,3 @@ def _of_box(box: Box, shape: Sequence[int], rest: Tensor) -> Tensor:
         index += stride * (at + own.start if isinstance(own, range) else own.to(rest.device)[at])
         rest, stride = rest // len(own), stride * full
     return index
-
-
-def _chunks(index: Index, count: int) -> list[Index]:
-    """Splits indices as `torch.chunk` does, with empty chunks at the end where there are too few."""
-    step = -(-len(index) // count)
-    return [index[i * step : (i + 1) * step] for i in range(count)]
-
-
-def _consecutive(index: Index) -> Index:
-    """Returns consecutive indices as a range, others as they are."""
-    if isinstance(index, range) or not len(index):
-        return index if isinstance(index, range) else range(0)
-    first = int(index[0])
-    run = range(first, first + len(index))
-    return run if torch.equal(index, as_tensor(run)) else index

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distopt.layout.places import Index, Place, Run, as_tensor
+from distopt.layout.dtensor import Index, as_tensor
+from distopt.layout.places import Place, Run
 
 Shape = tuple[int, ...]
 

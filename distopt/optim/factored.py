@@ -13,7 +13,8 @@ from torch import Tensor
 from distopt.kernels.rules import Slot
 from distopt.kernels.shards import Shards
 from distopt.layout import ShardLayout
-from distopt.layout.places import Index, as_tensor, boxes
+from distopt.layout.dtensor import Index, as_tensor
+from distopt.layout.places import boxes
 
 # Elements at once: on the CPU temporaries stay in the cache, on a GPU those of a tile take 128 MB.
 _CPU_TILE, _TILE = 2**17, 2**24

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distopt.layout import ShardLayout, layout_of, local
-from distopt.layout.infer import sharding_groups
 from distopt.layout.names import bare_parameters
 from distopt.layout.places import full_place
+from distopt.layout.replicas import positions
 from distopt.proof.content import balanced, cover
 from distopt.proof.faults import check_locally
 from distopt.proof.places import counted, coverage, elements_per, full_sums, parts, replicated, sums
@@ -175,8 +175,7 @@ def _state(found: Claims, optimizer: Any, layout: ShardLayout) -> Iterator[Colum
 
 
 def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:
-    """Yields, for each sharded axis, a column whose sum is 0 if the parameters that it replicates are equal on its
-    ranks.
+    """Yields, for each group of the layout, a column whose sum is 0 if replicas of a parameter within it are equal.
 
     Args:
         what: The name of the content.
@@ -185,11 +184,11 @@ def _copies(what: str, own: Tensor, layout: ShardLayout) -> Iterator[Column]:
     """
     if type(layout) is not ShardLayout or not _stepped_alone(layout):  # each element is on one rank
         return
-    axes = [set(sharding_groups(param)) for param in layout.params]
     for group in layout.groups:
-        ranks = tuple(dist.get_process_group_ranks(group))
-        copied = torch.tensor([ranks not in sharding for sharding in axes], dtype=torch.int64, device=own.device)
-        yield Column(what, own * copied * balanced(dist.get_rank(group), len(ranks)), (group,), copies=True)
+        found = positions(layout.params, dist.get_process_group_ranks(group))
+        factors = {each: balanced(*each) for each in set(found)}
+        of_params = torch.tensor([factors[each] for each in found], dtype=torch.int64, device=own.device)
+        yield Column(what, own * of_params, (group,), copies=True)
 
 
 def _names(optimizer: Any, layout: ShardLayout, model: nn.Module | None) -> list[str]:

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distopt.layout.places import Box, Index, Place, size
+from distopt.layout.dtensor import Index
+from distopt.layout.places import Box, Place, size
 
 _ROWS, _COLUMNS = 0, 1  # which weights
 _BLOCK = 2**16  # weights per block: a table has those of the first block, and a factor for each further one
