@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from distopt.bounds import integer
-from distopt.health.jacobian import jacobian_gains
 from distopt.job.errors import one_line_errors
-from distopt.models.configuration import check_length
-from distopt.models.language_model import blocks
 
 
 def main() -> None:
@@ -22,15 +17,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of tokens and vectors (default: 0)")
     args = parser.parse_args()
     with one_line_errors():
+        integer(1).check("--probes", args.probes)
+        integer(1).check("--tokens", args.tokens)
+        integer(0).check("--seed", args.seed)
         _print(args.model, args.probes, args.tokens, args.seed)
 
 
 def _print(folder: str, probes: int, tokens: int, seed: int) -> None:
+    import torch  # what is mistyped, and `--help`, do not wait for it
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    integer(1).check("--tokens", tokens)
-    integer(0).check("--seed", seed)
+    from distopt.health.jacobian import jacobian_gains
+    from distopt.models.configuration import check_length
+    from distopt.models.language_model import blocks
+
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(

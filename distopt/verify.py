@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from distopt.checkpoint import verify
-from distopt.checkpoint.folder import open_checkpoint
 from distopt.job.errors import one_line_errors
 
 
@@ -14,6 +12,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="distopt verify", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a checkpoint, or its URL")
     path = parser.parse_args().checkpoint
+    from distopt.checkpoint import verify  # `--help` does not wait for torch
+    from distopt.checkpoint.folder import open_checkpoint
+
     with one_line_errors():
         found, content = verify(path), open_checkpoint(path)
     size = sum(size for size, *_ in content["files"].values()) / 1e6

@@ -23,7 +23,7 @@ from PIL import Image
 from distopt.job import run_folder as runs
 from distopt.job.config import CONF
 from distopt.job.errors import one_line_errors
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 from distopt.job.stop import SIGNALS
 from tests.harness import jobs
 from tests.harness.jobs import metrics, overrides

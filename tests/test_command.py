@@ -279,6 +279,8 @@ ANSWERS = {
     "distopt.train train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
     "distopt.plan --help": (0, "cluster.memory_gib=80"),
     "distopt.prepare train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
+    "distopt.sample runs/boook Once": (1, "distopt: error: runs/boook: no such folder; give a run"),
+    "distopt.jacobian folder --tokens 0": (1, "distopt: error: --tokens must be an integer >= 1, got 0"),
 }
 
 
@@ -292,6 +294,23 @@ def test_help_and_mistakes_do_not_wait_for_torch(words: str, expected: tuple[int
     assert done.returncode == code, done.stderr
     assert f"\n{line}" in "\n" + done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.0
+
+
+# What is no subcommand, and has a program of its own. `distopt launch --help` is that of Accelerate.
+OTHERS = {"jacobian": "-m distopt.jacobian --help", "sharpness": "-m distopt.sharpness --help"}
+
+
+@pytest.mark.parametrize("name", [*(name for name in ENTRIES if name != "launch"), *OTHERS])
+def test_help_of_every_command_is_there_before_torch(name: str, shell: pytest.MonkeyPatch) -> None:
+    """It took 2 to 4 seconds where a program imported what it works with before it read its words."""
+    module, *words = (OTHERS.get(name) or became(f"distopt {name} --help", shell)).split()[1:]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    command, env = [sys.executable, "-W", "error", "-c", NO_TORCH, module, *words], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage:" in done.stdout
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    assert seconds < (1.0 if name in ENTRIES and ENTRIES[name].configured else 0.3)
 
 
 def test_help_lists_the_choices_of_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from distopt.engine.base import Engine
 from distopt.job.generate import generate
-from distopt.job.metrics import read_lines
 from distopt.job.prompts import Prompt, encoded, read_prompts
+from distopt.job.records import read_lines
 from distopt.models.language_model import LanguageModel
 from distopt.optim import SGD
 from tests.harness import jobs

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distopt.data.batch import Batch
 from distopt.data.prefetch import Prefetch
 from distopt.job.late import Late, garbage_collected_by_hand
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 from tests.harness import jobs
 
 

@@ -14,7 +14,8 @@ from PIL import Image, ImageColor
 from distopt.data.accuracy import Counts
 from distopt.job.curves import draw_curves
 from distopt.job.drawing import COLORS
-from distopt.job.metrics import METRICS, Monitor, read_metrics
+from distopt.job.metrics import Monitor
+from distopt.job.records import METRICS, read_metrics
 from distopt.job.totals import Totals
 
 

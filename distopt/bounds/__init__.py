@@ -199,6 +199,7 @@ PRECISION = choice("auto", "fp32", "bf16")
 REDUCE_DTYPE = or_null(choice("fp32", "bf16"))
 PARAM_DTYPE = or_null(choice("bf16"))
 STAGE = choice(1, 2, 3)
+DTYPES = ("float32", "bfloat16", "float16")  # of exported weights
 SCOPE = choice("global", "local")
 CALLBACKS = Bound(
     "a list of entries with _target_, such as [{_target_: mine.Distance}]",

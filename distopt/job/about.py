@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from distopt.job import run_folder
 from distopt.job.device import unsharded_numel
-from distopt.job.metrics import RUN
+from distopt.job.records import RUN
 from distopt.version import __version__
 
 if TYPE_CHECKING:

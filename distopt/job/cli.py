@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import hydra
 from hydra._internal import utils
@@ -37,8 +36,8 @@ def explained() -> Iterator[None]:
     # the configuration once for each group (hydra/_internal/hydra.py), which takes longer than all the rest.
     listed = Hydra.format_config_groups if "--hydra-help" in sys.argv else _list_groups
     with (
-        mock.patch.object(utils, "run_and_report", lambda function: function()),
-        mock.patch.object(Hydra, "format_config_groups", listed),
+        _replaced(utils, "run_and_report", lambda function: function()),
+        _replaced(Hydra, "format_config_groups", listed),
     ):
         try:
             yield
@@ -48,6 +47,17 @@ def explained() -> Iterator[None]:
             if "Config group override" not in str(error):
                 raise
             raise ValueError(_no_choice(sys.argv[1:])) from error
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Gives an attribute another value in its body; unittest.mock would import asyncio."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def refuse(words: list[str]) -> None:

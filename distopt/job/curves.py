@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distopt.job.drawing import COLORS, beyond, limits, smoothed
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 
 _POINTS = 1000  # of the smoothed line
 _TRAIN, _VALIDATION, _LR, _NORM = COLORS[:4]

@@ -10,14 +10,9 @@ from typing import Any
 
 from distopt.data.accuracy import Counts
 from distopt.job.progress import Progress, shown
+from distopt.job.records import ALARMS, LAYERS, METRICS, SAMPLES, append, forget_after, read_lines
 from distopt.job.terminal import Terminal
 from distopt.job.totals import Totals
-
-METRICS = "metrics.jsonl"
-LAYERS = "layers.jsonl"  # gradient norms and trust ratios of every parameter, at evaluations
-ALARMS = "alarms.jsonl"  # of the run's health
-SAMPLES = "samples.jsonl"  # what the model writes at evaluations
-RUN = "run.json"  # the command of the run, and the choices of its groups
 
 
 class Monitor:
@@ -60,10 +55,10 @@ class Monitor:
             return
         names = (LAYERS, ALARMS, SAMPLES, METRICS)
         self.layers, self.alarms, self.samples, self.metrics = (folder / name for name in names)
-        _forget_after(self.samples, first_step - 1)  # those of the checkpoint are written again
-        _forget_after(self.layers, first_step)
-        _forget_after(self.alarms, first_step)
-        kept = _forget_after(self.metrics, first_step)
+        forget_after(self.samples, first_step - 1)  # those of the checkpoint are written again
+        forget_after(self.layers, first_step)
+        forget_after(self.alarms, first_step)
+        kept = forget_after(self.metrics, first_step)
         self.skipped = next((row["skipped"] for row in reversed(kept) if "skipped" in row), 0)
         self.file = self.metrics.open("a")
         self.progress = Progress(self.terminal, first_step, steps)
@@ -144,18 +139,18 @@ class Monitor:
     def write_layers(self, values: Mapping[str, Mapping[str, float]], step: int | None = None) -> None:
         """Writes a line of layers.jsonl: for each quantity its values by parameter name, of a step or the last one."""
         if self.main and values:
-            _append(self.layers, {"step": self.done if step is None else step, **values})
+            append(self.layers, {"step": self.done if step is None else step, **values})
 
     def write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes lines of samples.jsonl: what the model has written at the current step."""
         if self.main:
             for row in rows:
-                _append(self.samples, {"step": self.done, **row})
+                append(self.samples, {"step": self.done, **row})
 
     def write_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Writes a line of alarms.jsonl, and counts it for the trackers."""
         if self.main:
-            _append(self.alarms, alarm)
+            append(self.alarms, alarm)
             self.track({"health/alarm": 1.0}, alarm["step"])
 
     def go_back(self, step: int) -> None:
@@ -164,9 +159,9 @@ class Monitor:
         self.totals.go_back(step)
         if self.main:
             self.file.close()
-            _forget_after(self.layers, step)
-            _forget_after(self.samples, step)
-            _forget_after(self.metrics, step)
+            forget_after(self.layers, step)
+            forget_after(self.samples, step)
+            forget_after(self.metrics, step)
             self.file = self.metrics.open("a")
             self.progress.go_back(step)
             for alarm in read_lines(self.alarms):
@@ -189,48 +184,3 @@ class Monitor:
         if self.main:
             self.progress.close()
             self.file.close()
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a run's metrics.jsonl."""
-    return read_lines(folder / METRICS)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a JSONL file up to the first incomplete line; none if there is no file.
-
-    Raises:
-        ValueError: For a line that is JSON and no row of a run, with the file and the number of the line.
-    """
-    rows = []
-    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise ValueError(f"{file}:{number} is no row of a run, an object with an integer step: {line:.60}")
-        rows.append(row)
-    return rows
-
-
-def _forget_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Removes the rows that a resumed run writes again: later steps, and the validation at its checkpoint.
-
-    Returns:
-        The rows that are kept.
-    """
-    if not path.is_file():
-        return []
-    rows = read_lines(path) if step >= 0 else []
-    kept = [row for row in rows if row["step"] < step or (row["step"] == step and "validation_loss" not in row)]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    aside.replace(path)
-    return kept

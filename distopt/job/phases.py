@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distopt import collective
 from distopt.checkpoint import load_checkpoint, load_training_weights
 from distopt.checkpoint.folder import open_checkpoint, small_files
-from distopt.job.metrics import RUN
+from distopt.job.records import RUN
 from distopt.job.resume import Start, hyperparameters, keep_configured
 from distopt.models.export import find
 from distopt.rng import current_gpu, random_state, set_random_state

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from distopt.job.config import CONF
-from distopt.job.metrics import METRICS
+from distopt.job.records import METRICS
 
 
 def open_folder(folder: Path, checkpoint: Path | None) -> str | None:

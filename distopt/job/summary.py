@@ -9,7 +9,7 @@ from distopt.job import run_folder
 from distopt.job.about import write_stopped
 from distopt.job.curves import draw_curves
 from distopt.job.generate import sample
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 from distopt.models.configuration import positions
 from distopt.models.generation import end_tokens
 

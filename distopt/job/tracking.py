@@ -11,7 +11,7 @@ from math import isfinite, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

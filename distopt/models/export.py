@@ -23,8 +23,6 @@ from distopt.models.lora import CONFIG as ADAPTER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def export(
     checkpoint: str | os.PathLike[str],

@@ -1,5 +1,1 @@
 """A report of runs, as one HTML page: `distopt report RUNS`."""
-
-from distopt.report.page import write_report
-
-__all__ = ["write_report"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN
+from distopt.job.records import ALARMS, LAYERS, METRICS, RUN
 from distopt.job.run_folder import near
 from distopt.report.comparison import FILE as COMPARISON
 from distopt.report.runs import CONFIG, Run

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distopt.job.metrics import ALARMS, LAYERS, METRICS, RUN, SAMPLES, read_lines, read_metrics
+from distopt.job.records import ALARMS, LAYERS, METRICS, RUN, SAMPLES, read_lines, read_metrics
 from distopt.report.checked import (
     checked_about,
     checked_alarms,

@@ -7,7 +7,6 @@ import json
 import logging
 from pathlib import Path
 
-from distopt import collective
 from distopt.bounds import integer, number
 from distopt.job.errors import one_line_errors
 from distopt.job.process import end_of_process, end_on_interrupt
@@ -26,6 +25,7 @@ def main() -> None:
 def _run(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
+    from distopt import collective
     from distopt.data.batch import next_token_loss
     from distopt.job.reopen import reopen
     from distopt.sharpness.objective import Objective

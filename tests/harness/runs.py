@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distopt.job.metrics import read_metrics
+from distopt.job.records import read_metrics
 from tests.harness import jobs
 from tests.harness.jobs import metrics, overrides
 

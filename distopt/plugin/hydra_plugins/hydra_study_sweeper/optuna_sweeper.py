@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import pkgutil
@@ -176,7 +175,9 @@ def check(options: Any) -> list[str]:
     """
     if importlib.util.find_spec("optuna") is None:
         raise StudyError("hydra/sweeper=optuna needs Optuna: pip install 'distopt[sweep]'")
-    version = importlib.metadata.version("optuna")
+    from importlib.metadata import version as installed  # here: every start of Hydra imports this module
+
+    version = installed("optuna")
     if int(version.partition(".")[0]) < 4:
         raise StudyError(
             f"hydra/sweeper=optuna needs Optuna >= 4, and {version} is installed: pip uninstall hydra-optuna-sweeper, "
