@@ -17,7 +17,7 @@ from distopt.checkpoint.storage import storage
 from tests.harness import jobs
 from tests.harness.agent import Launched
 from tests.harness.jobs import overrides
-from tests.harness.runs import DROPOUT, last_step, losses
+from tests.harness.runs import DROPOUT, last_step, losses, until
 
 KILLS = int(os.environ.get("DISTOPT_KILLS", "20"))  # of each kind of job
 WAIT = 60.0  # seconds on a quiet machine, for a start and a few steps, or for an end; torchrun gives a rank 30 to end
@@ -70,7 +70,7 @@ def wait_for(job: Launched, run: Path, moment: str, draw: random.Random) -> bool
         return False
     while opened(run) == before or last_step(run) < begun.step + steps:
         assert time.monotonic() < deadline and job.process.is_alive(), job.told()
-        time.sleep(0.001)
+        time.sleep(0.005)
     if moment == "in a save":
         seen = set(newest_first(run / "checkpoints"))
         while seen >= set(newest_first(run / "checkpoints")):
@@ -87,10 +87,8 @@ def killed(cwd: Path, words: list[str], victims: str, moment: str, draw: random.
     job = Launched(cwd, words)
     try:
         trains = wait_for(job, run, moment, draw)
-        ranks, launcher = job.ranks(), VICTIMS[victims][0]
         before = found(run)
-        for process in [*([job.process] if launcher else []), *(ranks[number] for number in VICTIMS[victims][1:])]:
-            process.kill()
+        job.strike(*VICTIMS[victims])
         began = time.monotonic()
         assert job.wait(WAIT) != 0, job.told()
         seconds = time.monotonic() - began
@@ -135,3 +133,20 @@ def test_a_job_that_is_killed_at_any_moment_ends_as_the_unbroken_one(
     assert first == second
     how = f"{engine}, {'asynchronous' if asynchronous else 'synchronous'} checkpoints"
     print(f"{how}: {KILLS} kills of {KILLS} resumed, {half_written} half-written folders passed over, {steps} steps equal")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    ("engine", "asynchronous"), [("zero1", False), ("zero1", True), ("fsdp2", True), ("deepspeed_zero2", True)]
+)
+def test_ranks_whose_launcher_dies_before_their_first_save_do_save(cwd: Path, engine: str, asynchronous: bool) -> None:
+    """The store in which they would have met for it, to write in the background, is the launcher's, and is gone."""
+    options = {**LONG, "engine": engine, "checkpoint__every": "100000", "train__steps": "100000"}
+    job, run = Launched(cwd, overrides(name="one", checkpoint__asynchronous=str(asynchronous), **options)), cwd / "runs/one"
+    try:
+        until(lambda: last_step(run) > 2, job.process.is_alive, WAIT)
+        job.strike(True)
+        job.wait(WAIT)
+    finally:
+        job.kill()
+    assert found(run) == Found(last_step(run), ()), job.told()

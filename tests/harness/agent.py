@@ -46,6 +46,14 @@ class Launched:
                 continue
         return [each for each in self._seen.values() if running(each)]
 
+    def strike(self, launcher: bool, *numbers: int) -> None:
+        """SIGKILL to the launcher, if wanted, then to these ranks."""
+        ranks = self.ranks()  # now: without their launcher nobody knows them
+        if launcher:
+            self.process.kill()
+        for number in numbers:
+            ranks[number].kill()
+
     def wait(self, seconds: float) -> int | None:
         """Waits for the launcher and every rank that it had; AssertionError, and nothing left, if one does not end."""
         deadline = time.monotonic() + seconds * jobs.PATIENCE
