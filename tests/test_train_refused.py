@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "train.sequence_length=65": ("train.sequence_length=65 is longer than the model's 64 positions", "shorten it"),
     "train.sequence_length=99999": ("train has", "one sequence needs sequence_length + 1 = 100000", "give more text"),
     "train.resume=nowhere": ("train.resume=nowhere: no such folder", "give never, auto"),
-    "train.resume=cache": ("cache is not a complete checkpoint", "manifest.json"),
+    "train.resume=cache": ("train.resume=cache: cache is not a complete checkpoint", "manifest.json"),
     "evaluation.every=0": ("evaluation.every must be an integer >= 1, got 0",),
     "evaluation.sample_tokens=-1": ("evaluation.sample_tokens must be an integer >= 0, got -1",),
     "evaluation.prompt=5": ("evaluation.prompt must be text, got 5", "quote it"),

@@ -109,7 +109,7 @@ def async_save_checkpoint(
         else:
             written.set_exception(outcome)
 
-    group = _background_group()
+    group = background_group()
     threading.Thread(target=write, name="distopt checkpoint").start()
     return Saving(path, written)
 
@@ -213,5 +213,10 @@ def schedule_kind(schedule: LRScheduler | None) -> str | None:
 
 
 @functools.cache
-def _background_group() -> dist.ProcessGroup | None:
+def background_group() -> dist.ProcessGroup | None:
+    """Returns the group in which ranks communicate in the background; every rank has to call it.
+
+    The first call makes it, and needs the store in which the ranks have met. A job asks at its start: the store is the
+    launcher's, and ranks whose launcher was killed still save.
+    """
     return dist.new_group(backend="gloo") if dist.is_initialized() else None

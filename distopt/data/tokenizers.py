@@ -78,13 +78,13 @@ class Tokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).split("\n")[0]
+            # Not len(tokenizer): ids may have gaps, and the largest id must be below the size.
+            self.size = max(self._tokenizer.get_vocab().values()) + 1
+        except Exception as error:  # of any class, by what the files happen to say
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise ValueError(
                 f"tokenizer folder {folder} does not load ({reason}); give a save_pretrained folder"
             ) from None
-        # Not len(tokenizer): ids may have gaps, and the largest id must be below the size.
-        self.size = max(self._tokenizer.get_vocab().values()) + 1
         ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
         self.separator: Sequence[int] = [end for end in ends if end is not None][:1]
 

@@ -12,6 +12,7 @@ from torch import nn
 from distopt import collective
 from distopt.checkpoint import Saving, async_save_checkpoint, checkpoint_path, prune_checkpoints, save_checkpoint
 from distopt.checkpoint.pruning import link_best
+from distopt.checkpoint.save import background_group
 from distopt.layout.tensors import local
 
 
@@ -23,7 +24,7 @@ def all_finite(model: nn.Module) -> bool:
 
 
 class Checkpointer:
-    """Saves the checkpoints of a run.
+    """Saves the checkpoints of a run; every rank has to make one.
 
     Args:
         folder: The folder of the checkpoints.
@@ -42,6 +43,8 @@ class Checkpointer:
     ) -> None:
         self.folder, self.asynchronous = folder, asynchronous
         self.keep, self.keep_every, self.best = keep, keep_every, best
+        if asynchronous:
+            background_group()
         self.written: Callable[[Path], None] = lambda path: None
         self._saving: tuple[Saving, Path] | None = None
 

@@ -109,7 +109,10 @@ def _named(folder: Path, resume: str, newest: Path | None, broken: list[str]) ->
             f"train.resume={resume} is not the newest complete checkpoint of its run, {newest.name} is: "
             "give auto to resume from that one, or another name to resume from this one"
         )
-    return Start.read(path)
+    try:
+        return Start.read(path)
+    except ValueError as error:
+        raise ValueError(f"train.resume={resume}: {error}") from error
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

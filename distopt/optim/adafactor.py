@@ -148,8 +148,8 @@ class Adafactor(ShardedOptimizer):
         owned = ((p, [layout.params[s.layer] for s in segments]) for p, segments in layout.segments.items())
         if any(len(layers) != 1 or layers[0] is not p for p, layers in owned):
             raise ValueError(
-                "Adafactor has a state for each layer, and the layout flat partitions of many (DeepSpeed's): use "
-                "zero_stage=1 of distopt or FSDP2"
+                "Adafactor has a state for each layer, and the layout flat partitions of many (DeepSpeed's): "
+                "use another engine, ZeRO-1 of distopt or FSDP2"
             )
         super().bind(layout)
 

@@ -85,8 +85,8 @@ class DistanceAdapted(ShardedOptimizer):
         if isinstance(layout, FlatLayout) and len(layout.partitions) > 1:
             raise ValueError(
                 f"{type(self).__name__} needs all layers in one call of step(), and DeepSpeed makes one for each of "
-                f"{len(layout.partitions)} partitions: give it one param group (without sub-groups at stage 3), or use "
-                "zero_stage=1 of distopt or FSDP2"
+                f"{len(layout.partitions)} partitions: give it one param group (without sub-groups at stage 3), or "
+                "use another engine, ZeRO-1 of distopt or FSDP2"
             )
         super().bind(layout)
 

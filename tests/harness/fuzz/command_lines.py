@@ -117,7 +117,7 @@ def value(rng: random.Random) -> Case:
         words.append("data.path=lines.jsonl")
         files["lines.jsonl"] = b"\n".join(TEXT if chosen == "jsonl" else CHAT)
     named = (key.rpartition(".")[2], f"{key}={given}", *(("model.path",) if chosen == "pretrained" else ()))
-    named += ("text.txt",) if chosen == "datasets" else ()
+    named += {"datasets": ("text.txt",), "mixture": ("data.sources",)}.get(chosen, ())
     return Case(tuple(words), named, REFUSED if is_wrong(known[key], given) else EITHER, files)
 
 

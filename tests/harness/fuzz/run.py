@@ -95,6 +95,7 @@ def outcome_of(folder: Path, case: Case) -> Outcome:
         and not ("model" in changed and word.startswith("model."))
         and not ("data.path" in given and word.startswith("data="))
         and not ("data=" in given and word.startswith("data="))
+        and not ("data=mixture" in given and word.startswith("data.path="))  # it has `sources` instead
     ]
     before = os.getcwd()
     os.chdir(cwd)

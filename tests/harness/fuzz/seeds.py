@@ -68,6 +68,9 @@ _REFUSED = {
     "engine=zero1 engine.reduce_dtype=[fp32]": "reduce_dtype",
     "param_groups=3": "param_groups",
     "train.resume=": "train.resume",
+    "train.resume='~'": "train.resume",
+    "optimizer=adafactor engine=deepspeed_zero1": "engine",
+    "optimizer=dadapt_sgd engine=deepspeed_zero1": "engine",
     "seed=18446744073709551616": "seed",
     "~optimizer._target_": "optimizer",
     "optimizer._target_=": "optimizer",
@@ -110,6 +113,8 @@ def seeds(model: Path) -> list[Case]:
         content = json.dumps({**config, **changes}).encode()
         files = {**_FILES, "model/config.json": content}
         found.append(Case(_OF_MODEL, (named, "config.json"), REFUSED, files, "model"))
+    for content in (b"[]", b"{}", b"null"):
+        found.append(Case(_OF_MODEL, ("tokenizer",), REFUSED, {**_FILES, "model/tokenizer.json": content}, "model"))
     weights = (model / "model.safetensors").read_bytes()
     for content in (b"", b"text", weights[:100], weights[: len(weights) // 2], None):
         files = {**_FILES, "model/model.safetensors": content}
