@@ -9,7 +9,7 @@ from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config
 from distopt.job.errors import end_as_before, one_line_errors
-from distopt.job.leftovers import no_leftovers
+from distopt.job.leftovers import clear, no_leftovers
 from distopt.job.process import end_of_process, end_on_interrupt, end_with_launcher
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     end_as_before()
     end_with_launcher()
-    end_on_interrupt()
+    end_on_interrupt(clear)
     with end_of_process(), one_line_errors(), no_leftovers(), cli.explained():
         sys.argv[1:] = cli.model_words(sys.argv[1:])
         job()

@@ -34,7 +34,7 @@ def no_leftovers() -> Iterator[None]:
     try:
         yield
     except Exception:
-        _clear()
+        clear()
         raise
 
 
@@ -43,7 +43,7 @@ def _note(config: DictConfig, key: str) -> None:
     _new[:] = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _clear() -> None:
+def clear() -> None:
     """Removes the new folders, unless something else is in them, or another job holds them."""
     if not _new:
         return
