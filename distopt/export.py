@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 from distopt.bounds import DTYPES
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 
 def main() -> None:
@@ -18,6 +20,10 @@ def main() -> None:
     parser.add_argument("--average", action="store_true", help="export the average of the weights (average=ema, lawa)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
     args = parser.parse_args()
+    with one_line_errors():
+        if not Path(args.checkpoint).expanduser().is_dir():
+            raise ValueError(f"{args.checkpoint}: no such folder; give a run, as runs/book, or a checkpoint in one")
+    loading()
     import torch  # `--help` does not wait for it
     from transformers.utils.logging import disable_progress_bar
 

@@ -6,6 +6,7 @@ import argparse
 
 from distopt.bounds import integer
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
         integer(1).check("--probes", args.probes)
         integer(1).check("--tokens", args.tokens)
         integer(0).check("--seed", args.seed)
+        loading()
         _print(args.model, args.probes, args.tokens, args.seed)
 
 

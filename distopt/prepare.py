@@ -14,6 +14,7 @@ from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config, instantiate, named
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 _processes = os.cpu_count() or 1
 
@@ -23,6 +24,7 @@ def prepared(cfg: Config) -> None:
     """Tokenizes the data of a configuration."""
     with one_line_errors():
         check(cfg, "train")
+        loading()
         # What is mistyped, and `--help`, do not wait for what these import.
         from distopt.job.protocols import Data
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from distopt.bounds import DTYPES, integer, number
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     with one_line_errors():
         _check(options)
+        loading()
         from distopt.job.reply import reply  # what is mistyped, and `--help`, do not wait for torch
 
         reply(options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 
 def main() -> None:
@@ -12,6 +14,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="distopt verify", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a checkpoint, or its URL")
     path = parser.parse_args().checkpoint
+    with one_line_errors():
+        if "://" not in path and not Path(path).is_dir():
+            raise ValueError(f"{path}: no such folder; give a checkpoint, as runs/book/checkpoints/step_00001000")
+    loading()
     from distopt.checkpoint import verify  # `--help` does not wait for torch
     from distopt.checkpoint.folder import open_checkpoint
 

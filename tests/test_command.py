@@ -75,6 +75,9 @@ PROGRAMS = {
     "distopt sweep --processes 2 lr_scale=1,3": (
         f"{TRAIN} -m hydra/launcher=accelerate hydra.launcher.num_processes=2 lr_scale=1,3"
     ),
+    "distopt sweep --processes 2 hydra/launcher=accelerate_slurm lr_scale=1,3": (
+        f"{TRAIN} -m hydra.launcher.processes_per_node=2 hydra/launcher=accelerate_slurm lr_scale=1,3"
+    ),
     "distopt sweep -m hydra/launcher=joblib x=1": f"{TRAIN} -m hydra/launcher=joblib x=1",
     "distopt prepare --processes 2 data=text": "-m distopt.prepare --processes 2 data=text",
     "distopt export a b --dtype bfloat16": "-m distopt.export a b --dtype bfloat16",
@@ -135,6 +138,15 @@ REFUSED = {
     "train --processes 0": (1, "--processes must be an integer >= 1, got 0"),
     "train --processes": (1, "--processes must be an integer >= 1, got nothing"),
     "sweep --processes two": (1, "--processes must be an integer >= 1, got two"),
+    "train --processes 2 --processes=3": (1, "--processes is given twice: give it once"),
+    "sweep --processes 2 hydra/launcher=joblib": (
+        1,
+        "--processes is not for hydra/launcher=joblib: leave it out, or choose hydra/launcher=accelerate",
+    ),
+    "sweep --processes 2 hydra.launcher.num_processes=4": (
+        1,
+        "--processes and hydra.launcher.num_processes=4 say the same: give one of them",
+    ),
     "train --processes 2 -m x=1,2": (
         1,
         "--processes is for one run; for those of a sweep: distopt sweep --processes 2",
@@ -199,6 +211,10 @@ MISTYPED = {
     "steps=3": "there is no steps: did you mean train.steps?",
     "path=book.txt": "there is no path: did you mean model.path or data.path?",
     "train.steps=-1": "train.steps must be an integer >= 1 or null, got -1",
+    "train.batch_size=5": "train.batch_size=5 is not a multiple of the 2 processes",
+    "train.epochs=2 train.steps=3": "train.steps=3 and train.epochs=2: give one of them, and null for the other",
+    "--proceses 3": "there is no option --proceses: did you mean --processes?",
+    "sam.rho=1": "there is no sam.rho: what is chosen for sam has no keys",
 }
 
 
@@ -206,7 +222,7 @@ def test_what_is_mistyped_never_reaches_the_launcher(
     shell: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """torchrun reported it for every process, after seconds, in twenty lines."""
-    commands = {word: ["train", "--processes", "2", word] for word in MISTYPED}
+    commands = {words: ["train", "--processes", "2", *words.split()] for words in MISTYPED}
     commands["optimzer=lamb"] = ["launch", "--num_processes", "2", "optimzer=lamb"]
     for word, words in commands.items():
         assert ended(["distopt", *words], shell) == 1
@@ -278,6 +294,7 @@ ANSWERS = {
     ),
     "distopt.train train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
     "distopt.plan --help": (0, "cluster.memory_gib=80"),
+    "distopt.train optimizer=lamb --cfg job train.steps=3": (0, "train:"),  # a flag between overrides
     "distopt.prepare train.steps=0": (1, "distopt: error: train.steps must be an integer >= 1"),
     "distopt.sample runs/boook Once": (1, "distopt: error: runs/boook: no such folder; give a run"),
     "distopt.jacobian folder --tokens 0": (1, "distopt: error: --tokens must be an integer >= 1, got 0"),

@@ -65,7 +65,7 @@ def _dataset_without_state(path: Path) -> Path:
 
 
 BAD_INPUT = [
-    ("nowhere", lambda path: path, {}, r"does not exist; give path="),
+    ("nowhere", lambda path: path, {}, r"does not exist; give a file or folder"),
     ("empty file", _file(""), {}, r"contains no non-empty text file; give another path"),
     ("folder without text", _folder, {}, r"contains no non-empty text file ending in \('\.txt', .*; give another path"),
     ("not UTF-8", _not_utf8, {}, r"source\.txt is not UTF-8 at byte 3; convert it"),
@@ -124,7 +124,7 @@ def choice(name: str) -> TextData:
 def test_config_says_that_it_needs_a_path(name: str) -> None:
     data = choice(name)
     with pytest.raises(
-        ValueError, match=rf"format '{'ending' if name == 'text' else name}' needs a path, got None; give path="
+        ValueError, match=rf"format '{'ending' if name == 'text' else name}' needs a path, got None; give data.path="
     ):
         data.check()
 

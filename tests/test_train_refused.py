@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "seed=abc": ("seed must be an integer >= 0, got 'abc'",),
     "name=": ("name must be the name of a folder below runs/, got ''",),
     "name=..": ("name must be the name of a folder below runs/, got '..'",),
-    "data.path=nowhere.txt": ("nowhere.txt does not exist", "give path="),
+    "data.path=nowhere.txt": ("nowhere.txt does not exist", "give a file or folder"),
     "data.path=empty.txt": ("empty.txt contains no non-empty text file", "give another path"),
     "data.path=latin.txt": ("latin.txt is not UTF-8 at byte 3", "convert it"),
     "data.validation_fraction=2": ("data.validation_fraction must be a number in (0, 1), got 2",),

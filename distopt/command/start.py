@@ -13,6 +13,8 @@ from distopt.version import __version__
 
 LOCAL = Path("launch/local.yaml")
 PROCESSES = "--processes"
+# What says the number of processes of a run, or of each of its nodes, by launcher.
+_PROCESSES_OF = {"accelerate": "num_processes", "accelerate_slurm": "processes_per_node"}
 # Words with which Hydra prints something, or starts a sweep, instead of one run.
 _NO_RUN = "-m --multirun -h --help --hydra-help -c --cfg -i --info -sc --shell-completion -p --package --resolve"
 
@@ -55,7 +57,7 @@ def train(words: list[str]) -> NoReturn:
         if sys.stderr.isatty():
             print("distopt: one process, loading PyTorch", file=sys.stderr)
         become(["-m", "distopt.train", *words])
-    _refuse(words)
+    _refuse(words, processes)
     _accelerate([*single_machine(processes), "-m", "distopt.train", *words])
 
 
@@ -69,15 +71,29 @@ def sweep(words: list[str]) -> NoReturn:
     """Trains once for each combination of values, by distopt's launcher unless another one is chosen.
 
     Raises:
-        ValueError: `--processes`, the number of processes of each run, is no integer >= 1.
+        ValueError: `--processes`, the number of processes of each run, or of each node of a run in SLURM, is no integer
+            >= 1, or the launcher starts one process, or is told their number twice.
     """
     processes, words = taken(words)
     options = [] if {"-m", "--multirun"} & {*words} else ["-m"]
-    if not any(word.startswith("hydra/launcher=") for word in words):
+    launcher = next((word.partition("=")[2] for word in reversed(words) if word.startswith("hydra/launcher=")), "")
+    if not launcher:
         options.append("hydra/launcher=accelerate")
     if processes is not None:
-        options.append(f"hydra.launcher.num_processes={processes}")
+        options.append(f"{_processes_key(launcher or 'accelerate', words)}={processes}")
     become(["-m", "distopt.train", *options, *words])
+
+
+def _processes_key(launcher: str, words: list[str]) -> str:
+    """The key of a launcher that says what `--processes` does."""
+    if launcher not in _PROCESSES_OF:
+        known = " or ".join(f"hydra/launcher={name}" for name in _PROCESSES_OF)
+        raise ValueError(f"{PROCESSES} is not for hydra/launcher={launcher}: leave it out, or choose {known}")
+    key = f"hydra.launcher.{_PROCESSES_OF[launcher]}"
+    for word in words:
+        if word.lstrip("+").startswith(f"{key}="):
+            raise ValueError(f"{PROCESSES} and {word} say the same: give one of them")
+    return key
 
 
 def launch(words: list[str]) -> NoReturn:
@@ -108,7 +124,7 @@ def taken(words: list[str]) -> tuple[int | None, list[str]]:
         N, None if it is not there; and the other words.
 
     Raises:
-        ValueError: N is no integer >= 1.
+        ValueError: N is no integer >= 1, or there are two of them.
     """
     kept, number = [], None
     given = iter(words)
@@ -117,6 +133,8 @@ def taken(words: list[str]) -> tuple[int | None, list[str]]:
         if name != PROCESSES:
             kept.append(word)
             continue
+        if number is not None:
+            raise ValueError(f"{PROCESSES} is given twice: give it once")
         number = value if sign else next(given, "")
         if not number.isascii() or not number.isdigit() or int(number) < 1:
             raise ValueError(f"{PROCESSES} must be an integer >= 1, got {number or 'nothing'}")
@@ -128,11 +146,11 @@ def _is_run(words: list[str]) -> bool:
     return not given & {"hydra.mode=MULTIRUN", *_NO_RUN.split()}
 
 
-def _refuse(words: list[str]) -> None:
+def _refuse(words: list[str], processes: int | None = None) -> None:
     """Raises ValueError for what is mistyped, in one line; a launcher reports it for every process, after seconds."""
     from distopt.job.cli import refuse  # Hydra takes 0.3 s
 
-    refuse(words)
+    refuse(words, processes)
 
 
 def gpus() -> int:

@@ -80,15 +80,15 @@ class Source:
         or_null(PATTERN).check("data.files", pattern)
         if path is None:
             if format != "auto":
-                raise ValueError(f"data format {format!r} needs a path, got None; give path=<file or folder>")
+                raise ValueError(f"data format {format!r} needs a path, got None; give {key}=<file or folder>")
             root = Path(sysconfig.get_paths()["stdlib"])
             return cls("stdlib", root, find(root, ".py", skip=("site-packages", "dist-packages")), field)
-        PATH.check(key, path, "give path=<file or folder>")
+        PATH.check(key, path, "give a file or folder")
         from_hub = hub.is_name(path, hub.DATA)
         located = hub.folder(key, path, hub.DATA, [pattern] if pattern else [])
         root = Path(os.path.abspath(located))  # not resolve(): a link's own name has the suffix
         if not root.exists():
-            raise ValueError(f"data path {root} does not exist; give path=<file or folder>")
+            raise ValueError(f"{key}={root} does not exist; give a file or folder")
         if pattern is not None and root.is_file():
             raise ValueError(f"data.files={pattern} selects files of a folder, and {root} is a file; leave it out")
         if format in ("auto", "ending"):
@@ -102,7 +102,9 @@ class Source:
         if not any(file.stat().st_size for file in files):
             kind = f"non-empty {format} file" + (f" ending in {wanted}" if root.is_dir() and wanted else "")
             within = f" whose path fits data.files={pattern}" if pattern else ""
-            raise ValueError(f"data path {root} contains no {kind}{within}; give another path, suffixes or format")
+            raise ValueError(
+                f"{key}={root} contains no {kind}{within}; give another path, data.suffixes or data.format"
+            )
         return cls(format, root, files, field)
 
     def documents(self) -> Iterator[Document]:

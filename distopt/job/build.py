@@ -120,6 +120,7 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     check_steps(cfg)
     check_best(cfg)
     read_prompts(cfg.evaluation.generate)
+    terminal.phase("loading the libraries that it needs")
     engine, names = instantiate(cfg, "engine", Engine), hub_names(cfg)
     if names:
         accelerator = join(cfg, engine)  # now, so that one process downloads while the others wait

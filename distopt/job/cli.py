@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal import utils
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distopt.job.check import check, meant
-from distopt.job.config import CONF
+from distopt.job.config import CONF, check_best, check_steps, micro_batch_size
 from distopt.job.reference import aligned, help_lines
 from distopt.job.schema import SCHEMA
 
@@ -26,7 +27,13 @@ from distopt.job.schema import SCHEMA
 def program(config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """Returns a decorator like `hydra.main` for a command line over one of the configurations of conf/."""
     OmegaConf.register_new_resolver("distopt.keys", lambda _root_: help_lines(_root_), replace=True)  # of `--help`
-    return hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)
+    decorate = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)
+
+    def decorated(function: Callable[[DictConfig], Any]) -> Callable[[], Any]:
+        vars(function)["check"] = lambda cfg: check(cfg, config)  # by which distopt's launchers refuse a sweep
+        return decorate(function)
+
+    return decorated
 
 
 @contextlib.contextmanager
@@ -38,6 +45,7 @@ def explained() -> Iterator[None]:
     with (
         _replaced(utils, "run_and_report", lambda function: function()),
         _replaced(Hydra, "format_config_groups", listed),
+        _replaced(sys.modules["hydra.main"], "get_args_parser", _parser),
     ):
         try:
             yield
@@ -47,6 +55,21 @@ def explained() -> Iterator[None]:
             if "Config group override" not in str(error):
                 raise
             raise ValueError(_no_choice(sys.argv[1:])) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Hydra's parser of words; its flags may stand between overrides, and what it does not know is one line."""
+
+    def refuse(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized") and unknown.startswith("-"):
+            flags = [flag for flag in (*parser._option_string_actions, "--processes") if flag.startswith("--")]
+            raise ValueError(f"there is no option {unknown}{meant(unknown, flags)} distopt --help lists the commands")
+        raise ValueError(message)
+
+    parser = utils.get_args_parser()
+    vars(parser).update(parse_args=parser.parse_intermixed_args, error=refuse)
+    return parser
 
 
 @contextlib.contextmanager
@@ -60,8 +83,13 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def refuse(words: list[str]) -> None:
-    """Raises ValueError, without torch, for a command of `distopt.train` that every process of it would refuse."""
+def refuse(words: list[str], processes: int | None = None) -> None:
+    """Raises ValueError, without torch, for a command of `distopt.train` that every process of it would refuse.
+
+    Args:
+        words: The words of the command.
+        processes: How many processes it will have; None if a launcher's configuration says.
+    """
 
     refused: list[ValueError] = []
 
@@ -69,6 +97,10 @@ def refuse(words: list[str]) -> None:
     def checked(cfg: DictConfig) -> None:
         try:
             check(cfg, "train")
+            check_steps(cfg)
+            check_best(cfg)
+            if processes is not None:
+                micro_batch_size(cfg.train.batch_size, cfg.train.micro_batch_size, processes)
         except ValueError as error:  # of which Hydra would print a line of its own
             refused.append(error)
 
@@ -115,8 +147,10 @@ def explanation(error: Exception) -> str:
         found := re.match("Could not override '(.+)'", str(error))
     ):
         keys = [str(key) for key in cause.parent_node or () if key != "hydra" and not str(key).startswith("_")]
-        elsewhere = " or ".join(path for path in SCHEMA if path.endswith(f".{cause.key}"))  # train.steps of `steps=10`
-        likely = f": did you mean {elsewhere}?" if elsewhere else meant(str(cause.key), keys)
+        paths = [path for path in SCHEMA if path.endswith(f".{cause.key}") and path != found[1]]
+        likely = f": did you mean {' or '.join(paths)}?" if paths else meant(str(cause.key), keys)  # of `steps=10`
+        if not keys:
+            return f"there is no {found[1]}: what is chosen for {found[1].rpartition('.')[0]} has no keys"
         return f"there is no {found[1]}{likely} There are {', '.join(sorted(keys))}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"

@@ -44,7 +44,7 @@ def end_from_thread(message: str) -> NoReturn:
 
 def _line(message: str) -> str:
     who = "distopt" if os.environ.get("RANK") in (None, "0") else f"distopt (rank {os.environ['RANK']})"
-    return f"{who}: error: {' '.join(message.split())}"
+    return f"{who}: error: {' '.join(message.split()).removeprefix('distopt: error: ')}"  # of a sweep's job
 
 
 def _end(line: str, code: int, quiet: bool = False, final: bool = False) -> NoReturn:

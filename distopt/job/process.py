@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -48,10 +48,13 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
-def end_on_interrupt() -> None:
+def end_on_interrupt(tidy: Callable[[], None] = lambda: None) -> None:
     """Makes Ctrl-C end this process at once, with exit code 130 and a line from the first process.
 
     A rank that waits for another one would see KeyboardInterrupt too late, after an error about the lost connection.
+
+    Args:
+        tidy: Called by the first process before it ends.
     """
     if os.environ.get("RANK") not in (None, "0"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # in the middle of a collective too
@@ -59,6 +62,7 @@ def end_on_interrupt() -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         sys.stdout.flush()
+        tidy()
         os.write(2, b"\ndistopt: interrupted; train.resume=auto resumes from the last checkpoint\n")
         os._exit(130)
 

@@ -78,7 +78,8 @@ def command(processes: int, folder: Path, name: str, **changes: str) -> str:
     given = [word.removeprefix("++") if word.startswith("++model.config") else word for word in given]  # model_words
     kept = [word for word in given if word.split("=", 1)[0].lstrip("+~") not in wanted and word != "~model.config"]
     alone = str(processes) == os.environ.get("LOCAL_WORLD_SIZE")  # other launchers start those of several machines
-    kept = [word for word in kept if word != "train.steps=null"]  # which train.epochs implies
+    implied = {"train.steps=null"} | {"model=pretrained" for word in kept if word.startswith("model.path=")}
+    kept = [word for word in kept if word not in implied]
     options = ["--processes", str(processes)] if processes > 1 and alone else []
     words = ["train", *options, *flags, *kept, *(f"{key}={value}" for key, value in wanted.items())]
     return " ".join([*_distopt(), *map(_typed, words)])

@@ -96,6 +96,12 @@ def claim(folder: Path) -> tuple[RunLock | None, bool, list[str]]:
     return (held[0] if held else None), restarted, notes
 
 
+def is_mine(lock: Path) -> bool:
+    """Whether this process has made the file of a lock, and still holds it."""
+    owner = _read(lock.with_name(_OWNER))
+    return (owner.get("host"), owner.get("process")) == (socket.gethostname(), os.getpid())
+
+
 def _launch() -> str | None:
     """Returns the name that torch's launchers of this job have in common; None without one."""
     return os.environ.get("TORCHELASTIC_RUN_ID")

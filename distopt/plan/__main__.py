@@ -8,6 +8,7 @@ from distopt.job import cli
 from distopt.job.check import check
 from distopt.job.config import Config
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 
 
 @cli.program("plan")
@@ -15,6 +16,7 @@ def planned(cfg: Config) -> None:
     """Print the plan of the command line's configuration."""
     with one_line_errors():
         check(cfg, "plan")
+        loading()
         from distopt.plan.plan import format_plan, make_plan, verdict  # what is mistyped does not wait for torch
 
         plan = make_plan(cfg)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distopt.bounds import integer, number
 from distopt.job.errors import one_line_errors
+from distopt.job.loading import loading
 from distopt.job.process import end_of_process, end_on_interrupt
 
 
@@ -19,6 +20,7 @@ def main() -> None:
         options = _parser().parse_args()
         with one_line_errors():
             _check(options)
+            loading()
             _run(options)
 
 

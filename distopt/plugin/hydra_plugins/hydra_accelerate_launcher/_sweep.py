@@ -65,6 +65,7 @@ def run(jobs: Sequence[Job], options: SweepConf, halving: Halving, place: Callab
                 for slot, job in list(running.items()):
                     if where and (how := _ended(job, options, halving, where)):
                         del running[slot]
+                        bar.set_postfix_str("", refresh=False)  # the last line of its log
                         _say(bar, f"#{job.number} {job.label}: {how}, {job.seconds:.1f} s")
                         bar.update()
                 if running and not bar.disable:

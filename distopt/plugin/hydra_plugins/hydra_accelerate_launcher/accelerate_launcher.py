@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from ._slurm import Slurm
 class AccelerateLauncher(Launcher):
     """A launcher that runs every job of a sweep under its own `accelerate launch`; this process joins none of them.
 
-    The folder of a job is chosen here, once, and passed to all its processes.
+    The folder of a job is chosen here, once, and passed to all its processes. If the program, the function below
+    `hydra.main`, has an attribute `check`, it is called with the configuration of each job before the first one starts;
+    a ValueError refuses the sweep.
 
     Args:
         options: The fields of `AccelerateLauncherConf`.
@@ -52,6 +55,7 @@ class AccelerateLauncher(Launcher):
             LauncherError: If the options or the environment do not allow a launch.
         """
         self.context, self.config = hydra_context, config
+        self.check = getattr(task_function, "check", lambda config: None)
         check(self.options)
         options = self.options
         self.halving = Halving(options.metric, options.rungs, options.keep, options.greater_is_better)
@@ -60,7 +64,8 @@ class AccelerateLauncher(Launcher):
         """Run the jobs, numbered from `initial_job_idx`, and return their results.
 
         Raises:
-            LauncherError: If there is no job, two jobs have the same folder, or another sweep runs in the folder.
+            LauncherError: If there is no job, the program refuses one of the first, two jobs have the same folder, or
+                another sweep runs in the folder.
         """
         if not job_overrides:
             raise LauncherError(
@@ -80,18 +85,24 @@ class AccelerateLauncher(Launcher):
                         f"jobs #{same.number} and #{job.number} have the same folder {job.folder}: "
                         "hydra.sweep.subdir must differ between them, as '${hydra.job.num}' does"
                     )
+            if initial_job_idx == 0:  # the later jobs of a search may fail one by one
+                self._refuse(jobs)
             return sweep.run(jobs, self.options, self.halving, self.place)
+
+    def _refuse(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            try:
+                with _current(job.result.hydra_cfg):
+                    self.check(job.result.cfg)
+            except ValueError as error:
+                raise LauncherError(f"job #{job.number}, {job.label}: {error}") from None
 
     def _job(self, number: int, overrides: list[str], sweep_folder: Path) -> Job:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(number), number
-        before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
-        try:
+        with _current(config):  # for ${hydra:...} in the name of the folder
             folder = sweep_folder / str(config.hydra.sweep.subdir)
-        finally:
-            HydraConfig.instance().cfg = before
         with read_write(config), read_write(config.hydra.runtime), open_dict(config):
             config.hydra.runtime.output_dir = str(folder)
             result = JobReturn(
@@ -122,6 +133,17 @@ class AccelerateSlurmLauncher(AccelerateLauncher):
     def place(self) -> Place:
         """Return the cluster."""
         return Slurm(self.options)
+
+
+@contextlib.contextmanager
+def _current(config: Any) -> Iterator[None]:
+    """Make a configuration, in its body, that of `${hydra:...}`."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def check(options: SweepConf) -> None:
