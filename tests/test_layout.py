@@ -80,6 +80,12 @@ def test_the_layouts_are_what_their_names_say(kind: str, world: int) -> None:
                 "(Shard(dim=0), Replicate())",
                 "(Shard(dim=0),)",
             },
+            "experts": {
+                "(_StridedShard(dim=0, sf=2), Shard(dim=0))",  # by expert along both axes
+                "(Shard(dim=1), Shard(dim=0))",
+                "(Shard(dim=0), Replicate())",
+                "(Shard(dim=0),)",  # over all ranks
+            },
         }[kind]
     )
     if world > 1 and kind in ("fsdp2", "mixed", "hsdp"):
