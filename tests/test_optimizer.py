@@ -77,8 +77,9 @@ def trained(kind: str, world: int) -> list[dict[str, dict[torch.dtype, list[Tens
     return run(world, train, kind, world) if world else [train(kind, world)]
 
 
-# Where other numbers of ranks, or the same ranks with shards, test nearly the same.
+# Where other numbers of ranks, or the same ranks with shards, test nearly the same; experts have `test_experts`.
 REPEATED = {("replicated", 2), ("replicated", 4), ("zero1", 1), ("zero1", 4), ("fsdp2", 1), ("fsdp2", 2)}
+REPEATED |= {("experts", 4)}
 
 
 @every_row

@@ -95,6 +95,7 @@ class Experts(nn.Module):
         columns = {self.down}
         fully_shard(self, mesh=grid["dp_mod_ep"], shard_placement_fn=lambda p: Shard(1) if p in columns else None)
         self.set_gradient_divide_factor(dist.get_world_size())  # its gradients are sums over `ep` already
+        self.set_force_sum_reduction_for_comms(True)  # gloo has no product in its sums
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         stacks = [self.up, self.down, self.zero, self.frozen]
