@@ -80,6 +80,12 @@ def test_the_layouts_are_what_their_names_say(kind: str, world: int) -> None:
                 "(Shard(dim=0), Replicate())",
                 "(Shard(dim=0),)",
             },
+            "experts": {
+                "(_StridedShard(dim=0, sf=2), Shard(dim=0))",  # by expert along both axes
+                "(Shard(dim=1), Shard(dim=0))",
+                "(Shard(dim=0), Replicate())",
+                "(Shard(dim=0),)",  # over all ranks
+            },
         }[kind]
     )
     if world > 1 and kind in ("fsdp2", "mixed", "hsdp"):
@@ -215,10 +221,9 @@ def partial() -> None:
 
 
 def foreign_meshes() -> None:
-    flat, grid = mesh((4,), ("shard",)), mesh((2, 2), ("dp", "tp"))
-    layout.infer_layout(
-        [distribute_tensor(torch.ones(4, 4), flat, [Shard(0)]), placed(torch.ones(4, 4), grid, [Shard(0)] * 2)]
-    )
+    """Which ranks have the same experts, no mesh says."""
+    flat, pairs = mesh((4,), ("shard",)), mesh((2, 2), ("dp", "ep"))["ep"]
+    layout.infer_layout([placed(torch.ones(4, 4), flat, [Shard(0)]), placed(torch.ones(4, 4), pairs, [Shard(0)])])
 
 
 def gradient_lies_elsewhere(placement: Placement | None, use: str) -> None:
@@ -233,7 +238,12 @@ def gradient_lies_elsewhere(placement: Placement | None, use: str) -> None:
 
 REFUSALS: list[tuple[int, Any, tuple[Any, ...], str]] = [
     (2, partial, (), r"partial sums have no norm; redistribute"),
-    (4, foreign_meshes, (), r"sharded on meshes that are not axes of one.*build one mesh"),
+    (
+        4,
+        foreign_meshes,
+        (),
+        r"meshes that are not axes of one.* no axis or mesh .* has full copies of all.*Replicate\(\)",
+    ),
     *[
         (
             2,

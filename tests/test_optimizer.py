@@ -19,7 +19,19 @@ from distopt.layout import Segment, ShardLayout, local
 from tests.harness.cells import some
 from tests.harness.distributed import RankError, run
 from tests.harness.optimizers import ROWS, Row, distance, every_row, initial, named, pull
-from tests.harness.sharded import EVERYWHERE, Fleet, backward, bind, full, mesh, shard, sharded, whole
+from tests.harness.sharded import (
+    EVERYWHERE,
+    MODELS,
+    Fleet,
+    backward,
+    bind,
+    full,
+    mesh,
+    shard,
+    sharded,
+    unsharded,
+    whole,
+)
 
 # Muon takes a flat partition, and vectors, for what its group says: no matrices.
 every_row_of_elements = pytest.mark.parametrize(
@@ -65,8 +77,9 @@ def trained(kind: str, world: int) -> list[dict[str, dict[torch.dtype, list[Tens
     return run(world, train, kind, world) if world else [train(kind, world)]
 
 
-# Where other numbers of ranks, or the same ranks with shards, test nearly the same.
+# Where other numbers of ranks, or the same ranks with shards, test nearly the same; experts have `test_experts`.
 REPEATED = {("replicated", 2), ("replicated", 4), ("zero1", 1), ("zero1", 4), ("fsdp2", 1), ("fsdp2", 2)}
+REPEATED |= {("experts", 4)}
 
 
 @every_row
@@ -74,7 +87,7 @@ REPEATED = {("replicated", 2), ("replicated", 4), ("zero1", 1), ("zero1", 4), ("
 def test_the_update_is_that_of_the_unsharded_model(row: Row, kind: str, world: int) -> None:
     """With clipping, two param groups, tied weights, frozen parameters, an all-zero one, one that is used on some steps
     only, and shards that are uneven or empty."""
-    (expected,) = trained("tp_fsdp" if kind == "tp_fsdp" else "replicated", 0)
+    (expected,) = trained(unsharded(kind), 0)
     for rank, result in enumerate(trained(kind, world)):
         for dtype, tolerance in TOLERANCE.items():
             error = distance(result[row.name][dtype], expected[row.name][dtype])
@@ -82,7 +95,7 @@ def test_the_update_is_that_of_the_unsharded_model(row: Row, kind: str, world: i
 
 
 @every_row
-@pytest.mark.parametrize("kind", ["replicated", "tp_fsdp"])
+@pytest.mark.parametrize("kind", ["replicated", *MODELS])
 def test_the_update_is_large_enough_to_be_wrong(row: Row, kind: str) -> None:
     """Each trained parameter of the test above changes by more than a percent; frozen ones do not."""
     model = whole(kind)

@@ -23,7 +23,7 @@ from tests.harness.distributed import run
 from tests.harness.optimizers import distance, named
 from tests.harness.sam_steps import Losses, bent, equal, leaves, samples_of, values
 from tests.harness.sams import EVERYONE, MEMBERS
-from tests.harness.sharded import EVERYWHERE, bind, full, shard, whole
+from tests.harness.sharded import EVERYWHERE, MODELS, bind, full, shard, unsharded, whole
 
 FEWER, HALF = 4, 2  # on layouts; the half is in the middle of a cycle
 
@@ -114,14 +114,14 @@ def results(kind: str, world: int) -> list[dict[str, list[Tensor]]]:
 )
 def test_the_update_is_that_of_the_full_model(kind: str, world: int) -> None:
     """Odd shapes, empty shards, tied and frozen weights, one that is seldom used; gradients are clipped."""
-    (expected,) = results("tp_fsdp" if kind == "tp_fsdp" else "replicated", 0)
+    (expected,) = results(unsharded(kind), 0)
     for result in results(kind, world):
         errors = {name: distance(result[name], expected[name]) for name in SHARDED}
         assert max(errors.values()) < 1e-12, errors
 
 
 def test_the_members_differ_on_these_models() -> None:
-    for kind in ("replicated", "tp_fsdp"):
+    for kind in ("replicated", *MODELS):
         (ends,) = results(kind, 0)
         adamw = [name for name in ends if name.endswith("-adamw")]
         for i, a in enumerate(adamw):

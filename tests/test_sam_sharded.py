@@ -14,7 +14,7 @@ from distopt.layout import local
 from tests.harness.distributed import run
 from tests.harness.optimizers import distance, named
 from tests.harness.sam_closures import RHO, STEPS
-from tests.harness.sharded import EVERYWHERE, Fleet, backward, bind, full, shard, sharded, whole
+from tests.harness.sharded import EVERYWHERE, Fleet, backward, bind, full, shard, sharded, unsharded, whole
 
 # On every layout.
 
@@ -56,7 +56,7 @@ def test_the_update_is_that_of_the_full_model(name: str, kind: str, world: int) 
     """The norm of the perturbation is over all ranks; `tests.test_sam_family` has more of them. The popular restore,
     `p.data = saved`, never reaches a parameter that FSDP2 has sharded: the weights stay perturbed, the loss still
     falls, and the result is that of no algorithm."""
-    (expected,) = trained("tp_fsdp" if kind == "tp_fsdp" else "replicated", 0)
+    (expected,) = trained(unsharded(kind), 0)
     for result in trained(kind, world):
         assert distance(result[name], expected[name]) < 1e-12
 
