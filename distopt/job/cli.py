@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import hydra
@@ -39,6 +40,7 @@ def explained() -> Iterator[None]:
     with (
         mock.patch.object(utils, "run_and_report", lambda function: function()),
         mock.patch.object(Hydra, "format_config_groups", listed),
+        mock.patch.object(argparse.ArgumentParser, "error", _no_option),
     ):
         try:
             yield
@@ -80,6 +82,11 @@ def _list_groups(program: Hydra, wanted: Callable[[str], bool], compact: bool = 
     return "".join(aligned(f"{group}:", text, 12, f"{group}: {text}") + "\n" for group, text in texts.items())
 
 
+def _no_option(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Refuses an option that Hydra does not have, for which argparse prints ten lines."""
+    raise ValueError(f"{message}: a command consists of words KEY=VALUE; --help lists the keys, --hydra-help the options")
+
+
 def _no_choice(words: list[str]) -> str:
     """What to say of a command with a group that is set to null, a number or a boolean; Hydra does not say which."""
     groups = {folder.name: folder for folder in CONF.iterdir() if folder.is_dir()}
@@ -107,6 +114,8 @@ def explanation(error: Exception) -> str:
         keys = [str(key) for key in cause.parent_node or () if key != "hydra" and not str(key).startswith("_")]
         elsewhere = " or ".join(path for path in SCHEMA if path.endswith(f".{cause.key}"))  # train.steps of `steps=10`
         likely = f": did you mean {elsewhere}?" if elsewhere else meant(str(cause.key), keys)
+        if found[1] in SCHEMA:  # data.path of `data=mixture`
+            likely = f" in this choice of {found[1].partition('.')[0]}."
         return f"there is no {found[1]}{likely} There are {', '.join(sorted(keys))}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"
