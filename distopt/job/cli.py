@@ -84,7 +84,9 @@ def _list_groups(program: Hydra, wanted: Callable[[str], bool], compact: bool = 
 
 def _no_option(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Refuses an option that Hydra does not have, for which argparse prints ten lines."""
-    raise ValueError(f"{message}: a command consists of words KEY=VALUE; --help lists the keys, --hydra-help the options")
+    raise ValueError(
+        f"{message}: a command consists of words KEY=VALUE; --help lists the keys, --hydra-help the options"
+    )
 
 
 def _no_choice(words: list[str]) -> str:
