@@ -1,4 +1,4 @@
-# make install | test | check | matrix | faults | fuzz | quickstart | docs | dist.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
+# make install | test | check | matrix | faults | soak | fuzz | quickstart | docs | dist.  Needs Python >= 3.10, git and a C compiler; installs everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # The number of tests that run at the same time, with up to four processes of one thread each, which often wait.
@@ -8,7 +8,7 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; with GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))
 
-.PHONY: install test check matrix faults fuzz quickstart docs dist gpu format clean
+.PHONY: install test check matrix faults soak fuzz quickstart docs dist gpu format clean
 
 install: $(STAMP)
 
@@ -34,9 +34,14 @@ check: install
 matrix: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" --table=docs/equivalence.md
 
-# Every fault that docs/reliability.md lists: kills, restarts, hangs, ranks that differ, weights that are not finite.
+# Every fault that docs/reliability.md lists: kills, restarts, hangs, ranks that differ, weights that are not finite. What the
+# tests of kills and endings have counted is printed at the end.
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "matrix or not matrix" $(wildcard $(addprefix tests/test_,$(addsuffix .py,run_lock agreement watchdog restart attempt stop train_nonfinite checkpoint_* machines best_checkpoint healing)))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -rP -m "matrix or not matrix" $(wildcard $(addprefix tests/test_,$(addsuffix .py,kills script_endings run_lock agreement watchdog restart attempt stop train_nonfinite checkpoint_* machines best_checkpoint healing)))
+
+# 5,000 steps with evaluations, checkpoints and restarts: memory, threads, files and disk stay flat.
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m matrix tests/test_soak.py
 
 # CASES random command lines and data files, beside those that were once wrong: each is a run, or one clear line.
 CASES ?= 1500

@@ -20,6 +20,7 @@ from tests.harness.jobs import overrides
 from tests.harness.runs import DROPOUT, last_step, losses, until
 
 KILLS = int(os.environ.get("DISTOPT_KILLS", "20"))  # of each kind of job
+RESTARTS = 10
 WAIT = 60.0  # seconds on a quiet machine, for a start and a few steps, or for an end; torchrun gives a rank 30 to end
 LONG = {"checkpoint__every": "2", "evaluation__every": "1000", "schedule": "constant", "schedule__warmup_steps": "0"}
 VICTIMS = {
@@ -82,7 +83,7 @@ def wait_for(job: Launched, run: Path, moment: str, draw: random.Random) -> bool
 
 
 def killed(cwd: Path, words: list[str], victims: str, moment: str, draw: random.Random) -> tuple[Found, Found, float]:
-    """One life of a job; returns what was there just before its kill, what was left, and the seconds until all ended."""
+    """One life of a job; returns what was there just before its kill, what was left, and the seconds until its end."""
     run = cwd / "runs" / "killed"
     job = Launched(cwd, words)
     try:
@@ -113,13 +114,13 @@ def test_a_job_that_is_killed_at_any_moment_ends_as_the_unbroken_one(
     draw = random.Random(f"{engine} {asynchronous}")
     shared = {**LONG, **DROPOUT, "engine": engine, "checkpoint__asynchronous": str(asynchronous).lower()}
     words = overrides(name="killed", train__resume="auto", train__steps="100000", **shared)
-    run, half_written = cwd / "runs" / "killed", 0
+    run, half_written, slowest = cwd / "runs" / "killed", 0, 0.0
     for kill in range(KILLS):
         victims, moment = draw.choice([*VICTIMS]), MOMENTS[kill % len(MOMENTS)]
         before, after, seconds = killed(cwd, words, victims, moment, draw)
-        print(f"{engine} {asynchronous} {kill}: {victims}, {moment}: {before} -> {after}, {seconds:.1f} s, {time.monotonic():.1f}")
         assert after.step >= before.step, (kill, victims, moment, before, after)
-        half_written += len(after.unfinished)
+        half_written += bool(after.unfinished)
+        slowest = max(slowest, seconds)
         newest, broken = intact_checkpoint(run / "checkpoints")
         assert (newest.name if newest else None) == (checkpoint_path("", after.step).name if after.step else None)
         assert all("was not written to its end" in line for line in broken), (kill, broken)
@@ -132,7 +133,31 @@ def test_a_job_that_is_killed_at_any_moment_ends_as_the_unbroken_one(
     first, second = (json.loads((end / "manifest.json").read_text())["fingerprint"] for end in ends)
     assert first == second
     how = f"{engine}, {'asynchronous' if asynchronous else 'synchronous'} checkpoints"
-    print(f"{how}: {KILLS} kills of {KILLS} resumed, {half_written} half-written folders passed over, {steps} steps equal")
+    print(
+        f"{how}: {KILLS} kills of {KILLS} resumed, {half_written} of which left a half-written folder; every process "
+        f"ended within {slowest:.1f} s; all {steps} steps equal"
+    )
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(0)
+def test_one_launch_outlives_ten_deaths(cwd: Path) -> None:
+    """Its launcher starts it again each time, and each time it resumes, although train.resume is `never`."""
+    draw, options = random.Random(0), {**LONG, **DROPOUT, "engine": "fsdp2", "train__steps": "150"}
+    run = cwd / "runs" / "restarted"
+    job = Launched(cwd, overrides(name="restarted", train__resume="never", **options), restarts=RESTARTS)
+    try:
+        for _ in range(RESTARTS):
+            wait_for(job, run, "in a step", draw)
+            job.strike(False, draw.randrange(2))
+        assert job.wait(2 * WAIT) == 0, job.told()
+    finally:
+        job.kill()
+    assert len([*job.logs.glob("*-0.log")]) == RESTARTS + 1
+    jobs.train(cwd, 2, None, name="unbroken", **options)
+    assert losses(run) == losses(cwd / "runs" / "unbroken")
+    assert {path.name for path in (cwd / "runs").iterdir()} == {"restarted", "unbroken"}  # nothing was moved aside
+    print(f"fsdp2: {RESTARTS} restarts of {RESTARTS} in one launch")
 
 
 @pytest.mark.matrix
@@ -142,7 +167,8 @@ def test_a_job_that_is_killed_at_any_moment_ends_as_the_unbroken_one(
 def test_ranks_whose_launcher_dies_before_their_first_save_do_save(cwd: Path, engine: str, asynchronous: bool) -> None:
     """The store in which they would have met for it, to write in the background, is the launcher's, and is gone."""
     options = {**LONG, "engine": engine, "checkpoint__every": "100000", "train__steps": "100000"}
-    job, run = Launched(cwd, overrides(name="one", checkpoint__asynchronous=str(asynchronous), **options)), cwd / "runs/one"
+    words = overrides(name="one", checkpoint__asynchronous=str(asynchronous).lower(), **options)
+    job, run = Launched(cwd, words), cwd / "runs" / "one"
     try:
         until(lambda: last_step(run) > 2, job.process.is_alive, WAIT)
         job.strike(True)

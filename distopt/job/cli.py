@@ -149,8 +149,11 @@ def explanation(error: Exception) -> str:
         keys = [str(key) for key in cause.parent_node or () if key != "hydra" and not str(key).startswith("_")]
         paths = [path for path in SCHEMA if path.endswith(f".{cause.key}") and path != found[1]]
         likely = f": did you mean {' or '.join(paths)}?" if paths else meant(str(cause.key), keys)  # of `steps=10`
+        group = found[1].rpartition(".")[0]
         if not keys:
-            return f"there is no {found[1]}: what is chosen for {found[1].rpartition('.')[0]} has no keys"
+            return f"there is no {found[1]}: what is chosen for {group} has no keys"
+        if found[1] in SCHEMA:  # data.path of `data=mixture`
+            likely = f" in this choice of {group}."
         return f"there is no {found[1]}{likely} There are {', '.join(sorted(keys))}"
     if isinstance(error, OmegaConfBaseException):
         return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"

@@ -57,13 +57,16 @@ class Init:
         path = Path(given).expanduser()
         if not path.is_dir():
             raise ValueError(f"train.init={given}: no such folder; give the folder of a run, or of a checkpoint")
-        checkpoint = find(path).resolve()
+        try:
+            start = Start.read(checkpoint := find(path).resolve())
+        except ValueError as error:
+            raise ValueError(f"train.init={given}: {error}") from error
         if folder.resolve() in checkpoint.parents:
             raise ValueError(
                 f"train.init={given} is a checkpoint of this run itself: give the phase another name, or resume by "
                 "train.resume=auto"
             )
-        return cls(given, Start.read(checkpoint), state)
+        return cls(given, start, state)
 
     def __str__(self) -> str:
         what = "weights and optimizer state" if self.state else "the weights"

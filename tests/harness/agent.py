@@ -22,7 +22,7 @@ from tests.harness.forkserver import context
 class Launched:
     """A launcher that runs a job with two ranks; it is a process of its own, whose children are the ranks.
 
-    Torchrun starts each worker anew, which costs 5 seconds of CPU; here its agent forks them, and is otherwise what it is.
+    Torchrun starts each worker anew, which costs 5 seconds of CPU; here its agent forks them, as it can.
 
     Args:
         cwd: The folder in which the job runs.
@@ -118,7 +118,7 @@ def _rank(cwd: Path, words: Sequence[str], logs: Path) -> None:
     attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     _write_to(logs / f"{attempt}-{rank}.log")
     faulthandler.enable()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # the agent's own, which a new program would not have
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a new program would not have the agent's
         signal.signal(number, signal.SIG_DFL)
     os.chdir(cwd)
     sys.argv = ["distopt.train", *words]

@@ -134,7 +134,7 @@ def start(
     files = [(logs / f"{rank}.out", logs / f"{rank}.err") for rank in range(world)]
     processes: list[BaseProcess] = []
     for rank in range(world):
-        environment = {} if store is None else _torchrun(rank, world, store.port)
+        environment = {} if store is None else torchrun(rank, world, store.port)
         process = context.Process(target=_rank, args=(cwd, words, environment, files[rank], before, args), daemon=True)
         process.start()
         processes.append(process)
@@ -182,7 +182,8 @@ def _one_after_another(cwd: Path, commands: Sequence[Sequence[str]], program: st
     file.write_text(json.dumps(ended))
 
 
-def _torchrun(rank: int, world: int, port: int) -> dict[str, str]:
+def torchrun(rank: int, world: int, port: int) -> dict[str, str]:
+    """Returns what torchrun sets for a rank."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return {name: str(number) for name, number in numbers.items()} | agent

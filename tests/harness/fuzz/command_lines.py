@@ -66,6 +66,15 @@ BROKEN = (
     *("name=choice(a,b)", "optimizer.lr=interval(0,1)", "optimizer=", "-x", "name=.", "name=a/../../b", "name=${seed}"),
 )
 LARGE_MODELS = ("gpt2_124m", "llama_1b", "llama_7b", "llama_70b")
+# What a choice may be refused for in the tiny run, whatever the value of another key.
+UNFIT = {
+    "datasets": ("text.txt",),
+    "mixture": ("data.sources",),
+    "stream": ("text.txt", "data.path"),
+    "hsdp": ("engine.replicas",),
+    "lora": ("adapter=lora",),
+    "warmup_stable_decay": ("decay_steps",),
+}
 # What these choices of a group need beside them.
 WITH = {"mezo": ("train.max_grad_norm=null",), "mup": ("init.base_width=8",)}
 
@@ -117,7 +126,7 @@ def value(rng: random.Random) -> Case:
         words.append("data.path=lines.jsonl")
         files["lines.jsonl"] = b"\n".join(TEXT if chosen == "jsonl" else CHAT)
     named = (key.rpartition(".")[2], f"{key}={given}", *(("model.path",) if chosen == "pretrained" else ()))
-    named += {"datasets": ("text.txt",), "mixture": ("data.sources",)}.get(chosen, ())
+    named += UNFIT.get(chosen, ()) + (("the run has diverged",) if given in LARGE else ())
     return Case(tuple(words), named, REFUSED if is_wrong(known[key], given) else EITHER, files)
 
 

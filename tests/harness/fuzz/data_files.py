@@ -19,11 +19,12 @@ BAD = {
         *NO_OBJECT,
         *(b'{"messages": []}', b'{"messages": 1}', b'{"messages": [{"role": "user", "content": "a"}]}'),
         *(b'{"messages": [{"role": 1, "content": "a"}]}', b'{"prompt": "a"}', b'{"prompt": 1, "completion": "a"}'),
-        *(b'{"prompt": "a", "completion": null}', b'{"prompt": "a", "completion": "b", "score": 1}'),
+        b'{"prompt": "a", "completion": null}',
         b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
     ),
 }
 ODD = (
+    b'{"prompt": "a", "completion": "b", "score": 1}',
     b'{"text": "\\ud800", "prompt": "\\ud800"}',
     b'{"text": "", "text": "a"}',
     b'{"text": "a", "x": NaN}',

@@ -34,6 +34,10 @@ SMALL = {
 }
 
 
+# Keys of the tiny run that a choice does not have.
+ABSENT = {"data=mixture": ("data.path",), "data=stream": ("data.validation_fraction",)}
+
+
 def fuzz(folder: Path, count: int, seed: int, every: int = 1) -> tuple[dict[str, int], list[str]]:
     """Tries the seeds and random cases.
 
@@ -88,6 +92,7 @@ def outcome_of(folder: Path, case: Case) -> Outcome:
     given = " ".join(case.words)
     changed = [group for group in ("model", "data") if f"{group}=" in given or f"{group}.path=" in given]
     own = {word.partition("=")[0].lstrip("+~") for word in case.words}
+    absent = {key for choice, keys in ABSENT.items() if choice in given for key in keys}
     base = [
         word
         for word in jobs.overrides(**SMALL)
@@ -95,7 +100,7 @@ def outcome_of(folder: Path, case: Case) -> Outcome:
         and not ("model" in changed and word.startswith("model."))
         and not ("data.path" in given and word.startswith("data="))
         and not ("data=" in given and word.startswith("data="))
-        and not ("data=mixture" in given and word.startswith("data.path="))  # it has `sources` instead
+        and word.partition("=")[0] not in absent
     ]
     before = os.getcwd()
     os.chdir(cwd)

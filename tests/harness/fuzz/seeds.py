@@ -82,6 +82,10 @@ _REFUSED = {
     "schedule.warmup_steps=${nope}": "schedule.warmup_steps",
     "data.path=${nope}": "data.path",
     "name='../x'": "name",
+    "-x": "-x",
+    "--cfg=nope": "--cfg",
+    "train.init='~'": "train.init",
+    "data=mixture data.path=text.txt": "data.path",
     "hydra.run.dir=/proc/nope": "/proc/nope",
 }
 _EITHER = (
