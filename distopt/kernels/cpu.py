@@ -64,7 +64,7 @@ class CompiledUpdate:
         lr, count = self.group["lr"], len(self.layers)
         rates = _column([lr], count) if ratios is None else _rates(lr, ratios, self.layers)
         scales = array("f", b"".join([*self._scales, rates, _column([float(self._shards.grad_factor)], count)]))
-        table, columns, hyper = map(_address, (self._table, scales, self._hyper))
+        table, columns, hyper = _address(self._table), _address(scales), _address(self._hyper)
         tensors = ctypes.c_int64(count)
         threads = torch.get_num_threads()
         self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._flags, mode, threads)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 _PAIRS = 8  # lists that are kept: weights and gradients of a few param groups, and of all of them
 
 
@@ -33,8 +32,8 @@ def placements_of(tensors: Iterable[Tensor]) -> list[Any]:
 class Alike:
     """Whether tensors are laid out as their parameters: plain, or DTensors of the same placements.
 
-    Placements take long to compare, and are those of the step before: pairs of lists that were found alike are kept, and
-    known again by their specifications, which are objects that nobody changes.
+    Placements take long to compare, and are those of the step before: pairs of lists that were found alike are kept,
+    and known again by their specifications, which are objects that nobody changes.
     """
 
     def __init__(self) -> None:
