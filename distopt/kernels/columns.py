@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -24,14 +25,14 @@ class Column(list[Tensor]):
         return tensors if isinstance(tensors, cls) else cls(tensors)
 
     @cached_property
-    def addresses(self) -> list[int]:
-        """Where each tensor begins."""
-        return list(map(Tensor.data_ptr, self))
+    def addresses(self) -> array[int]:
+        """Where each tensor begins, as 64-bit integers, which a kernel's table is made of."""
+        return array("q", map(Tensor.data_ptr, self))
 
     @cached_property
-    def numels(self) -> list[int]:
-        """The elements of each tensor."""
-        return list(map(Tensor.numel, self))
+    def numels(self) -> array[int]:
+        """The elements of each tensor, as 64-bit integers."""
+        return array("q", map(Tensor.numel, self))
 
     @cached_property
     def kind(self) -> tuple[torch.device, torch.dtype] | None:

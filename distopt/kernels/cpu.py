@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, compress
+from itertools import compress
 from typing import Any
 
 import torch
@@ -50,21 +50,22 @@ class CompiledUpdate:
         self._scales = _scales(rule, scales, shards)
 
     def step(self) -> None:
-        self._call(_STEP, [1.0] * len(self.layers))
+        self._call(_STEP, None)
 
     def squared_norms(self) -> SquaredNorms:
         sums = _sums(len(self.layers), 2)
-        self._call(self._measure, [0.0] * len(self.layers), sums.data_ptr())
+        self._call(self._measure, None, sums.data_ptr())
         return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
     def apply(self, ratios: Tensor | None) -> None:
-        self._call(self._apply, [1.0] * len(self.layers) if ratios is None else ratios[self.layers].tolist())
+        self._call(self._apply, ratios)
 
-    def _call(self, mode: int, ratios: list[float], sums: int = 0) -> None:
-        lr, factor = self.group["lr"], float(self._shards.grad_factor)
-        scales = array("f", chain(*self._scales, [lr * ratio for ratio in ratios], [factor] * len(ratios)))
-        table, columns, hyper = map(_address, (self._table, scales, self._hyper))
-        tensors = ctypes.c_int64(len(ratios))
+    def _call(self, mode: int, ratios: Tensor | None, sums: int = 0) -> None:
+        lr, count = self.group["lr"], len(self.layers)
+        rates = _column([lr], count) if ratios is None else _rates(lr, ratios, self.layers)
+        scales = array("f", b"".join([*self._scales, rates, _column([float(self._shards.grad_factor)], count)]))
+        table, columns, hyper = _address(self._table), _address(scales), _address(self._hyper)
+        tensors = ctypes.c_int64(count)
         threads = torch.get_num_threads()
         self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._flags, mode, threads)
 
@@ -143,8 +144,9 @@ def _flat(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 def _table(rows: Sequence[int], columns: Iterable[Column], addresses: int) -> array[int]:
     first, *others = columns
-    unused = [0] * (len(rows) * (addresses - 1 - len(others)))
-    return array("q", chain(first.numels, rows, first.addresses, *(column.addresses for column in others), unused))
+    unused = array("q", [0]) * (len(rows) * (addresses - 1 - len(others)))
+    found = [first.numels, array("q", rows), first.addresses, *(column.addresses for column in others), unused]
+    return array("q", b"".join(found))
 
 
 def _sums(tensors: int, columns: int) -> Tensor:
@@ -156,13 +158,25 @@ def _address(values: array[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(values.buffer_info()[0])
 
 
-def _scales(rule: Rule, names: Sequence[str], shards: Shards) -> list[list[float]]:
+def _scales(rule: Rule, names: Sequence[str], shards: Shards) -> list[array[float]]:
     """Returns the columns of values that differ between tensors, computed once for each number of steps."""
-    columns, factors = [], rule.factors
+    columns, factors, count = [], rule.factors, len(shards.params)
     for name in names:
         if name == "ratio" and shards.ratios is not None:
-            columns.append(torch.stack(shards.ratios).tolist())
-        else:
-            values = {step: float(factors[name](step)) for step in set(shards.steps)}
-            columns.append([values[step] for step in shards.steps])
-    return columns + [[0.0] * len(shards.params)] * (SCALES - len(columns))
+            columns.append(_column(torch.stack(shards.ratios).tolist(), count))
+            continue
+        values = {step: float(factors[name](step)) for step in set(shards.steps)}
+        of_each = [*values.values()] if len(values) == 1 else [values[step] for step in shards.steps]
+        columns.append(_column(of_each, count))
+    return columns + [_column([0.0], count)] * (SCALES - len(columns))
+
+
+def _rates(lr: float, ratios: Tensor, layers: Sequence[int]) -> array[float]:
+    """Returns the factor of the direction of each tensor, given the trust ratios of all layers of the model."""
+    of_layer = ratios.tolist()
+    return array("f", [lr * of_layer[layer] for layer in layers])
+
+
+def _column(values: list[float], count: int) -> array[float]:
+    """Returns a value for each tensor, given these or one for all."""
+    return array("f", values) if len(values) == count else array("f", values) * count

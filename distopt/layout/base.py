@@ -17,7 +17,7 @@ from distopt.layout.dtensor import own_indices
 from distopt.layout.norms import LayerNorms
 from distopt.layout.param_sync import ParamSync
 from distopt.layout.places import Box, Place, Run, Segment, cuts_blocks
-from distopt.layout.tensors import local, local_parts, placements_of, trained, wide
+from distopt.layout.tensors import Alike, local, local_parts, placements_of, same, trained, wide
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -64,6 +64,7 @@ class ShardLayout(LayerNorms):
     copies: dist.ProcessGroup | None = None
     sync: ParamSync = ParamSync()  # noqa: RUF009  (has no state)
     _indices: DeviceLists = field(default_factory=DeviceLists, init=False, repr=False)
+    _alike: Alike = field(default_factory=Alike, init=False, repr=False)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor in self.segments
@@ -121,6 +122,9 @@ class ShardLayout(LayerNorms):
 
     def layers(self, params: Iterable[Tensor]) -> list[int]:
         """Returns the index of the layer of each shard that `split` gives for these parameters, in the same order."""
+        params = list(params)
+        if same(params, self.params):  # of the model, which a step has in most of them
+            return [segment.layer for segment in self.every_segment]
         return [segment.layer for p in params for segment in self.segments[p]]
 
     def members(self, params: Iterable[Tensor]) -> list[int]:
@@ -170,7 +174,7 @@ class ShardLayout(LayerNorms):
 
     def shards(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns local views of tensors that are laid out as these parameters, one for each layer that each has."""
-        if self._one_each and not torch.is_grad_enabled() and _alike(params, tensors):
+        if self._one_each and not torch.is_grad_enabled() and self._alike(params, tensors):
             return local_parts(tensors)
         return [shard for p, tensor in zip(params, tensors) for shard in self.split(p, tensor)]
 
@@ -188,11 +192,15 @@ class ShardLayout(LayerNorms):
         Raises:
             ValueError: For a sparse gradient.
         """
-        grads: list[Any] = [p.grad for p in params]
-        if {g.layout for g in grads} - {torch.strided}:
+        return self.grad_shards(params, [p.grad for p in params])  # type: ignore[misc]
+
+    def grad_shards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """As `grads`, of gradients of these parameters that were read before."""
+        parts = local_parts(grads)
+        if {t.layout for t in parts} - {torch.strided}:
             raise ValueError("sparse gradients have no sharded update: use nn.Embedding(sparse=False)")
-        if self._one_each and not torch.is_grad_enabled() and _alike(params, grads):
-            return local_parts(grads)
+        if self._one_each and not torch.is_grad_enabled() and self._alike(params, grads):
+            return parts
         for i, (p, placements) in enumerate(zip(params, placements_of(grads))):
             if any(placement.is_partial() for placement in placements or ()):
                 p.grad = grads[i] = grads[i].redistribute(placements=p.placements)  # type: ignore[attr-defined]
@@ -232,6 +240,11 @@ class ShardLayout(LayerNorms):
         )
 
     @functools.cached_property
+    def every_segment(self) -> tuple[Segment, ...]:
+        """The segments of all of `params`, where these are the tensors that the optimizer updates."""
+        return tuple(segment for p in self.params for segment in self.segments[p])
+
+    @functools.cached_property
     def _one_each(self) -> bool:
         """Whether every local tensor is the local part of one layer, and nothing else."""
         if (type(self).split, type(self).split_local) != (ShardLayout.split, ShardLayout.split_local):
@@ -241,8 +254,3 @@ class ShardLayout(LayerNorms):
     @functools.cached_property
     def _rows(self) -> tuple[int, ...]:
         return tuple(row_of(self.full_shape(p)) for p in self.params)
-
-
-def _alike(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors are laid out as their parameters: plain, or DTensors of the same placements."""
-    return placements_of(params) == placements_of(tensors)

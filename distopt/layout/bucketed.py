@@ -90,12 +90,12 @@ class HostBucketLayout(BucketLayout):
             host.fetch_weights(param)
         return [found.narrow(0, at, self.segments[param][0].numel)]
 
-    def grads(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def grad_shards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
         # Every step asks for gradients anew, and keeps its views of the weights.
         for p in params:
             if p in self._hosts:
                 self._hosts[p][0].fetch_weights(p)
-        return super().grads(params)
+        return super().grad_shards(params, grads)
 
 
 class BucketSync(ParamSync):

@@ -41,10 +41,14 @@ def infer_layout(params: Iterable[Tensor]) -> ShardLayout:
     )
 
 
-def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
+def layout_of(optimizer: torch.optim.Optimizer, params: list[Tensor] | None = None) -> ShardLayout:
     """Returns the layout of an optimizer's gradients: its own layout's if it has one, else its parameters'.
 
     Also finds the layout inside of the wrappers of Accelerate and DeepSpeed.
+
+    Args:
+        optimizer: The optimizer.
+        params: Its trained parameters, if they are known.
 
     Raises:
         TypeError: If this is no optimizer.
@@ -59,7 +63,9 @@ def layout_of(optimizer: torch.optim.Optimizer) -> ShardLayout:
     if hasattr(optimizer, "layout"):
         layout = optimizer.layout
         return layout.gradients or layout
-    return _kept_layout(optimizer, trained([p for group in optimizer.param_groups for p in group["params"]]))
+    if params is None:
+        params = trained([p for group in optimizer.param_groups for p in group["params"]])
+    return _kept_layout(optimizer, params)
 
 
 # Of optimizers that are not distopt's, which have no place of their own for it.
@@ -77,8 +83,7 @@ def _kept_layout(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Shar
 def _is_of(layout: ShardLayout, params: list[Tensor]) -> bool:
     if not same(params, layout.params):
         return False
-    numels = [part.numel for p in params for part in layout.segments[p]]
-    return numels == list(map(Tensor.numel, local_parts(params)))
+    return [segment.numel for segment in layout.every_segment] == list(map(Tensor.numel, local_parts(params)))
 
 
 def _counted(params: Sequence[Tensor], groups: Groups) -> tuple[bool, ...]:

@@ -69,7 +69,7 @@ class Zero1Layout(ShardLayout):
         (segment,) = self.segments[param]
         return [tensor.view(-1).narrow(0, segment.start, segment.numel)]
 
-    def grads(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def grad_shards(self, params: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """As in the base class.
 
         Raises:
@@ -77,7 +77,7 @@ class Zero1Layout(ShardLayout):
         """
         if self.exchange is not None:
             self.exchange.check(params)
-        return super().grads(params)
+        return super().grad_shards(params, grads)
 
     def placement(self, param: Tensor, per: int = 1) -> Placement | None:
         from torch.distributed.tensor import Shard

@@ -12,6 +12,7 @@ from distopt.kernels import exact
 from distopt.kernels.norms import products
 from distopt.kernels.shards import Shards
 from distopt.layout import FlatLayout, ShardLayout
+from distopt.layout.tensors import Trained
 from distopt.optim.base import ShardedOptimizer
 from distopt.optim.options import DECOUPLED, options
 
@@ -140,9 +141,9 @@ class DistanceAdapted(ShardedOptimizer):
         for group in self.param_groups:
             group.update(d=d, d_numerator=numerator)
 
-    def _checked_layout(self) -> ShardLayout:
+    def _begin(self) -> tuple[ShardLayout, list[Trained]]:
         self._check_shared()
-        return super()._checked_layout()
+        return super()._begin()
 
     def _check_shared(self) -> None:
         for name in _SHARED:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distopt.kernels.rules import Rule
 from distopt.layout import ShardLayout
+from distopt.layout.tensors import Trained
 from distopt.optim.averaged import Averages, params_with
 from distopt.optim.base import ShardedOptimizer
 
@@ -136,13 +137,13 @@ class ScheduleFree(ShardedOptimizer):
             sums={"weight_sum": weight},
         )
 
-    def _checked_layout(self) -> ShardLayout:
+    def _begin(self) -> tuple[ShardLayout, list[Trained]]:
         if not all(group["train_mode"] for group in self.param_groups):
             raise ValueError(
                 f"{type(self).__name__} steps in train mode, and its weights are the average x since eval(): call "
                 "optimizer.train() before the forward pass of a training step"
             )
-        return super()._checked_layout()
+        return super()._begin()
 
     @torch.no_grad()
     def _set_mode(self, training: bool) -> None:

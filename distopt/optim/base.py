@@ -17,6 +17,7 @@ from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
 from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
+from distopt.layout.tensors import Trained
 from distopt.optim.binding import LayoutOptimizer
 from distopt.optim.clip import Clip, refuse_closure
 from distopt.optim.eager import eager_island
@@ -161,13 +162,13 @@ class ShardedOptimizer(LayoutOptimizer):
             loss = closure() if closure is not None else None
         if (observer := observer_of(self)) is not None and observer.vetoes(self):
             return loss
-        layout = self._checked_layout()
+        layout, groups = self._begin()
         if clip is not None:
             clip.check(layout)
-        params = [layouts.with_gradient(group["params"]) for group in self.param_groups]
 
-        shards = self._local.collect(self, layout, params, clip, consumes_grads)
-        self._ratios.forget(layout, [p for group in params for p in group])
+        shards = self._local.collect(self, layout, groups, clip, consumes_grads)
+        stepped = [p for group in groups for p in group.stepped]
+        self._ratios.forget(layout, stepped)
         adapt = self._measure(layout, shards)
         updates = self._updates(layout, shards)
 
@@ -178,9 +179,8 @@ class ShardedOptimizer(LayoutOptimizer):
             observer.apply(self, layout, updates, [*zip(measured, ratios)], self._ratios.norms)
         else:
             dispatch.apply(updates, measured, ratios)
-        updated = [p for group in params for p in group]
-        self._local.round_masters(self, layout, updated)
-        layout.sync.publish(updated)
+        self._local.round_masters(self, layout, stepped)
+        layout.sync.publish(stepped)
         adapt()
         return loss
 
@@ -233,14 +233,16 @@ class ShardedOptimizer(LayoutOptimizer):
         """
         load_state_dict(self, state_dict)
 
-    def _checked_layout(self) -> ShardLayout:
-        """Returns the layout, after all checks that need no gradient."""
+    def _begin(self) -> tuple[ShardLayout, list[Trained]]:
+        """Returns the layout and the trained parameters of each param group, after all checks that need no gradient."""
         check_before_step(self)
         before_step(self)
-        if (layout := self.layout) is not self._checked:  # FSDP2 frees after a backward pass what clipping still sees
+        groups = [Trained.of(group["params"]) for group in self.param_groups]
+        layout = self._layout_for([p for group in groups for p in group.params])
+        if layout is not self._checked:  # FSDP2 frees after a backward pass what clipping still sees
             layouts.refuse_foreign(layout.segments)
             self._checked = layout
-        return layout
+        return layout, groups
 
     def _forget_layout(self) -> None:
         self._local = LocalState()

@@ -55,7 +55,10 @@ class LayoutOptimizer(torch.optim.Optimizer):
             ValueError: If the parameters were replaced by plain tensors without a layout: their norms would be
                 silently wrong.
         """
-        params = layouts.trained([p for group in self.param_groups for p in group["params"]])
+        return self._layout_for(layouts.trained([p for group in self.param_groups for p in group["params"]]))
+
+    def _layout_for(self, params: list[Tensor]) -> ShardLayout:
+        """As `layout`, given the trained parameters of all param groups."""
         known, before = self._known
         if known is None or known is not (self._bound or self._inferred) or not same(params, before):
             known = self._layout_of(params)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt import layout as layouts
 from distopt.kernels import exact
 from distopt.layout import ShardLayout, layout_of, unwrap_optimizer
+from distopt.layout.tensors import Trained
 from distopt.optim.eager import eager_island
 from distopt.optim.observer import observer_of
 from distopt.optim.ratios import compares_gradients
@@ -55,16 +55,16 @@ class Clip:
     _optimizer: torch.optim.Optimizer
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> None:
-        if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
-            raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
-        self._optimizer = optimizer  # and not its gradients, whose memory a clip would keep through the next step
-        self._measure(max_norm)
+        self._measure(optimizer, max_norm)
 
     @eager_island
     @torch.no_grad()
-    def _measure(self, max_norm: float) -> None:
-        self.layout, observer = layout_of(self._optimizer), observer_of(self._optimizer)
-        params, grads = _gradients(self._optimizer, self.layout)
+    def _measure(self, optimizer: torch.optim.Optimizer, max_norm: float) -> list[Tensor]:
+        """Measures; returns the gradient shards, whose memory a clip would keep through the next step."""
+        if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
+            raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
+        self.layout, params, grads = _gradients(optimizer)
+        self._optimizer, observer = optimizer, observer_of(optimizer)
         layers, self.weight_norms = self.layout.layers(params), None
         if observer is not None:
             self.norms = observer.measure(self.layout, layers, grads)
@@ -76,6 +76,7 @@ class Clip:
         self.factor = 1.0
         if max_norm != math.inf:
             self.factor = torch.where(self.norm <= max_norm, 1.0, max_norm / self.norm)
+        return grads
 
     def by_param(self) -> dict[Tensor, Tensor]:
         """Returns the gradient norm of each full layer before clipping, by parameter of the model."""
@@ -94,10 +95,11 @@ class Clip:
     def scale_(self) -> None:
         """Multiplies the gradients by the factor, in place."""
         if isinstance(self.factor, Tensor):
-            scale_(_gradients(self._optimizer, self.layout)[1], self.factor)
+            scale_(_gradients(self._optimizer, self.layout)[2], self.factor)
 
 
 @eager_island
+@torch.no_grad()
 def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> Tensor:
     r"""Scales the gradients of an optimizer so that their norm over all parameters and ranks is at most `max_norm`.
 
@@ -120,8 +122,10 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
         ValueError: For a max_norm that is negative or no number, and where an engine hides the gradients, and so
             clips on its own (`ShardLayout.gradients_hidden`).
     """
-    clip = Clip(optimizer, max_norm)
-    clip.scale_()
+    clip = Clip.__new__(Clip)
+    grads = clip._measure(optimizer, max_norm)
+    if isinstance(clip.factor, Tensor):
+        scale_(grads, clip.factor)  # which `Clip.scale_` would have to look for again
     return clip.norm
 
 
@@ -155,16 +159,17 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     Raises:
         ValueError: Where an engine hides the gradients.
     """
-    layout = layout_of(optimizer)
-    params, grads = _gradients(optimizer, layout)
+    layout, params, grads = _gradients(optimizer)
     (norms,) = layout.norms(layout.layers(params), grads)
     return dict(zip(layout.params, norms))
 
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiplies each tensor by a scalar, rounded to its own dtype."""
-    for dtype in {t.dtype for t in tensors}:
-        torch._foreach_mul_([t for t in tensors if t.dtype == dtype], factor.to(dtype))
+    dtypes = {t.dtype for t in tensors}
+    for dtype in dtypes:
+        alike = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
+        torch._foreach_mul_(alike, factor.to(dtype))
 
 
 def _compared_weights(
@@ -177,9 +182,12 @@ def _compared_weights(
     return layout.shards(params, params)
 
 
-def _gradients(optimizer: torch.optim.Optimizer, layout: ShardLayout) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the parameters with a gradient, and the local gradient shards."""
+def _gradients(
+    optimizer: torch.optim.Optimizer, layout: ShardLayout | None = None
+) -> tuple[ShardLayout, list[Tensor], list[Tensor]]:
+    """Returns the layout of the gradients, the parameters that have one, and the local gradient shards."""
+    trained = Trained.of([p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]])
+    layout = layout_of(optimizer, trained.params) if layout is None else layout
     if layout.gradients_hidden:
         raise ValueError(layout.gradients_hidden)
-    params = [p for group in optimizer.param_groups for p in layouts.with_gradient(group["params"])]
-    return params, layout.grads(params)
+    return layout, trained.stepped, layout.grad_shards(trained.stepped, trained.grads)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from distopt.kernels import dispatch
-from distopt.kernels.narrow import WEIGHTS
 from distopt.kernels.rules import Rule
 from distopt.kernels.shards import Shards
-from distopt.layout import ShardLayout, check_blocks, trained
-from distopt.layout.tensors import same
+from distopt.layout import ShardLayout, check_blocks
+from distopt.layout.tensors import Trained, same
 from distopt.optim.clip import Clip
 from distopt.optim.kept import KeptShards
 from distopt.optim.masters import BESIDE, Masters, beside, settle_beside
@@ -38,8 +37,6 @@ class LocalState:
         self._seen: dict[int, tuple[Any, list[Any]]] = {}  # by param group: what it was laid out for, and the tensors
         self._counts: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._kept: dict[int, KeptShards] = {}  # by param group
-        self._has_masters: dict[int, bool] = {}
-        self._bits: dict[int, int] = {}
         self._masters = Masters()
 
     def settle(self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor]) -> None:
@@ -72,7 +69,7 @@ class LocalState:
         self,
         optimizer: ShardedOptimizer,
         layout: ShardLayout,
-        params: Sequence[list[Tensor]],
+        groups: Sequence[Trained],
         clip: Clip | None,
         consumes_grads: bool,
     ) -> list[Shards]:
@@ -83,19 +80,20 @@ class LocalState:
         # An engine may step one group at a time and leave the others empty: these need no norms.
         indices = [i for i, group in enumerate(optimizer.param_groups) if group["params"]]
         # All of them before a step is counted, so that a step that is refused changes nothing.
-        found = [self.shards(optimizer, layout, i, params[i], factor) for i in indices]
-        counted = [self.counted(optimizer, layout, i, params[i], shards) for i, shards in zip(indices, found)]
-        return [replace(shards, consumes_grads=consumes_grads) for shards in counted]
+        found = [self.shards(optimizer, layout, i, groups[i], factor) for i in indices]
+        return [
+            self.counted(optimizer, i, groups[i].stepped, shards, consumes_grads) for i, shards in zip(indices, found)
+        ]
 
     def shards(
         self,
         optimizer: ShardedOptimizer,
         layout: ShardLayout,
         index: int,
-        params: Sequence[Tensor],
+        trained: Trained,
         factor: float | Tensor,
     ) -> Shards:
-        """Returns this rank's shards of parameters of a param group, all with a gradient, before their step counts.
+        """Returns this rank's shards of the parameters of a param group with a gradient, before their step counts.
 
         factor: What the gradients are to be multiplied by.
         """
@@ -103,17 +101,17 @@ class LocalState:
         if isinstance(group["lr"], Tensor) and group["lr"].is_cpu:
             group = group | {"lr": group["lr"].item()}  # on a GPU it stays where a graph reads it
         rule = optimizer.rule(group)
-        kept = self._keep(optimizer, layout, index, trained(group["params"]), rule)
-        if self._has_masters[index]:
-            self.updated(layout, params, [optimizer.state[p] for p in params], group)
+        kept, stepped = self._keep(optimizer, layout, index, trained.params, rule), trained.stepped
+        if kept.has_masters:
+            self.updated(layout, stepped, [optimizer.state[p] for p in stepped], group)
         factor = -factor if group["maximize"] else factor
-        shards = kept.shards(group, rule, params, layout.grads(params), factor)
+        shards = kept.shards(group, rule, stepped, layout.grad_shards(stepped, trained.grads), factor)
         if group["capturable"]:
             dispatch.check_capturable(optimizer.directions, shards)
         return shards
 
     def counted(
-        self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: Sequence[Tensor], shards: Shards
+        self, optimizer: ShardedOptimizer, index: int, params: Sequence[Tensor], shards: Shards, consumes_grads: bool
     ) -> Shards:
         """Counts a step of these parameters, and returns their shards with the counts."""
         kept = self._kept[index]
@@ -126,40 +124,26 @@ class LocalState:
             for state, count in zip(states, counts):
                 state[name] = state[name] + addend(count)  # a new tensor, as for the counts
             sums[name] = [float(states[i][name]) for i in of]
-        return replace(shards, steps=[counts[i] for i in of], sums=sums)
+        return replace(shards, steps=[counts[i] for i in of], sums=sums, consumes_grads=consumes_grads)
 
     def _keep(
         self, optimizer: ShardedOptimizer, layout: ShardLayout, index: int, params: list[Tensor], rule: Rule
     ) -> KeptShards:
         """Returns the shards of weights and state of a param group's parameters, with or without a gradient."""
-
         group = optimizer.param_groups[index]
-        kinds = {beside(p, group) for p in params if p.dtype.itemsize < 4}
-        self._has_masters[index] = "master" in kinds
-        states, names = [optimizer.state[p] for p in params], tensors_of(rule, group)
-
-        def sources() -> dict[str, list[Any]]:
-            found = {name: [state.get(name) for state in states] for name in names}
-            if "remainder" in kinds:
-                found["remainder"] = [state.get("remainder") for state in states]
-            if "master" not in kinds:
-                return found | {WEIGHTS: params}
-            weights = [p if p.dtype.itemsize >= 4 else state.get("master") for p, state in zip(params, states)]
-            return found | {WEIGHTS: weights}
-
+        states = [optimizer.state[p] for p in params]
+        options = tensors_of(rule, group), group["master_weights"], group["state_bits"]
         kept = self._kept.get(index)
-        known = self._bits.get(index) == group["state_bits"]  # which may change from 32 to 16 and leave all names
-        if kept is None or not known or not kept.hold(layout, params, sources()):
-            self._bits[index] = group["state_bits"]
+        if kept is None or not kept.hold(layout, params, states, options):
             self.settle(optimizer, layout, index, params)
-            weights = layout.shards(params, sources()[WEIGHTS])
+            kinds = {beside(p, group) for p in params if p.dtype.itemsize < 4}
             columns = {name: columns_of(layout, rule, name, params, states) for name in rule.buffers}
             buffers = {name: column for name, (column, _) in columns.items()}
             narrow = None
             if kinds & {"remainder", ""} or group["state_bits"] < 32:
                 scales = {name: own for name, (_, own) in columns.items() if own}
                 narrow = narrow_of(optimizer, layout, index, params, scales)
-            kept = self._kept[index] = KeptShards(layout, params, sources(), {WEIGHTS: weights, **buffers}, narrow)
+            kept = self._kept[index] = KeptShards(layout, params, states, options, kinds, buffers, narrow)
         kept.states = states
         return kept
 
@@ -171,7 +155,7 @@ class LocalState:
 
     def round_masters(self, optimizer: ShardedOptimizer, layout: ShardLayout, params: Iterable[Tensor]) -> None:
         """Rounds the masters, if there are any, to their parameters."""
-        for p in params if any(self._has_masters.values()) else ():
+        for p in params if any(kept.has_masters for kept in self._kept.values()) else ():
             if "master" in optimizer.state[p]:
                 self._masters.round(layout, p, optimizer.state[p]["master"])
 

@@ -28,13 +28,14 @@ class Backup:
         self.add(tensors)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Copies further tensors."""
-        for tensor in tensors:
-            self.tensors.append(tensor)
-            self.copies.append(tensor.detach().clone())
+        """Copies further tensors, plain ones."""
+        added = list(tensors)
+        self.tensors += added
+        with torch.no_grad():
+            self.copies += torch._foreach_clone(added) if added else []
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the copies back into their tensors."""
-        for tensor, copy in zip(self.tensors, self.copies, strict=True):
-            tensor.copy_(copy)
+        if self.tensors:
+            torch._foreach_copy_(self.tensors, self.copies)

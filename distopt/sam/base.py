@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -134,13 +135,18 @@ class SAM(PerturbingOptimizer):
         if closure is not None:
             refuse_closure(clip)
         loss = None if closure is None else self._both_passes(closure)
-        stepped = [] if vetoed(self.optimizer) else self._with_gradients()
+        stepped = [] if vetoed(self.optimizer) else self._stepped()
         self._warn_of_no_ascent(stepped)
         result = self.optimizer.step() if clip is None else step_clipped(self.optimizer, clip, consumes_grads)
         self._state_buffers.commit(stepped)
         self._has_stepped = self._has_stepped or bool(stepped)
         self.count_step()
         return result if closure is None else loss
+
+    def _stepped(self) -> list[Tensor]:
+        """Returns the parameters that a step updates; where no state waits for it, one of them says that it does."""
+        having = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return list(having if self._state_buffers.staged else itertools.islice(having, 1))
 
     def _both_passes(self, closure: Callable[[], Any]) -> Any:
         by_hand = self._perturb_called

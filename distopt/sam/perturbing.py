@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distopt.bounds import SCOPE
 from distopt.kernels import exact
-from distopt.layout import ShardLayout, layout_of, local, with_gradient
+from distopt.layout import ShardLayout, layout_of, local_parts, with_gradient
 from distopt.optim.eager import eager_island
 from distopt.sam.perturbation import Perturbation
 from distopt.sam.radius import RadiusOptimizer
@@ -122,14 +122,14 @@ class PerturbingOptimizer(RadiusOptimizer):
         if self.needs_unperturbed_gradient:
             perturbation.unperturbed = {p: [g.clone() for g in layout.grads([p])] for p in self._with_gradients()}
         directions, measured = self.ascent(layout, params)
-        weights, layers = layout.weights(params), layout.layers(params)
+        weights, layers = layout.shards(params, params), layout.layers(params)
         least = self.rounding(params)
         norms, *of_gradients = layout.norms(layers, measured, *([layout.grads(params)] if least else []))
         self._norms, total = (layout.params, norms), exact.norm(norms)
         if of_gradients:
             total = torch.where(total <= least * exact.norm(of_gradients[0]), 0.0, total)
-        backup.add(local(p.detach()) for p in params)
-        backup.add(self.buffers_of_model())
+        backup.add(local_parts(params))
+        backup.add(local_parts(self.buffers_of_model()))
         factors = self._factors(layout, params, total)
         perturb_(weights, directions, factors)
         layout.sync.publish(params)
@@ -164,7 +164,8 @@ class PerturbingOptimizer(RadiusOptimizer):
     def restore(self) -> None:
         """Restores the weights, bit for bit, and changes the gradients to those that the optimizer steps with."""
         done = self._put_back()
-        if done is not None and self._factor() > 0.0:
+        descends = type(self).descent is not PerturbingOptimizer.descent  # else no gradient has to be looked for
+        if done is not None and descends and self._factor() > 0.0:
             self.descent(done.layout, self._with_gradients(), done.unperturbed)
 
     def ascent_norms(self) -> dict[Tensor, Tensor]:
@@ -208,8 +209,11 @@ class PerturbingOptimizer(RadiusOptimizer):
 
     def _factors(self, layout: ShardLayout, params: list[Tensor], total: Tensor) -> list[Tensor]:
         """Returns rho / |m| for each shard, on the device; 0 where the norm is 0."""
-        rho = {p: self.radius_now(group) for group in self.param_groups for p in group["params"]}
-        factors = {radius: torch.where(total > 0, radius / total, 0.0) for radius in set(rho.values())}
+        of_group = [self.radius_now(group) for group in self.param_groups]
+        factors = {radius: torch.where(total > 0, radius / total, 0.0) for radius in of_group}
+        if len(factors) == 1:
+            return [*factors.values()] * len(layout.layers(params))
+        rho = {p: radius for group, radius in zip(self.param_groups, of_group) for p in group["params"]}
         return [factors[rho[p]] for p in params for _ in layout.segments[p]]
 
     def _put_back(self) -> Perturbation | None:

@@ -25,6 +25,10 @@ def perturb_(weights: list[Tensor], directions: list[Tensor], factors: list[Tens
     than a 512th of the element is lost. With u the changes are right in the mean. u is a hash of the element's p, d and
     factor: no random numbers are drawn, and it does not depend on how the parameter is sharded.
     """
+    if {t.dtype for t in weights} | {t.dtype for t in directions} == {torch.float32}:
+        once = {key: factor.float() for key, factor in {id(factor): factor for factor in factors}.items()}
+        torch._foreach_addcmul_(weights, directions, [once[id(factor)] for factor in factors])
+        return
     exact = [i for i, (w, d) in enumerate(zip(weights, directions)) if w.dtype == d.dtype != torch.bfloat16]
     if exact:
         moving, along, by = ([tensors[i] for i in exact] for tensors in (weights, directions, factors))

@@ -57,6 +57,11 @@ class StateBuffers:
         shards = iter(values)
         self._staged = _Staged(layout, name, {p: [next(shards) for _ in layout.segments[p]] for p in params})
 
+    @property
+    def staged(self) -> bool:
+        """Whether values are staged."""
+        return self._staged is not None
+
     def discard(self) -> None:
         """Drops staged values, those of a step that was skipped."""
         self._staged = None
