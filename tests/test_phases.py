@@ -128,6 +128,31 @@ def test_a_chain_broken_in_every_phase_has_the_losses_of_the_unbroken_one(unbrok
         before = f"broken_{name}"
 
 
+# Muon for the matrices, AdamW for the others; 12 sequences, which one, two and three processes divide.
+MUON = {"optimizer": "muon", "train__batch_size": "12", "train__noise_scale": "null"}
+MUON_GROWN = {"train__batch_schedule": "{2: 24, 4: 36}"}
+MUON_WHERE = {
+    "pretrain": (("zero1", 2), ("fsdp2", 1)),
+    "grown": (("fsdp2", 1), ("zero1", 3)),
+    "sam": (("fsdp2", 3), ("deepspeed_zero2", 2)),
+    "anneal": (("deepspeed_zero3", 2), ("fsdp2", 3)),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_a_chain_with_muon_broken_in_every_phase_has_the_losses_of_the_unbroken_one(tmp_path: Path) -> None:
+    """Full matrices are at other owners after each break; the momentum that makes them is resharded."""
+    jobs.write_text(tmp_path)
+    before = None
+    for name, (first, then) in MUON_WHERE.items():
+        more = MUON | (MUON_GROWN if name == "grown" else {})
+        phase(tmp_path, name, **more)
+        init = {} if before is None else {"train__init": f"runs/{before}"}
+        agree(broken(tmp_path, name, first, then, **more, **init), tmp_path / "runs" / name)
+        before = f"broken_{name}"
+
+
 REFUSED: dict[str, tuple[str, ...]] = {
     "optimizer=lamb": ("train.init=runs/anneal has the state of AdamW, this run has LAMB: train.init_state=false",),
     "model.config.n_embd=32": ("was trained with model.config.n_embd 16, now it is 32: a phase continues the same",),
