@@ -63,6 +63,10 @@ def broken(cwd: Path, name: str, first: tuple[str, int], then: tuple[str, int], 
     return cwd / "runs" / f"broken_{name}"
 
 
+def training_groups(checkpoint: Path) -> list[dict[str, Any]]:
+    return torch.load(checkpoint / "training.pt", weights_only=True)["param_groups"]
+
+
 def numbers(run: Path) -> list[tuple[int, str, float]]:
     """The losses of all steps and evaluations, and the tokens: what a phase that was broken has to repeat."""
     names = ("loss", "validation_loss", "tokens", "lr")
@@ -128,6 +132,20 @@ def test_a_chain_broken_in_every_phase_has_the_losses_of_the_unbroken_one(unbrok
         before = f"broken_{name}"
 
 
+def test_a_phase_may_have_other_param_groups(unbroken: Path) -> None:
+    """SAM of the last block alone, after a phase that perturbed all: state is by parameter, options are the phase's."""
+    layers = {"param_groups.overrides": r"{wte|wpe|ln_f|h\\.0\\.: {sam_rho: 0}}", "sam": "on"}
+    start = {"train__init": "runs/sam", "schedule": "constant", "train__sequence_length": "16", "seed": "0"}
+    run = phase(unbroken, "anneal", **start, **layers, name="layers")
+    (before, after) = (rows(unbroken / "runs" / "sam"), rows(run))
+    losses = [[row["validation_loss"] for row in each if "validation_loss" in row] for each in (before, after)]
+    assert losses[1][0] == losses[0][-1]
+    groups = [training_groups(folder / "checkpoints" / "step_00000006") for folder in (unbroken / "runs" / "sam", run)]
+    assert [len(each) for each in groups] == [2, 4]
+    assert [group.get("sam_rho") for group in groups[1]].count(0) == 2
+    phase(unbroken, "anneal", name="together", train__init="runs/layers")  # and two groups again
+
+
 # Muon for the matrices, AdamW for the others; 12 sequences, which one, two and three processes divide.
 MUON = {"optimizer": "muon", "train__batch_size": "12", "train__noise_scale": "null"}
 MUON_GROWN = {"train__batch_schedule": "{2: 24, 4: 36}"}
@@ -169,7 +187,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "evaluation.average=true": (
         "evaluation.average=true, and the run has no average of its weights: give average=ema",
     ),
-    "param_groups.overrides={wte:{lr:0.1}}": ("train.init", "train.init_state=false takes the weights alone"),
 }
 
 
