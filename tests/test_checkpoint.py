@@ -269,6 +269,43 @@ def test_hyper_parameters_come_back_and_can_be_set_after_loading(tmp_path: Path)
     assert (new_schedule.last_epoch, new_schedule.base_lrs) == (schedule.last_epoch, schedule.base_lrs)
 
 
+def grouped(cls: type[torch.optim.Optimizer], *parts: list[Tensor]) -> torch.optim.Optimizer:
+    return cls([{"params": part, "weight_decay": 0.1 * i} for i, part in enumerate(parts)], lr=0.1)
+
+
+def test_param_groups_that_are_kept_may_divide_the_parameters_otherwise(tmp_path: Path) -> None:
+    """Apart, together and in another order: the state of each parameter is its own, and the options stay."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2), nn.Linear(2, 4)
+    both = nn.Sequential(*model)
+    first, second, third, fourth = params = list(both.parameters())
+    saved = grouped(distopt.AdamW, [first, second], [third, fourth])
+    both(torch.ones(3)).sum().backward()
+    saved.step()
+    distopt.save_checkpoint(tmp_path / "state", both, saved)
+    for parts in ([[first], [fourth, second], [third]], [[third, first, fourth, second]]):
+        loaded = grouped(distopt.AdamW, *parts)
+        loaded.param_groups[0]["lr"] = 0.5
+        distopt.load_checkpoint(tmp_path / "state", both, loaded, keep_groups=True)
+        assert [group["lr"] for group in loaded.param_groups] == [0.5, *[0.1] * (len(parts) - 1)]
+        assert [group["weight_decay"] for group in loaded.param_groups] == [0.1 * i for i in range(len(parts))]
+        assert [group["params"] for group in loaded.param_groups] == parts
+        for p in params:
+            assert torch.equal(loaded.state[p]["exp_avg"], saved.state[p]["exp_avg"])
+        with pytest.raises(ValueError, match="param group"):
+            distopt.load_checkpoint(tmp_path / "state", both, grouped(distopt.AdamW, *parts))
+
+
+def test_groups_with_other_counts_are_not_joined(tmp_path: Path) -> None:
+    both = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    parts = [list(module.parameters()) for module in both]
+    saved = grouped(distopt.AdamW, *parts)
+    saved.param_groups[1]["sam_steps"] = 3
+    distopt.save_checkpoint(tmp_path / "state", both, saved)
+    with pytest.raises(ValueError, match=r"param group 0 joins groups of the checkpoint that differ.*leave them apart"):
+        distopt.load_checkpoint(tmp_path / "state", both, grouped(distopt.AdamW, parts[0] + parts[1]), keep_groups=True)
+
+
 def test_the_state_of_a_parameter_that_is_frozen_now_is_kept(tmp_path: Path) -> None:
     model, optimizer, schedule = trained()
     path = save_checkpoint(tmp_path / "a", model, optimizer, schedule)

@@ -78,6 +78,7 @@ def test_a_block_that_does_not_run_states_its_reason() -> None:
         elsewhere,
         "needs SLURM",
         "needs 8 GPUs",
+        "tests/test_experts.py runs it, on four processes",
         "what to change in the command above",
         "needs a pretrained model",
         "needs axolotl",

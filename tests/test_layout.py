@@ -242,7 +242,7 @@ REFUSALS: list[tuple[int, Any, tuple[Any, ...], str]] = [
         4,
         foreign_meshes,
         (),
-        r"meshes that are not axes of one.* no axis or mesh .* has full copies of all.*Replicate\(\)",
+        r"not axes of one.* no axis or mesh .* has full copies of all.*Replicate\(\)",
     ),
     *[
         (

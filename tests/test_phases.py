@@ -63,6 +63,11 @@ def broken(cwd: Path, name: str, first: tuple[str, int], then: tuple[str, int], 
     return cwd / "runs" / f"broken_{name}"
 
 
+def training_groups(checkpoint: Path) -> list[dict[str, Any]]:
+    (file,) = checkpoint.rglob("training.pt")
+    return torch.load(file, weights_only=True)["param_groups"]
+
+
 def numbers(run: Path) -> list[tuple[int, str, float]]:
     """The losses of all steps and evaluations, and the tokens: what a phase that was broken has to repeat."""
     names = ("loss", "validation_loss", "tokens", "lr")
@@ -128,6 +133,44 @@ def test_a_chain_broken_in_every_phase_has_the_losses_of_the_unbroken_one(unbrok
         before = f"broken_{name}"
 
 
+def test_a_phase_may_have_other_param_groups(unbroken: Path) -> None:
+    """SAM of the last block alone, after a phase that perturbed all: state is by parameter, options are the phase's."""
+    layers = {"param_groups.overrides": r"{wte|wpe|ln_f|h\\.0\\.: {sam_rho: 0}}", "sam": "on"}
+    train(unbroken, 1, **SAME, **layers, name="layers", train__init="runs/sam")
+    folders = [unbroken / "runs" / name for name in ("sam", "layers")]
+    before, after = ([row["validation_loss"] for row in rows(run) if "validation_loss" in row] for run in folders)
+    assert after[0] == before[-1]
+    two, four = (training_groups(run / "checkpoints" / "step_00000006") for run in folders)
+    assert len(two) == 2 < len(four)
+    assert {"sam_rho" in group and group["sam_rho"] == 0 for group in four} == {True, False}
+    train(unbroken, 1, **SAME, name="together", train__init="runs/layers")  # and two groups again
+
+
+# Muon for the matrices, AdamW for the others; 12 sequences, which one, two and three processes divide.
+MUON = {"optimizer": "muon", "train__batch_size": "12", "train__noise_scale": "null"}
+MUON_GROWN = {"train__batch_schedule": "{2: 24, 4: 36}"}
+MUON_WHERE = {
+    "pretrain": (("zero1", 2), ("fsdp2", 1)),
+    "grown": (("fsdp2", 1), ("zero1", 3)),
+    "sam": (("fsdp2", 3), ("deepspeed_zero2", 2)),
+    "anneal": (("deepspeed_zero3", 2), ("fsdp2", 3)),
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
+def test_a_chain_with_muon_broken_in_every_phase_has_the_losses_of_the_unbroken_one(tmp_path: Path) -> None:
+    """Full matrices are at other owners after each break; the momentum that makes them is resharded."""
+    jobs.write_text(tmp_path)
+    before = None
+    for name, (first, then) in MUON_WHERE.items():
+        more = MUON | (MUON_GROWN if name == "grown" else {})
+        phase(tmp_path, name, **more)
+        init = {} if before is None else {"train__init": f"runs/{before}"}
+        agree(broken(tmp_path, name, first, then, **more, **init), tmp_path / "runs" / name)
+        before = f"broken_{name}"
+
+
 REFUSED: dict[str, tuple[str, ...]] = {
     "optimizer=lamb": ("train.init=runs/anneal has the state of AdamW, this run has LAMB: train.init_state=false",),
     "model.config.n_embd=32": ("was trained with model.config.n_embd 16, now it is 32: a phase continues the same",),
@@ -144,7 +187,6 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "evaluation.average=true": (
         "evaluation.average=true, and the run has no average of its weights: give average=ema",
     ),
-    "param_groups.overrides={wte:{lr:0.1}}": ("train.init", "train.init_state=false takes the weights alone"),
 }
 
 

@@ -30,6 +30,11 @@ def kept_buffers(state: State, optimizer: Optimizer) -> dict[str, dict[str, Any]
     }
 
 
+def state_of_groups(optimizer: Optimizer) -> tuple[str, ...]:
+    """Returns the names of what is state in the param groups of an optimizer, and no hyper-parameter."""
+    return ("sam_steps", *getattr(optimizer, "group_state", ()), *GROUP_STATE)
+
+
 def kept_counts(groups: list[dict[str, Any]], optimizer: Optimizer) -> list[dict[str, Any]]:
     """Returns saved param groups without what belongs to averages that an optimizer does not have."""
     ours = getattr(average_of(optimizer), "group_state", ())

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from distopt import collective
 from distopt.checkpoint import flat, manifest, shards
 from distopt.checkpoint import index as indices
-from distopt.checkpoint.average import SavedAverage, kept_buffers, kept_counts
+from distopt.checkpoint.average import SavedAverage, kept_buffers, kept_counts, state_of_groups
 from distopt.checkpoint.folder import TRAINING, open_checkpoint
 from distopt.checkpoint.plain import loads
 from distopt.checkpoint.save import contents_of, schedule_kind
@@ -26,7 +26,12 @@ _TRAINING = ("param_groups", "schedule", "random")
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, schedule: LRScheduler | None = None
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    schedule: LRScheduler | None = None,
+    *,
+    keep_groups: bool = False,
 ) -> dict[str, Any]:
     """Loads a saved run into a model, an optimizer and a schedule. Every rank must call it.
 
@@ -38,6 +43,14 @@ def load_checkpoint(
 
     All files are compared with their checksums first, each rank reading its share of them. Nothing in a checkpoint runs
     code when it is loaded.
+
+    Args:
+        path: The checkpoint.
+        model: The model, wrapped or sharded.
+        optimizer: Its optimizer, or SAM around it.
+        schedule: Its schedule, if the checkpoint's is to be resumed.
+        keep_groups: Whether the param groups keep their hyper-parameters, and may divide the parameters otherwise than
+            those of the checkpoint, as for a phase with another learning rate or radius of SAM in some layers.
 
     Returns:
         The `extra` of the save.
@@ -56,7 +69,11 @@ def load_checkpoint(
     try:
         manifest.check_model(content["parameters"], manifest.described(contents.tensors))
         manifest.check_optimizer(content, type(optimizer).__name__, contents.state)
-        manifest.check_groups(training["param_groups"], contents.groups)
+        groups = training["param_groups"]
+        if keep_groups:
+            groups = manifest.regrouped(groups, contents.groups, state_of_groups(optimizer))
+        else:
+            manifest.check_groups(groups, contents.groups)
         described = {name: manifest.described(buffers) for name, buffers in contents.state.items()}
         manifest.check_state(content["state"], described)
         manifest.check_schedule(content["schedule"], schedule_kind(schedule))
@@ -65,7 +82,7 @@ def load_checkpoint(
 
     read = contents.to_fill(kept_buffers(content["state"], sam))
     collective.on_all(lambda: _read(path, content, read, training))
-    contents.fill(read, kept_counts(training["param_groups"], optimizer))
+    contents.fill(read, kept_counts(groups, optimizer))
     if schedule is not None:
         schedule.load_state_dict(training["schedule"])
     if len(training["random"]) == collective.world():

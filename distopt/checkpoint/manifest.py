@@ -215,6 +215,33 @@ def check_groups(saved: list[dict[str, Any]], ours: list[dict[str, Any]]) -> Non
             raise ValueError(f"{differ[0]} is in param group {i} of the {where} only")
 
 
+def regrouped(saved: list[dict[str, Any]], ours: list[dict[str, Any]], state: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns our param groups, with what is state in those of the checkpoint that have the same parameters.
+
+    Args:
+        saved: The param groups of the checkpoint, which may divide the parameters in another way.
+        ours: Those of the optimizer, with their own hyper-parameters.
+        state: The names of what is state in a group: counts, and running sums.
+
+    Raises:
+        ValueError: For other parameters, and for a group that joins groups of the checkpoint whose state differs.
+    """
+    origin = {name: group for group in saved for name in group["params"]}
+    if differ := sorted(origin.keys() ^ {name for group in ours for name in group["params"]}):
+        where = "checkpoint" if differ[0] in origin else "optimizer"
+        raise ValueError(f"{differ[0]} is in a param group of the {where} only")
+    found = []
+    for i, group in enumerate(ours):
+        joined = [{key: origin[name][key] for key in state if key in origin[name]} for name in group["params"]]
+        if differing := [other for other in joined if other != joined[0]]:
+            raise ValueError(
+                f"param group {i} joins groups of the checkpoint that differ in their state, {joined[0]} and "
+                f"{differing[0]}: leave them apart"
+            )
+        found.append({**group, **(joined[0] if joined else {})})
+    return found
+
+
 def check_schedule(saved: str | None, ours: str | None) -> None:
     """Raises ValueError if a schedule is to be loaded and the checkpoint has none of this class."""
     if ours is not None and saved != ours:

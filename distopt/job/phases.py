@@ -129,7 +129,7 @@ class Init:
         configured, numbers = hyperparameters(trainee.optimizer), random_state(*current_gpu())
         try:
             if self.state:
-                load_checkpoint(self.start.path, model, trainee.stepper)
+                load_checkpoint(self.start.path, model, trainee.stepper, keep_groups=True)
             else:
                 load_training_weights(self.start.path, model, trainee.stepper)
         except ValueError as error:

@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from distopt import collective
 from distopt.checkpoint import intact_checkpoint
+from distopt.checkpoint.average import state_of_groups
 from distopt.checkpoint.folder import open_checkpoint
 from distopt.models import pretrained
-from distopt.optim.averaged import GROUP_STATE
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _named(folder: Path, resume: str, newest: Path | None, broken: list[str]) ->
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """A copy of every param group without its parameters and what is state in it."""
-    state = ("params", "sam_steps", *getattr(optimizer, "group_state", ()), *GROUP_STATE)
+    state = ("params", *state_of_groups(optimizer))
     return [{name: value for name, value in group.items() if name not in state} for group in optimizer.param_groups]
 
 

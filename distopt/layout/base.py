@@ -38,10 +38,10 @@ class ShardLayout(LayerNorms):
             local elements.
         params: The model's parameter of each layer, in the same order on every rank.
         device: The device on which norms are computed; given, because a rank may have no elements.
-        groups: The process groups of the mesh axes that shard, the same sequence on every rank.
+        groups: The process groups of the mesh axes that shard, the same sequence on every rank; a single group where
+            these are not axes of one mesh.
         counted: For each layer, whether this rank contributes it to a norm. Of ranks with equal copies of a shard (a
-            layer replicated along an axis that shards others) only one does, so a sum over all axes counts each element
-            once.
+            layer replicated where others are sharded) only one does, so a sum over all groups counts each element once.
         model: The layout of the model's own weights, where that is not the layout of the optimizer's tensors.
         gradients: The layout of the gradients once they are exchanged, where that is not the layout of the optimizer's
             tensors. Clipping and SAM, which work on those, use it.

@@ -40,9 +40,9 @@ _WRAPPER = (
     "tensor that it wraps, or leave the conversion out"
 )
 _MISREAD = (
-    "is sharded along one dimension by tensor or expert parallelism and then by FSDP2, with a remainder for which torch "
-    "2.13 writes checkpoints that it cannot read: choose a size that both numbers of ranks divide, or let FSDP2 shard "
-    "another dimension (fully_shard(module, shard_placement_fn=lambda param: Shard(1)))"
+    "is sharded along one dimension by tensor or expert parallelism and then by FSDP2, with a remainder for which "
+    "torch 2.13 writes checkpoints that it cannot read: choose a size that both numbers of ranks divide, or let FSDP2 "
+    "shard another dimension (fully_shard(module, shard_placement_fn=lambda param: Shard(1)))"
 )
 
 # The attributes by which libraries mark such parameters, the value that marks (None: any), and the message.

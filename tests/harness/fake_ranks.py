@@ -1,4 +1,4 @@
-"""The bytes of one of many ranks, in a process group that sends nothing."""
+"""One of many ranks, in a process group that sends nothing: its bytes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import distopt
@@ -29,3 +33,20 @@ def measure(world: int, kind: str, file: Path) -> None:
         return sum(t.to_local().untyped_storage().nbytes() for t in tensors)  # type: ignore[attr-defined]
 
     file.write_text(json.dumps({"parameters": size(list(model.parameters())), "state": size(state)}))
+
+
+def refused_experts(rank: int, file: Path) -> None:
+    """Writes what a layout says on this one of 3 x 2 ranks, by the number of experts. For a process of its own."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=6)
+    grid = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "ep"))
+    said = {}
+    for experts in (6, 7, 8):
+        module = nn.Module()
+        placed = distribute_tensor(torch.ones(experts, 3), grid["ep"], [Shard(0)], src_data_rank=None)
+        module.weight = nn.Parameter(placed)
+        fully_shard(module, mesh=grid["dp"])
+        try:
+            distopt.layout.infer_layout(module.parameters())
+        except ValueError as error:
+            said[experts] = str(error)
+    file.write_text(json.dumps(said))
