@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import distopt
 from distopt.layout import infer, infer_layout, layout_of, local_parts
@@ -25,6 +25,13 @@ def moved(opt: Any, params: list[Tensor]) -> None:
     """The weights get other memory under the same object, as by `module.to`, a swap or a load by assignment."""
     for p in params:
         p.data = p.data.clone()
+
+
+def rounded(opt: Any, params: list[Tensor]) -> None:
+    """As memory of fewer bits, which needs masters from here on; and one parameter back again."""
+    for p in params:
+        p.data = p.data.bfloat16()
+    params[1].data = params[1].data.float()
 
 
 def turned(opt: Any, params: list[Tensor]) -> None:
@@ -66,7 +73,7 @@ def in_place(opt: Any, params: list[Tensor]) -> None:
             opt.state[p]["exp_avg_sq"].add_(0.1)
 
 
-EVENTS = (moved, turned, state_moved, state_replaced, loaded, cleared, thawed, other_options, in_place)
+EVENTS = (moved, rounded, turned, state_moved, state_replaced, loaded, cleared, thawed, other_options, in_place)
 
 
 def trained(event: Callable[..., None], keeps: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -183,10 +190,32 @@ def private_name() -> bool:
     over = mesh((dist.get_world_size(),), ("shard",))
     param = nn.Parameter(DTensor.from_local(torch.ones(2, 3), over, [Shard(0)], run_check=False))
     (part,) = local_parts([param])
+    assert param._spec.placements is param.placements  # type: ignore[attr-defined]
     return type(part) is Tensor and part.data_ptr() == param.to_local().data_ptr() and part.shape == (2, 3)
 
 
-def test_the_private_name_of_a_dtensors_part_is_that_of_torch_2_13() -> None:
+def other_placements() -> str:
+    """A gradient of other placements, after two steps in which it had those of its parameter."""
+    over = mesh((dist.get_world_size(),), ("shard",))
+    param = nn.Parameter(DTensor.from_local(torch.ones(2, 3), over, [Shard(0)], run_check=False))
+    opt = distopt.AdamW([param], lr=0.1)
+    for step in range(3):
+        param.grad = DTensor.from_local(torch.ones(2, 3), over, [Shard(0)], run_check=False)
+        if step == 2:
+            param.grad = param.grad.redistribute(placements=[Replicate()])
+            try:
+                opt.step()
+            except ValueError as error:
+                return str(error)
+        opt.step()
+    return ""
+
+
+def test_a_gradient_whose_placements_change_is_refused() -> None:
+    assert all("redistribute it before the optimizer sees it" in said for said in run(2, other_placements))
+
+
+def test_the_private_names_of_a_dtensor_are_those_of_torch_2_13() -> None:
     assert run(2, private_name) == [True, True]
 
 

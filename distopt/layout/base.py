@@ -123,8 +123,8 @@ class ShardLayout(LayerNorms):
     def layers(self, params: Iterable[Tensor]) -> list[int]:
         """Returns the index of the layer of each shard that `split` gives for these parameters, in the same order."""
         params = list(params)
-        if same(params, self.params):  # of the model, which a step has in most of them
-            return [segment.layer for segment in self.every_segment]
+        if same(params, list(self.segments)):  # all of them: nothing to look up
+            return [segment.layer for parts in self.segments.values() for segment in parts]
         return [segment.layer for p in params for segment in self.segments[p]]
 
     def members(self, params: Iterable[Tensor]) -> list[int]:
@@ -238,11 +238,6 @@ class ShardLayout(LayerNorms):
             model=self.model and self.model.copied(copy),
             gradients=self.gradients and self.gradients.copied(copy),
         )
-
-    @functools.cached_property
-    def every_segment(self) -> tuple[Segment, ...]:
-        """The segments of all of `params`, where these are the tensors that the optimizer updates."""
-        return tuple(segment for p in self.params for segment in self.segments[p])
 
     @functools.cached_property
     def _one_each(self) -> bool:

@@ -83,7 +83,9 @@ def _kept_layout(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Shar
 def _is_of(layout: ShardLayout, params: list[Tensor]) -> bool:
     if not same(params, layout.params):
         return False
-    return [segment.numel for segment in layout.every_segment] == list(map(Tensor.numel, local_parts(params)))
+    return [part.numel for parts in layout.segments.values() for part in parts] == list(
+        map(Tensor.numel, local_parts(params))
+    )
 
 
 def _counted(params: Sequence[Tensor], groups: Groups) -> tuple[bool, ...]:

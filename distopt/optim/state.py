@@ -50,7 +50,7 @@ class LocalState:
         states = [optimizer.state[p] for p in params]
         before, tensors = self._seen.get(index, (None, []))
         names = tensors_of(rule, group)
-        form = layout, group["master_weights"], group["state_bits"]
+        form = layout, group["master_weights"], group["state_bits"], [p.dtype for p in params]
         now = [*params, *_tensors(states, names)]
         if form == before and same(now, tensors):
             return
