@@ -23,15 +23,14 @@ def main() -> None:
     with one_line_errors():
         if not Path(args.checkpoint).expanduser().is_dir():
             raise ValueError(f"{args.checkpoint}: no such folder; give a run, as runs/book, or a checkpoint in one")
-    loading()
-    import torch  # `--help` does not wait for it
-    from transformers.utils.logging import disable_progress_bar
+        loading()
+        import torch  # `--help` does not wait for it
+        from transformers.utils.logging import disable_progress_bar
 
-    from distopt.models.export import export
+        from distopt.models.export import export
 
-    disable_progress_bar()
-    logging.disable(logging.CRITICAL)  # torch logs tracebacks of damaged files, which the error states already
-    with one_line_errors():
+        disable_progress_bar()
+        logging.disable(logging.CRITICAL)  # torch logs tracebacks of damaged files, which the error states already
         try:
             print(export(args.checkpoint, args.out, getattr(torch, args.dtype), args.adapter, args.average))
         except OSError as error:  # such as a full disk or a missing permission

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.disable(logging.CRITICAL)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `distopt sample RUN | head`
     with one_line_errors():
         _check(options)
         loading()

@@ -17,15 +17,14 @@ def main() -> None:
     with one_line_errors():
         if "://" not in path and not Path(path).is_dir():
             raise ValueError(f"{path}: no such folder; give a checkpoint, as runs/book/checkpoints/step_00001000")
-    loading()
-    from distopt.checkpoint import verify  # `--help` does not wait for torch
-    from distopt.checkpoint.folder import open_checkpoint
+        loading()
+        from distopt.checkpoint import verify  # `--help` does not wait for torch
+        from distopt.checkpoint.folder import open_checkpoint
 
-    with one_line_errors():
         found, content = verify(path), open_checkpoint(path)
-    size = sum(size for size, *_ in content["files"].values()) / 1e6
-    checked = "intact" if content["format"] > 1 else "complete (its format has no checksums)"
-    print(f"{path} is {checked}: {len(content['files'])} files, {size:,.2f} MB, fingerprint {found.total}")
+        size = sum(size for size, *_ in content["files"].values()) / 1e6
+        checked = "intact" if content["format"] > 1 else "complete (its format has no checksums)"
+        print(f"{path} is {checked}: {len(content['files'])} files, {size:,.2f} MB, fingerprint {found.total}")
 
 
 if __name__ == "__main__":

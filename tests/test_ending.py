@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from distopt.job.errors import one_line_errors
 from tests.harness import jobs
 from tests.harness.cells import some
 
@@ -39,3 +40,10 @@ ENDS = [
 def test_gloo_does_not_abort_a_job_that_has_ended(end: str, code: int, err: str) -> None:
     """A job that had saved everything ended with -6 once in hundreds of runs, and its launcher said that it failed."""
     assert jobs.python("-c", PROGRAM.format(end=end)) == (code, "trained atexit ", err)
+
+
+def test_ctrl_c_in_a_program_that_has_nothing_to_save_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """`distopt sample`, `plan` or `export` showed the traceback of whatever was being imported, 60 lines of it."""
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise KeyboardInterrupt
+    assert (end.value.code, capsys.readouterr().err) == (130, "\ndistopt: interrupted\n")

@@ -21,13 +21,15 @@ def one_line_errors() -> Iterator[None]:
     1.
 
     HYDRA_FULL_ERROR=1 shows the traceback instead. `Stopped` ends every process with an exit code of its own, and with
-    a line from the first process.
+    a line from the first process; Ctrl-C in a program that has nothing to save is a line, and exit code 130.
     """
     first = os.environ.get("RANK") in (None, "0")
     try:
         yield
     except Stopped as stopped:
         _end(f"distopt: stopped: {stopped}", STOPPED, quiet=not first, final=True)
+    except KeyboardInterrupt:
+        _end("\ndistopt: interrupted", 130, quiet=not first)
     except (ValueError, OSError, FileError, LostRank) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -26,12 +26,12 @@ def main() -> None:
         help="write it again when a run changes, and look so often (default: 15); the open page loads itself again",
     )
     args = parser.parse_args()
-    from distopt.report.find import Finder  # `--help` does not wait for NumPy
-    from distopt.report.page import write_page
-    from distopt.report.watch import watch
-
-    finder, out = Finder(args.runs), args.out or args.runs[0] / "report"
     with one_line_errors():
+        from distopt.report.find import Finder  # `--help` does not wait for NumPy
+        from distopt.report.page import write_page
+        from distopt.report.watch import watch
+
+        finder, out = Finder(args.runs), args.out or args.runs[0] / "report"
         page = write_page(finder, out) if args.watch is None else watch(finder, out, args.watch)
         if page:
             print(f"report: {page}")

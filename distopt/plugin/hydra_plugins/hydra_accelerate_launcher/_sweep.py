@@ -72,6 +72,7 @@ def run(jobs: Sequence[Job], options: SweepConf, halving: Halving, place: Callab
                     written = log.lines(next(iter(running.values())).log, most=4096) or [""]
                     bar.set_postfix_str("" if written[-1].startswith("$ ") else written[-1][:60])
         finally:
+            bar.set_postfix_str("", refresh=False)
             end([job.tree for job in running.values() if job.tree], options.grace_seconds + 5)
         if received:
             finished = sum(job.result.status == JobStatus.COMPLETED for job in jobs)
