@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 
@@ -22,7 +21,8 @@ from tests.harness.forkserver import context
 class Launched:
     """A launcher that runs a job with two ranks; it is a process of its own, whose children are the ranks.
 
-    Torchrun starts each worker anew, which costs 5 seconds of CPU; here its agent forks them, as it can.
+    Torchrun starts each worker anew, which costs 5 seconds of CPU; here its agent forks them, as it can. It
+    sees their deaths, but not that they have ended well, which it wants to hear by the result of a function.
 
     Args:
         cwd: The folder in which the job runs.
@@ -110,10 +110,6 @@ def _launch(cwd: Path, words: Sequence[str], restarts: int, logs: Path) -> None:
     elastic_launch(config, _rank)(cwd, words, logs)
 
 
-class _Left(BaseException):
-    """The end of a rank that has succeeded, which the agent wants to be told by a result of its function."""
-
-
 def _rank(cwd: Path, words: Sequence[str], logs: Path) -> None:
     attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     _write_to(logs / f"{attempt}-{rank}.log")
@@ -122,20 +118,9 @@ def _rank(cwd: Path, words: Sequence[str], logs: Path) -> None:
         signal.signal(number, signal.SIG_DFL)
     os.chdir(cwd)
     sys.argv = ["distopt.train", *words]
-    end = os._exit
-
-    def leave(code: int) -> NoReturn:
-        if code == 0:
-            raise _Left
-        end(code)
-
-    os._exit = leave
     from distopt.train import main
 
-    try:
-        main()
-    except _Left:
-        return
+    main()
 
 
 def _write_to(file: Path) -> None:
