@@ -4,6 +4,8 @@ BIN := .venv/bin
 # The number of tests that run at the same time, with up to four processes of one thread each, which often wait.
 WORKERS ?= 2
 STAMP := .venv/.installed
+# Where it is set, as in many images, every process that a test starts would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 # launch/local.yaml starts 2 processes, for the CPU; with GPUs, one process for each.
 PROCESSES := $(if $(filter-out 0,$(GPUS)),--num_processes $(GPUS))

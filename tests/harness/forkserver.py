@@ -19,7 +19,14 @@ ENVIRONMENT = {
 # Python has one fork server per process, whose imports are those of whoever starts it: so there is one list for all.
 _IMPORTED_ONCE = [
     "accelerate",
+    "deepspeed.ops",
+    "distopt.data.sft",
+    "distopt.data.stream",
+    "distopt.data.text_data",
     "distopt.job.build",
+    "distopt.job.header",
+    "distopt.optim.hidden",
+    "distopt.optim.schedules",
     "distopt.plan.running",
     "distopt.train",
     "matplotlib.pyplot",
@@ -29,10 +36,13 @@ _IMPORTED_ONCE = [
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.utils.tensorboard",
+    "transformers.convert_slow_tokenizer",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers",
     "torch._inductor.compile_fx",
     "pydantic",
+    "setuptools",
     "tests.harness.frozen",
 ]
 context = multiprocessing.get_context("forkserver")
