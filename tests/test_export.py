@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from distopt.bounds import DTYPES
 from distopt.checkpoint import save_checkpoint
 from distopt.data import tokenizers
 from distopt.export import main
 from distopt.models import pretrained
-from distopt.models.export import DTYPES, export, fitting_tokenizer
+from distopt.models.export import export, fitting_tokenizer
 from tests.harness import jobs
 from tests.harness.cells import some
 from tests.harness.checkpoints import sealed
@@ -240,7 +241,7 @@ def no_checkpoint(folder: Path) -> Path:
 
 
 REFUSED = {
-    "missing": (lambda folder: folder / "nowhere", "nowhere is not a complete checkpoint: there is no such folder"),
+    "missing": (lambda folder: folder / "nowhere", "nowhere: no such folder; give a run, as runs/book"),
     "not of the job": (not_of_the_job, "other contains no config.json: it was not written by this version of"),
     "garbage": (garbage, "step: shard-00000.bin is not as it was written: the checkpoint is damaged"),
     "garbled index": (garbled_index, "step: index.json is not as it was written: the checkpoint is damaged"),
