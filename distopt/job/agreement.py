@@ -46,8 +46,10 @@ def environment(cfg: DictConfig) -> dict[str, Any]:
     kernels = "Triton" if torch.cuda.is_available() else "C" if library() is not None else "none"
     versions = {f"the version of {package}": _version(package) for package in _PACKAGES}
     python = ".".join(platform.python_version_tuple()[:2])
-    flat = _flat("", OmegaConf.to_container(cfg, resolve=True))
-    return {**flat, "the version of Python": python, **versions, "the kernels in use": kernels}
+    flat, given = (_flat("", OmegaConf.to_container(cfg, resolve=resolve)) for resolve in (True, False))
+    # Last, what follows from another key, as model.seed does: the first difference is the one that was given.
+    own = {name: value for name, value in flat.items() if "${" not in str(given.get(name, "${"))}
+    return {**own, **flat, "the version of Python": python, **versions, "the kernels in use": kernels}
 
 
 def _flat(path: str, value: Any) -> dict[str, Any]:
