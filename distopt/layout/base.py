@@ -34,8 +34,7 @@ class ShardLayout(LayerNorms):
     tensor.
 
     Attributes:
-        segments: For each tensor that the optimizer updates, the parts of layers in it, in the order of its flattened
-            local elements.
+        segments: For each tensor that the optimizer updates, the parts of layers in it, in the order of its elements.
         params: The model's parameter of each layer, in the same order on every rank.
         device: The device on which norms are computed; given, because a rank may have no elements.
         groups: The process groups of the mesh axes that shard, the same sequence on every rank; a single group where
