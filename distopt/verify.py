@@ -12,7 +12,9 @@ from distopt.job.loading import loading
 def main() -> None:
     """Run the command line: one line and exit code 0 for an intact checkpoint, the damage and exit code 1 otherwise."""
     parser = argparse.ArgumentParser(prog="distopt verify", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a checkpoint, or its URL")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder or URL, or a run, whose newest one it is"
+    )
     path = parser.parse_args().checkpoint
     with one_line_errors():
         if "://" not in path and not Path(path).is_dir():
@@ -20,7 +22,9 @@ def main() -> None:
         loading()
         from distopt.checkpoint import verify  # `--help` does not wait for torch
         from distopt.checkpoint.folder import open_checkpoint
+        from distopt.models.export import find
 
+        path = path if "://" in path else str(find(Path(path)))
         found, content = verify(path), open_checkpoint(path)
         size = sum(size for size, *_ in content["files"].values()) / 1e6
         checked = "intact" if content["format"] > 1 else "complete (its format has no checksums)"

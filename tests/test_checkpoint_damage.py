@@ -177,16 +177,18 @@ def test_the_fingerprint_stays_when_another_number_of_processes_saves_it_again(t
 
 
 def test_the_command(tmp_path: Path) -> None:
-    _, path = saved(tmp_path)
+    """It takes a checkpoint, or a run, of which it checks the newest one."""
+    _, path = saved(tmp_path / "run/checkpoints")
 
-    def command() -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "distopt.verify", str(path)]
+    def command(of: Path) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "distopt.verify", str(of)]
         return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False)
 
-    good = command()
-    assert good.returncode == 0 and "is intact: 5 files" in good.stdout, good.stderr
+    for of in (tmp_path / "run", path):
+        good = command(of)
+        assert good.returncode == 0 and f"{path} is intact: 5 files" in good.stdout, good.stderr
     flip(next(path.glob("*/training.pt")), random.Random(0))
-    bad = command()
+    bad = command(path)
     assert (
         bad.returncode == 1 and "training.pt is not as it was written" in bad.stderr and "Traceback" not in bad.stderr
     )

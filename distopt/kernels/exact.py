@@ -33,10 +33,10 @@ def carried(sums: Tensor) -> Tensor:
     """Returns the canonical form of sums of digits: all digits but the last one from 0 to 2^WIDTH - 1."""
     whole = sums.nan_to_num(0.0, 0.0, 0.0).long()
     if whole.is_cpu:  # digits that were carried before they were added over ranks take one turn
-        low, high = whole[..., :-1], whole[..., 1:]
-        while (more := low >> WIDTH).any():
-            low &= 2**WIDTH - 1
-            high += more
+        held = whole.numpy()
+        while (more := held[..., :-1] >> WIDTH).any():
+            held[..., :-1] &= 2**WIDTH - 1
+            held[..., 1:] += more
     else:  # a GPU is not asked whether there is more
         for low, high in pairwise(whole.unbind(-1)):
             high += low >> WIDTH
