@@ -12,8 +12,7 @@
  *   KEEP        as MEASURE, and stores the direction where the gradient was (not of bfloat16);
  *   APPLY_KEPT  updates the weights by the direction that KEEP has stored.
  * So a layer whose full direction has to be known before its first weight changes (LAMB) needs no memory for it. KEEP reads
- * six values of an element instead of seven; a read costs five times as much as a write. Where every layer is full here,
- * `<rule>_by_layer` measures and applies in turns, a few layers at a time.
+ * six values of an element instead of seven; a read costs five times as much as a write.
  *
  * A multiply-add is fused where it says fmaf, and nowhere else: an element has the same bits wherever its shard ends.
  *
@@ -29,9 +28,7 @@
 
 enum { STEP, MEASURE, APPLY, KEEP, APPLY_KEPT, SUM, SUM_KEEP }; /* SUM: as MEASURE, of one block */
 enum { HALF = 1, NARROW = 2 }; /* flags */
-enum { PIECE = 8192, WAVE = 2048 };
-enum { GROUP = 1 << 18 }; /* elements of the small layers that are measured together before they are applied */
-enum { HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
+enum { PIECE = 8192, WAVE = 2048, HYPER = 7, SCALES = 4, RATIO = 2, FACTOR = 3 };
 enum { BLOCK = 512, LANES = 32, SHORT = 64, TINY = 8 }; /* elements of a sum, its chains, of short rows */
 #define INFINITE 0x7ff0000000000000ll
 enum { DIGITS = 16, WIDTH = 38, LOWEST = -304 };   /* of an exact sum, as distopt/kernels/exact.py has them */
@@ -268,13 +265,6 @@ static void finish(Total *total) {
     for (int i = 0; i < DIGITS; i++) total->digit[i].value = sum.broken != 0.0 ? sum.broken : (double)sum.digit[i];
 }
 
-/* Returns the value of finished digits, as distopt/kernels/exact.py computes it. */
-static double value(const Total *total) {
-    double found = total->digit[DIGITS - 1].value;
-    for (int i = DIGITS - 2; i >= 0; i--) found = total->digit[i].value + 0x1p38 * found;
-    return found * 0x1p-304;
-}
-
 /* Returns how many of n elements from `from` on fill blocks of rows of length `row`; n if no others follow. */
 static int64_t full_blocks(int64_t from, int64_t n, int64_t left, int64_t row) {
     return n == left ? n : n - (from + n) % row % BLOCK;
@@ -306,18 +296,16 @@ static Window find(const int64_t *table, int64_t tensors, int64_t tensor, Store 
     return (Window){own[0], own[tensors], own[2 * tensors], 0};
 }
 
-/* Calls `rows` on every chunk of every piece of the tensors from `first` to before `last`. totals: for each tensor the sums
- * of weights and of directions. */
-static void walk(Rows *rows, const int64_t *table, const float *scales, Total *totals, int64_t tensors, int64_t first,
-                 int64_t last, const float *hyper, int flags, int mode, int threads) {
+/* Calls `rows` on every chunk of every piece. totals: for each tensor the sums of weights and of directions. */
+static void walk(Rows *rows, const int64_t *table, const float *scales, Total *totals, int64_t tensors,
+                 const float *hyper, int flags, int mode, int threads) {
     const int half = flags & HALF, narrow = flags & NARROW;
     Piece pieces[WAVE];
-    Piece at = {first, 0, 0};
+    Piece at = {0, 0, 0};
     const int64_t *lengths = table + tensors;
-    for (int64_t count; (count = next_pieces(table, lengths, last, &at, pieces));) {
+    for (int64_t count; (count = next_pieces(table, lengths, tensors, &at, pieces));) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (count > 1)
-        for (int64_t turn = 0; turn < count; turn++) {
-            const int64_t k = mode == APPLY || mode == APPLY_KEPT ? count - 1 - turn : turn; /* those in the cache */
+        for (int64_t k = 0; k < count; k++) {
             const int64_t tensor = pieces[k].tensor, end = pieces[k].start + pieces[k].numel, row = lengths[tensor];
             char *column[5] = {0};
             for (int i = 0; i < 5; i++) column[i] = (char *)table[(i + 2) * tensors + tensor];
@@ -363,26 +351,7 @@ static void walk(Rows *rows, const int64_t *table, const float *scales, Total *t
             }
         }
     }
-    for (int64_t i = 2 * first; (mode == MEASURE || mode == KEEP) && i < 2 * last; i++) finish(totals + i);
-}
-
-/* Measures and applies a few layers at a time, so that they are in the cache when they are applied. For tensors that are full
- * layers. scales: with a column RATIO to be filled. rate: lr, and the bounds of the trust ratio. */
-static void walk_layers(Rows *rows, const int64_t *table, float *scales, Total *totals, int64_t tensors,
-                        const float *hyper, int flags, int mode, int threads, const double *rate) {
-    for (int64_t first = 0, last; first < tensors; first = last) {
-        int64_t numel = table[first];
-        for (last = first + 1; last < tensors && (numel += table[last]) <= GROUP;) last++;
-        walk(rows, table, scales, totals, tensors, first, last, hyper, flags, mode, threads);
-        for (int64_t i = first; i < last; i++) {
-            const double weight = sqrt(value(totals + 2 * i)), update = sqrt(value(totals + 2 * i + 1));
-            double ratio = weight > 0.0 && update > 0.0 ? weight / update : 1.0;
-            ratio = ratio < rate[1] ? rate[1] : ratio;
-            ratio = ratio > rate[2] ? rate[2] : ratio;
-            scales[RATIO * tensors + i] = (float)(rate[0] * ratio);
-        }
-        walk(rows, table, scales, totals, tensors, first, last, hyper, flags, mode == KEEP ? APPLY_KEPT : APPLY, threads);
-    }
+    for (int64_t i = 0; (mode == MEASURE || mode == KEEP) && i < 2 * tensors; i++) finish(totals + i);
 }
 
 /* Computes inner products of pairs of tensors, columns 3 and 4 of the table, in float32, or in bfloat16 if `half`. */
@@ -475,11 +444,7 @@ void products(const int64_t *table, Total *totals, int64_t tensors, int half, in
     }                                                                                                                  \
     void name(const int64_t *table, const float *scales, Total *totals, int64_t tensors, const float *hyper, int flags,\
               int mode, int threads) {                                                                                 \
-        walk(name##_rows, table, scales, totals, tensors, 0, tensors, hyper, flags, mode, threads);                     \
-    }                                                                                                                  \
-    void name##_by_layer(const int64_t *table, float *scales, Total *totals, int64_t tensors, const float *hyper,      \
-                         int flags, int mode, int threads, const double *rate) {                                       \
-        walk_layers(name##_rows, table, scales, totals, tensors, hyper, flags, mode, threads, rate);                    \
+        walk(name##_rows, table, scales, totals, tensors, hyper, flags, mode, threads);                                 \
     }
 
 RULE(sgd, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -40,7 +39,6 @@ class CompiledUpdate:
         self.group, self.layers = shards.group, shards.layers
         self._shards = shards  # keeps their memory
         self._function: Any = getattr(library(), rule.kernel)
-        self._by_layer: Any = None
         self._flags = _HALF if shards.grads and shards.grads[0].dtype is torch.bfloat16 else 0
         columns = [shards.params, shards.grads, *(shards.buffers[name] for name in rule.buffers)]
         self._table = _table(shards.rows, map(Column.of, columns), _ADDRESSES)
@@ -54,21 +52,13 @@ class CompiledUpdate:
     def step(self) -> None:
         self._call(_STEP, None)
 
-    def apply_by_layer(self) -> None:
-        """Has `squared_norms` apply each layer as soon as its trust ratio is known, while it is in the cache.
-
-        For tensors that are full layers, of a group whose trust ratio is |p| / |direction|.
-        """
-        self._by_layer = getattr(library(), f"{self._shards.rule.kernel}_by_layer")
-
     def squared_norms(self) -> SquaredNorms:
         sums = _sums(len(self.layers), 2)
         self._call(self._measure, None, sums.data_ptr())
         return sums[:, 0, :DIGITS], sums[:, 1, :DIGITS]
 
     def apply(self, ratios: Tensor | None) -> None:
-        if self._by_layer is None:
-            self._call(self._apply, ratios)
+        self._call(self._apply, ratios)
 
     def _call(self, mode: int, ratios: Tensor | None, sums: int = 0) -> None:
         lr, count = self.group["lr"], len(self.layers)
@@ -76,12 +66,8 @@ class CompiledUpdate:
         scales = array("f", b"".join([*self._scales, rates, _column([float(self._shards.grad_factor)], count)]))
         table, columns, hyper = _address(self._table), _address(scales), _address(self._hyper)
         tensors = ctypes.c_int64(count)
-        arguments = table, columns, ctypes.c_void_p(sums), tensors, hyper, self._flags, mode, torch.get_num_threads()
-        if self._by_layer is None:
-            self._function(*arguments)
-        else:
-            rate = array("d", [lr, *(self.group["trust_clip"] or (-math.inf, math.inf))])
-            self._by_layer(*arguments, _address(rate))
+        threads = torch.get_num_threads()
+        self._function(table, columns, ctypes.c_void_p(sums), tensors, hyper, self._flags, mode, threads)
 
 
 def compiled_update(shards: Shards) -> CompiledUpdate:

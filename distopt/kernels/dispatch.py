@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distopt.kernels.cautious import CautiousUpdate, with_cautious_decay
 from distopt.kernels.columns import Column
-from distopt.kernels.cpu import CompiledUpdate, compiled_update, fits, without_rule
+from distopt.kernels.cpu import compiled_update, fits, without_rule
 from distopt.kernels.narrow_cpu import NarrowCompiledUpdate, narrow_fits
 from distopt.kernels.narrow_update import NarrowUpdate, narrow_indices
 from distopt.kernels.narrow_update import gradient_norms as sliced_gradient_norms
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(directions: F) -> F:
-    """Marks the `directions` of an optimizer, or its `trust_ratio`, as what the kernel of its rule computes.
+    """Marks the `directions` of an optimizer as what the kernel of its rule computes.
 
     A subclass that overrides `directions` has no kernel, unless it marks its own.
     """
@@ -71,13 +71,6 @@ def gradient_norms(shards: Shards) -> SquaredNorms:
 def is_measured(update: Update) -> bool:
     """Returns whether an update needs sums over all ranks before it is applied."""
     return bool(update.group["trust_ratio"] or update.group["cautious"])
-
-
-def apply_by_layer(updates: Sequence[Update]) -> None:
-    """Has measured updates apply each layer as soon as it is measured, where a kernel can; every layer is full here."""
-    for update in updates:
-        if type(update) is CompiledUpdate:
-            update.apply_by_layer()
 
 
 def apply(updates: Sequence[Update], measured: Sequence[Update], ratios: Sequence[Tensor]) -> None:

@@ -106,7 +106,6 @@ class ShardedOptimizer(LayoutOptimizer):
         """
         raise NotImplementedError
 
-    @dispatch.compiled
     def trust_ratio(self, group: dict[str, Any], weight_norm: Tensor, other_norm: Tensor) -> Tensor:
         """Computes the trust ratio of every layer, of norms over all ranks.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from distopt.kernels import dispatch
 from distopt.kernels.update import Update
 from distopt.layout import ShardLayout
-from distopt.optim.observer import observer_of
 
 if TYPE_CHECKING:
     from distopt.optim.base import ShardedOptimizer
@@ -40,8 +39,6 @@ class Ratios:
             self.norms = torch.stack([clip.weight_norms, clip.norms * clip.factor])
             norms = [(self.norms[0], self.norms[1])] * len(updates)
         else:
-            if _full_here(optimizer, layout):
-                dispatch.apply_by_layer(updates)
             squares = dispatch.concatenated([update.squared_norms() for update in updates])
             sums = layout.total([layer for update in updates for layer in update.layers], *squares)
             self.norms, norms = sums[:2].sqrt(), dispatch.norms(updates, sums)
@@ -67,12 +64,6 @@ class Ratios:
     def by_param(self, layout: ShardLayout) -> dict[Tensor, Tensor]:
         """Returns the ratio of each layer that this rank has a part of, by parameter of the model."""
         return {layout.params[layer]: ratios[layer] for layers, ratios in self._found for layer in layers}
-
-
-def _full_here(optimizer: ShardedOptimizer, layout: ShardLayout) -> bool:
-    """Whether a kernel knows the trust ratio of a layer without asking anyone: neither other ranks nor a watcher."""
-    known = optimizer.ratio_of == "update" and getattr(optimizer.trust_ratio, "compiled", False)
-    return known and not layout.groups and not layout.flat and observer_of(optimizer) is None
 
 
 def compares_gradients(optimizer: ShardedOptimizer) -> bool:
