@@ -24,7 +24,7 @@ _STEPS = {
     "torch clip + AdamW fused": "torch AdamW fused",
 }
 _RANKS_OF_TENSORS, _RANKS_OF_EXPERTS = 512, 512
-_BLOCKS_OF_TORCH = 100  # the first step of 3,000 DTensors takes torch 2.13's fused AdamW 40 s; it grows with their square
+_BLOCKS_OF_TORCH = 100  # torch 2.13's fused AdamW takes 40 s for its first step of 3,000 DTensors; by their square
 _TOKENS, _HIDDEN = 8192, 512  # of the model whose vocabulary grows
 
 
