@@ -21,10 +21,9 @@ def main() -> None:
             raise ValueError(f"{path}: no such folder; give a checkpoint, as runs/book/checkpoints/step_00001000")
         loading()
         from distopt.checkpoint import verify  # `--help` does not wait for torch
-        from distopt.checkpoint.folder import open_checkpoint
-        from distopt.models.export import find
+        from distopt.checkpoint.folder import newest_checkpoint, open_checkpoint
 
-        path = path if "://" in path else str(find(Path(path)))
+        path = path if "://" in path else str(newest_checkpoint(Path(path)))
         found, content = verify(path), open_checkpoint(path)
         size = sum(size for size, *_ in content["files"].values()) / 1e6
         checked = "intact" if content["format"] > 1 else "complete (its format has no checksums)"

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from distopt.data.batch_sizes import BatchSizes
 from distopt.data.text_data import TextData
 from distopt.job.cli import model_words
-from distopt.job.config import check_steps, steps_of
+from distopt.job.lengths import check_steps, steps_of
 from distopt.models.export import export
 from tests.harness import jobs
 from tests.harness.hub import cached

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import uuid
 import warnings
 import zlib
@@ -64,6 +65,23 @@ def latest_checkpoint(folder: str | os.PathLike[str], skip: Collection[str] = ()
             return join(folder, name), broken
         broken.append(f"{name}: {reason}")
     return None, broken
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """Returns the newest complete checkpoint of a run or a folder of checkpoints, and any other path as it is.
+
+    Raises:
+        ValueError: A run has no complete checkpoint.
+    """
+    for folder in (path / "checkpoints", path):
+        newest, broken = latest_checkpoint(folder)
+        if newest is not None:
+            for line in broken:
+                print(f"distopt: passed over {line}", file=sys.stderr)
+            return newest
+        if broken or (folder != path and folder.is_dir()):
+            raise ValueError(f"{folder} has no complete checkpoint: {broken[0] if broken else 'it is empty'}")
+    return path
 
 
 def open_checkpoint(path: PathLike) -> dict[str, Any]:

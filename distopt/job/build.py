@@ -20,21 +20,14 @@ from distopt.job.callbacks import Callbacks
 from distopt.job.check import check
 from distopt.job.checkpointer import Checkpointer
 from distopt.job.components import Components
-from distopt.job.config import (
-    check_batch_schedule,
-    check_best,
-    check_steps,
-    instantiate,
-    micro_batch_size,
-    refuse_swept_ranks,
-    steps_of,
-)
+from distopt.job.config import instantiate, refuse_swept_ranks
 from distopt.job.device import watch
 from distopt.job.downloads import download, hub_names
 from distopt.job.errors import end_from_thread
 from distopt.job.generate import Generation
 from distopt.job.health import Health
 from distopt.job.job import Job
+from distopt.job.lengths import check_batch_schedule, micro_batch_size, steps_of
 from distopt.job.metrics import Monitor
 from distopt.job.noise import Noise, check_noise_scale
 from distopt.job.origin import Origin, identity_of
@@ -117,8 +110,6 @@ def _checked(cfg: DictConfig, terminal: Terminal) -> tuple[Components, Accelerat
     refuse_swept_ranks()
     terminal.phase("checking the configuration")
     check(cfg, "train")
-    check_steps(cfg)
-    check_best(cfg)
     read_prompts(cfg.evaluation.generate)
     terminal.phase("loading the libraries that it needs")
     engine, names = instantiate(cfg, "engine", Engine), hub_names(cfg)

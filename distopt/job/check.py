@@ -13,21 +13,23 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from distopt.bounds import Bound, is_number, number, shown
 from distopt.job.config import CONF
+from distopt.job.lengths import check_lengths
 from distopt.job.schema import HYDRA, OPTIONAL, SECTIONS, find, is_ours, keys_of
 
 _FINITE = Bound("a finite number", is_number)
 
 
-def check(cfg: DictConfig, config: str) -> None:
-    """Checks every key and value of a configuration.
+def check(cfg: DictConfig, config: str, processes: int | None = None) -> None:
+    """Checks every key and value of a configuration, without torch.
 
     Args:
         cfg: The composed configuration.
         config: The name of its file in conf/: train or plan.
+        processes: How many processes a training job will have; None if that is not known.
 
     Raises:
         ValueError: For the first key that is unknown or missing, or whose value is outside its bound, with key, value
-            and bound.
+            and bound; then for what does not fit together.
     """
     own, groups = _own_keys(config)
     _check_choices(groups)
@@ -41,6 +43,8 @@ def check(cfg: DictConfig, config: str) -> None:
             _check_value("", name, value)
         elif not (name in OPTIONAL and not value):
             _check_section(name, value, complete=own.get(name) or {})
+    if config == "train":
+        check_lengths(cfg, processes)
 
 
 @functools.cache

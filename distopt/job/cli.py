@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from distopt.job.check import check, meant
-from distopt.job.config import CONF, check_best, check_steps, micro_batch_size
+from distopt.job.config import CONF
 from distopt.job.reference import aligned, help_lines
 from distopt.job.schema import SCHEMA
 
@@ -96,11 +96,7 @@ def refuse(words: list[str], processes: int | None = None) -> None:
     @program("train")
     def checked(cfg: DictConfig) -> None:
         try:
-            check(cfg, "train")
-            check_steps(cfg)
-            check_best(cfg)
-            if processes is not None:
-                micro_batch_size(cfg.train.batch_size, cfg.train.micro_batch_size, processes)
+            check(cfg, "train", processes)
         except ValueError as error:  # of which Hydra would print a line of its own
             refused.append(error)
 

@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from distopt.data.cross_entropy import use_chunks
 from distopt.health import Monitor
 from distopt.job.average import check_average
-from distopt.job.config import Config, check_kind, named, refuse_epochs
+from distopt.job.config import Config, check_kind, named
+from distopt.job.lengths import refuse_epochs
 from distopt.optim.mup import check_decoupled, rule_of
 from distopt.sam import SAM
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from distopt import collective
 from distopt.checkpoint import load_checkpoint, load_training_weights
-from distopt.checkpoint.folder import open_checkpoint, small_files
+from distopt.checkpoint.folder import newest_checkpoint, open_checkpoint, small_files
 from distopt.job.records import RUN
 from distopt.job.resume import Start, hyperparameters, keep_configured
-from distopt.models.export import find
 from distopt.rng import current_gpu, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Init:
         if not path.is_dir():
             raise ValueError(f"train.init={given}: no such folder; give the folder of a run, or of a checkpoint")
         try:
-            start = Start.read(checkpoint := find(path).resolve())
+            start = Start.read(checkpoint := newest_checkpoint(path).resolve())
         except ValueError as error:
             raise ValueError(f"train.init={given}: {error}") from error
         if folder.resolve() in checkpoint.parents:

@@ -11,14 +11,14 @@ from torch import nn
 
 from distopt import collective
 from distopt.checkpoint import load_model
-from distopt.checkpoint.folder import open_checkpoint
+from distopt.checkpoint.folder import newest_checkpoint, open_checkpoint
 from distopt.engine import DeepSpeed, Engine
 from distopt.job.build import join
 from distopt.job.components import Components
-from distopt.job.config import CONF, micro_batch_size
+from distopt.job.config import CONF
+from distopt.job.lengths import micro_batch_size
 from distopt.job.text import open_text
 from distopt.job.trainee import build_model
-from distopt.models.export import find
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,7 @@ def reopen(path: Path, engine: str | None, batches: int) -> Reopened:
     Raises:
         ValueError: If there is no complete checkpoint of a run; for an unknown engine; under DeepSpeed.
     """
-    checkpoint = collective.on_first(lambda: find(path.expanduser()))
+    checkpoint = collective.on_first(lambda: newest_checkpoint(path.expanduser()))
     collective.on_first(lambda: open_checkpoint(checkpoint))
     folder = checkpoint.resolve().parents[1]
     if not (folder / "config.yaml").is_file():

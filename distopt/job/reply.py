@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from distopt.checkpoint import checkpoint_path
+from distopt.checkpoint.folder import newest_checkpoint
 from distopt.job.run_folder import printable
 from distopt.models.configuration import positions
-from distopt.models.export import find
 from distopt.models.generation import Writer, open_writer, write
 
 
@@ -43,7 +43,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
         ValueError: There is none; with those that there are.
     """
     if step is None:
-        return find(run)
+        return newest_checkpoint(run)
     found = checkpoint_path(run / "checkpoints", step)
     if not found.is_dir():
         steps = sorted(int(path.name.rpartition("_")[2]) for path in found.parent.glob("step_*[0-9]"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distopt.checkpoint import latest_checkpoint, load_average, load_weights, manifest
-from distopt.checkpoint.folder import open_checkpoint, small_files
+from distopt.checkpoint import load_average, load_weights, manifest
+from distopt.checkpoint.folder import newest_checkpoint, open_checkpoint, small_files
 from distopt.models import pretrained
 from distopt.models.language_model import LanguageModel
 from distopt.models.lora import CONFIG as ADAPTER
@@ -58,7 +57,7 @@ def export(
     out = Path(out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another name")
-    folder = find(Path(checkpoint).expanduser())
+    folder = newest_checkpoint(Path(checkpoint).expanduser())
     content, files = open_checkpoint(folder), small_files(folder)
     if pretrained.CONFIG not in files:
         raise ValueError(
@@ -90,23 +89,6 @@ def export(
     loading = f"AutoModelForCausalLM.from_pretrained({str(out)!r}), the tokenizer by {tokenizer}"
     what = f"the average in {folder.name}" if average else folder.name
     return f"wrote {out} from {what}: {size}; load it by {loading}"
-
-
-def find(path: Path) -> Path:
-    """Return the newest complete checkpoint of a run or a folder of checkpoints; any other path is returned as it is.
-
-    Raises:
-        ValueError: A run has no complete checkpoint.
-    """
-    for folder in (path / "checkpoints", path):
-        newest, broken = latest_checkpoint(folder)
-        if newest is not None:
-            for line in broken:
-                print(f"distopt: passed over {line}", file=sys.stderr)
-            return newest
-        if broken or (folder != path and folder.is_dir()):
-            raise ValueError(f"{folder} has no complete checkpoint: {broken[0] if broken else 'it is empty'}")
-    return path
 
 
 def read_model(

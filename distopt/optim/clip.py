@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,28 +55,10 @@ class Clip:
     _optimizer: torch.optim.Optimizer
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float = math.inf) -> None:
-        self._measure(optimizer, max_norm)
-
-    @eager_island
-    @torch.no_grad()
-    def _measure(self, optimizer: torch.optim.Optimizer, max_norm: float) -> list[Tensor]:
-        """Measures; returns the gradient shards, whose memory a clip would keep through the next step."""
-        if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
-            raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
-        self.layout, params, grads = _gradients(optimizer)
-        self._optimizer, observer = optimizer, observer_of(optimizer)
-        layers, self.weight_norms = self.layout.layers(params), None
-        if observer is not None:
-            self.norms = observer.measure(self.layout, layers, grads)
-        elif (weights := _compared_weights(self._optimizer, self.layout, params)) is not None:
-            self.norms, self.weight_norms = self.layout.norms(layers, grads, weights)
-        else:
-            (self.norms,) = self.layout.norms(layers, grads)
-        self.norm = exact.norm(self.norms)  # exact, so the order of the layers does not matter
-        self.factor = 1.0
-        if max_norm != math.inf:
-            self.factor = torch.where(self.norm <= max_norm, 1.0, max_norm / self.norm)
-        return grads
+        found = _measured(optimizer, max_norm)
+        self.layout, self.norm, self.factor = found.layout, found.norm, found.factor
+        self.norms, self.weight_norms = found.norms, found.weight_norms
+        self._optimizer = optimizer
 
     def by_param(self) -> dict[Tensor, Tensor]:
         """Returns the gradient norm of each full layer before clipping, by parameter of the model."""
@@ -122,11 +104,10 @@ def clip_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float = math.inf
         ValueError: For a max_norm that is negative or no number, and where an engine hides the gradients, and so
             clips on its own (`ShardLayout.gradients_hidden`).
     """
-    clip = Clip.__new__(Clip)
-    grads = clip._measure(optimizer, max_norm)
-    if isinstance(clip.factor, Tensor):
-        scale_(grads, clip.factor)  # which `Clip.scale_` would have to look for again
-    return clip.norm
+    found = _measured(optimizer, max_norm)
+    if isinstance(found.factor, Tensor):
+        scale_(found.grads, found.factor)
+    return found.norm
 
 
 def step_clipped(optimizer: Any, clip: Clip, consumes_grads: bool = False) -> Any:
@@ -170,6 +151,37 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
     for dtype in dtypes:
         alike = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
         torch._foreach_mul_(alike, factor.to(dtype))
+
+
+class _Measured(NamedTuple):
+    """What `Clip` knows, and the gradient shards, whose memory it would keep through the next step."""
+
+    layout: ShardLayout
+    norms: Tensor
+    weight_norms: Tensor | None
+    norm: Tensor
+    factor: Tensor | float
+    grads: list[Tensor]
+
+
+@eager_island
+@torch.no_grad()
+def _measured(optimizer: torch.optim.Optimizer, max_norm: float) -> _Measured:
+    if not isinstance(max_norm, (Real, Tensor)) or isinstance(max_norm, bool) or not max_norm >= 0.0:
+        raise ValueError(f"max_norm must be >= 0, got {max_norm!r}; give inf to measure without clipping")
+    layout, params, grads = _gradients(optimizer)
+    layers, weight_norms = layout.layers(params), None
+    if (observer := observer_of(optimizer)) is not None:
+        norms = observer.measure(layout, layers, grads)
+    elif (weights := _compared_weights(optimizer, layout, params)) is not None:
+        norms, weight_norms = layout.norms(layers, grads, weights)
+    else:
+        (norms,) = layout.norms(layers, grads)
+    norm = exact.norm(norms)  # exact, so the order of the layers does not matter
+    factor: Tensor | float = 1.0
+    if max_norm != math.inf:
+        factor = torch.where(norm <= max_norm, 1.0, max_norm / norm)
+    return _Measured(layout, norms, weight_norms, norm, factor, grads)
 
 
 def _compared_weights(

@@ -34,9 +34,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from distopt.bounds import RATIO, integer
-
-_COUNTS = "it counts optimizer steps"
+from distopt.bounds import RATIO
+from distopt.bounds.schedule import check_phases
 
 # A partial of a module-level function can be pickled, unlike a closure, and LambdaLR.state_dict saves nothing of it: of
 # any other callable it saves the attributes, and restoring them would undo a change of the configuration.
@@ -96,13 +95,7 @@ def warmup_stable_decay(
     Raises:
         ValueError: Also unless `decay_steps` is in [1, total_steps - max(warmup_steps, 1)].
     """
-    _check(warmup_steps, total_steps, final_lr_ratio)
-    integer(1).check("decay_steps", decay_steps, _COUNTS)
-    if decay_steps > (longest := total_steps - max(warmup_steps, 1)):
-        raise ValueError(
-            f"decay_steps must be at most {longest}, what {total_steps} total_steps leave after {warmup_steps} "
-            f"warmup_steps, got {decay_steps}; shorten the decay or the warmup, or train for longer"
-        )
+    _check(warmup_steps, total_steps, final_lr_ratio, decay_steps)
     factor = partial(
         stable_decay_factor,
         warmup_steps=warmup_steps,
@@ -188,13 +181,8 @@ def _progress(step: int, start: int, total_steps: int) -> float:
     return min(1.0, max(0, step - start) / max(1, total_steps - 1 - start))
 
 
-def _check(warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0.0) -> None:
-    integer(0).check("warmup_steps", warmup_steps, _COUNTS)
-    if total_steps is not None:
-        integer(1).check("total_steps", total_steps, _COUNTS)
-        if warmup_steps >= total_steps:
-            raise ValueError(
-                f"warmup longer than the run: warmup_steps must be less than total_steps = {total_steps}, "
-                f"got {warmup_steps}; shorten the warmup or train for longer"
-            )
+def _check(
+    warmup_steps: int, total_steps: int | None, final_lr_ratio: float = 0.0, decay_steps: int | None = None
+) -> None:
+    check_phases(warmup_steps, total_steps, decay_steps)
     RATIO.check("final_lr_ratio", final_lr_ratio, "it is a fraction of the peak, not a learning rate")
