@@ -86,7 +86,6 @@ def peaks(kind: str, family: str) -> tuple[list[int], list[int], list[int]]:
 
     model = language_model.empty(language_model.describe(VOCABULARY))
     ENGINES[kind]().build(model, blocks(model), fill, CPU)
-    gc.unfreeze()
     return used, units, shards
 
 

@@ -18,6 +18,10 @@ REFUSED = {
     "train.sequence_length=100": "train.sequence_length=100 is longer than the model's 64 positions",
     "-m train.steps=0,1": "train.steps must be an integer >= 1 or null, got 0",
     "-m hydra/launcher=accelerate optimizer.lr=1,-2": "job #1, optimizer.lr=-2: optimizer.lr must be a number >= 0",
+    "-m hydra/launcher=accelerate hydra.launcher.num_processes=2 train.batch_size=8,9": "job #1, train.batch_size=9: "
+    "train.batch_size=9 is not a multiple of the 2 processes",
+    "-m hydra/launcher=accelerate train.steps=20,2": "job #1, train.steps=2: warmup longer than the run: "
+    "schedule.warmup_steps must be less than train.steps = 2, got 2; shorten the warmup or train for longer",
     "-m hydra/launcher=accelerate optimizer.lrr=1,2": "there is no optimizer.lrr: did you mean lr?",
 }
 

@@ -130,7 +130,10 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     assert Batch(ones, ones, None, 1.5).to(torch.device("cpu")).positions is None
 
 
-def test_garbage_is_collected_at_fixed_steps() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_garbage_is_collected_at_fixed_steps(frozen: bool) -> None:
+    """What the program has frozen stays frozen."""
+    gc.freeze() if frozen else gc.unfreeze()
     collected: list[int] = []
     gc.callbacks.append(lambda phase, info: collected.append(info["generation"]) if phase == "start" else None)
     try:
@@ -145,4 +148,5 @@ def test_garbage_is_collected_at_fixed_steps() -> None:
             assert collected == [2, 2]
     finally:
         gc.callbacks.pop()
-    assert gc.isenabled() and not gc.get_freeze_count()
+    assert gc.isenabled() and bool(gc.get_freeze_count()) == frozen
+    gc.freeze()  # as for all tests

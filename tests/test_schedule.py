@@ -239,7 +239,7 @@ def test_refuses_final_ratio_out_of_bounds(name: str, ratio: float) -> None:
 @pytest.mark.parametrize(
     ("warmup", "decay", "message"),
     [
-        (5, 16, "decay_steps must be at most 15, what 20 total_steps leave after 5 warmup_steps, got 16"),
+        (5, 16, "decay_steps must be at most 15, what total_steps = 20 leaves after warmup_steps = 5, got 16"),
         (0, 20, "decay_steps must be at most 19"),
         (5, 0, "decay_steps must be an integer >= 1, got 0"),
         (5, 2.0, "decay_steps must be an integer >= 1, got 2.0"),

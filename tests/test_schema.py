@@ -119,6 +119,9 @@ def test_every_leaf_refuses_what_is_wrong_in_one_line(config: str, choice: tuple
             check(cfg, config)
         except ValueError as error:
             line = str(error)
+            if row.bound.accepts(value):  # of train.steps=null, for which another key has to be there
+                assert "\n" not in line and line.startswith(f"{key}=")
+                continue
             assert "\n" not in line and line.startswith(f"{key} must be {row.bound}"), line
             shown = "an integer beyond the largest float" if value == 10**400 else repr(value)
             assert f"got {shown}" in line, line

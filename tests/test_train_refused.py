@@ -20,7 +20,10 @@ REFUSED: dict[str, tuple[str, ...]] = {  # words added to the command: what the 
     "optimizer.weight_decay=-1": ("weight_decay must be a number >= 0, got -1",),
     "+optimizer.lrr=1": ("nothing reads optimizer.lrr: did you mean lr?",),
     "sam=on sam.rho=-1": ("rho must be a number > 0, got -1", "leave SAM out"),
-    "schedule.warmup_steps=12": ("warmup_steps must be less than total_steps = 12, got 12", "shorten the warmup"),
+    "schedule.warmup_steps=12": (
+        "schedule.warmup_steps must be less than train.steps = 12, got 12",
+        "shorten the warmup",
+    ),
     "schedule.final_lr_ratio=3": ("schedule.final_lr_ratio must be a number in [0, 1], got 3",),
     "train.steps=0": ("train.steps must be an integer >= 1 or null, got 0",),
     "train.steps=1.5": ("train.steps must be an integer >= 1 or null, got 1.5",),

@@ -30,7 +30,8 @@ def program(config: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[],
     decorate = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config)
 
     def decorated(function: Callable[[DictConfig], Any]) -> Callable[[], Any]:
-        vars(function)["check"] = lambda cfg: check(cfg, config)  # by which distopt's launchers refuse a sweep
+        # by which distopt's launchers refuse a sweep
+        vars(function)["check"] = lambda cfg, processes: check(cfg, config, processes)
         return decorate(function)
 
     return decorated

@@ -40,14 +40,16 @@ def garbage_collected_by_hand() -> Iterator[Callable[[int], None]]:
     """Collects garbage at some steps alone, on every rank at the same ones.
 
     Python's own collector starts whenever enough objects were made, on each rank at another moment, and the other ranks
-    wait for it in a collective. What exists already, the model and the libraries, is not looked at again.
+    wait for it in a collective. What exists already, the model and the libraries, is not looked at again, unless the
+    program has frozen objects of its own choice before.
 
     Yields:
         A function to call with the number of each step.
     """
-    enabled = gc.isenabled()
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.collect()
-    gc.freeze()
+    if not frozen:
+        gc.freeze()
     gc.disable()
 
     def collect(step: int) -> None:
@@ -57,6 +59,7 @@ def garbage_collected_by_hand() -> Iterator[Callable[[int], None]]:
     try:
         yield collect
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()

@@ -25,15 +25,15 @@ from ._errors import LauncherError
 from ._halving import Halving
 from ._job import Job
 from ._places import Here, Place
-from ._slurm import Slurm
+from ._slurm import Slurm, per_node
 
 
 class AccelerateLauncher(Launcher):
     """A launcher that runs every job of a sweep under its own `accelerate launch`; this process joins none of them.
 
     The folder of a job is chosen here, once, and passed to all its processes. If the program, the function below
-    `hydra.main`, has an attribute `check`, it is called with the configuration of each job before the first one starts;
-    a ValueError refuses the sweep.
+    `hydra.main`, has an attribute `check`, it is called with the configuration of each job, and the number of processes
+    or None, before the first one starts; a ValueError refuses the sweep.
 
     Args:
         options: The fields of `AccelerateLauncherConf`.
@@ -48,6 +48,10 @@ class AccelerateLauncher(Launcher):
         """Return where the jobs run."""
         return Here(self.options)
 
+    def processes(self) -> int | None:
+        """Return how many processes a job has; None if that depends on the machine."""
+        return self.options.num_processes
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store Hydra's context.
 
@@ -55,7 +59,7 @@ class AccelerateLauncher(Launcher):
             LauncherError: If the options or the environment do not allow a launch.
         """
         self.context, self.config = hydra_context, config
-        self.check = getattr(task_function, "check", lambda config: None)
+        self.check = getattr(task_function, "check", lambda config, processes: None)
         check(self.options)
         options = self.options
         self.halving = Halving(options.metric, options.rungs, options.keep, options.greater_is_better)
@@ -93,7 +97,7 @@ class AccelerateLauncher(Launcher):
         for job in jobs:
             try:
                 with _current(job.result.hydra_cfg):
-                    self.check(job.result.cfg)
+                    self.check(job.result.cfg, self.processes())
             except ValueError as error:
                 raise LauncherError(f"job #{job.number}, {job.label}: {error}") from None
 
@@ -133,6 +137,10 @@ class AccelerateSlurmLauncher(AccelerateLauncher):
     def place(self) -> Place:
         """Return the cluster."""
         return Slurm(self.options)
+
+    def processes(self) -> int:
+        """Return how many processes a job has."""
+        return self.options.nodes * per_node(self.options)
 
 
 @contextlib.contextmanager
