@@ -215,7 +215,7 @@ MISTYPED = {
     "train.epochs=2 train.steps=3": "train.steps=3 and train.epochs=2: give one of them, and null for the other",
     "train.steps=100": "warmup longer than the run: schedule.warmup_steps must be less than train.steps = 100, got 100",
     "schedule=warmup_stable_decay train.steps=150": "schedule.decay_steps must be at most 50, what train.steps = 150",
-    "evaluation.every=10 checkpoint.every=15 checkpoint.best=validation_loss": "checkpoint.best=validation_loss needs an evaluation with every",
+    "evaluation.every=10 checkpoint.every=15 checkpoint.best=validation_loss": "checkpoint.best=validation_loss needs",
     "train.batch_schedule={10:33}": "train.batch_schedule has 33 sequences from step 10 on, which is not a multiple",
     "--proceses 3": "there is no option --proceses: did you mean --processes?",
     "sam.rho=1": "there is no sam.rho: what is chosen for sam has no keys",

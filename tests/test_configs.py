@@ -46,8 +46,27 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", overrides=list(overrides))
 
 
+LONGEST = max(len(names) for group, names in GROUPS.items() if group != "experiment")
+
+
+def together(row: int) -> DictConfig:
+    """A configuration with the choices of this row of every group, the first ones again where a group has fewer."""
+    words = []
+    for group, names in GROUPS.items():
+        if group != "experiment":
+            choice = names[row % len(names)]
+            words.append(f"{group}={choice}")
+    return composed(*words)
+
+
+def having(group: str, choice: str) -> DictConfig:
+    """A configuration with a choice, composed with choices of all other groups; not to be changed."""
+    return together(GROUPS[group].index(choice))
+
+
 def made(group: str, choice: str, *overrides: str) -> Any:
-    return instantiate(composed(f"{group}={choice}", *overrides)[group])
+    cfg = composed(f"{group}={choice}", *overrides) if overrides else having(group, choice)
+    return instantiate(cfg[group])
 
 
 def choices(group: str) -> pytest.MarkDecorator:
@@ -78,9 +97,12 @@ def test_what_is_made_gets_lists_and_dictionaries_of_python(file: Path) -> None:
     assert len(found) == file.read_text().count("_target_:")
 
 
-@every_choice
-def test_composes_and_instantiates(group: str, choice: str) -> None:
-    cfg = composed(f"{group}={choice}", *needs(group, choice))
+EVERYTHING = [*range(LONGEST), *(f"experiment={choice}" for choice in GROUPS["experiment"])]
+
+
+@pytest.mark.parametrize("what", EVERYTHING)
+def test_composes_and_instantiates(what: int | str) -> None:
+    cfg = together(what) if isinstance(what, int) else composed(what)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for name in set(GROUPS) - {"experiment"}:
         if cfg[name]:
@@ -91,7 +113,7 @@ def test_composes_and_instantiates(group: str, choice: str) -> None:
 @every_choice
 def test_names_every_argument(group: str, choice: str) -> None:
     """Hydra refuses a key that the YAML lacks, so an argument that is missing there could only be set by `+`."""
-    cfg = composed(f"{group}={choice}", *needs(group, choice))[group] if group != "experiment" else None
+    cfg = having(group, choice)[group] if group != "experiment" else None
     if not cfg:
         return
     parameters = inspect.signature(get_object(cfg._target_)).parameters
@@ -141,8 +163,7 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
     """
     model, x, y = tiny()
     before = [p.detach().clone() for p in model.parameters()]
-    # Each by itself, which is composed already: neither file refers to the other's group.
-    around, cfg = composed(f"sam={sam}").sam, composed(f"optimizer={choice}")
+    around, cfg = having("sam", sam).sam, having("optimizer", choice)  # neither file refers to the other's group
     make = instantiate(cfg.optimizer)
     split = split_of(make([torch.zeros(2, 2)]))
     optimizer = make(param_groups(model, weight_decay=cfg.optimizer.weight_decay, **split))
@@ -176,7 +197,8 @@ def test_every_optimizer_descends(choice: str, sam: str) -> None:
 @choices("optimizer")
 def test_every_optimizer_decays_by_its_own_number(choice: str) -> None:
     """train.yaml hands the optimizer's weight decay to the param groups, which would otherwise have another."""
-    cfg = composed(f"optimizer={choice}", "optimizer.weight_decay=0.25")
+    cfg = having("optimizer", choice).copy()
+    cfg.optimizer.weight_decay = 0.25
     groups = instantiate(cfg.param_groups)(tiny()[0])
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
 
@@ -191,14 +213,15 @@ FIELDS = {
 
 @choices("engine")
 def test_every_engine(choice: str) -> None:
-    engine = made("engine", choice)
+    cfg = having("engine", choice).engine
+    engine = instantiate(cfg)
     assert isinstance(engine, Engine)
     assert {name: getattr(engine, name) for name in FIELDS.get(choice, {})} == FIELDS.get(choice, {})
     engine.check(world=4)
     for precision in ("fp32", "bf16"):
-        assert made("engine", choice, f"engine.precision={precision}").bf16 == (precision == "bf16")
+        assert instantiate(cfg, precision=precision).bf16 == (precision == "bf16")
     with pytest.raises(Exception, match=r"engine\.precision must be one of auto, fp32, bf16, got 'fp16'"):
-        made("engine", choice, "engine.precision=fp16")
+        instantiate(cfg, precision="fp16")
 
 
 @choices("schedule")
