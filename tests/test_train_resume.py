@@ -66,10 +66,11 @@ def test_killed_in_the_middle_of_a_save_in_the_background_it_resumes_from_the_on
         broken = cwd / "runs" / name
         ended = jobs.run(cwd, overrides(name=name, **same), 2, die_in_save, 8, file, rank)
         assert ended[rank].code == -signal.SIGKILL and ended[1 - rank].code not in (0, None)
-        assert checkpoints(broken) == ["step_00000004", "step_00000008"]
+        left = checkpoints(broken)  # rank 0 takes away what it has begun, if it lives for long enough
+        assert left == ["step_00000004", "step_00000008"] or (left == ["step_00000004"] and rank == 1)
         ended = train(cwd, 2, name=name, train__resume="auto", **same)
         said = "step_00000008: it has no manifest.json, so it was not written to its end; resuming from step_00000004"
-        assert said in ended[0].out.splitlines()
+        assert (said in ended[0].out.splitlines()) == (len(left) == 2)
         assert f"resuming after step 4 from {broken / 'checkpoints' / 'step_00000004'}" in ended[0].out
         assert rows(broken, losses_only=True) == rows(unbroken, losses_only=True)
         assert checkpoints(broken) == checkpoints(unbroken) == ["step_00000008", "step_00000009"]
