@@ -127,7 +127,7 @@ def test_what_is_balanced_adds_up_to_nothing() -> None:
 
 
 def test_hashing_takes_little_memory() -> None:
-    """No copy of a layer as int64, which would be twice its size, but tiles; 6 MB were seen of a process of other tests."""
+    """No copy of a layer as int64, twice its size, but tiles; a process of other tests has shown 6 MB."""
     layer = torch.ones(2048, 4096)
     place = full_place(layer.shape)
     for _ in range(2):  # to watch takes memory itself, the first time
