@@ -69,14 +69,14 @@ def test_proof_prints_its_cost() -> None:
 @pytest.mark.matrix
 def test_wire_counts_the_bytes_of_the_formula() -> None:
     """Norms and padding come on top: little, and less the larger the model."""
-    small = ["--layers", "2", "--width", "64", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
+    small = ["--layers", "4", "--width", "128", "--batch-size", "2", "--sequence-length", "16", "--rounds", "1"]
     done = bench("wire", *small, "--only", "ddp", "zero1, full gradients", "zero1")
     assert done.returncode == 0, done.stderr
     rows = cells(done.stdout)
     for name, passes in {"ddp": 2, "zero1, full gradients": 3, "zero1": 2}.items():
         formula, counted, sent = map(float, rows[name][3:6])
         assert formula / float(rows["ddp"][3]) == pytest.approx(passes / 2, rel=1e-2)
-        assert counted == pytest.approx(formula, rel=0.08)  # 6 percent of this model under ZeRO-1
+        assert counted == pytest.approx(formula, rel=0.05)
         assert sent == pytest.approx(counted, rel=0.05)
 
 
@@ -126,7 +126,7 @@ def test_sharpness_at_equal_time_computes_more_steps(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     equal, sam, longer = json.loads(file.read_text())
     assert equal["steps"] == sam["steps"] == 40
-    assert 1.2 * 40 < longer["steps"] < 4 * 40
+    assert 1.2 * 40 < longer["steps"] < 3.5 * 40
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,6 @@ from tests.harness.pretrained import chats, write_lines, write_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {folder.name: sorted(f.stem for f in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
-# What an experiment or a data source cannot do without.
-NEEDS = {"data": ["data.path=/text"]}
-
-
-def needs(group: str, choice: str, path: str = "/text") -> list[str]:
-    return [f"data.sources={{own: {{path: {path}, weight: 1}}}}"] if choice == "mixture" else NEEDS.get(group, [])
-
-
 every_choice = pytest.mark.parametrize(("group", "choice"), [(g, c) for g, names in GROUPS.items() for c in names])
 
 
@@ -335,7 +327,7 @@ def source(choice: str, folder: Path) -> Path | None:
 def test_every_data_source_gives_text(choice: str, tmp_path: Path) -> None:
     path = source(choice, tmp_path)
     where = [f"data.cache_dir={tmp_path / 'cache'}"] + ([] if path is None else [f"data.path={path}"])
-    where = [*where[:1], *needs("data", choice, str(path))] if choice == "mixture" else where
+    where = [*where[:1], f"data.sources={{own: {{path: {path}, weight: 1}}}}"] if choice == "mixture" else where
     data = made("data", choice, *where)
     data.check()
     corpus = data.build()

@@ -85,6 +85,11 @@ def sampled_from(run: Path, chat: bool) -> None:
     assert chat or "--chat uses the chat template, and --raw does not" in jobs.python(*words, "--chat").err
 
 
+def test_a_run_without_a_chat_template_has_no_conversation(finished: Path) -> None:
+    ended = jobs.python("-m", "distopt.sample", finished / "runs" / "done", "the", "--chat")
+    assert ended.code == 1 and "the tokenizer of this run has no chat template: leave out --chat" in ended.err
+
+
 TAUGHT = {word: f"{word} {word}" for word in WORDS}
 # engine, processes, what else
 RUNS: dict[str, tuple[int, dict[str, str | None]]] = {

@@ -127,13 +127,15 @@ def test_what_is_balanced_adds_up_to_nothing() -> None:
 
 
 def test_hashing_takes_little_memory() -> None:
-    """No copy of a layer as int64, twice its size, but tiles; a process of other tests has shown 6 MB."""
+    """No copy of a layer as int64, which would be twice its size: tiles."""
     layer = torch.ones(2048, 4096)
     place = full_place(layer.shape)
-    for _ in range(2):  # to watch takes memory itself, the first time
+    peaks = []
+    for _ in range(5):  # to watch takes memory itself, the first time, and so may the rest of the process at any time
         with memory.watched(torch.device("cpu")) as peak:
             content(layer, layer.shape, place)
-    assert peak[0] < layer.nbytes / 4
+        peaks.append(peak[0])
+    assert min(peaks) < layer.nbytes / 8
 
 
 @pytest.mark.parametrize(("dtype", "world"), [("fp32", 2), ("fp32", 4), ("bf16", 2)])

@@ -132,7 +132,7 @@ class Slurm:
         def submit(words: Sequence[str], env: Mapping[str, str], log: Path) -> SlurmJob:
             return self._submit(job, words, env, log)
 
-        processes = options.nodes * per_node(options)
+        processes = processes_of(options)
         env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, round(options.grace_seconds))), PROCESSES: str(processes)}
         job.start(command.launch_on_nodes(options, processes), {**env, **options.env}, options.resume, submit)
         return f"submitted as SLURM job {_number(own / ID)}"
@@ -163,9 +163,9 @@ class Slurm:
         return SlurmJob(number, self.queue, own / EXIT)
 
 
-def per_node(options: SlurmLauncherConf) -> int:
-    """Return the number of processes on each node."""
-    return options.processes_per_node or options.gpus_per_node or 1
+def processes_of(options: SlurmLauncherConf) -> int:
+    """Return the number of processes of a job, on all its nodes."""
+    return options.nodes * (options.processes_per_node or options.gpus_per_node or 1)
 
 
 def sbatch_words(options: SlurmLauncherConf, log: Path) -> list[str]:

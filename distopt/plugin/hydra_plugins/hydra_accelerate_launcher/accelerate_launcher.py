@@ -25,7 +25,7 @@ from ._errors import LauncherError
 from ._halving import Halving
 from ._job import Job
 from ._places import Here, Place
-from ._slurm import Slurm, per_node
+from ._slurm import Slurm, processes_of
 
 
 class AccelerateLauncher(Launcher):
@@ -140,7 +140,7 @@ class AccelerateSlurmLauncher(AccelerateLauncher):
 
     def processes(self) -> int:
         """Return how many processes a job has."""
-        return self.options.nodes * per_node(self.options)
+        return processes_of(self.options)
 
 
 @contextlib.contextmanager
