@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="a run, whose newest checkpoint writes, or a checkpoint")
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt (default: standard input)")
     parser.add_argument("--chat", action="store_true", help="ask, and go on asking, until the end of the input")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as text, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text, whatever the run was taught")
     parser.add_argument("--step", type=int, help="the step of the run's checkpoint (default: the newest)")
     parser.add_argument("--tokens", type=int, default=200, help="the largest number of tokens (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")

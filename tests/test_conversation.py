@@ -133,6 +133,18 @@ def test_examples_are_read_back_and_split_in_two(folder: Path, tmp_path: Path) -
     assert "Say" in corpus.decode(corpus.encode("")) and not corpus.decode(corpus.encode("")).endswith("<|end|>\n")
 
 
+@pytest.mark.parametrize("rows, chat", [(pairs(4), False), (chats()[:4], True)], ids=["pairs", "conversations"])
+def test_a_prompt_is_tokenized_as_those_that_were_learnt(
+    folder: Path, tmp_path: Path, rows: list[dict[str, Any]], chat: bool
+) -> None:
+    """Also where the tokenizer has a chat template, which pairs are not rendered by."""
+    path, held = write_lines(tmp_path / "a.jsonl", rows), write_lines(tmp_path / "b.jsonl", rows[:1])
+    corpus = build(folder, path=str(path), validation_path=str(held))
+    asked = rows[0]["messages"][0]["content"] if chat else rows[0]["prompt"]
+    assert (corpus.chat, corpus.encode(asked)) == (chat, corpus.encode(""))
+    assert corpus.decode(corpus.encode(asked)) == (f"<|user|>\n{asked}<|end|>\n<|assistant|>\n" if chat else asked)
+
+
 def test_a_few_examples_leave_one_to_evaluate_on(folder: Path, tmp_path: Path) -> None:
     corpus = build(folder, path=str(write_lines(tmp_path / "few.jsonl", pairs(3))))
     assert (len(corpus.train), len(corpus.validation)) == (2, 1)

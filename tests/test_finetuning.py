@@ -72,9 +72,9 @@ def answers(folder: Path | str, chat: bool) -> dict[str, str]:
 
 
 def sampled_from(run: Path, chat: bool) -> None:
-    """`distopt sample`: the answer alone by the chat template, or, as text, the prompt and what follows it."""
+    """`distopt sample`: the answer alone of a run of conversations; of one of pairs the prompt and what follows."""
     question = f"Say {WORDS[0]} 2 times" + ":" * (not chat)
-    words = ["-m", "distopt.sample", run, question, "--temperature", "0", *([] if chat else ["--raw"])]
+    words = ["-m", "distopt.sample", run, question, "--temperature", "0"]
     for more in ([], ["--step", "10000"], *([["--chat"]] if chat else [])):
         ended = jobs.python(*words, *more)
         if "--step" in more:
@@ -82,7 +82,7 @@ def sampled_from(run: Path, chat: bool) -> None:
             continue
         assert (ended.code, ended.err) == (0, "")  # it ended by itself
         assert ended.out.removeprefix("" if chat else question).strip() == TAUGHT[WORDS[0]]
-    assert chat or "--chat uses the chat template, and --raw does not" in jobs.python(*words, "--chat").err
+    assert "--chat uses the chat template, and --raw does not" in jobs.python(*words, "--chat", "--raw").err
 
 
 def test_a_run_without_a_chat_template_has_no_conversation(finished: Path) -> None:

@@ -104,9 +104,9 @@ class Encoder:
             encoded.append(EncodedExample(np.asarray(tokens, dtype=np.uint32), flags))
         return encoded
 
-    def prompt(self, text: str) -> list[int]:
-        """Return the tokens of a prompt: of a user's message if there is a chat template, else of the text itself."""
-        if self.tokenizer.chat_template:
+    def prompt(self, text: str, chat: bool) -> list[int]:
+        """Return the tokens of a prompt: of a user's message in a chat, or else of the text itself."""
+        if chat:
             message = {"role": "user", "content": text}
             return self._tokens([self._render([message], "the prompt", add_generation_prompt=True)])[0]
         return [*self.begin, *self._tokens([text])[0]]

@@ -52,14 +52,14 @@ class CompletionCorpus(Corpus):
         ratio = meta["validation"]["bytes"] / max(1, int(validation.targets.sum()))
         digest = "".join(meta[split]["digest"] for split in SPLITS)
         shared = meta["vocab_size"], ratio, encoder.folder, meta["source"], digest
-        return cls(train, validation, *shared, encoder=encoder, notes=meta["notes"])
+        return cls(train, validation, *shared, encoder=encoder, chat=meta["chat"], notes=meta["notes"])
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokenize a prompt (a user's message, if there is a chat template); "" is the first validation prompt."""
+        """Tokenize a prompt as those of the examples (`chat`); "" is the first validation prompt."""
         if not prompt:
             first_target = int(np.flatnonzero(self.validation.targets)[0])
             return self.validation.tokens[:first_target].tolist()
-        return self.encoder.prompt(prompt)
+        return self.encoder.prompt(prompt, self.chat)
 
     def decode(self, tokens: Sequence[int] | np.ndarray | torch.Tensor) -> str:
         """Return the text of some tokens."""

@@ -139,7 +139,7 @@ class MixedCorpus:
     Attributes:
         corpora: The corpora.
         weights: The share of each.
-        vocab_size, tokenizer, encode, decode, pretrained_tokenizer: As of each corpus.
+        vocab_size, tokenizer, chat, encode, decode, pretrained_tokenizer: As of each corpus.
         bytes_per_token: The mean of the corpora, by weight: bits per byte are those of the mixture.
         source: The sources with their shares, for users.
         digest: A hash of the tokens of all corpora, and of their weights.
@@ -148,7 +148,7 @@ class MixedCorpus:
     def __init__(self, corpora: dict[str, Corpus], weights: dict[str, float]) -> None:
         self.corpora, self.weights = corpora, weights
         first = next(iter(corpora.values()))
-        self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer
+        self.vocab_size, self.tokenizer, self.chat = first.vocab_size, first.tokenizer, first.chat
         self.encode, self.decode, self.pretrained_tokenizer = first.encode, first.decode, first.pretrained_tokenizer
         self.bytes_per_token = sum(weights[name] * corpus.bytes_per_token for name, corpus in corpora.items())
         self.source = "; ".join(f"{name} {weights[name]:.1%} of {corpus.source}" for name, corpus in corpora.items())

@@ -14,7 +14,7 @@ import numpy as np
 from distopt.bounds import VALIDATION_FRACTION, switch
 from distopt.data import hub
 from distopt.data.added_tokens import extended
-from distopt.data.chat import EncodedExample, Encoder
+from distopt.data.chat import Encoder
 from distopt.data.completion_corpus import CompletionCorpus
 from distopt.data.examples import ExampleReader
 from distopt.data.packing import PackedSequences, PackedValidationSequences
@@ -22,7 +22,7 @@ from distopt.data.rows import Row
 from distopt.data.sources import Source
 from distopt.data.token_cache import SPLITS, atomic_directory, cache_folder, in_validation
 
-VERSION = 2  # of the cache: increment it when the same lines would give different tokens
+VERSION = 3  # of the cache: increment it when the same lines would give different tokens
 _BATCH = 512  # examples tokenized in one call
 
 
@@ -133,7 +133,7 @@ class CompletionData:
             first = next(source.rows(), None)
             if first is None:
                 raise ValueError(f"{source} contains no example; give another path")
-            _encode(encoder, reader, [first])
+            encoder.encode([reader.read(first)], [first.where])
         prints = " ".join(source.fingerprint() for source in sources)
         given = [self.format, sorted(self.fields.items()), sorted(self.roles.items()), sorted(self.ignore)]
         key = f"completions {VERSION} {prints} {digest} {self.validation_fraction!r} {given}"
@@ -146,13 +146,16 @@ class CompletionData:
         split_keys = _split_keys(sources, self.validation_fraction)
         dtype = np.min_scalar_type(encoder.size - 1)
         meta: dict[str, Any] = {"source": str(sources[0]), "vocab_size": encoder.size, "dtype": dtype.name}
+        meta["chat"] = False
         bar = tqdm(desc=f"tokenizing {sources[0].root}", total=sum(map(len, split_keys)), unit="example", delay=2)
         for split, source, keys in zip(SPLITS, [sources[0], sources[-1]], split_keys):
             starts, digest = [0], hashlib.blake2b(digest_size=16)
             size = 0
             with open(folder / f"{split}.bin", "wb") as tokens, open(folder / f"{split}.targets", "wb") as targets:
                 for rows in _batches(row for row in source.rows() if row.key in keys):
-                    for example in _encode(encoder, reader, rows):
+                    examples = [reader.read(row) for row in rows]
+                    meta["chat"] |= any("messages" in example for example in examples)
+                    for example in encoder.encode(examples, [row.where for row in rows]):
                         data = example.tokens.astype(dtype).tobytes(), example.targets.tobytes()
                         for file, part in zip((tokens, targets), data):
                             file.write(part)
@@ -169,10 +172,6 @@ class CompletionData:
         bar.close()
         meta["notes"] = reader.notes
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _encode(encoder: Encoder, reader: ExampleReader, rows: Sequence[Row]) -> list[EncodedExample]:
-    return encoder.encode([reader.read(row) for row in rows], [row.where for row in rows])
 
 
 def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:

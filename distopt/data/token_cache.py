@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -42,6 +42,7 @@ class Corpus:
         tokenizer: The tokenizer folder; None for bytes.
         source: The source of the text, for users.
         digest: A hash of the tokens: machines with equal digests train on the same data.
+        chat: Whether there are conversations in it, so that a prompt is a message of the user.
     """
 
     train: np.ndarray
@@ -51,6 +52,7 @@ class Corpus:
     tokenizer: str | None
     source: str
     digest: str
+    chat: bool = field(default=False, kw_only=True)
 
     @classmethod
     def open(cls, folder: Path, tokenizer: str | None) -> Corpus:

@@ -19,7 +19,7 @@ class Prompt(NamedTuple):
     """A prompt.
 
     Attributes:
-        text: Its text; with a chat template, a message of the user.
+        text: Its text; of a run that is taught conversations, a message of the user.
         answer: The text that should follow; None if any may.
         tokens: Its tokens; none before `encoded`.
     """

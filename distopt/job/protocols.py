@@ -29,12 +29,14 @@ class Text(Protocol):
         bytes_per_token: The mean size of a token: the loss in bits per byte is that in bits per token divided by it.
         source: Where the tokens are from, for the first lines of a run.
         digest: Names the tokens and their order: a run resumes only with data of the same digest.
+        chat: Whether there are conversations in it, so that a prompt is a message of the user.
     """
 
     vocab_size: int
     bytes_per_token: float
     source: str
     digest: str
+    chat: bool
 
     @property
     def sizes(self) -> dict[str, int]:

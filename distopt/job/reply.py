@@ -52,8 +52,8 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def _continue(writer: Writer, options: Any) -> None:
-    """Writes an answer if there is a chat template, or else the continuation of a text."""
-    if writer.tokenizer.chat_template and not options.raw:
+    """Writes an answer if the run was taught conversations, or else the continuation of a text."""
+    if writer.chat and not options.raw:
         _answer(writer, _rendered(writer, [{"role": "user", "content": options.prompt}]), options)
         return
     prompt = writer.tokenizer.encode(options.prompt) or writer.ends[:1] or [0]

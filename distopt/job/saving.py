@@ -45,7 +45,7 @@ def written(job: Job, path: Path) -> None:
 
 def extra(job: Job) -> dict[str, Any]:
     """Returns what the manifest of a checkpoint keeps beside the tensors: what the run is, and where it stands."""
-    kept = {"step": job.step, **job.monitor.totals.row(), **job.identity}
+    kept = {"step": job.step, "chat": job.corpus.chat, **job.monitor.totals.row(), **job.identity}
     if job.evaluation.step == job.step:  # between two evaluations, after a signal, there is no loss of this step
         kept["validation_loss"] = job.evaluation.loss
     if marks := bookmarks(job.sequences, job.step + job.passed_over):

@@ -24,11 +24,13 @@ class Writer(NamedTuple):
         model: The model, in eval mode.
         tokenizer: The tokenizer, with its chat template if there is one.
         ends: The tokens that end a text or an answer.
+        chat: Whether the run was taught conversations.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     ends: list[int]
+    chat: bool
 
 
 def open_writer(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> Writer:
@@ -52,7 +54,8 @@ def open_writer(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> W
     with pretrained.written(files) as folder:
         kind: Any = getattr(transformers, fitting_tokenizer(folder))
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
-    return Writer(model.to(device).eval(), tokenizer, end_tokens(tokenizer, model.config))
+    chat = content["extra"].get("chat", False)
+    return Writer(model.to(device).eval(), tokenizer, end_tokens(tokenizer, model.config), chat)
 
 
 @torch.no_grad()
