@@ -99,7 +99,8 @@ def rounded(kind: str, by: str, form: str) -> dict[str, list[Tensor]]:
     return found if not dist.is_initialized() or dist.get_rank() == 0 else {}
 
 
-QUICK = [(kind, 2, "kernels", "none") for kind in ("zero1", "fsdp2", "columns")] + [("buckets", 2, "rules", "none")]
+QUICK = [(kind, 2, "kernels", "none") for kind in ("zero1", "fsdp2", "columns")]
+QUICK += [("buckets", 2, "rules", "none"), ("buckets", 2, "kernels", "remainder")]
 EVERY = [
     (kind, world, by, form)
     for kind, world in [*WORLDS, ("columns", 2), ("columns", 4)]

@@ -62,12 +62,13 @@ class RangeShard(Tensor):
         return self._local_tensor
 
     def full_tensor(self) -> Tensor:
-        """Returns the full tensor on every rank. Collective: one all-reduce."""
+        """Returns the full tensor on every rank, bit for bit. Collective: one all-reduce."""
         start, numel = self.placements[0]
         full = self._local_tensor.new_zeros(self.shape.numel())
         full[start : start + numel] = self._local_tensor
         if self.device_mesh.size() > 1:
-            dist.all_reduce(full, group=self.device_mesh.get_group())
+            # As bytes, since a sum of numbers has one zero and one nan: a remainder of 16 bits may look like any.
+            dist.all_reduce(full.view(torch.uint8), group=self.device_mesh.get_group())
         return full.view(self.shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
