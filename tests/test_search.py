@@ -81,6 +81,14 @@ FOUND = (
         )
         for option in ("cautious", "cautious_decay")
     ),
+    # The only matrix was frozen in the second leg, which so had no buffers of matrices and refused the checkpoint's.
+    Case(
+        params=(Param(()), Param((2, 3))),
+        groups=(Group((0, 1)),),
+        optimizer="Adafactor",
+        options={},
+        legs=(Leg("plain", 1, (Step(), Step(events=(("freeze", 1),)))), Leg("fsdp2", 2, (Step(),))),
+    ),
 )
 
 

@@ -165,17 +165,17 @@ def check_model(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError unless a checkpoint is of this class of optimizer and has the same state buffers.
 
-    What stands beside 16-bit weights may differ, and the form of the moments (`state_bits`), since each form can be
-    made from another, or from the weights; and so may averages of the weights and SAM's buffers, which begin anew.
+    Only parameters with state on both sides are compared, since one that is frozen has none before its first step. What
+    stands beside 16-bit weights may differ, and the form of the moments (`state_bits`), since each form can be made
+    from another, or from the weights; and so may averages of the weights and SAM's buffers, which begin anew.
     """
     there, here = (
-        sorted({buffer_of(name) for buffers in states.values() for name in buffers})
-        for states in (saved["state"], state)
+        {name: set(map(buffer_of, buffers)) for name, buffers in of.items()} for of in (saved["state"], state)
     )
-    # torch's optimizers have no state before their first step, so that an empty state says nothing.
-    differ = {name for name in set(there) ^ set(here) if name not in BESIDE and not is_optional(name)}
-    if saved["optimizer"] != kind or (there and here and differ):
-        states = [", ".join(buffers) or "none" for buffers in (there, here)]
+    both = [name for name, buffers in here.items() if buffers and there.get(name)]
+    differ = {buffer for name in both for buffer in there[name] ^ here[name]} - {*BESIDE}
+    if saved["optimizer"] != kind or not all(map(is_optional, differ)):
+        states = [", ".join(sorted(set[str]().union(*of.values()))) or "none" for of in (there, here)]
         raise ValueError(
             f"the checkpoint is of {saved['optimizer']} (state: {states[0]}), this run has {kind} (state: {states[1]})"
         )
