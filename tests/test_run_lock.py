@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from distopt.job import run_lock
 from distopt.job.run_lock import RunLock
 from tests.harness import jobs
 from tests.harness.jobs import overrides
 from tests.harness.runs import copied, last_step, until
 
 
-def test_a_folder_belongs_to_one_job_until_that_has_ended(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_job_until_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_DYING", 0.1)
     first = RunLock(tmp_path / "run")
     with pytest.raises(ValueError, match=f"belongs to a job that is running, process {os.getpid()} on .*, since 20"):
         RunLock(tmp_path / "run")
@@ -33,8 +36,16 @@ def test_the_place_of_a_job_that_was_killed_is_taken_with_a_line(tmp_path: Path)
     assert not owner.restarted  # of another launcher
 
 
-def _die(folder: Path) -> None:
+def test_a_job_that_is_dying_is_waited_for(tmp_path: Path) -> None:
+    process = jobs.fork(_die, tmp_path, 1.0)
+    until((tmp_path / ".owner.json").exists, process.is_alive)
+    assert "taken over from a job that ended unfinished" in RunLock(tmp_path).note
+    process.join(60)
+
+
+def _die(folder: Path, seconds: float = 0.0) -> None:
     RunLock(folder).opened()
+    time.sleep(seconds)
     os._exit(9)
 
 

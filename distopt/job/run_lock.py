@@ -16,12 +16,14 @@ from distopt import collective
 from distopt.failures import attempt
 
 _OWNER = ".owner.json"
+_DYING = 3.0  # seconds that a process which was killed may still hold what it had locked
 
 
 class RunLock:
     """A job's claim to a run's folder, which ends with the process that holds it, however that ends.
 
-    The lock is one of the operating system on `.lock`; `.owner.json` says who holds it, for the message to others.
+    The lock is one of the operating system on `.lock`; `.owner.json` says who holds it, for the message to others. A
+    holder that was killed a moment ago, by a supervisor that restarts the job, is given time to end.
 
     Args:
         folder: The run's folder; made if there is none.
@@ -41,7 +43,7 @@ class RunLock:
         folder.mkdir(parents=True, exist_ok=True)
         self.note, self.restarted = "", False
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=_DYING)
         except filelock.Timeout:
             raise ValueError(
                 f"{folder} belongs to a job that is running, {_told(_read(self._file))}: "
