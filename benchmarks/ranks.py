@@ -139,7 +139,7 @@ class Ranks:
         return [results[rank] for rank in range(len(self._processes))]
 
     def stop(self) -> None:
-        """End the processes, after five seconds at the latest."""
+        """End the processes; they are killed after five seconds."""
         for pipe in self._pipes:
             pipe.close()  # a rank ends when it reads the end of its pipe
         end = time.monotonic() + _GRACE
@@ -147,7 +147,7 @@ class Ranks:
             process.join(max(0.0, end - time.monotonic()))
             if process.is_alive():
                 process.kill()
-                process.join()
+                process.join(_GRACE)
         self._pipes.clear()
         self._folder.cleanup()
 
