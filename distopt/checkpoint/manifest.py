@@ -169,13 +169,13 @@ def check_optimizer(saved: Mapping[str, Any], kind: str, state: Mapping[str, Map
     stands beside 16-bit weights may differ, and the form of the moments (`state_bits`), since each form can be made
     from another, or from the weights; and so may averages of the weights and SAM's buffers, which begin anew.
     """
+    both = [name for name, buffers in state.items() if buffers and saved["state"].get(name)]
     there, here = (
-        {name: set(map(buffer_of, buffers)) for name, buffers in of.items()} for of in (saved["state"], state)
+        sorted({buffer_of(buffer) for name in both for buffer in of[name]}) for of in (saved["state"], state)
     )
-    both = [name for name, buffers in here.items() if buffers and there.get(name)]
-    differ = {buffer for name in both for buffer in there[name] ^ here[name]} - {*BESIDE}
-    if saved["optimizer"] != kind or not all(map(is_optional, differ)):
-        states = [", ".join(sorted(set[str]().union(*of.values()))) or "none" for of in (there, here)]
+    differ = {name for name in set(there) ^ set(here) if name not in BESIDE and not is_optional(name)}
+    if saved["optimizer"] != kind or differ:
+        states = [", ".join(buffers) or "none" for buffers in (there, here)]
         raise ValueError(
             f"the checkpoint is of {saved['optimizer']} (state: {states[0]}), this run has {kind} (state: {states[1]})"
         )
