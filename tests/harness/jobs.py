@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
-from tests.harness.forkserver import ENVIRONMENT, ROOT, context
+from tests.harness.forkserver import ENVIRONMENT, ROOT, context, without_preemption
 
 BIN = Path(sys.executable).parent
 # How many times longer than on a quiet machine a program may take, as for the ranks of `tests.harness.distributed`.
@@ -217,6 +217,7 @@ def _rank(
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.chdir(cwd)
     os.environ.update(environment)
+    without_preemption()
     sys.argv = ["distopt.train", *words]
     if before is not None:
         before(*args)
