@@ -128,7 +128,7 @@ def test_what_is_balanced_adds_up_to_nothing() -> None:
 
 def test_hashing_takes_little_memory() -> None:
     """No copy of a layer as int64, which would be twice its size: tiles."""
-    layer = torch.ones(2048, 4096)
+    layer = torch.ones(4096, 4096)  # much larger than the tiles, and than what else moves in the process
     place = full_place(layer.shape)
     peaks = []
     for _ in range(5):  # to watch takes memory itself, the first time, and so may the rest of the process at any time
