@@ -142,14 +142,19 @@ class Ranks:
         """End the processes; they are killed after five seconds."""
         for pipe in self._pipes:
             pipe.close()  # a rank ends when it reads the end of its pipe
+        self._join()
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+        self._join()
+        self._pipes.clear()
+        self._folder.cleanup()
+
+    def _join(self) -> None:
+        """Wait until all processes have ended, for five seconds at most."""
         end = time.monotonic() + _GRACE
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join(_GRACE)
-        self._pipes.clear()
-        self._folder.cleanup()
 
     def _death(self, rank: int) -> tuple[str, str, str]:
         self._processes[rank].join(_GRACE)
