@@ -17,7 +17,7 @@ from distopt.job.loading import loading
 
 def main() -> None:
     """Runs the command line."""
-    options = _parser().parse_args()
+    options = _parser().parse_intermixed_args()  # options may stand between RUN and PROMPT
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal has no character for
         sys.stdout.reconfigure(errors="backslashreplace")
     logging.disable(logging.CRITICAL)

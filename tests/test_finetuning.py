@@ -86,7 +86,7 @@ def sampled_from(run: Path, chat: bool) -> None:
 
 
 def test_a_run_without_a_chat_template_has_no_conversation(finished: Path) -> None:
-    ended = jobs.python("-m", "distopt.sample", finished / "runs" / "done", "the", "--chat")
+    ended = jobs.python("-m", "distopt.sample", finished / "runs" / "done", "--chat", "the")
     assert ended.code == 1 and "the tokenizer of this run has no chat template: leave out --chat" in ended.err
 
 

@@ -158,7 +158,7 @@ def test_the_command_takes_several_folders_and_by_default_runs(
     write_run(Path("runs/a"))
     write_run(Path("other/a"), lr=0.2)
     report(monkeypatch)
-    report(monkeypatch, "other", "runs", "--out", "both")
+    report(monkeypatch, "other", "--out", "both", "runs")
     assert capsys.readouterr().out == "report: runs/report/report.html\nreport: both/report.html\n"
     page = Path("both/report.html").read_text()
     assert "<h1>other, runs</h1>" in page and 'href="../runs/a/">runs/a<' in page

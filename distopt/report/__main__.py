@@ -25,7 +25,7 @@ def main() -> None:
         metavar="SECONDS",
         help="write it again when a run changes, and look so often (default: 15); the open page loads itself again",
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # options may stand between RUNS
     with one_line_errors():
         from distopt.report.find import Finder  # `--help` does not wait for NumPy
         from distopt.report.page import write_page
