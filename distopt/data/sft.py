@@ -22,7 +22,7 @@ from distopt.data.rows import Row
 from distopt.data.sources import Source
 from distopt.data.token_cache import SPLITS, atomic_directory, cache_folder, in_validation
 
-VERSION = 3  # of the cache: increment it when the same lines would give different tokens
+VERSION = 3  # of the cache: increment it when the same lines would give different tokens or files
 _BATCH = 512  # examples tokenized in one call
 
 
@@ -145,8 +145,12 @@ class CompletionData:
 
         split_keys = _split_keys(sources, self.validation_fraction)
         dtype = np.min_scalar_type(encoder.size - 1)
-        meta: dict[str, Any] = {"source": str(sources[0]), "vocab_size": encoder.size, "dtype": dtype.name}
-        meta["chat"] = False
+        meta: dict[str, Any] = {
+            "source": str(sources[0]),
+            "vocab_size": encoder.size,
+            "dtype": dtype.name,
+            "chat": False,
+        }
         bar = tqdm(desc=f"tokenizing {sources[0].root}", total=sum(map(len, split_keys)), unit="example", delay=2)
         for split, source, keys in zip(SPLITS, [sources[0], sources[-1]], split_keys):
             starts, digest = [0], hashlib.blake2b(digest_size=16)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distopt.layout.base import ShardLayout
 from distopt.layout.deepspeed_private import full_shape, is_partitioned, own_part
+from distopt.layout.messages import assemble
 from distopt.layout.places import Segment
 
 
@@ -151,8 +152,7 @@ class FlatLayout(ShardLayout):
         full = torch.zeros(shape.numel(), dtype=dtype, device=self.wire)
         for offset, values in mine:
             full[offset : offset + values.numel()] = values
-        for group in self.groups:
-            dist.all_reduce(full, group=group)
+        assemble(full, self.groups)
         return full.view(shape)
 
     @functools.cached_property

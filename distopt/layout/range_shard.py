@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from distopt.layout.messages import assemble
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,9 +67,7 @@ class RangeShard(Tensor):
         start, numel = self.placements[0]
         full = self._local_tensor.new_zeros(self.shape.numel())
         full[start : start + numel] = self._local_tensor
-        if self.device_mesh.size() > 1:
-            # As bytes, since a sum of numbers has one zero and one nan: a remainder of 16 bits may look like any.
-            dist.all_reduce(full.view(torch.uint8), group=self.device_mesh.get_group())
+        assemble(full, [self.device_mesh.get_group()] if self.device_mesh.size() > 1 else [])
         return full.view(self.shape)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
