@@ -25,18 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(cpu_time.Meter())
-    _share_the_cores()
-
-
-def _share_the_cores() -> None:
-    """Gives each worker its share of the cores, and with it the ranks and jobs that it starts.
-
-    An all-reduce of four ranks over gloo takes as long on one core as on two, and half the CPU time.
-    """
-    worker, workers = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if worker and hasattr(os, "sched_setaffinity"):  # Linux
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: workers])
 
 
 # The files that take ten seconds or more, slowest first.
